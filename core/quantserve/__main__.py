@@ -1,0 +1,6 @@
+"""``python -m quantserve``."""
+
+from quantserve.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The hooks a quantserve plugin may implement, and their contracts.
+
+A plugin is a light module named by an entry point in the group ``quantserve.plugins``. It imports
+``quantserve.api``, the standard library and pydantic, never torch, vLLM or Ray: its hooks run in
+``quantserve list`` and ``check``, in the driver and in the Serve controller. What needs torch or vLLM
+lives in another module of the same distribution, under an entry point *of the same name* in the group
+``vllm.general_plugins``; vLLM calls it in every process of a model that composes the plugin.
+
+Hooks return values and the host aggregates them. Every hook is called for one plugin at a time, so an
+exception in one plugin never discards what another said; it becomes a ``PluginError`` (exit 3) for the
+models that need the plugin. Parameters are positional and may be left out from the right by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from quantserve.checkpoint import Checkpoint
+    from quantserve.config import ModelConfig
+    from quantserve.finding import Finding
+    from quantserve.method import Method, PerformanceProfile
+    from quantserve.target import Target
+
+PROJECT = "quantserve"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+# --- registration ---------------------------------------------------------------------------------
+
+
+@hookspec
+def quantserve_method() -> Method | None:
+    """Describe the quantization method this plugin serves.
+
+    Fires once per plugin, when the registry loads it. A plugin that is no method of its own (a house
+    policy, a KV-cache dtype) leaves the hook out or returns None; configs name it under ``plugins:``.
+    Two plugins that claim one name or alias both lose it, and both are named in the error.
+    """
+
+
+# --- check: headers have been read, no GPU touched ---------------------------------------------------
+
+
+@hookspec
+def quantserve_detect(checkpoint: Checkpoint) -> bool | None:
+    """Say whether this checkpoint is in this plugin's format.
+
+    Fires once per model whose config names no ``quantization``, for every plugin that has a method.
+    True claims the checkpoint; False and None pass. Exactly one plugin may claim a checkpoint, else
+    the model is refused and the claimants are named. Decide from ``checkpoint.quantization_config``
+    and tensor names; never open files.
+    """
+
+
+@hookspec
+def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding] | None:
+    """Find everything that would make this model fail, or be served wrong, on this target.
+
+    Fires for every plugin a model composes, in ``quantserve check`` and before every deploy. Findings
+    of all plugins are concatenated after the core's own; None means no findings. Report mistakes of
+    the checkpoint or the config as findings; an exception means the plugin itself is defective.
+    """
+
+
+# --- plan ---------------------------------------------------------------------------------------------
+
+
+@hookspec
+def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object] | None:
+    """Give the vLLM engine arguments (``EngineArgs`` names, JSON values) this plugin needs.
+
+    Fires once per plan for every plugin a model composes. Mappings are merged; two plugins that set
+    one key to different values are a conflict that names both, and the user's own ``engine_kwargs``
+    win and are shown as such. ``model``, ``served_model_name``, ``tensor_parallel_size`` and
+    ``max_model_len`` belong to the core. None means nothing to add.
+    """
+
+
+@hookspec
+def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
+    """Give the performance to expect of this model on this target.
+
+    Fires once per plan for the method plugin only. None means that nothing is known, which is better
+    than a number nobody measured.
+    """
+
+
+# --- tools --------------------------------------------------------------------------------------------
+
+
+@hookspec
+def quantserve_quantizer() -> str | None:
+    """Name the callable that quantizes a checkpoint, as ``"module:callable"``; None when there is none.
+
+    Fires when somebody quantizes with this method; the named module may import torch. It is called
+    as ``callable(source: Path, destination: Path, **options)`` and writes a whole checkpoint folder.
+    """
+
+
+@hookspec
+def quantserve_converter() -> str | None:
+    """Name the callable that converts foreign files, as ``"module:callable"``; None when there is none.
+
+    Fires in ``quantserve convert --method NAME``. It is called as ``callable(source: Path,
+    destination: Path, *, base: Path | None, allow_pickle: bool)`` and writes a whole safetensors
+    checkpoint folder.
+    """

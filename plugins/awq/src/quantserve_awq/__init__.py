@@ -1,0 +1,1 @@
+"""AWQ for quantserve; the light module is `quantserve_awq.plugin`."""

@@ -1,0 +1,95 @@
+"""``quantserve convert``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from quantserve.cli.output import console
+from quantserve.errors import CheckpointError, UsageError, one_line
+from quantserve.registry import Hooks, Plugin, Registry
+
+
+@click.command("convert")
+@click.argument("source")
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--method", metavar="METHOD", help="Method of the files; needed when several methods can convert.")
+@click.option("--base", metavar="MODEL", help="Model that supplies what SOURCE lacks (LLaMA-1 style SqueezeLLM files).")
+@click.option("--allow-pickle", is_flag=True, help="Read .pt/.bin files, with an unpickler that runs no code.")
+def command(source: str, destination: Path, method: str | None, base: str | None, allow_pickle: bool) -> None:
+    """Convert foreign checkpoint files to a safetensors folder.
+
+    SOURCE is a file, a folder or a hub id. DESTINATION must not exist; it appears only when it is whole.
+    """
+    plugin, converter = _converter(Registry.load(), method)
+    if destination.exists():
+        raise UsageError(f"{destination} exists already\n  fix: name a new folder, or remove it first")
+    source_path = local_path(source)
+    base_path = local_path(base) if base else None
+    convert = plugin_callable(plugin, converter)
+    out = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        convert(source_path, destination, base=base_path, allow_pickle=allow_pickle, progress=progress)
+    out.print(f"wrote {destination}; next: quantserve check {destination}")
+
+
+def plugin_callable(plugin: Plugin, reference: str):  # type: ignore[no-untyped-def]
+    """Import the ``"module:callable"`` a plugin names.
+
+    Raises:
+        PluginError: it cannot be imported.
+    """
+    module, _, name = reference.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name and not error.name.startswith(module.partition(".")[0]):
+            raise UsageError(
+                f"{plugin.name} needs the package {error.name!r}, which is not installed\n"
+                "  fix: install the engine, `pip install quantserve[cpu]` or `quantserve[cuda]`"
+            ) from error
+        raise plugin.defect("import", one_line(error)) from error
+    except Exception as error:
+        raise plugin.defect("import", one_line(error)) from error
+
+
+def local_path(source: str) -> Path:
+    """A path as it is; a hub id is downloaded into the HF cache, weights included."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise CheckpointError(f"{source}: no such file or folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: neither a path nor a model that can be downloaded: {one_line(error)}\n"
+            "  fix: check the spelling, HF_TOKEN for gated models, and HF_HUB_OFFLINE"
+        ) from error
+
+
+def _converter(registry: Registry, method: str | None) -> tuple[Plugin, str]:
+    candidates = [registry.find_method(method)] if method else [p for p in registry.plugins.values() if p.method]
+    hooks = Hooks(candidates)
+    found = [(p, named) for p in candidates if (named := hooks.call(p, "quantserve_converter"))]
+    if len(found) == 1:
+        return found[0]
+    if method:
+        raise UsageError(f"method {method!r} has no converter; its checkpoints are served as they are")
+    if not found:
+        raise UsageError("no installed plugin has a converter\n  fix: `pip install quantserve-squeezellm`")
+    names = ", ".join(p.method.name for p, _ in found if p.method)
+    raise UsageError(f"several methods can convert\n  fix: choose one with --method ({names})")

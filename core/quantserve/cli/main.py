@@ -1,0 +1,97 @@
+"""``quantserve``: the group of commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from quantserve import __version__
+from quantserve.errors import QuantserveError, one_line, unknown_name
+
+COMMANDS = {
+    "list": "Show the installed quantization methods, and plugins that failed.",
+    "check": "Check models from their headers, before a GPU is touched.",
+    "plan": "Print exactly how models would be run.",
+    "serve": "Check, plan and serve models behind an OpenAI-compatible API.",
+    "convert": "Convert foreign checkpoint files to a safetensors folder.",
+    "schema": "Print the JSON Schema of the config.",
+    "doctor": "Examine this machine: engine, torch, Ray, HAProxy, GPU, plugins.",
+}
+INTERNAL_ERROR = 70  # sysexits.h EX_SOFTWARE: our own defect
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module only to run it, so that `list` stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order a user meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or None when there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"quantserve.cli.{cmd_name}_command").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Like click's, with the closest command in the error."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(unknown_name("command", args[0], COMMANDS))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="quantserve")
+def cli() -> None:
+    """Serve quantized LLMs from a config file.
+
+    Exit codes: 0 fine, 1 findings of severity error, 2 usage or config, 3 plugin defect, 4 the engine or Ray failed.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors are printed to stderr."""
+    debug = bool(os.environ.get("QUANTSERVE_DEBUG"))
+    try:
+        result = cli.main(args=arguments, prog_name="quantserve", standalone_mode=False)
+    except click.exceptions.Exit as signal:
+        return signal.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except QuantserveError as error:
+        if debug:
+            raise
+        click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        click.echo(str(error), err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) has left; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(f"internal error: {one_line(error)}", err=True)
+        click.echo("  this is a defect of quantserve; QUANTSERVE_DEBUG=1 shows the traceback to report", err=True)
+        return INTERNAL_ERROR
+    return result if isinstance(result, int) else 0

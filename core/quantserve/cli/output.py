@@ -1,0 +1,64 @@
+"""Tables and findings for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from quantserve.finding import Finding, Severity
+
+COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
+OFFENDERS_SHOWN = 8
+WIDTH_WITHOUT_TERMINAL = 120
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that keeps a readable width when the output is a pipe or a file."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_WITHOUT_TERMINAL
+    return Console(stderr=stderr, width=width, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """Write JSON to stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose cells may hold rich markup (escape what comes from outside)."""
+    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        result.add_column(column, overflow="fold")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def print_findings(out: Console, findings: Iterable[Finding]) -> None:
+    """Print each finding with its offenders and its fix."""
+    for finding in findings:
+        colour = COLOURS[finding.severity]
+        out.print(
+            f"  [{colour}]{finding.severity.value:7}[/] [bold]{escape(finding.code)}[/] "
+            f"[dim]({escape(finding.source)})[/] {escape(finding.message)}"
+        )
+        for offender in finding.offenders[:OFFENDERS_SHOWN]:
+            out.print(f"            - {escape(offender)}", soft_wrap=True)
+        if len(finding.offenders) > OFFENDERS_SHOWN:
+            out.print(f"            ... and {len(finding.offenders) - OFFENDERS_SHOWN} more")
+        if finding.fix:
+            out.print(f"          [green]fix[/] {escape(finding.fix)}")
+
+
+def gib(count: float | None) -> str:
+    """Bytes as GiB or MiB."""
+    if count is None:
+        return "-"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

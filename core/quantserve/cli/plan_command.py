@@ -1,0 +1,79 @@
+"""``quantserve plan``."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from quantserve.cli.check_command import print_report
+from quantserve.cli.output import console, gib, print_json, table
+from quantserve.cli.sources import choose_target, load_sources, outcomes, source_options
+from quantserve.plan import Plan, make_plan
+from quantserve.registry import Registry
+
+
+@click.command("plan")
+@source_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(sources: tuple[str, ...], target_name: str | None, as_json: bool, **bare: object) -> int:
+    """Print exactly how models would be run.
+
+    Engine arguments with who set each of them, placement, runtime environment, memory and expected performance.
+    """
+    app = load_sources(sources, **bare)  # type: ignore[arg-type]
+    target = choose_target(target_name)
+    results = list(outcomes(app.models, Registry.load(), target))
+    refused = [result for result in results if result.exit_code]
+    plans = [make_plan(r.composition) for r in results if r.composition and not r.exit_code]
+    if refused:
+        print_report(console(stderr=True), refused, target, app.notes)
+    if as_json:
+        print_json({"plans": [plan.model_dump() for plan in plans], "refused": [r.model.model_id for r in refused]})
+    else:
+        out = console()
+        for plan in plans:
+            print_plan(out, plan)
+    return max((result.exit_code for result in results), default=0)
+
+
+def print_plan(out: Console, plan: Plan) -> None:
+    """One plan for people."""
+    rows = [(escape(key), escape(json.dumps(value)), plan.provenance[key]) for key, value in plan.engine_args.items()]
+    title = f"{plan.model_id} ({plan.method['name']}) on {plan.target['name']}"
+    out.print(table(escape(title), ("engine argument", "value", "set by"), rows))
+    facts = {
+        "plugins": ", ".join(f"{p['name']} ({p['distribution']} {p['version']})" for p in plan.plugins),
+        "route": plan.route_prefix,
+        "deployment": json.dumps(plan.deployment),
+        "environment": json.dumps(plan.runtime_env),
+        "request defaults": json.dumps(plan.request_defaults) if plan.request_defaults else "",
+        "memory": _memory(plan),
+        "expected": _expected(plan),
+    }
+    for name, text in facts.items():
+        if text:
+            out.print(f"  [bold]{name:16}[/] {escape(text)}", soft_wrap=True)
+    out.print()
+
+
+def _memory(plan: Plan) -> str:
+    if not plan.memory:
+        return ""
+    weights = plan.memory.get("weights_bytes")
+    per_token = plan.memory.get("kv_bytes_per_token")
+    return f"weights {gib(weights)} per device, KV cache {(per_token or 0) / 1024:.0f} KiB per token; " + str(
+        plan.memory.get("summary", "")
+    )
+
+
+def _expected(plan: Plan) -> str:
+    if not plan.expected:
+        return "not known"
+    e = plan.expected
+    return (
+        f"TTFT {e['ttft_ms']} ms, ITL {e['itl_ms']} ms [{e['itl_definition']}], "
+        f"{e['output_tokens_per_s']} tok/s per user ({e['source']}: {e['conditions']})"
+    )

@@ -1,0 +1,56 @@
+"""``quantserve serve``."""
+
+from __future__ import annotations
+
+import click
+
+from quantserve.cli.check_command import print_report
+from quantserve.cli.output import console
+from quantserve.cli.sources import Outcome, choose_target, load_sources, outcomes, source_options
+from quantserve.errors import QuantserveError
+from quantserve.plan import make_plan, refusal
+from quantserve.registry import Registry
+
+
+@click.command("serve")
+@source_options
+@click.option("--host", help="Address to bind; default 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 picks a free one; default 8000.")
+@click.option("--api-keys-file", metavar="FILE", help="One API key per line; QUANTSERVE_API_KEYS works as well.")
+@click.option("--keep-going", is_flag=True, help="Serve the models that pass when others are refused.")
+def command(
+    sources: tuple[str, ...],
+    target_name: str | None,
+    host: str | None,
+    port: int | None,
+    api_keys_file: str | None,
+    keep_going: bool,
+    **bare: object,
+) -> int:
+    """Check, plan and serve models behind an OpenAI-compatible API.
+
+    One Ray Serve application per model, at /MODEL_ID/v1, and a front door for all of them at /v1. Ctrl-C stops it.
+    """
+    app = load_sources(sources, **bare)  # type: ignore[arg-type]
+    target = choose_target(target_name)
+    results = list(outcomes(app.models, Registry.load(), target))
+    print_report(console(stderr=True), results, target, app.notes)
+    refused = [result for result in results if result.exit_code]
+    served = [result.composition for result in results if result.composition and not result.exit_code]
+    if refused and (not keep_going or not served):
+        raise _refusal(refused)
+    plans = [make_plan(composition) for composition in served]
+    given = {"host": host, "port": port, "api_keys_file": api_keys_file}
+    http = app.http.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+    from quantserve.serve.run import serve_plans
+
+    return serve_plans(plans, http, keep_going=keep_going)
+
+
+def _refusal(refused: list[Outcome]) -> QuantserveError:
+    """The error to exit with when models are refused: the gravest one."""
+    gravest = max(refused, key=lambda result: result.exit_code)
+    if gravest.error:
+        return gravest.error
+    return refusal({r.model.model_id: list(r.composition.errors) for r in refused if r.composition})

@@ -1,0 +1,189 @@
+"""The SqueezeLLM tensor format in plain torch: the definition that converter, quantizer, engine and tests share.
+
+One linear layer with N = out_features and K = in_features, b bits per weight:
+
+    qweight          int32   [K*b/32, N]  codes, packed along K
+    lookup_table     float32 [N, 2**b]    one codebook per output channel
+    rows, cols, vals int32 [N+1], int32 [nnz], float32 [nnz]     optional CSR matrix [N, K], added to the dense part
+    full_rows, full_row_indices   float32 [K, X], int32 [X]      optional: column j is added to channel indices[j]
+
+`W = lookup_table[n, code[n, k]] + CSR + full rows`; `startrows` only balances GPU threads and carries no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+BITS = (3, 4)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DENSE = ("qweight", "lookup_table")
+CSR = ("rows", "cols", "vals")
+FULL = ("full_rows", "full_row_indices")
+SUFFIXES = (*DENSE, *CSR, *FULL, "startrows")
+
+
+def k_multiple(bits: int) -> int:
+    """How many consecutive input features end on a word border: K (per rank) must be a multiple of it."""
+    return 8 if bits == 4 else 32
+
+
+def bits_of(lookup_table_columns: int) -> int | None:
+    """The width whose codebook has this many entries, or None when there is none."""
+    return {2**bits: bits for bits in BITS}.get(lookup_table_columns)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes [n, k], each in 0..2**bits-1, into int32 words [k*bits/32, n].
+
+    Per channel the words are one little-endian bit stream: code k takes bits k*bits to k*bits+bits-1.
+
+    Raises:
+        ValueError: k does not fill whole words, or a code needs more bits.
+    """
+    n, k = codes.shape
+    if k * bits % 32 or k % k_multiple(bits):
+        raise ValueError(
+            f"{k} codes of {bits} bits do not fill whole words; K must be a multiple of {k_multiple(bits)}"
+        )
+    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < 2**bits):
+        raise ValueError(f"codes {int(codes.min())}..{int(codes.max())} do not fit {bits} bits (0..{2**bits - 1})")
+    period = k_multiple(bits)
+    groups = codes.t().reshape(k // period, period, n).to(torch.int64)
+    words = torch.zeros(k // period, period * bits // 32, n, dtype=torch.int64, device=codes.device)
+    for j in range(period):
+        word, shift = divmod(j * bits, 32)
+        words[:, word] |= groups[:, j] << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[:, word + 1] |= groups[:, j] >> (32 - shift)
+    words = words.reshape(-1, n)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_plane(words: Tensor, bits: int, j: int) -> Tensor:
+    """Codes of the input features k with k % period == j, from words viewed as [k/period, period*bits/32, n].
+
+    Returns int32 [k/period, n]. Works on signed words: the mask removes what an arithmetic shift drags in.
+    """
+    word, shift = divmod(j * bits, 32)
+    codes = words[:, word] >> shift
+    if shift + bits > 32:
+        low = 32 - shift
+        return codes & (2**low - 1) | (words[:, word + 1] & (2 ** (bits - low) - 1)) << low
+    return codes & (2**bits - 1)
+
+
+def unpack(qweight: Tensor, bits: int) -> Tensor:
+    """Undo `pack`: int32 words [k*bits/32, n] to uint8 codes [n, k]."""
+    period = k_multiple(bits)
+    n = qweight.shape[1]
+    words = qweight.reshape(-1, period * bits // 32, n)
+    planes = [unpack_plane(words, bits, j).to(torch.uint8) for j in range(period)]
+    return torch.stack(planes, dim=1).reshape(-1, n).t().contiguous()
+
+
+def to_csr(matrix: Tensor) -> dict[str, Tensor]:
+    """The nonzeros of a matrix [n, k] as `rows` [n+1], `cols` [nnz] (int32) and `vals` [nnz] (float32)."""
+    n_index, k_index = matrix.nonzero(as_tuple=True)
+    rows = torch.zeros(matrix.shape[0] + 1, dtype=torch.int64)
+    rows[1:] = torch.bincount(n_index, minlength=matrix.shape[0]).cumsum(0)
+    return {
+        "rows": rows.to(torch.int32),
+        "cols": k_index.to(torch.int32),
+        "vals": matrix[n_index, k_index].to(torch.float32),
+    }
+
+
+def csr_problem(rows: Tensor, cols: Tensor, vals: Tensor, n: int, k: int) -> str | None:
+    """Why these tensors are not a CSR matrix [n, k], in one sentence with the numbers; None when they are one."""
+    if rows.shape != (n + 1,):
+        return f"rows has shape {list(rows.shape)}, expected [{n + 1}] (out_features + 1)"
+    if cols.ndim != 1 or cols.shape != vals.shape:
+        return f"cols has shape {list(cols.shape)} and vals {list(vals.shape)}; they must be equal and one-dimensional"
+    nnz = cols.numel()
+    if int(rows[0]) != 0 or int(rows[-1]) != nnz:
+        return f"rows runs from {int(rows[0])} to {int(rows[-1])}, expected 0 to nnz = {nnz}"
+    if bool((rows.diff() < 0).any()):
+        return "rows decreases somewhere; row pointers must not"
+    if nnz and not (int(cols.min()) >= 0 and int(cols.max()) < k):
+        return f"cols holds {int(cols.min())}..{int(cols.max())}, expected 0..{k - 1} (in_features {k})"
+    return None
+
+
+def full_rows_problem(full_rows: Tensor, indices: Tensor, n: int, k: int) -> str | None:
+    """Why these tensors are not full rows of a matrix [n, k]; None when they are."""
+    if full_rows.ndim != 2 or indices.ndim != 1 or full_rows.shape != (k, indices.numel()):
+        return (
+            f"full_rows has shape {list(full_rows.shape)} and full_row_indices {list(indices.shape)}, "
+            f"expected [{k}, X] (in_features first) and [X]"
+        )
+    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < n):
+        return f"full_row_indices holds {int(indices.min())}..{int(indices.max())}, expected 0..{n - 1}"
+    return None
+
+
+def coordinates(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The optional parts of one layer as entries: output channels and input features (int64), values (float32).
+
+    Full rows lose their zeros, so the all-zero placeholder some packers write vanishes. Positions may repeat; they add.
+    """
+    n_parts, k_parts, v_parts = [], [], []
+    if "rows" in tensors:
+        rows = tensors["rows"].to(torch.int64)
+        n_parts.append(torch.repeat_interleave(torch.arange(rows.numel() - 1), rows.diff()))
+        k_parts.append(tensors["cols"].to(torch.int64))
+        v_parts.append(tensors["vals"].to(torch.float32))
+    if "full_rows" in tensors:
+        full = tensors["full_rows"].to(torch.float32)
+        k_index, j = full.nonzero(as_tuple=True)
+        n_parts.append(tensors["full_row_indices"].to(torch.int64)[j])
+        k_parts.append(k_index)
+        v_parts.append(full[k_index, j])
+    empty = torch.empty(0, dtype=torch.int64)
+    return torch.cat([empty, *n_parts]), torch.cat([empty, *k_parts]), torch.cat([empty.float(), *v_parts])
+
+
+def dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense weight [n, k] of one layer, from its tensors by suffix (`qweight`, `lookup_table`, ...).
+
+    Raises:
+        ValueError: the codebook has no known size.
+    """
+    table = tensors["lookup_table"].to(dtype)
+    bits = bits_of(table.shape[1])
+    if bits is None:
+        raise ValueError(f"lookup_table has {table.shape[1]} columns; 8 (3-bit) and 16 (4-bit) are known")
+    weight = torch.gather(table, 1, unpack(tensors["qweight"], bits).to(torch.int64))
+    n_index, k_index, values = coordinates(tensors)
+    return weight.index_put_((n_index, k_index), values.to(dtype), accumulate=True)
+
+
+def quantization_config(bits: int, sparse: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
+    """What config.json says about the checkpoint; `sparse` maps a module to its `nnz` and number of `full_rows`."""
+    config: dict[str, object] = {"quant_method": "squeezellm", "wbits": bits}
+    return {**config, "sparse": sparse} if sparse else config
+
+
+def projection_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, int]]:
+    """(n, k) of the seven decoder projections, from a Llama-like config.json; empty when it lacks the numbers."""
+
+    def number(key: str) -> int | None:
+        value = config.get(key)
+        return value if isinstance(value, int) else None
+
+    hidden, inner, heads = number("hidden_size"), number("intermediate_size"), number("num_attention_heads")
+    if not hidden or not inner or not heads:
+        return {}
+    head = number("head_dim") or hidden // heads
+    q, kv = heads * head, (number("num_key_value_heads") or heads) * head
+    return {
+        "q_proj": (q, hidden),
+        "k_proj": (kv, hidden),
+        "v_proj": (kv, hidden),
+        "o_proj": (hidden, q),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }

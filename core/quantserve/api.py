@@ -5,15 +5,17 @@ stay. Importing this module imports no torch, vLLM or Ray.
 """
 
 from quantserve.checkpoint import Checkpoint, Tensor
+from quantserve.checks.linear import Expected, check_fused_groups, check_linears, check_shards, quantized_linears
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity
 from quantserve.hookspecs import hookimpl
-from quantserve.layers import Linear, linears, other_tensors
+from quantserve.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
 from quantserve.method import Method, PerformanceProfile
 from quantserve.target import Target
 
 __all__ = [
     "Checkpoint",
+    "Expected",
     "Finding",
     "Linear",
     "Method",
@@ -22,7 +24,14 @@ __all__ = [
     "Severity",
     "Target",
     "Tensor",
+    "check_fused_groups",
+    "check_linears",
+    "check_shards",
     "hookimpl",
     "linears",
+    "modules",
     "other_tensors",
+    "quantized_linears",
+    "shard_k",
+    "shard_n",
 ]

@@ -1,0 +1,76 @@
+"""Can the model be split over that many ranks, and does the target have them?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from quantserve.architecture import read_architecture
+from quantserve.finding import Finding
+
+if TYPE_CHECKING:
+    from quantserve.checkpoint import Checkpoint
+    from quantserve.config import ModelConfig
+    from quantserve.target import Target
+
+_WORKERS = "scaling_config.num_workers"
+
+
+def check_parallel(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
+    """Check the tensor parallel size against attention heads, kv heads, MLP width and devices.
+
+    The vocabulary needs no check: vLLM pads it.
+    """
+    ranks = model.tensor_parallel_size
+    if target.device != "cpu" and target.count and ranks > target.count:
+        yield Finding.error(
+            "too-few-devices",
+            f"tensor parallel size {ranks} needs {ranks} devices; the target has {target.count} ({target})",
+            [_WORKERS],
+            f"set {_WORKERS} to at most {target.count}, or choose a larger target",
+        )
+    architecture, _ = read_architecture(checkpoint)
+    if architecture is None or ranks <= 1:
+        return
+    heads, kv_heads = architecture.heads, architecture.kv_heads
+    widths = {"intermediate_size": architecture.intermediate}
+    if architecture.experts:
+        widths = {architecture.family.expert_width: architecture.expert_width}
+        if len(architecture.expert_layers) < architecture.layers:
+            widths["intermediate_size"] = architecture.intermediate
+
+    def works(size: int) -> bool:
+        return (
+            heads % size == 0
+            and (kv_heads % size == 0 or size % kv_heads == 0)
+            and all(width % size == 0 for width in widths.values())
+        )
+
+    fix = f"set {_WORKERS} to {_largest(works, ranks)}"
+    if heads % ranks:
+        yield Finding.error(
+            "heads-not-divisible",
+            f"{heads} attention heads do not divide over {ranks} ranks ({heads} % {ranks} = {heads % ranks})",
+            ["num_attention_heads", _WORKERS],
+            fix,
+        )
+    if kv_heads % ranks and ranks % kv_heads:
+        yield Finding.error(
+            "kv-heads-not-divisible",
+            f"{kv_heads} key/value heads can be neither split over {ranks} ranks nor repeated on them: "
+            f"{kv_heads} % {ranks} = {kv_heads % ranks}, {ranks} % {kv_heads} = {ranks % kv_heads}",
+            ["num_key_value_heads", _WORKERS],
+            fix,
+        )
+    for key, width in widths.items():
+        if width % ranks:
+            yield Finding.error(
+                "mlp-not-divisible",
+                f"{key} {width} does not divide over {ranks} ranks ({width} % {ranks} = {width % ranks})",
+                [key, _WORKERS],
+                fix,
+            )
+
+
+def _largest(works: Callable[[int], bool], below: int) -> int:
+    return next((size for size in range(min(below, 1024) - 1, 1, -1) if works(size)), 1)

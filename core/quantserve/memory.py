@@ -1,0 +1,295 @@
+"""Will it fit: weights, KV cache and working memory of one model on one target, from headers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from quantserve.architecture import read_architecture
+from quantserve.engine_defaults import (
+    DTYPE_BYTES,
+    GPU_MEMORY_UTILIZATION,
+    context_length,
+    max_num_batched_tokens,
+    max_num_seqs,
+    served_dtype,
+)
+from quantserve.finding import Finding
+from quantserve.kv_cache import kv_cache
+from quantserve.layers import linears, other_tensors, shard_k, shard_n
+from quantserve.target import GIB, Target, known_targets
+
+if TYPE_CHECKING:
+    from quantserve.checkpoint import Checkpoint, Tensor
+    from quantserve.config import ModelConfig
+
+# What a worker takes before it holds a weight: CUDA context, NCCL buffers and CUDA graphs of a GPU
+# worker; interpreter, torch and compiled code of a CPU worker and its engine process.
+_GPU_FIXED = GIB
+_CPU_FIXED = GIB
+_CPU_USABLE = 0.9  # of RAM; the operating system, Ray and the front door live in the rest
+_FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
+_RANKS = (1, 2, 4, 8, 16, 32, 64)
+# Cache size wished for on a CPU, where vLLM takes a fixed one: this many sequences of full length.
+_CPU_SEQUENCES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """What one model needs on each rank (device), in bytes, and what that leaves for its KV cache.
+
+    Attributes:
+        ranks: tensor parallel size.
+        weights_bytes: weights of the largest rank, in the form the files hold them (floating-point
+            tensors in the served dtype).
+        overhead_bytes: working memory: activations of one scheduler step, logits, and the fixed cost
+            of a worker process.
+        budget_bytes: what vLLM may use: memory x gpu_memory_utilization, or a CPU rank's share of RAM.
+        kv_bytes_per_token: KV cache of one token on one rank; 0 when config.json does not tell.
+        kv_cache_bytes: left for the KV cache (on a CPU: what the plan asks vLLM to take).
+        kv_tokens: tokens that fit the KV cache.
+        max_model_len: context length estimated for; 0 when unknown.
+        sequences: sequences of that length that fit at once.
+        cpu_kv_cache_gib: value for ``VLLM_CPU_KVCACHE_SPACE``, a whole number of GiB per rank.
+        notes: how the numbers were found, where that is not obvious.
+    """
+
+    ranks: int
+    weights_bytes: int
+    overhead_bytes: int
+    budget_bytes: int
+    kv_bytes_per_token: int
+    kv_cache_bytes: int
+    kv_tokens: int
+    max_model_len: int
+    sequences: float
+    cpu_kv_cache_gib: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights and working memory leave room for at least one full-length sequence."""
+        return self.kv_cache_bytes > 0 and (self.sequences >= 1 or not self.kv_bytes_per_token)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data for ``--json`` and the plan."""
+        return {**asdict(self), "fits": self.fits}
+
+
+def estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tuple[MemoryEstimate | None, list[Finding]]:
+    """Estimate the memory of a model on a target and say whether it fits.
+
+    Returns None for the estimate when neither headers nor file sizes tell how large the weights are.
+    """
+    findings = list(_check_settings(model))
+    if findings:
+        return None, findings
+    if not checkpoint.tensors and checkpoint.weight_bytes <= 0:
+        return None, []
+    result = _estimate(checkpoint, model, target, model.tensor_parallel_size)
+    return result, list(_judge(result, checkpoint, model, target))
+
+
+def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> int:
+    """Bytes of weights on the largest of ``ranks`` tensor-parallel ranks.
+
+    Linears, embeddings and lm_head are split; norms, biases and small per-channel tensors of
+    row-parallel linears are on every rank. Floating-point tensors are counted in the served dtype.
+    """
+    if not checkpoint.tensors:
+        return -(-checkpoint.weight_bytes // ranks)
+    split = {linear.name: linear for linear in linears(checkpoint)}
+    largest: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        module = tensor.name.rpartition(".")[0]
+        largest[module] = max(largest.get(module, 0), _bytes(tensor, dtype_bytes))
+    architecture, _ = read_architecture(checkpoint)
+    vocabulary = architecture.vocab if architecture else 0
+    needed = other_tensors(checkpoint)
+    total = 0
+    for tensor in checkpoint.tensors.values():
+        module = tensor.name.rpartition(".")[0]
+        size = _bytes(tensor, dtype_bytes)
+        linear = split.get(module)
+        if linear is not None and linear.parallel == "column":
+            size = -(-size * shard_n(linear, ranks) // linear.n)
+        elif linear is not None and size * 8 >= largest[module]:
+            size = -(-size * shard_k(linear, ranks) // linear.k)
+        elif linear is None:
+            vocabulary_rows = bool(vocabulary) and tensor.shape[:1] == (vocabulary,)
+            if vocabulary_rows or (not needed and len(tensor.shape) > 1):
+                size = -(-size // ranks)
+        total += size
+    return total
+
+
+def _bytes(tensor: Tensor, dtype_bytes: int) -> int:
+    return math.prod(tensor.shape) * dtype_bytes if tensor.dtype in _FLOAT_DTYPES else tensor.nbytes
+
+
+def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks: int) -> MemoryEstimate:
+    dtype_bytes = DTYPE_BYTES.get(served_dtype(checkpoint, model, target).name, 2)
+    weights = weights_per_rank(checkpoint, ranks, dtype_bytes)
+    cache = kv_cache(checkpoint, model, ranks, dtype_bytes)
+    length = context_length(checkpoint, model) or 0
+    step = max_num_batched_tokens(model, target)
+    overhead = _overhead(checkpoint, model, target, ranks, dtype_bytes, step, length)
+    one_sequence = cache.bytes_of_sequence(length, step)
+    if target.device == "cpu":
+        budget = int(target.memory_bytes * _CPU_USABLE) // ranks
+        room = budget - weights - overhead
+        gib = _cpu_cache_gib(model, room, one_sequence)
+        left = gib * GIB if gib * GIB <= max(room, 0) else room
+    else:
+        budget = int(target.memory_bytes * _utilization(model))
+        gib = 1
+        given = model.engine_kwargs.get("kv_cache_memory_bytes")
+        left = given if isinstance(given, int) else budget - weights - overhead
+    left = max(left, 0)
+    return MemoryEstimate(
+        ranks=ranks,
+        weights_bytes=weights,
+        overhead_bytes=overhead,
+        budget_bytes=budget,
+        kv_bytes_per_token=cache.bytes_per_token,
+        kv_cache_bytes=left,
+        kv_tokens=left // cache.bytes_per_token if cache.bytes_per_token else 0,
+        max_model_len=length,
+        sequences=round(left / one_sequence, 2) if one_sequence else 0.0,
+        cpu_kv_cache_gib=gib,
+        notes=tuple(cache.notes),
+    )
+
+
+def _overhead(
+    checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks: int, dtype_bytes: int, step: int, length: int
+) -> int:
+    """Working memory of one rank: activations of a step of ``step`` tokens, float32 logits, fixed cost.
+
+    A block's activations at their widest: residual and normed input (2 H), the qkv or gate_up output
+    (whichever is wider, per rank) and its product; the sampler holds two copies of the logits.
+    """
+    fixed = _CPU_FIXED if target.device == "cpu" else _GPU_FIXED
+    architecture, _ = read_architecture(checkpoint)
+    if architecture is None:
+        return fixed
+    tokens = min(step, max(length, 1) * max_num_seqs(model, target))
+    inner = max(3 * architecture.intermediate, 4 * architecture.heads * architecture.head_dim) // ranks
+    activations = tokens * (2 * architecture.hidden + inner) * dtype_bytes
+    logits = 2 * min(max_num_seqs(model, target), tokens) * architecture.vocab * 4
+    return fixed + activations + logits
+
+
+def _cpu_cache_gib(model: ModelConfig, room: int, one_sequence: int) -> int:
+    """GiB of KV cache per rank: the user's, else 16 full sequences in at most half of what is free."""
+    asked = _asked_cpu_gib(model)
+    if asked:
+        return asked
+    least = -(-one_sequence // GIB)
+    wish = -(-_CPU_SEQUENCES * one_sequence // GIB)
+    return max(1, least, min(wish, room // 2 // GIB))
+
+
+def _asked_cpu_gib(model: ModelConfig) -> int:
+    environment = (model.engine_config.runtime_env or {}).get("env_vars")
+    text = environment.get("VLLM_CPU_KVCACHE_SPACE") if isinstance(environment, dict) else None
+    if str(text).isdigit() and len(str(text)) < 7:
+        return int(str(text))
+    given = model.engine_kwargs.get("kv_cache_memory_bytes")
+    return -(-given // GIB) if isinstance(given, int) else 0
+
+
+def _utilization(model: ModelConfig) -> float:
+    value = model.engine_kwargs.get("gpu_memory_utilization")
+    if isinstance(value, (int, float)):
+        return float(value)
+    return GPU_MEMORY_UTILIZATION * min(1.0, model.scaling_config.num_gpus_per_worker or 1.0)
+
+
+def _check_settings(model: ModelConfig) -> Iterator[Finding]:
+    kwargs = model.engine_kwargs
+    value = kwargs.get("gpu_memory_utilization")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < float(str(value)) <= 1):
+        yield _bad_setting("gpu_memory_utilization", value, "a number above 0 and at most 1")
+    for key in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+        value = kwargs.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            yield _bad_setting(key, value, "a positive integer")
+    length = model.max_model_len
+    if length is not None and length < 1:
+        yield _bad_setting("max_total_tokens", length, "a positive integer")
+
+
+def _bad_setting(key: str, value: object, wanted: str) -> Finding:
+    where = key if key == "max_total_tokens" else f"engine_kwargs.{key}"
+    return Finding.error(
+        "engine-setting", f"{where}: {value!r:.60} is not {wanted}", [where], f"set {where} to {wanted}"
+    )
+
+
+# --- judgement ------------------------------------------------------------------------------------------
+
+
+def gib(size: float) -> str:
+    """Bytes as a person reads them: ``13.5 GiB``, ``24.6 MiB``."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
+    where = f"{target.name} ({gib(target.memory_bytes)})"
+    need = result.weights_bytes + result.overhead_bytes
+    each = " per rank" if result.ranks > 1 else ""
+    if result.kv_cache_bytes <= 0:
+        yield Finding.error(
+            "memory-does-not-fit",
+            f"weights {gib(result.weights_bytes)} + working memory {gib(result.overhead_bytes)} = {gib(need)}{each} "
+            f"> {gib(result.budget_bytes)} usable of {where}",
+            (),
+            _larger(checkpoint, model, target) or "use a quantized checkpoint or a larger target",
+        )
+        return
+    if not result.kv_bytes_per_token or not result.max_model_len:
+        return
+    if result.sequences < 1:
+        fits = int(result.sequences * result.max_model_len)
+        wider = _larger(checkpoint, model, target)
+        yield Finding.error(
+            "kv-cache-too-small",
+            f"not one sequence of {result.max_model_len} tokens fits: {gib(result.kv_cache_bytes)} left{each} for the KV cache "
+            f"after {gib(need)} of {gib(result.budget_bytes)}, room for {result.kv_tokens} at "
+            f"{result.kv_bytes_per_token} bytes a token",
+            ("max_total_tokens",),
+            f"set max_total_tokens to at most {max(fits, 1)}" + (f", or {wider}" if wider else ""),
+        )
+    elif result.sequences < 2:
+        yield Finding.warning(
+            "kv-cache-small",
+            f"{gib(result.kv_cache_bytes)} of KV cache{each} holds {result.sequences:.1f} sequences of "
+            f"{result.max_model_len} tokens; concurrent long requests will wait for each other",
+            ("max_total_tokens",),
+            "lower max_total_tokens, raise the tensor parallel size, or use a smaller weight format",
+        )
+
+
+def _larger(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> str:
+    """A fix that the numbers support: the smallest tensor parallel size, else the smallest GPU that fits."""
+    options: list[str] = []
+    architecture, _ = read_architecture(checkpoint)
+    heads = architecture.heads if architecture else 64
+    if target.device != "cpu":
+        for ranks in _RANKS:
+            allowed = heads % ranks == 0 and (target.count == 0 or ranks <= target.count)
+            if ranks > model.tensor_parallel_size and allowed and _estimate(checkpoint, model, target, ranks).fits:
+                options.append(f"set scaling_config.num_workers (tensor parallel size) to {ranks}")
+                break
+    others = [known for name, known in known_targets().items() if name not in ("cpu", target.name)]
+    for known in sorted(others, key=lambda known: known.memory_bytes):
+        if known.memory_bytes <= target.memory_bytes and target.device != "cpu":
+            continue
+        if known.device == "cuda" and _estimate(checkpoint, model, known, model.tensor_parallel_size).fits:
+            options.append(f"use a {known.name} ({gib(known.memory_bytes)})")
+            break
+    return " or ".join(options)

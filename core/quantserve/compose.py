@@ -87,12 +87,13 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     plugins = tuple(dict.fromkeys([method_plugin, *extra] if method_plugin else extra))
     hooks = Hooks(plugins)
     method = method_plugin.method if method_plugin else None
-    findings += [finding.said_by("core") for finding in check_model(checkpoint, model, target, method)]
+    kwargs, conflicts = _merge_kwargs(hooks, checkpoint, model, target, method)
+    effective = _with_kwargs(model, kwargs)
+    findings += [finding.said_by("core") for finding in check_model(checkpoint, effective, target, method)]
     for plugin in plugins:
         findings += _validate(hooks, plugin, checkpoint, model, target)
 
-    kwargs, conflicts = _merge_kwargs(hooks, checkpoint, model, target, method)
-    memory, said = estimate(checkpoint, model, target)
+    memory, said = estimate(checkpoint, effective, target)
     expected = _expected(hooks, method_plugin, checkpoint, model, target)
     return Composition(
         model=model,
@@ -198,6 +199,13 @@ def _plugin_kwargs(
     except (TypeError, ValueError) as error:
         raise plugin.defect(hook, f"returned a value that is not JSON: {error}") from error
     return kwargs
+
+
+def _with_kwargs(model: ModelConfig, kwargs: Mapping[str, Setting]) -> ModelConfig:
+    """The model as vLLM will see it: what plugins set (a dtype, hf_overrides) counts in the core's checks."""
+    values = {key: setting.value for key, setting in kwargs.items() if key != "quantization"}
+    merged = {**model.engine_kwargs, **values}
+    return model.model_copy(update={"engine_config": model.engine_config.model_copy(update={"engine_kwargs": merged})})
 
 
 def _expected(

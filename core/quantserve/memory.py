@@ -258,7 +258,7 @@ def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, t
         wider = _larger(checkpoint, model, target)
         yield Finding.error(
             "kv-cache-too-small",
-            f"not one sequence of {result.max_model_len} tokens fits: {gib(result.kv_cache_bytes)} left{each} for the KV cache "
+            f"not one sequence of {result.max_model_len} tokens fits: {gib(result.kv_cache_bytes)}{each} left "
             f"after {gib(need)} of {gib(result.budget_bytes)}, room for {result.kv_tokens} at "
             f"{result.kv_bytes_per_token} bytes a token",
             ("max_total_tokens",),

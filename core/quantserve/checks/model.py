@@ -28,7 +28,8 @@ def check_model(checkpoint: Checkpoint, model: ModelConfig, target: Target, meth
         target: the hardware to serve it on.
         method: the method that will serve it, None when none could be chosen.
     """
-    findings = list(checkpoint.problems)
+    # Whether a missing tokenizer matters depends on the config, which reading does not see.
+    findings = [problem for problem in checkpoint.problems if problem.code != "tokenizer-missing"]
     if not checkpoint.config:
         return findings if any("config" in f.code for f in findings) else [*findings, _no_config()]
     findings += _check_architecture(checkpoint)
@@ -67,8 +68,8 @@ def _check_architecture(checkpoint: Checkpoint) -> Iterator[Finding]:
     if not problems and kind not in FAMILIES:
         yield Finding.info(
             "architecture-unknown",
-            f"the tensors of model type {kind or '(none)'!r} are not known by name (known: {', '.join(sorted(FAMILIES))}); "
-            "missing and misshapen tensors are found only by comparing its blocks",
+            f"the tensors of model type {kind or '(none)'!r} are not known by name (known: "
+            f"{', '.join(sorted(FAMILIES))}); missing and misshapen tensors are found only by comparing its blocks",
         )
 
 
@@ -100,7 +101,7 @@ def _check_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Fin
             "tokenizer-missing",
             "the checkpoint has no tokenizer files",
             ["tokenizer.json"],
-            "copy tokenizer.json and tokenizer_config.json from the base model, or set engine_config.tokenizer",
+            "copy tokenizer.json and tokenizer_config.json from the base model, or set engine_config.tokenizer_id",
         )
         return
     largest, vocabulary = tokenizer.get("max_token_id"), checkpoint.text_config.get("vocab_size")

@@ -1,0 +1,148 @@
+"""The JSON files of a checkpoint: config.json, quant configs, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from quantserve.checkpoint.source import Source
+from quantserve.checkpoint.text import BadJson, parse_json, shown, some
+from quantserve.finding import Finding
+
+MAX_JSON: Final = 64 * 2**20
+"""Bytes of any JSON file that is read; the largest tokenizer.json around has 33 MB."""
+
+MAX_REMOTE_TOKENIZER: Final = 20_000_000
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
+
+
+def json_names(source: Source) -> list[str]:
+    """The JSON files `read_configs` is going to read."""
+    names = ["config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json", *_quant_names(source)]
+    if "tokenizer.json" not in source.files:
+        names.append("vocab.json")
+    return [name for name in names if name in source.files and not _too_far(source, name)]
+
+
+def read_object(source: Source, name: str, code: str, fix: str) -> tuple[Mapping[str, Any] | None, list[Finding]]:
+    """The JSON object in a file, or None and one error finding with this code."""
+    if name not in source.files:
+        return None, []
+    label = shown(name)
+    try:
+        if source.files[name] > MAX_JSON:
+            raise BadJson(f"it has {source.files[name]:,} bytes, the limit is {MAX_JSON:,}")
+        with source.open(name) as file:
+            raw = file.read(MAX_JSON + 1)
+        if len(raw) > MAX_JSON:
+            raise BadJson(f"it has more than {MAX_JSON:,} bytes")
+        if raw.startswith(b"version https://git-lfs"):
+            raise BadJson("it is a Git LFS pointer (fetch it with `git lfs pull`)")
+        if not raw.strip():
+            raise BadJson("it is empty")
+        value = parse_json(raw)
+        if not isinstance(value, dict):
+            raise BadJson(f"it holds {_json_type(value)}, not an object")
+    except BadJson as error:
+        return None, [Finding.error(code, f"{label} is not valid: {error}", some([name]), fix)]
+    except OSError as error:
+        return None, [Finding.error(code, f"{label} cannot be read: {error.strerror or error}", some([name]), fix)]
+    return value, []
+
+
+def read_configs(
+    source: Source,
+) -> tuple[Mapping[str, Any], dict[str, Mapping[str, Any]], dict[str, Any], list[Finding]]:
+    """config.json, quant files by name, tokenizer facts, findings."""
+    config, findings = read_object(source, "config.json", "config-invalid", "correct config.json or fetch it again")
+    if "config.json" not in source.files:
+        findings.append(
+            Finding.error(
+                "config-missing",
+                "config.json is missing",
+                ("config.json",),
+                "copy config.json of the model these weights come from into the folder",
+            )
+        )
+    quant_files = {}
+    for name in _quant_names(source):
+        value, found = read_object(source, name, "quant-config-invalid", f"correct {shown(name)} or fetch it again")
+        findings += found
+        if value is not None:
+            quant_files[name] = value
+    tokenizer, found = _tokenizer(source)
+    return config or {}, quant_files, tokenizer, findings + found
+
+
+def _quant_names(source: Source) -> list[str]:
+    return [n for n in source.files if n.endswith(".json") and "quant" in n and not n.endswith(".index.json")]
+
+
+def _too_far(source: Source, name: str) -> bool:
+    return source.location == "hub" and source.files.get(name, 0) > MAX_REMOTE_TOKENIZER
+
+
+def _json_type(value: object) -> str:
+    names = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+    return names.get(type(value), "null")
+
+
+def _tokenizer(source: Source) -> tuple[dict[str, Any], list[Finding]]:
+    fix = "fetch the tokenizer files of the model again"
+    config, findings = read_object(source, "tokenizer_config.json", "tokenizer-invalid", fix)
+    present = any(name in source.files for name in TOKENIZER_FILES) or any(
+        n.endswith(".tiktoken") for n in source.files
+    )
+    if not present:
+        findings.append(
+            Finding.warning(
+                "tokenizer-missing",
+                f"no tokenizer file ({', '.join(TOKENIZER_FILES)})",
+                (),
+                "copy the tokenizer files of the base model into the folder, or set engine_kwargs.tokenizer",
+            )
+        )
+    ids: list[int] = []
+    main = "tokenizer.json" if "tokenizer.json" in source.files else "vocab.json"
+    for name in (main, "added_tokens.json"):
+        if _too_far(source, name):
+            continue
+        value, found = read_object(source, name, "tokenizer-invalid", fix)
+        findings += found
+        if value is None:
+            continue
+        known = _ids(value) if name == "tokenizer.json" else list(value.values())
+        if known is None:
+            findings.append(
+                Finding.error(
+                    "tokenizer-invalid", f"{name} has no model.vocab and added_tokens as expected", (name,), fix
+                )
+            )
+        else:
+            ids += _integers(known)
+    decoder = (config or {}).get("added_tokens_decoder")
+    if ids and isinstance(decoder, dict):
+        ids += [int(key) for key in decoder if key.isdecimal() and len(key) < 10]
+    template = (config or {}).get("chat_template")
+    facts = {
+        "present": present,
+        "max_token_id": max(ids, default=None),
+        "has_chat_template": bool(template)
+        or "chat_template.jinja" in source.files
+        or "chat_template.json" in source.files,
+    }
+    return facts, findings
+
+
+def _ids(tokenizer: Mapping[str, Any]) -> list[object] | None:
+    """Ids in tokenizer.json: of `model.vocab` (an object of ids, or for Unigram a list in order) and added tokens."""
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens") or []
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict | list) or not isinstance(added, list):
+        return None
+    ids: list[object] = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+    return ids + [token.get("id") for token in added if isinstance(token, dict)]
+
+
+def _integers(values: Iterable[object]) -> list[int]:
+    return [value for value in values if type(value) is int]

@@ -1,0 +1,76 @@
+"""How names out of untrusted files are shown, and how JSON out of them is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Final, NoReturn
+
+SHOWN: Final = 20
+"""Offenders listed per finding; the message gives the full count."""
+
+LENGTH: Final = 200
+
+
+class BadJson(ValueError):
+    """A file that is not JSON; the message says why and where."""
+
+
+def shown(name: str) -> str:
+    """`name` without control characters and of bounded length, safe for a terminal and for UTF-8."""
+    if len(name) > LENGTH:
+        name = f"{name[:LENGTH]}... ({len(name)} characters)"
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def some(names: Iterable[str]) -> tuple[str, ...]:
+    """The first names for `Finding.offenders`, each safe to show."""
+    return tuple(shown(name) for name, _ in zip(names, range(SHOWN), strict=False))
+
+
+def counted(count: int, what: str) -> str:
+    """`1 tensor`, `3 tensors`."""
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def parse_json(raw: bytes, *, strict: bool = False) -> object:
+    """Parse JSON, or raise BadJson with the reason and, where known, line:column.
+
+    `strict` refuses what a safetensors reader refuses: a key given twice, NaN and infinities, unpaired surrogates.
+    """
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise BadJson(f"not UTF-8 at byte {error.start}") from None
+    try:
+        if not strict:
+            return json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except BadJson:
+        raise
+    except json.JSONDecodeError as error:
+        raise BadJson(f"{error.msg} at {error.lineno}:{error.colno}") from None
+    except UnicodeEncodeError:
+        raise BadJson("a string holds half of a surrogate pair") from None
+    except RecursionError:
+        raise BadJson("nested too deeply") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise BadJson("a number has too many digits") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise BadJson(f"the key {shown(key)!r} is given twice")
+            seen.add(key)
+    return made
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise BadJson(f"{name} is not JSON")

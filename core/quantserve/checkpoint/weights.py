@@ -1,0 +1,335 @@
+"""Which weight files vLLM would read, what is in their headers, and whether they agree with the index."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from quantserve.checkpoint.configs import read_object
+from quantserve.checkpoint.data import Tensor
+from quantserve.checkpoint.pickles import read_pickle
+from quantserve.checkpoint.safetensors import FIRST_READ, read_header
+from quantserve.checkpoint.source import Source
+from quantserve.checkpoint.text import counted, shown, some
+from quantserve.finding import Finding
+
+INDEX: Final = "model.safetensors.index.json"
+PICKLE_INDEX: Final = "pytorch_model.bin.index.json"
+NOT_WEIGHTS: Final = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+_NUMBERED: Final = re.compile(r"(.*-)(\d{1,6})(-of-)(\d{1,6})(\.safetensors|\.bin|\.pt)")
+
+
+@dataclass
+class Weights:
+    """What the weight files hold."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    other: dict[str, object] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def weight_names(files: Mapping[str, int]) -> list[str]:
+    """All files of `files` that may hold weights."""
+    kept = [name for name in files if name.endswith((".safetensors", ".bin", ".pt")) and not name.endswith(NOT_WEIGHTS)]
+    return sorted(kept)
+
+
+def missing_files(source: Source) -> list[str]:
+    """Weight files that must exist, going by the index or by numbered names, and do not: is a download complete?"""
+    names = weight_names(source.files)
+    if not names:
+        return ["its weight files"]
+    probe = Weights()
+    suffix = next(suffix for suffix in (".safetensors", ".bin", ".pt") if any(n.endswith(suffix) for n in names))
+    kind = [name for name in names if name.endswith(suffix)]
+    listed = _index(source, INDEX if suffix == ".safetensors" else PICKLE_INDEX, kind, probe)
+    if listed is None:
+        _missing_numbers(kind, probe)
+    return [name for finding in probe.findings if finding.code == "shard-missing" for name in finding.offenders]
+
+
+def read_weights(source: Source, allow_pickle: bool) -> Weights:
+    """Read the headers of the files vLLM would choose: safetensors, else ``.bin``, else ``.pt``."""
+    names = weight_names(source.files)
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    pickles = [n for n in names if n.endswith(".bin")] or [n for n in names if n.endswith(".pt")]
+    weights = Weights()
+    if safetensors:
+        _read_safetensors(source, safetensors, weights)
+        beside = [name for name in names if name not in safetensors]
+        if beside:
+            weights.findings.append(
+                Finding.info(
+                    "pickle-ignored", f"vLLM does not read {counted(len(beside), 'pickle file')} beside safetensors",
+                    some(beside), "delete them to save space",
+                )
+            )  # fmt: skip
+    elif pickles:
+        _read_pickles(source, pickles, weights, allow_pickle)
+    else:
+        weights.findings.append(_nothing(source))
+    return weights
+
+
+def _nothing(source: Source) -> Finding:
+    if INDEX in source.files or PICKLE_INDEX in source.files:
+        return Finding.error(
+            "shard-missing", "there is an index of weight files but none of the files", (), "download the model again"
+        )
+    gguf = [name for name in source.files if name.endswith(".gguf")]
+    if gguf:
+        return Finding.error(
+            "weights-missing",
+            f"the weights are GGUF files ({', '.join(some(gguf))}), which are not read",
+            some(gguf),
+            "use the safetensors version of this model",
+        )
+    return Finding.error(
+        "weights-missing",
+        f"no weights: none of {counted(len(source.files), 'file')} is *.safetensors, *.bin or *.pt",
+        some(source.files),
+        "add the weight files, or name another folder",
+    )
+
+
+def _read_safetensors(source: Source, names: list[str], weights: Weights) -> None:
+    findings = weights.findings
+    consolidated = [name for name in names if name.startswith("consolidated")]
+    others = [name for name in names if name not in consolidated]
+    chosen = others or consolidated
+    if others and consolidated:
+        findings.append(
+            Finding.warning(
+                "stray-weights",
+                f"{', '.join(some(consolidated))} beside {counted(len(others), 'other safetensors file')}: vLLM "
+                "would switch to the Mistral format and read only the consolidated weights",
+                some(consolidated),
+                "delete the consolidated files, or set engine_kwargs load_format, config_format and tokenizer_mode",
+            )
+        )
+    listed = _index(source, INDEX, names, weights)
+    if listed is not None:
+        chosen = [name for name in names if name in set(listed.values())]
+        stray = [name for name in others if name not in chosen]
+        if stray:
+            findings.append(
+                Finding.warning(
+                    "stray-weights",
+                    f"{counted(len(stray), 'safetensors file')} not in {INDEX}, which vLLM does not read",
+                    some(stray),
+                    "delete them, or correct the index if they belong to the model",
+                )
+            )
+    elif len(chosen) > 1 and INDEX not in source.files:
+        findings.append(
+            Finding.warning(
+                "index-missing",
+                f"{counted(len(chosen), 'safetensors file')} without {INDEX}: vLLM reads them all",
+                some(chosen),
+                f"add {INDEX}, and delete files that do not belong to the model",
+            )
+        )
+    if listed is None:
+        _missing_numbers(chosen, weights)
+    source.prefetch((name, FIRST_READ) for name in chosen)
+    readable = _read_files(source, chosen, weights)
+    if listed is not None:
+        _compare(listed, readable, weights)
+
+
+def _read_files(source: Source, names: list[str], weights: Weights) -> set[str]:
+    """Read every header into `weights`; returns the files that could be read."""
+    readable: set[str] = set()
+    twice: list[str] = []
+    for name in names:
+        try:
+            with source.open(name) as file:
+                tensors, found = read_header(file, name, source.files[name])
+        except OSError as error:
+            weights.findings.append(_unreadable(name, error))
+            continue
+        weights.findings += found
+        if tensors or not found:
+            readable.add(name)
+        _merge(tensors, weights, twice)
+    _report_twice(twice, weights)
+    return readable
+
+
+def _merge(tensors: dict[str, Tensor], weights: Weights, twice: list[str]) -> None:
+    if weights.tensors.keys() & tensors.keys():
+        twice += [
+            f"{shown(name)} in {shown(weights.tensors[name].file)} and {shown(tensor.file)}"
+            for name, tensor in tensors.items()
+            if name in weights.tensors
+        ]
+    weights.tensors |= tensors
+
+
+def _report_twice(twice: list[str], weights: Weights) -> None:
+    if twice:
+        weights.findings.append(
+            Finding.error(
+                "duplicate-tensor",
+                f"{counted(len(twice), 'tensor')} in two files, and vLLM keeps whichever it reads last: {twice[0]}",
+                some(twice),
+                "delete the files that do not belong to the model",
+            )
+        )
+
+
+def _unreadable(name: str, error: OSError) -> Finding:
+    return Finding.error(
+        "file-unreadable",
+        f"{shown(name)} cannot be read: {error.strerror or error}",
+        some([name]),
+        "check the permissions of the file, or download it again",
+    )
+
+
+def _index(source: Source, index: str, names: list[str], weights: Weights) -> dict[str, str] | None:
+    """Tensor -> file of an index whose file names are sound; None without a usable index."""
+    value, found = read_object(source, index, "index-invalid", f"download {index} again")
+    weights.findings += found
+    if value is None:
+        return None
+    table = value.get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+        what = "has no weight_map object" if not isinstance(table, dict) else "maps tensors to what are no file names"
+        bad = [] if not isinstance(table, dict) else [k for k, file in table.items() if not isinstance(file, str)]
+        weights.findings.append(Finding.error("index-invalid", f"{index} {what}", some(bad), f"download {index} again"))
+        return None
+    files = sorted(set(table.values()))
+    escaping = [file for file in files if _escapes(file)]
+    nested = [file for file in files if "/" in file and file not in escaping]
+    absent = [file for file in files if file not in names and file not in escaping and file not in nested]
+    if escaping:
+        weights.findings.append(
+            Finding.error(
+                "path-escape",
+                f"{index} names files outside the folder: {', '.join(some(escaping))}; they were not opened",
+                some(escaping),
+                "take the model from a source you trust",
+            )
+        )
+    if nested:
+        weights.findings.append(
+            Finding.error(
+                "shard-subfolder",
+                f"{index} names files in sub-folders, where vLLM does not look: {', '.join(some(nested))}",
+                some(nested),
+                "move the files beside config.json and correct the index",
+            )
+        )
+    if absent:
+        weights.findings.append(
+            Finding.error(
+                "shard-missing",
+                f"{len(absent)} of {counted(len(files), 'file')} in {index} missing: {', '.join(some(absent[:5]))}",
+                some(absent),
+                "download the missing files",
+            )
+        )
+    return table
+
+
+def _escapes(file: str) -> bool:
+    parts = file.replace("\\", "/").split("/")
+    return not file or ".." in parts or parts[0] == "" or ":" in parts[0] or "\\" in file or "\0" in file
+
+
+def _missing_numbers(names: list[str], weights: Weights) -> None:
+    """Without an index, the names themselves (``model-00001-of-00003``) tell which files are missing."""
+    families: dict[tuple[str, str, str], set[int]] = {}
+    for name in names:
+        if found := _NUMBERED.fullmatch(name):
+            families.setdefault((found[1], found[4], found[5]), set()).add(int(found[2]))
+    for (stem, total, suffix), numbers in families.items():
+        missing = int(total) - len(numbers)
+        if missing > 0:
+            absent = [n for n in range(1, int(total) + 1) if n not in numbers][:20]
+            offenders = [f"{stem}{n:0{len(total)}d}-of-{total}{suffix}" for n in absent]
+            weights.findings.append(
+                Finding.error(
+                    "shard-missing",
+                    f"{missing} of {int(total)} files missing: {', '.join(some(offenders[:5]))}",
+                    some(offenders),
+                    "download the missing files",
+                )
+            )
+
+
+def _compare(listed: dict[str, str], readable: set[str], weights: Weights) -> None:
+    """The index against the headers. vLLM reads whole files, so only a tensor that is nowhere is an error."""
+    tensors = weights.tensors
+    absent = [name for name, file in listed.items() if name not in tensors and file in readable]
+    moved = [name for name, file in listed.items() if name in tensors and tensors[name].file != file]
+    unlisted = [name for name in tensors if name not in listed]
+    if absent:
+        first = f"{shown(absent[0])} in {shown(listed[absent[0]])}"
+        weights.findings.append(
+            Finding.error(
+                "index-tensor-missing",
+                f"{counted(len(absent), 'tensor')} named in {INDEX} but absent from the file: {first}",
+                some(absent),
+                "download the files again; index and shards are of different versions",
+            )
+        )
+    if moved:
+        first = f"{shown(moved[0])} is in {shown(tensors[moved[0]].file)}, not {shown(listed[moved[0]])}"
+        weights.findings.append(
+            Finding.warning(
+                "index-mismatch",
+                f"{counted(len(moved), 'tensor')} in another file than {INDEX} says: {first}",
+                some(moved),
+                "write the index again",
+            )
+        )
+    if unlisted:
+        weights.findings.append(
+            Finding.warning(
+                "index-tensor-unlisted",
+                f"{counted(len(unlisted), 'tensor')} not named in {INDEX}, which vLLM loads all the same: "
+                f"{shown(unlisted[0])}",
+                some(unlisted),
+                "write the index again, or delete the file they come from",
+            )
+        )
+
+
+def _read_pickles(source: Source, names: list[str], weights: Weights, allow_pickle: bool) -> None:
+    if not allow_pickle:
+        weights.findings.append(
+            Finding.error(
+                "pickle-weights",
+                f"the weights are only in pickle files ({', '.join(some(names[:3]))}), which can run code when loaded",
+                some(names),
+                "convert them with `quantserve convert`, or set engine_config.allow_pickle: true if you trust them",
+            )
+        )
+        return
+    weights.findings.append(
+        Finding.warning(
+            "pickle-allowed",
+            f"the weights are pickle files ({', '.join(some(names[:3]))}), allowed by allow_pickle",
+            some(names),
+            "convert them to safetensors with `quantserve convert`",
+        )
+    )
+    listed = _index(source, PICKLE_INDEX, names, weights)
+    if listed is None:
+        _missing_numbers(names, weights)
+    twice: list[str] = []
+    for name in names:
+        try:
+            with source.open(name) as file:
+                tensors, other, found = read_pickle(file, name)
+        except OSError as error:
+            weights.findings.append(_unreadable(name, error))
+            continue
+        weights.findings += found
+        weights.other |= other
+        _merge(tensors, weights, twice)
+    _report_twice(twice, weights)

@@ -1,9 +1,107 @@
-"""The light module of the fp16 plugin."""
+"""The fp16 plugin: unquantized checkpoints, served as they are. Also the tutorial: read it top to bottom.
 
-from quantserve.api import Method, hookimpl
+A plugin is a module with hooks. This one is named by the entry point ``fp16`` of the group
+``quantserve.plugins`` in pyproject.toml, and imports nothing but ``quantserve.api`` and itself: no
+torch, no vLLM, because hooks run in ``quantserve list`` and ``check`` as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from quantserve.api import (
+    Checkpoint,
+    Expected,
+    Finding,
+    Linear,
+    Method,
+    ModelConfig,
+    PerformanceProfile,
+    Target,
+    check_linears,
+    hookimpl,
+)
+from quantserve_fp16.reference import published
+
+FLOATS = ("F16", "BF16", "F32")
+QUANTIZED = ("qweight", "qzeros", "lookup_table", "weight_packed", "weight_scale", "weight_scale_inv")
 
 
 @hookimpl
 def quantserve_method() -> Method:
-    """Describe the method."""
-    return Method("fp16", "fp16", (16,), None)
+    """Say who we are. ``vllm_name`` None: vLLM needs no ``quantization`` argument for these."""
+    return Method(
+        name="fp16",
+        summary="unquantized float16, bfloat16 and float32 checkpoints",
+        bits=(16,),
+        vllm_name=None,
+        aliases=("none", "unquantized"),
+        devices=("cuda", "rocm", "cpu"),
+        dtypes=("float16", "bfloat16", "float32"),
+        homepage="https://docs.vllm.ai",
+    )
+
+
+@hookimpl
+def quantserve_detect(checkpoint: Checkpoint) -> bool:
+    """Claim a checkpoint whose config names no method and whose files hold plain weights only."""
+    return checkpoint.quantization_config is None and bool(checkpoint.tensors) and not quantized_tensors(checkpoint)
+
+
+@hookimpl
+def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
+    """Find what would make vLLM refuse the model or serve it wrong. Core has checked all that is not ours."""
+    if leftover := quantized_tensors(checkpoint):
+        return [
+            Finding.error(
+                "fp16-quantized-tensors",
+                f"{len(leftover)} quantized tensors in a model that is to be served unquantized: vLLM would fail at "
+                f"the first of them. First: {leftover[0]}",
+                leftover[:8],
+                "name the method in engine_kwargs.quantization, or add its quantization_config to config.json",
+            )
+        ]
+    findings = []
+    if checkpoint.tensors_complete:
+        # Every linear must be one plain weight [n, k]; the helper compares names, shapes and dtypes.
+        findings += check_linears(checkpoint, layout, code="fp16")
+    if model.dtype in (None, "auto") and emulates_float16(checkpoint, target):
+        findings.append(
+            Finding.info(
+                "fp16-dtype",
+                "the weights are float16, which this CPU only emulates; they will be served in bfloat16, which it has",
+                ["engine_kwargs.dtype"],
+                "set engine_kwargs.dtype to float16 to keep all bits, several times slower in batches and prompts",
+            )
+        )
+    return findings
+
+
+@hookimpl
+def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
+    """Give the vLLM arguments this model needs; what the config itself sets wins over them."""
+    return {"dtype": "bfloat16"} if emulates_float16(checkpoint, target) else {}
+
+
+@hookimpl
+def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
+    """Give the performance to expect; None where nothing is known."""
+    return published(checkpoint, model, target)
+
+
+# --- our own rules ------------------------------------------------------------------------------------
+
+
+def layout(linear: Linear) -> Mapping[str, Expected]:
+    """The tensors of one linear, by suffix."""
+    return {"weight": Expected((linear.n, linear.k), FLOATS)}
+
+
+def quantized_tensors(checkpoint: Checkpoint) -> list[str]:
+    """Names of tensors that only quantized checkpoints have."""
+    return sorted(name for name in checkpoint.tensors if name.rpartition(".")[2] in QUANTIZED)
+
+
+def emulates_float16(checkpoint: Checkpoint, target: Target) -> bool:
+    """Whether a float16 checkpoint meets a CPU that multiplies bfloat16 itself and float16 only by emulation."""
+    return target.device == "cpu" and checkpoint.torch_dtype == "float16" and "avx512_bf16" in target.features

@@ -1,9 +1,123 @@
-"""The light module of the squeezellm plugin."""
+"""The light module of the SqueezeLLM plugin: what `quantserve list`, `check` and `plan` ask.
 
-from quantserve.api import Method, hookimpl
+The method itself, which vLLM no longer has, is in the heavy modules behind ``quantserve_squeezellm:register``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from quantserve.api import Checkpoint, Finding, Method, ModelConfig, PerformanceProfile, Target, hookimpl
+from quantserve_squeezellm.config import config_findings, read_settings
+from quantserve_squeezellm.reference import published
+from quantserve_squeezellm.tensors import tensor_findings
+
+NAMES = ("squeezellm", "sqllm")
+PICKLES = (".pt", ".bin", ".pth")
 
 
 @hookimpl
 def quantserve_method() -> Method:
-    """Describe the method."""
-    return Method("squeezellm", "squeezellm", (3, 4), "squeezellm")
+    """Describe SqueezeLLM as this plugin serves it."""
+    return Method(
+        name="squeezellm",
+        summary="dense-and-sparse 3- and 4-bit weights with a codebook per output channel",
+        bits=(3, 4),
+        vllm_name="squeezellm",
+        aliases=("sqllm",),
+        minimum_capability=70,
+        devices=("cuda", "rocm", "cpu"),
+        dtypes=("float16", "bfloat16", "float32"),
+        homepage="https://arxiv.org/abs/2306.07629",
+    )
+
+
+@hookimpl
+def quantserve_detect(checkpoint: Checkpoint) -> bool:
+    """Claim what declares SqueezeLLM; without a declared method, lookup tables or the original `{"wbits": n}`."""
+    settings = read_settings(checkpoint)
+    if method := settings.values.get("quant_method"):
+        return str(method).lower() in NAMES
+    if any(name.endswith(".lookup_table") for name in checkpoint.tensors):
+        return True
+    return settings.where.endswith("quant_config.json") and "wbits" in settings.values
+
+
+@hookimpl
+def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
+    """Check files, settings, tensors and tensor-parallel shards."""
+    settings = read_settings(checkpoint, model)
+    if str(settings.values.get("quant_method") or "squeezellm").lower() not in NAMES:
+        return []  # the core has said so
+    original = original_file_findings(checkpoint, model)
+    if any(finding.code == "squeezellm-pickle" for finding in original) and not checkpoint.tensors:
+        return original
+    tables = any(name.endswith((".lookup_table", ".qweight")) for name in checkpoint.tensors)
+    if not tables and checkpoint.tensors_complete:
+        return [
+            Finding.error(
+                "squeezellm-not-quantized",
+                "the model asks for SqueezeLLM, but the checkpoint has no lookup tables",
+                ["engine_kwargs.quantization"],
+                "leave engine_kwargs.quantization out to serve it unquantized, or use a SqueezeLLM export",
+            )
+        ]
+    findings = [*original, *config_findings(settings)]
+    if not checkpoint.tensors_complete or any(finding.code == "squeezellm-bits" for finding in findings):
+        return findings  # every tensor would be reported too
+    return [*findings, *tensor_findings(checkpoint, settings, model.tensor_parallel_size)]
+
+
+@hookimpl
+def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
+    """The method, which vLLM cannot see in the original files, and the dtype of the activations."""
+    old = target.device == "cuda" and (target.capability or 80) < 80  # no bfloat16 before Ampere
+    bfloat16 = checkpoint.torch_dtype == "bfloat16" and not old
+    return {"quantization": "squeezellm", "dtype": "bfloat16" if bfloat16 else "float16"}
+
+
+@hookimpl
+def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
+    """RayLLM's published numbers, for exactly what they were measured on."""
+    return published(checkpoint, model, target)
+
+
+@hookimpl
+def quantserve_quantizer() -> str:
+    """Plain k-means; needs torch."""
+    return "quantserve_squeezellm._quantize:quantize"
+
+
+@hookimpl
+def quantserve_converter() -> str:
+    """The original ``.pt`` files to safetensors; needs torch."""
+    return "quantserve_squeezellm._convert:convert"
+
+
+def original_file_findings(checkpoint: Checkpoint, model: ModelConfig) -> list[Finding]:
+    """The original files need conversion: pickles, and for LLaMA-1 the tensors of the base model."""
+    findings = []
+    pickles = sorted(name for name in checkpoint.files if name.endswith(PICKLES))
+    if pickles and not any(name.endswith(".safetensors") for name in checkpoint.files):
+        severity = Finding.warning if model.allow_pickle else Finding.error
+        findings.append(
+            severity(
+                "squeezellm-pickle",
+                f"the weights are a pickle, {pickles[0]}, as SqueezeLLM published them",
+                pickles,
+                f"quantserve convert --method squeezellm --allow-pickle {checkpoint.source} DESTINATION",
+            )
+        )
+    quantized = any(name.endswith(".qweight") for name in checkpoint.tensors)
+    embedding = any("embed" in name or name.endswith("wte.weight") for name in checkpoint.tensors)
+    if quantized and not embedding and checkpoint.tensors_complete:
+        findings.append(
+            Finding.error(
+                "squeezellm-linears-only",
+                "the file holds only the quantized linears, as published for LLaMA-1 and Vicuna v1.1: embeddings, "
+                "norms and lm_head are missing, and vLLM would serve garbage in their place",
+                ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"],
+                f"quantserve convert --method squeezellm --allow-pickle --base BASE {checkpoint.source} DESTINATION",
+            )
+        )
+    return findings

@@ -1,0 +1,134 @@
+"""The AWQ settings of a checkpoint: where they are written, which are missing, which vLLM cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantserve.api import Checkpoint, Finding, ModelConfig
+
+FILE_NAMES = ("quantize_config.json", "quant_config.json")
+# Value -> spellings; vLLM looks for the first one first.
+KEYS = {
+    "bits": ("w_bit", "bits"),
+    "group_size": ("q_group_size", "group_size"),
+    "zero_point": ("zero_point",),
+}
+EXAMPLE = '{"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm"}'
+
+
+@dataclass(frozen=True)
+class Written:
+    """A quantization config and where it stands.
+
+    Attributes:
+        where: ``config.json``, the file's name, or ``hf_overrides`` of the model config.
+        values: the mapping as written.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+
+    def get(self, key: str) -> Any:
+        """The value of ``bits``, ``group_size`` or ``zero_point`` under any of its spellings, else None."""
+        return next((self.values[name] for name in KEYS[key] if name in self.values), None)
+
+    @property
+    def declares_method(self) -> bool:
+        """Whether ``quant_method`` says something."""
+        return bool(self.values.get("quant_method"))
+
+    @property
+    def group_size(self) -> int | None:
+        """The group size when it is a usable one."""
+        value = self.get("group_size")
+        return value if is_integer(value) and (value > 0 or value == -1) else None
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """``modules_to_not_convert``."""
+        value = self.values.get("modules_to_not_convert")
+        return tuple(item for item in value if isinstance(item, str)) if isinstance(value, (list, tuple)) else ()
+
+
+def is_integer(value: object) -> bool:
+    """Whether a JSON value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def written_config(checkpoint: Checkpoint, model: ModelConfig | None = None) -> Written | None:
+    """The quantization config that will count: the user's ``hf_overrides``, config.json's, or that of a file."""
+    overrides = model.engine_kwargs.get("hf_overrides") if model else None
+    override = overrides.get("quantization_config") if isinstance(overrides, Mapping) else None
+    if isinstance(override, Mapping):
+        return Written("hf_overrides", override)
+    if checkpoint.quantization_config is not None:
+        return Written("config.json", checkpoint.quantization_config)
+    where = min((name for name in checkpoint.quant_files if name.endswith(FILE_NAMES)), default=None)
+    return Written(where, checkpoint.quant_files[where]) if where else None
+
+
+def config_findings(written: Written) -> list[Finding]:
+    """What is wrong with the settings themselves; the core has checked where they are."""
+    findings = key_findings(written)
+    bits, zero_point = written.get("bits"), written.get("zero_point")
+    version = str(written.values.get("version") or "gemm")
+    if is_integer(bits) and bits != 4:
+        findings.append(
+            Finding.error(
+                "awq-bits",
+                f"{written.where} says {bits} bits; vLLM serves AWQ with 4 bits only",
+                [written.where],
+                "use a 4-bit export of the model",
+            )
+        )
+    if zero_point is False:
+        findings.append(
+            Finding.error(
+                "awq-zero-point",
+                f"{written.where} says zero_point: false; vLLM then ignores qzeros on CPU and subtracts them on GPU, "
+                "so that the tokens depend on the machine",
+                [f"{written.where}: zero_point"],
+                "quantize with zero points; if the file has them after all, set zero_point to true",
+            )
+        )
+    if version.lower() != "gemm":
+        findings.append(
+            Finding.error(
+                "awq-version",
+                f"{written.where} says version {version}; vLLM reads every AWQ file as gemm and would misread this one",
+                [f"{written.where}: version"],
+                'export the model again with version "gemm"',
+            )
+        )
+    return findings
+
+
+def key_findings(written: Written) -> list[Finding]:
+    """Keys that are missing or hold something else than they should."""
+    missing, bad = [], []
+    for key, spellings in KEYS.items():
+        value = written.get(key)
+        if not any(name in written.values for name in spellings):
+            missing.append(" or ".join(reversed(spellings)))
+        elif key == "group_size":
+            if written.group_size is None:
+                bad.append(f"group_size is {str(value)[:40]!r}, not a positive number or -1")
+        elif not (isinstance(value, bool) if key == "zero_point" else is_integer(value)):
+            bad.append(f"{key} is {str(value)[:40]!r}, not {'true or false' if key == 'zero_point' else 'a number'}")
+    findings = []
+    if missing:
+        findings.append(
+            Finding.error(
+                "awq-missing-keys",
+                f"{written.where} does not give {', '.join(missing)}; vLLM has no default for them",
+                missing,
+                f"complete it, for example {EXAMPLE}",
+            )
+        )
+    if bad:
+        findings.append(
+            Finding.error("awq-bad-keys", f"{written.where}: {'; '.join(bad)}", bad, f"write it like {EXAMPLE}")
+        )
+    return findings

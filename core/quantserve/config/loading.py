@@ -1,0 +1,410 @@
+"""From what a person names (files, folders, models) to an `AppConfig`."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from quantserve.config.migrate import EMBEDDING_FIX, TRTLLM_FIX, migrate
+from quantserve.config.model import AppConfig, ModelConfig
+from quantserve.config.report import Report, got, unknown_key
+from quantserve.config.schema import HttpConfig
+from quantserve.config.source import SUFFIXES, Located, from_object, parse, read
+from quantserve.errors import ConfigError
+
+HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+IMPORT_PATH: Final = "quantserve.serve.app:build"
+RAYLLM_IMPORT_PATHS: Final = ("rayllm.backend:router_application", "rayllm.backend:llm_application")
+MAX_FILES: Final = 1000
+
+_MODEL_KEYS: Final = tuple(ModelConfig.model_fields)
+_APP_KEYS: Final = ("models", "http")
+_SERVE_KEYS: Final = (
+    "applications", "http_options", "proxy_location", "grpc_options", "logging_config", "controller_options",
+    "tracing_config", "target_capacity",
+)  # fmt: skip
+_APPLICATION_KEYS: Final = (
+    "name", "route_prefix", "import_path", "args", "runtime_env", "deployments", "logging_config", "host", "port",
+    "autoscaling_policy", "external_scaler_enabled",
+)  # fmt: skip
+
+
+def load(sources: Sequence[str | Path]) -> AppConfig:
+    """Load app files, model files, folders of them (recursively) and bare models.
+
+    A bare model is a folder with a ``config.json``, or a hub id ``org/name``; it gets defaults.
+
+    Raises:
+        ConfigError: with file:line, what is wrong and the fix; all problems of all files at once.
+    """
+    if isinstance(sources, str | Path):
+        sources = [sources]
+    loader = _Loader()
+    for given in sources:
+        loader.named(str(given), str(given), [Path()], None)
+    return loader.app()
+
+
+def load_object(obj: object, where: str) -> AppConfig:
+    """Load an app or model given as plain values, such as the ``args`` of a Ray Serve application.
+
+    Args:
+        obj: a dict with ``models``, or one model.
+        where: what to call it in messages.
+
+    Raises:
+        ConfigError: what is wrong and the fix.
+    """
+    loader = _Loader()
+    loader.document(from_object(obj, where, Path()))
+    return loader.app()
+
+
+def is_model_source(source: str | Path) -> bool:
+    """Whether `source` names a bare model (checkpoint folder or hub id), not a config."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return (path / "config.json").is_file()
+    return _is_hub_id(str(source), [Path()])
+
+
+def model_from_source(
+    source: str | Path,
+    *,
+    quantization: str | None = None,
+    tensor_parallel_size: int | None = None,
+    max_model_len: int | None = None,
+    allow_pickle: bool | None = None,
+) -> ModelConfig:
+    """A model with defaults for a checkpoint folder or hub id.
+
+    Raises:
+        ConfigError: `source` is neither, or an argument is out of range.
+    """
+    if not is_model_source(source):
+        raise ConfigError(_not_found(str(source), [Path()]))
+    engine: dict[str, Any] = {"model_id": str(source)}
+    path = Path(source).expanduser()
+    if path.exists():
+        engine = {"model_id": _folder_id(path), "hf_model_id": str(path.resolve())}
+    if quantization:
+        engine["engine_kwargs"] = {"quantization": quantization}
+    if max_model_len is not None:
+        engine["max_total_tokens"] = max_model_len
+    if allow_pickle:
+        engine["allow_pickle"] = True
+    scaling = {} if tensor_parallel_size is None else {"num_workers": tensor_parallel_size}
+    values = {"engine_config": engine, "scaling_config": scaling}
+    report = Report()
+    try:
+        return ModelConfig.model_validate(values).located(str(source))
+    except ValidationError as error:
+        report.invalid(Located(values, str(source)), error, ModelConfig)
+        raise ConfigError("\n".join(report.problems)) from None
+
+
+class _Loader:
+    """Collects models, notes and problems over all sources."""
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self.models: list[ModelConfig] = []
+        self.disabled = 0
+        self.http: tuple[HttpConfig, Located] | None = None
+
+    def app(self) -> AppConfig:
+        """Everything loaded, or one error with every problem."""
+        self._unique()
+        self.report.raise_problems()
+        if not self.models:
+            why = f"all {self.disabled} models have `enabled: false`" if self.disabled else "no models are given"
+            raise ConfigError(f"nothing to serve: {why}")
+        http = self.http[0] if self.http else HttpConfig()
+        return AppConfig(models=self.models, http=http, notes=self.report.notes)
+
+    def _unique(self) -> None:
+        seen: dict[str, ModelConfig] = {}
+        for model in self.models:
+            first = seen.setdefault(model.route, model)
+            if first is model:
+                continue
+            same = "has the id" if first.model_id == model.model_id else f"shares the route {model.route} with the id"
+            self.report.problems.append(
+                f"{model.where}: {model.model_id} {same} of {first.model_id} at {first.where}\n"
+                "  fix: give each model its own engine_config.model_id"
+            )
+
+    def named(self, text: str, label: str, folders: Sequence[Path], origin: Located | None) -> None:
+        """Load what a string names: a path (tried in each of `folders`), a hub id, or inline YAML."""
+        try:
+            for folder in folders:
+                path = folder / Path(text).expanduser() if "\n" not in text and len(text) < 1024 else None
+                if path is not None and path.exists():
+                    self._path(path, str(path))
+                    return
+            if origin and ("\n" in text or ": " in text or text.lstrip().startswith("{")):
+                self._inline(text, label, folders[0])
+            elif _is_hub_id(text, folders):
+                self.models.append(model_from_source(text).located(label))
+            else:
+                raise ConfigError(f"{label}: {_not_found(text, folders)}" if origin else _not_found(text, folders))
+        except ConfigError as error:
+            self.report.problems.append(str(error))
+        except (OSError, ValueError) as error:  # a name the file system refuses, such as one with a NUL
+            self.report.problems.append(f"{label}: {text[:80]!r} is no path: {error}")
+
+    def _inline(self, text: str, label: str, folder: Path) -> None:
+        doc = parse(text, f"{label} (inline)", folder)
+        if not isinstance(doc.value, dict):
+            raise ConfigError(f"{label}: {text[:60]!r} is neither an existing path nor the YAML of a model")
+        self.document(doc)
+
+    def _path(self, path: Path, label: str) -> None:
+        if path.is_dir() and (path / "config.json").is_file():
+            self.models.append(model_from_source(path).located(label))
+        elif path.is_dir():
+            files = _config_files(path)
+            if not files:
+                raise ConfigError(
+                    f"{label}: a folder without config.json, and without config files ({', '.join(SUFFIXES)})"
+                )
+            for file in files:
+                self._file(file)
+        elif path.suffix.lower() in SUFFIXES:
+            self._file(path)
+        else:
+            fix = ""
+            if path.suffix in (".safetensors", ".bin", ".pt"):
+                fix = f"\n  fix: name the folder, {path.parent}"
+            raise ConfigError(f"{label}: not a config file ({', '.join(SUFFIXES)}){fix}")
+
+    def _file(self, path: Path) -> None:
+        try:
+            self.document(read(path))
+        except ConfigError as error:
+            self.report.problems.append(str(error))
+
+    def document(self, doc: Located) -> None:
+        """Load one parsed file: a model, an app file or a Ray Serve config."""
+        problems, notes = len(self.report.problems), len(self.report.notes)
+        self._document(doc)
+        if not isinstance(doc.value, dict) or "engine_config" in doc.value:
+            self.report.sort(problems, notes)
+
+    def _document(self, doc: Located) -> None:
+        value = doc.value
+        if value is None:
+            self.report.problem(doc, (), "an empty file, a config is expected")
+        elif not isinstance(value, dict):
+            self.report.problem(doc, (), f"a mapping (`key: value`) is expected, got {got(value)}")
+        elif "applications" in value:
+            self._serve_config(doc)
+        elif any(key in value for key in ("models", "embedding_models", "trtllm_models")):
+            self._app(doc)
+        elif any(key in value for key in _MODEL_KEYS):
+            self._model(doc)
+        else:
+            key = next(iter(value), None)
+            known = ["models", "applications", *_MODEL_KEYS]
+            found = f"; {unknown_key(key, known)[0]}" if key else ""
+            message = (
+                "no config: an app file has `models:`, a model has `engine_config:`, a Serve config `applications:`"
+            )
+            self.report.problem(doc, (key,) if key else (), message + found)
+
+    def _app(self, doc: Located) -> None:
+        for key in doc.value:
+            if key == "embedding_models":
+                self.report.problem(
+                    doc, (key,), "RayLLM's embedding engine is gone", f"list them in `models`; {EMBEDDING_FIX}"
+                )
+            elif key == "trtllm_models":
+                self.report.problem(doc, (key,), "TensorRT-LLM is not served", f"list them in `models`; {TRTLLM_FIX}")
+            elif key not in _APP_KEYS:
+                self.report.problem(doc, (key,), *unknown_key(key, list(_APP_KEYS)))
+        if doc.value.get("http") is not None:
+            self._http(doc.at("http"))
+        if "models" in doc.value:
+            self._models(doc.at("models"))
+
+    def _models(self, doc: Located) -> None:
+        value = doc.value
+        if value is None or value == [] or value == "":
+            self.report.problem(doc, (), "no models are given", "list paths, folders, hub ids or models")
+        for entry in [doc.at(index) for index in range(len(value))] if isinstance(value, list) else [doc]:
+            if isinstance(entry.value, str) and entry.value:
+                folders = [entry.folder or Path(), Path()]
+                self.named(entry.value, entry.where(), list(dict.fromkeys(folders)), entry)
+            elif isinstance(entry.value, dict):
+                self._model(entry)
+            elif entry.value not in (None, "") or isinstance(value, list):
+                self.report.problem(entry, (), f"a path, folder, hub id or model is expected, got {got(entry.value)}")
+
+    def _model(self, doc: Located) -> None:
+        doc = replace(doc, value=copy.deepcopy(doc.value), moved={})
+        before = len(self.report.problems)
+        migrated = migrate(doc, self.report)
+        if migrated is None:
+            return
+        try:
+            model = ModelConfig.model_validate(migrated.value)
+        except ValidationError as error:
+            self.report.invalid(migrated, error, ModelConfig)
+            return
+        if len(self.report.problems) > before:
+            return
+        if not model.enabled:
+            self.disabled += 1
+            return
+        self._resolve(model, migrated)
+        self.models.append(model.located(migrated.where("engine_config")))
+
+    def _resolve(self, model: ModelConfig, doc: Located) -> None:
+        """Make paths in the model absolute; they start at its file, or else at the working directory."""
+        engine = model.engine_config
+        beside = (doc.folder or Path()) / engine.model_id
+        if engine.hf_model_id is None and (beside / "config.json").is_file():
+            engine.hf_model_id = str(beside.resolve())
+        if engine.hf_model_id is not None:
+            engine.hf_model_id = _resolved(engine.hf_model_id, doc.folder)
+        if engine.tokenizer_id is not None:
+            engine.tokenizer_id = _resolved(engine.tokenizer_id, doc.folder)
+        template = engine.generation.chat_template
+        if template is not None and not any(char in template for char in "{\n"):
+            at = ("engine_config", "generation", "chat_template")
+            path = Path(_resolved(template, doc.folder))
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                self.report.problem(doc, at, f"the chat template {path} cannot be read: {error}")
+                return
+            engine.generation.chat_template = text
+
+    def _http(self, doc: Located) -> None:
+        try:
+            http = HttpConfig.model_validate(doc.value)
+        except ValidationError as error:
+            self.report.invalid(doc, error, HttpConfig)
+            return
+        if http.api_keys_file:
+            http.api_keys_file = _resolved("./" + http.api_keys_file, doc.folder)
+        if self.http and self.http[0] != http:
+            self.report.problem(doc, (), f"differs from `http` at {self.http[1].where()}", "keep one")
+        self.http = (http, doc)
+
+    def _serve_config(self, doc: Located) -> None:
+        for key in doc.value:
+            if key not in _SERVE_KEYS:
+                self.report.problem(doc, (key,), *unknown_key(key, list(_SERVE_KEYS)))
+            elif key not in ("applications", "http_options"):
+                self.report.note(doc, (key,), f"`{key}` acts under `serve deploy` only")
+        options = doc.value.get("http_options")
+        if isinstance(options, dict):
+            kept = {key: options[key] for key in ("host", "port") if key in options}
+            self._http(replace(doc.at("http_options"), value=kept))
+            for key in options.keys() - kept.keys():
+                self.report.note(doc, ("http_options", key), f"`http_options.{key}` acts under `serve deploy` only")
+        applications = doc.value["applications"]
+        if not isinstance(applications, list) or not applications:
+            self.report.problem(doc, ("applications",), f"a list of applications is expected, got {got(applications)}")
+            return
+        for index in range(len(applications)):
+            self._application(doc.at("applications", index))
+
+    def _application(self, doc: Located) -> None:
+        value = doc.value
+        if not isinstance(value, dict):
+            self.report.problem(doc, (), f"an application is a mapping, got {got(value)}")
+            return
+        for key in value:
+            if key not in _APPLICATION_KEYS:
+                self.report.problem(doc, (key,), *unknown_key(key, list(_APPLICATION_KEYS)))
+        path = value.get("import_path")
+        if path in RAYLLM_IMPORT_PATHS:
+            self.report.note(doc, ("import_path",), f"import_path `{path}` is now `{IMPORT_PATH}`")
+        elif path != IMPORT_PATH:
+            message = f"import_path {path!r} is no application of quantserve" if path else "`import_path` is missing"
+            self.report.problem(doc, ("import_path",) if path else (), message, f"use import_path: {IMPORT_PATH}")
+            return
+        for key in ("deployments", "runtime_env"):
+            if value.get(key):
+                self.report.note(doc, (key,), f"`{key}` of an application acts under `serve deploy` only")
+        args = value.get("args")
+        if not isinstance(args, Mapping) or not args:
+            self.report.problem(doc, ("args",) if "args" in value else (), "`args: {models: [...]}` is expected")
+            return
+        self._app(doc.at("args"))
+
+
+def _config_files(folder: Path) -> list[Path]:
+    """Config files under `folder`, without hidden folders and checkpoints."""
+    files: list[Path] = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not (Path(here, name) / "config.json").is_file()
+        )
+        files += [Path(here, name) for name in sorted(names) if name.lower().endswith(SUFFIXES) and name[0] != "."]
+        if len(files) > MAX_FILES:
+            raise ConfigError(f"{folder}: more than {MAX_FILES} config files\n  fix: name a smaller folder")
+    return files
+
+
+def _resolved(text: str, folder: Path | None) -> str:
+    """`text` as an absolute path if it is one; hub ids stay as they are."""
+    path = Path(text).expanduser()
+    if "\0" in text or "://" in text:
+        return text
+    if path.is_absolute():
+        return str(path)
+    for start in dict.fromkeys([folder or Path(), Path()]):
+        if (start / path).exists():
+            return str((start / path).resolve())
+    return str(((folder or Path()) / path).resolve()) if text.startswith(("./", "../")) else text
+
+
+def _is_hub_id(text: str, folders: Sequence[Path]) -> bool:
+    """Whether a name that is no path looks like ``org/name``; a folder called ``org`` makes it a mistyped path."""
+    return (
+        bool(HUB_ID.fullmatch(text))
+        and not text.lower().endswith((*SUFFIXES, ".safetensors", ".bin", ".pt", ".txt"))
+        and ".." not in text
+        and not any((folder / text.split("/", 1)[0]).is_dir() for folder in folders)
+    )
+
+
+def _folder_id(path: Path) -> str:
+    """An id for a checkpoint folder: its name, or ``org/name`` for a snapshot in the Hugging Face cache."""
+    path = path.resolve()
+    cached = path.parent.parent.name
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
+    return re.sub(r"[^\w.+-]+", "-", path.name, flags=re.ASCII).strip("-._") or "model"
+
+
+def _not_found(text: str, folders: Sequence[Path]) -> str:
+    """Say that nothing has this name, and which names are close."""
+    for folder in folders:
+        path = folder / Path(text).expanduser()
+        parent = path.parent
+        try:
+            if path.is_dir():
+                return f"{text}: a folder without config.json, so it holds no model"
+            names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
+        except (OSError, ValueError):
+            continue
+        if close := get_close_matches(path.name, names, n=3, cutoff=0.6):
+            return f"{text}: no such file or folder; did you mean {' or '.join(str(parent / name) for name in close)}?"
+    if HUB_ID.fullmatch(text):
+        return (
+            f"{text}: no such file or folder, and not taken as a hub id because a folder {text.split('/', 1)[0]} is here"
+            "\n  fix: for a hub id, write a model file with engine_config.model_id"
+        )
+    return f"{text[:200]}: no such file or folder, and not a hub id (org/name) either"

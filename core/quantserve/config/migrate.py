@@ -1,0 +1,287 @@
+"""RayLLM 0.5 models become today's, with a note for every key that changed its name, place or meaning.
+
+Works on plain values before they are validated, so that the schema knows today's names only. What cannot be honoured
+is a problem, not a note: an engine that is gone, weights in a mirror.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from quantserve.config.engine_args import REMOVED, unverifiable
+from quantserve.config.report import Report
+from quantserve.config.source import KeyPath, Located
+
+RAYLLM_CONTEXT: Final = 2048
+"""``max_total_tokens`` of a RayLLM file that names none."""
+
+LARGE_BATCH: Final = 8192
+
+ACCELERATORS: Final = {
+    "a10": "A10G", "a10g": "A10G", "a100": "A100", "a100_40g": "A100", "a100_80g": "A100", "a100_80g_aws": "A100",
+    "h100": "H100", "h200": "H200", "l4": "L4", "l40s": "L40S", "t4": "T4", "v100": "V100", "cpu": "",
+}  # fmt: skip
+"""RayLLM's ``accelerator_type_<name>`` -> the name that Ray detects; "" where nothing is detected."""
+
+EMBEDDING_FIX: Final = (
+    "remove type, optimize, max_batch_size and batch_wait_timeout_s, and set engine_kwargs: {runner: pooling}; "
+    "vLLM serves the model at /v1/embeddings"
+)
+TRTLLM_FIX: Final = "name the Hugging Face checkpoint in hf_model_id and remove type and the TensorRT-LLM keys"
+_ENGINE_KEYS: Final = {
+    "EmbeddingEngine": ("optimize", "max_batch_size", "batch_wait_timeout_s"),
+    "TRTLLMEngine": (
+        "model_local_path", "scheduler_policy", "logger_level", "max_num_sequences", "max_tokens_in_paged_kv_cache",
+        "kv_cache_free_gpu_mem_fraction", "enable_trt_overlap",
+    ),
+}  # fmt: skip
+_UNUSED_GENERATE_KWARGS: Final = {
+    "return_token_type_ids": "is an argument of a tokenizer, which no engine reads",
+    "early_stopping": "belongs to beam search",
+    "num_beams": "belongs to beam search",
+    "pad_token_id": "is taken from the tokenizer",
+    "eos_token_id": "is taken from the checkpoint; put further ids into stopping_sequences",
+}
+
+
+def migrate(doc: Located, report: Report) -> Located | None:
+    """Rewrite the model in `doc`, which holds a dict of its own to change; None when it is hopeless."""
+    model = doc.value
+    _drop_nulls(model, keep={("engine_config", "generation", "prompt_format")})
+    work = _Migration(doc, report)
+    engine = work.section("engine_config")
+    if not work.engine_is_served(engine):
+        return None
+    rayllm = "type" in engine or "model_type" in engine
+    work.engine(engine)
+    work.engine_kwargs(work.section("engine_config", "engine_kwargs"), engine)
+    work.generation(work.section("engine_config", "generation"))
+    work.deployment()
+    work.scaling()
+    work.drop((), "multiplex_config", "RayLLM never used it, and neither does quantserve")
+    if rayllm and "max_total_tokens" not in engine:
+        engine["max_total_tokens"] = RAYLLM_CONTEXT
+        report.note(
+            doc,
+            ("engine_config",),
+            f"engine_config.max_total_tokens is missing; RayLLM's default {RAYLLM_CONTEXT} is kept "
+            "(today's default is the checkpoint's own context)",
+        )
+    return doc
+
+
+def _drop_nulls(value: object, keep: set[KeyPath], path: KeyPath = ()) -> None:
+    """Treat ``key:`` without a value as absent, except where null has a meaning, and inside free mappings."""
+    if not isinstance(value, dict) or path[-1:] in (("engine_kwargs",), ("frontend_kwargs",), ("runtime_env",)):
+        return
+    for key in list(value):
+        if value[key] is None and (*path, key) not in keep:
+            del value[key]
+        else:
+            _drop_nulls(value.get(key), keep, (*path, key))
+
+
+class _Migration:
+    def __init__(self, doc: Located, report: Report) -> None:
+        self.doc, self.report = doc, report
+
+    def section(self, *path: str) -> dict[str, Any]:
+        """The mapping under `path`, or an empty one to look into when it is missing or no mapping."""
+        value: Any = self.doc.value
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else {}
+
+    def note(self, path: KeyPath, message: str) -> None:
+        self.report.note(self.doc, path, message)
+
+    def drop(self, path: tuple[str, ...], key: str, why: str) -> Any:
+        """Remove a key that has no effect any more, with a note."""
+        section = self.section(*path)
+        if key not in section:
+            return None
+        self.note((*path, key), f"`{self.doc.name(*path, key)}` is ignored: {why}")
+        return section.pop(key)
+
+    def rename(
+        self, path: tuple[str, ...], old: str, new: str, into: tuple[str, ...] | None = None, quiet: bool = False
+    ) -> None:
+        """Move ``path.old`` to ``(into or path).new``; giving both is a problem."""
+        target_path = path if into is None else into
+        source, target = self.section(*path), self._ensure(target_path)
+        if old not in source:
+            return
+        value = source.pop(old)
+        shown = new if into is None else self.doc.name(*target_path, new)
+        if target is None:
+            return
+        if new in target:
+            message = f"`{old}` is the old name of `{shown}`, and both are given"
+            self.report.problem(self.doc, (*path, old), message, f"remove `{old}`")
+            return
+        target[new] = value
+        if not quiet:
+            self.note((*path, old), f"`{old}` is now `{shown}`")
+        self.doc.moved[(*target_path, new)] = (*path, old)
+
+    def _ensure(self, path: tuple[str, ...]) -> dict[str, Any] | None:
+        value: Any = self.doc.value
+        for part in path:
+            if not isinstance(value, dict):
+                return None
+            value = value.setdefault(part, {})
+        return value if isinstance(value, dict) else None
+
+    def engine_is_served(self, engine: dict[str, Any]) -> bool:
+        kind = engine.get("type")
+        if kind not in _ENGINE_KEYS:
+            if engine.get("model_type") == "embedding":
+                kind = "EmbeddingEngine"
+            else:
+                return True
+        name, fix = ("TensorRT-LLM", TRTLLM_FIX) if kind == "TRTLLMEngine" else ("the embedding engine", EMBEDDING_FIX)
+        present = [key for key in _ENGINE_KEYS[str(kind)] if key in engine]
+        lost = f"; with it go {', '.join(present)}" if present else ""
+        at = "type" if "type" in engine else "model_type"
+        self.report.problem(self.doc, ("engine_config", at), f"RayLLM's {name} is gone, vLLM is the engine{lost}", fix)
+        return False
+
+    def engine(self, engine: dict[str, Any]) -> None:
+        at = ("engine_config",)
+        rayllm = "type" in engine
+        if engine.get("type", "VLLMEngine") == "VLLMEngine":
+            self.drop(at, "type", "vLLM is the only engine")
+        else:
+            message = f"unknown engine {engine.pop('type')!r}"
+            self.report.problem(self.doc, (*at, "type"), message, "remove the line; vLLM is the only engine")
+        self.drop(at, "model_type", "/v1/models tells what a model can do")
+        for key in ("env_vars_to_propogate", "env_vars_to_propagate"):
+            self.drop(at, key, "write the variables under engine_config.runtime_env.env_vars (HF_TOKEN is inherited)")
+        if rayllm and "tokenizer_id" in engine:
+            self.note((*at, "tokenizer_id"), "`tokenizer_id` now takes effect; RayLLM read it for embeddings only")
+        for key in ("s3_mirror_config", "gcs_mirror_config"):
+            if key in engine:
+                mirror = engine.pop(key)
+                uri = mirror.get("bucket_uri") if isinstance(mirror, dict) else None
+                self.report.problem(
+                    self.doc,
+                    (*at, key),
+                    "a mirror cannot be honoured: weights are checked before anything starts, so they must be "
+                    "in a folder or on a hub",
+                    f"copy {uri or 'the bucket'} to a folder that every node sees and name it in hf_model_id, "
+                    "or set HF_ENDPOINT to a hub mirror",
+                )
+
+    def engine_kwargs(self, kwargs: dict[str, Any], engine: dict[str, Any]) -> None:
+        at = ("engine_config", "engine_kwargs")
+        for key, why in REMOVED.items():
+            self.drop(at, key, why)
+        self.rename(at, "max_log_len", "max_log_len", into=("engine_config", "frontend_kwargs"))
+        if "disable_log_requests" in kwargs:
+            quiet = kwargs["disable_log_requests"]
+            if isinstance(quiet, bool):
+                kwargs["disable_log_requests"] = not quiet
+                self.note((*at, "disable_log_requests"), f"`disable_log_requests: {str(quiet).lower()}` is now "
+                          f"`enable_log_requests: {str(not quiet).lower()}`")  # fmt: skip
+            self.rename(at, "disable_log_requests", "enable_log_requests", quiet=True)
+        if kwargs.get("disable_log_stats") is True:
+            self.note((*at, "disable_log_stats"), "`disable_log_stats: true` leaves /metrics without engine metrics")
+        if "load_s3_path" in kwargs:
+            kwargs.pop("load_s3_path")
+            self.report.problem(
+                self.doc,
+                (*at, "load_s3_path"),
+                "a feature of Anyscale's private vLLM, which vLLM does not have",
+                "copy the weights to a folder and name it in hf_model_id; load_format: sharded_state reads "
+                "weights that were saved per GPU",
+            )
+        budget, context = kwargs.get("max_num_batched_tokens"), engine.get("max_total_tokens")
+        if type(budget) is int and budget > LARGE_BATCH:
+            room = f" of up to {context} tokens" if type(context) is int else ""
+            self.note(
+                (*at, "max_num_batched_tokens"),
+                f"`max_num_batched_tokens: {budget}` changed its meaning: RayLLM's vLLM needed room for a whole "
+                f"prompt{room}; today it is the token budget of one engine step, prompts are cut into chunks, and a "
+                "large budget costs memory and makes other requests wait (2048 to 8192 is usual; leave it out for "
+                "vLLM's own choice)",
+            )
+        for name in kwargs:
+            if unverifiable(name):
+                self.note(
+                    (*at, name), f"`{name}` is no engine argument of vLLM 0.32, and no vLLM is installed here to ask"
+                )
+
+    def generation(self, generation: dict[str, Any]) -> None:
+        at = ("engine_config", "generation", "generate_kwargs")
+        kwargs = generation.get("generate_kwargs")
+        if isinstance(kwargs, dict):
+            self.rename(at, "max_new_tokens", "max_tokens")
+            for key, why in _UNUSED_GENERATE_KWARGS.items():
+                self.drop(at, key, f"it {why}")
+            sample = self.drop(at, "do_sample", "temperature decides whether tokens are sampled")
+            if sample is False and kwargs.setdefault("temperature", 0) != 0:
+                message = (
+                    f"`do_sample: false` asks for the likeliest token and temperature {kwargs['temperature']} does not"
+                )
+                self.report.problem(self.doc, (*at, "temperature"), message, "remove one of the two")
+        stops = generation.get("stopping_sequences")
+        if isinstance(stops, str | int) and not isinstance(stops, bool):
+            generation["stopping_sequences"] = stops = [stops]
+        for index, stop in enumerate(stops if isinstance(stops, list) else ()):
+            value = stop[0] if isinstance(stop, list) and len(stop) == 1 else stop
+            if isinstance(value, str) and value.isascii() and value.isdigit():
+                generation["stopping_sequences"][index] = int(value[:18])
+                self.note(
+                    ("engine_config", "generation", "stopping_sequences", index),
+                    f"stopping sequence {value[:18]!r} is taken as a token id, as RayLLM meant it; "
+                    "for the text put it into generate_kwargs.stop",
+                )
+
+    def deployment(self) -> None:
+        at = ("deployment_config",)
+        self.rename(at, "max_concurrent_queries", "max_ongoing_requests")
+        scaling = (*at, "autoscaling_config")
+        self.rename(scaling, "target_num_ongoing_requests_per_replica", "target_ongoing_requests")
+        self.rename(scaling, "upscale_smoothing_factor", "upscaling_factor")
+        self.rename(scaling, "downscale_smoothing_factor", "downscaling_factor")
+        self._smoothing(self.section(*scaling), scaling)
+        actor = (*at, "ray_actor_options")
+        if "runtime_env" in self.section(*actor):
+            self.rename(actor, "runtime_env", "runtime_env", into=("engine_config",))
+        self._accelerators((*actor, "resources"))
+        seqs = self.section("engine_config", "engine_kwargs").get("max_num_seqs")
+        target = self.section(*scaling).get("target_ongoing_requests")
+        if type(seqs) is int and isinstance(target, int | float) and target > seqs:
+            self.note(
+                (*scaling, "target_ongoing_requests"),
+                f"target_ongoing_requests {target:g} is more than max_num_seqs {seqs}: requests queue inside the "
+                "engine before a replica is added",
+            )
+
+    def _smoothing(self, scaling: dict[str, Any], path: tuple[str, ...]) -> None:
+        if "smoothing_factor" not in scaling:
+            return
+        value = scaling.pop("smoothing_factor")
+        self.note((*path, "smoothing_factor"), "`smoothing_factor` is now `upscaling_factor` and `downscaling_factor`")
+        for new in ("upscaling_factor", "downscaling_factor"):
+            if new not in scaling:
+                scaling[new] = value
+                self.doc.moved[(*path, new)] = (*path, "smoothing_factor")
+
+    def scaling(self) -> None:
+        at = ("scaling_config",)
+        self.drop(at, "pg_timeout_s", "RayLLM never used it; Ray waits for resources and reports that it does")
+        self._accelerators((*at, "resources_per_worker"))
+
+    def _accelerators(self, path: tuple[str, ...]) -> None:
+        resources = self.section(*path)
+        for key in [name for name in resources if name.startswith("accelerator_type_")]:
+            name = key.removeprefix("accelerator_type_")
+            detected = ACCELERATORS.get(name.lower(), name.upper())
+            if not detected:
+                self.drop(path, key, "Ray detects no such resource on CPU nodes")
+                continue
+            new = f"accelerator_type:{detected}"
+            lost = " (Ray tells no memory sizes apart)" if name.lower().startswith("a100_") else ""
+            self.note((*path, key), f"`{key}` is now `{new}`, which Ray detects by itself{lost}")
+            self.rename(path, key, new, quiet=True)

@@ -1,0 +1,258 @@
+"""Deployment, scaling and HTTP sections of the config."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from quantserve.config.report import fault, got, unknown_key
+from quantserve.config.section import Section
+
+ACCELERATOR_SHARE = 0.001
+"""How much of ``accelerator_type:X`` a worker asks for: a constraint on the node, not an amount."""
+
+RUNTIME_ENV_KEYS = (
+    "env_vars", "pip", "uv", "conda", "working_dir", "py_modules", "py_executable", "excludes", "config",
+    "container", "image_uri", "nsight", "worker_process_setup_hook",
+)  # fmt: skip
+
+
+class AutoscalingConfig(Section):
+    """When Ray Serve adds and removes replicas of one model."""
+
+    min_replicas: int = Field(default=1, ge=0, description="Fewest replicas; 0 scales to zero when idle.")
+    initial_replicas: int | None = Field(default=None, ge=0, description="Replicas at the start; default min_replicas.")
+    max_replicas: int = Field(default=10, ge=1, description="Most replicas.")
+    target_ongoing_requests: float | None = Field(
+        default=None,
+        gt=0,
+        le=100_000,
+        description="Requests in progress per replica to aim at: above it replicas are added, below it removed. "
+        "Default: half of max_ongoing_requests.",
+    )
+    upscale_delay_s: float | None = Field(
+        default=None, ge=0, description="Seconds of load before adding; Ray's default 30."
+    )
+    downscale_delay_s: float | None = Field(
+        default=None, ge=0, description="Seconds of idling before removing; default 600."
+    )
+    downscale_to_zero_delay_s: float | None = Field(
+        default=None, ge=0, description="Seconds of idling before the last replica goes; default downscale_delay_s."
+    )
+    upscaling_factor: float | None = Field(
+        default=None, gt=0, description="Gain of additions; default 1, less is gentler."
+    )
+    downscaling_factor: float | None = Field(
+        default=None, gt=0, description="Gain of removals; default 1, less is gentler."
+    )
+    look_back_period_s: float | None = Field(
+        default=None, gt=0, description="Seconds the load is averaged over; default 30."
+    )
+    metrics_interval_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds between load reports; default 10. Deprecated by Ray in favour of the variables "
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S and RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S.",
+    )
+    aggregation_function: Literal["mean", "max", "min"] | None = Field(
+        default=None, description="How load reports inside the look-back period are combined; default mean."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        low, first, high = self.min_replicas, self.initial_replicas, self.max_replicas
+        if "max_replicas" not in self.model_fields_set:
+            high = self.max_replicas = max(high, low, first or 0)
+        if low > high:
+            raise fault(f"min_replicas {low} is more than max_replicas {high}", at="min_replicas")
+        if first is not None and not low <= first <= high:
+            raise fault(
+                f"initial_replicas {first} is not between min_replicas {low} and max_replicas {high}",
+                at="initial_replicas",
+            )
+        interval = self.metrics_interval_s or 10.0
+        if self.look_back_period_s is not None and self.look_back_period_s <= interval:
+            raise fault(
+                f"look_back_period_s {self.look_back_period_s:g} must be longer than metrics_interval_s {interval:g}, "
+                "or there is nothing to average",
+                at="look_back_period_s",
+            )
+        return self
+
+
+class RayActorOptions(Section):
+    """What the replica itself asks Ray for, beside its workers."""
+
+    num_cpus: float | None = Field(default=None, ge=0, description="CPUs of the replica.")
+    num_gpus: float | None = Field(default=None, ge=0, description="Must be 0: GPUs are given in scaling_config.")
+    memory: float | None = Field(default=None, gt=0, description="Bytes of main memory the replica reserves.")
+    resources: dict[str, float] | None = Field(default=None, description="Custom resources of the replica.")
+    accelerator_type: str | None = Field(default=None, description="Ray accelerator type of the node, e.g. A100.")
+    label_selector: dict[str, str] | None = Field(default=None, description="Labels the node must have.")
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _no_gpus(cls, value: float | None) -> float | None:
+        if value:
+            raise fault(
+                f"the replica itself takes no GPU, got {value:g}",
+                fix="remove it and set scaling_config.num_gpus_per_worker",
+            )
+        return value
+
+
+class BackpressureConfig(Section):
+    """The answer to requests that find the queue full."""
+
+    status_code: Literal[429, 503] = Field(default=503, description="HTTP status of the refusal.")
+    retry_after_s: float | None = Field(default=None, ge=0, description="Value of the Retry-After header, in seconds.")
+
+
+class DeploymentConfig(Section):
+    """The Ray Serve deployment of one model."""
+
+    autoscaling_config: AutoscalingConfig | None = Field(default=None, description="Scale with the load.")
+    num_replicas: int | None = Field(default=None, ge=1, description="A fixed number of replicas; default 1.")
+    max_ongoing_requests: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Most requests in progress in one replica; further ones wait in the router. "
+        "Default: engine_kwargs.max_num_seqs, else 256.",
+    )
+    max_queued_requests: int | None = Field(
+        default=None,
+        ge=-1,
+        description="Most requests waiting for a replica before new ones are refused; default -1, no limit.",
+    )
+    backpressure_config: BackpressureConfig | None = Field(
+        default=None, description="How requests beyond the queue are refused."
+    )
+    ray_actor_options: RayActorOptions | None = Field(default=None, description="Resources of the replica itself.")
+    health_check_period_s: float | None = Field(
+        default=None, gt=0, description="Seconds between health checks; default 10."
+    )
+    health_check_timeout_s: float | None = Field(
+        default=None, gt=0, description="Seconds a health check may take; default 30."
+    )
+    graceful_shutdown_timeout_s: float | None = Field(
+        default=None, ge=0, description="Seconds a stopping replica may take to finish its requests; default 20."
+    )
+    graceful_shutdown_wait_loop_s: float | None = Field(
+        default=None, gt=0, description="Seconds between looks at whether they are finished; default 2."
+    )
+    max_constructor_retry_count: int | None = Field(default=None, ge=1, description="Attempts to start a replica.")
+    logging_config: dict[str, Any] | None = Field(default=None, description="Ray Serve logging of the replica.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_elsewhere(cls, value: object) -> object:
+        for key in ("placement_group_bundles", "placement_group_strategy"):
+            if isinstance(value, dict) and key in value:
+                raise fault(f"{key} is computed from scaling_config", at=key, fix=f"remove {key}")
+        if isinstance(value, dict) and value.get("num_replicas") == "auto":
+            raise fault(
+                '"auto" would mean a target of 2 requests per replica, which starves an engine that batches',
+                at="num_replicas",
+                fix="write an autoscaling_config; its defaults follow max_ongoing_requests",
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DeploymentConfig:
+        scaling = self.autoscaling_config
+        if scaling and self.num_replicas is not None:
+            raise fault("num_replicas and autoscaling_config exclude each other", at="num_replicas", fix="keep one")
+        target, limit = scaling.target_ongoing_requests if scaling else None, self.max_ongoing_requests
+        if target and limit and target > limit:
+            raise fault(
+                f"target_ongoing_requests {target:g} is more than max_ongoing_requests {limit}, "
+                "so a replica can never reach it and load adds no replicas",
+                at=("autoscaling_config", "target_ongoing_requests"),
+                fix=f"aim at about {max(1, limit // 2)}",
+            )
+        return self
+
+    def serve_options(self) -> dict[str, Any]:
+        """Options for ``ray.serve.deployment``, without what the plan computes (placement groups)."""
+        options: dict[str, Any] = self.model_dump(exclude_none=True)
+        if not self.autoscaling_config:
+            options.setdefault("num_replicas", 1)
+        return options
+
+
+class ScalingConfig(Section):
+    """The workers of one replica."""
+
+    num_workers: int = Field(
+        default=1, ge=1, le=1024, description="Workers per replica, which is the tensor parallel size."
+    )
+    num_gpus_per_worker: float = Field(
+        default=1, ge=0, description="1; 0 on CPU; less than 1 lets models share a GPU (one worker only)."
+    )
+    num_cpus_per_worker: float = Field(default=1, ge=0, description="CPUs that Ray reserves per worker.")
+    placement_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(
+        default="PACK", description="How Ray places the workers; STRICT_PACK keeps them on one node."
+    )
+    resources_per_worker: dict[str, float] | None = Field(default=None, description="Custom Ray resources per worker.")
+    accelerator_type: str | None = Field(
+        default=None, description="Run on nodes with this accelerator only, by Ray's name: A10G, L4, A100, H100..."
+    )
+
+    @model_validator(mode="after")
+    def _placeable(self) -> ScalingConfig:
+        share = self.num_gpus_per_worker
+        if share > 1:
+            raise fault(
+                f"must be at most 1, got {share:g}", at="num_gpus_per_worker", fix="use more num_workers of 1 GPU each"
+            )
+        if 0 < share < 1 and self.num_workers > 1:
+            raise fault(
+                f"{self.num_workers} workers of {share:g} GPU could land on one GPU, which NCCL refuses",
+                at="num_gpus_per_worker",
+                fix="use 1 GPU per worker, or one worker",
+            )
+        for name, amount in (self.resources_per_worker or {}).items():
+            if amount < 0:
+                raise fault(f"must not be negative, got {amount:g}", at=("resources_per_worker", name))
+            if name in ("CPU", "GPU"):
+                key = f"num_{name.lower()}s_per_worker"
+                raise fault(f"{name} is set by {key}", at=("resources_per_worker", name), fix="move the value there")
+        if self.accelerator_type:
+            wanted = {f"accelerator_type:{self.accelerator_type}": ACCELERATOR_SHARE}
+            self.resources_per_worker = {**wanted, **(self.resources_per_worker or {})}
+        return self
+
+
+class HttpConfig(Section):
+    """Where the API listens."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to bind; 0.0.0.0 for every interface.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 picks a free one.")
+    api_keys_file: str | None = Field(
+        default=None, description="File with one API key per line; relative to this file."
+    )
+
+
+def check_runtime_env(env: dict[str, Any]) -> dict[str, Any]:
+    """Check a Ray runtime environment: known keys, text values, and nothing the composition decides."""
+    for key in env:
+        if key not in RUNTIME_ENV_KEYS:
+            raise fault(unknown_key(key, list(RUNTIME_ENV_KEYS))[0], at=key)
+    if len(several := [key for key in ("pip", "uv", "conda") if env.get(key)]) > 1:
+        raise fault(f"{' and '.join(several)} exclude each other", at=several[1], fix="keep one")
+    variables = env.get("env_vars") or {}
+    if not isinstance(variables, dict):
+        raise fault(f"must be a mapping (`NAME: value`), got {got(variables)}", at="env_vars")
+    for name, value in variables.items():
+        if not isinstance(value, str):
+            at = ("env_vars", name)
+            raise fault(f"an environment variable is text, got {got(value)}", at=at, fix="put the value in quotes")
+    if "VLLM_PLUGINS" in variables:
+        raise fault(
+            "VLLM_PLUGINS is set by quantserve to exactly the plugins this model names",
+            at=("env_vars", "VLLM_PLUGINS"),
+            fix="list the plugin under `plugins:`",
+        )
+    return env

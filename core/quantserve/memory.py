@@ -51,6 +51,7 @@ class MemoryEstimate:
         kv_cache_bytes: left for the KV cache (on a CPU: what the plan asks vLLM to take).
         kv_tokens: tokens that fit the KV cache.
         max_model_len: context length estimated for; 0 when unknown.
+        bytes_per_sequence: KV cache of one sequence of that length on one rank; 0 when unknown.
         sequences: sequences of that length that fit at once.
         cpu_kv_cache_gib: value for ``VLLM_CPU_KVCACHE_SPACE``, a whole number of GiB per rank.
         notes: how the numbers were found, where that is not obvious.
@@ -64,6 +65,7 @@ class MemoryEstimate:
     kv_cache_bytes: int
     kv_tokens: int
     max_model_len: int
+    bytes_per_sequence: int
     sequences: float
     cpu_kv_cache_gib: int
     notes: tuple[str, ...] = ()
@@ -86,7 +88,7 @@ def estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tupl
     findings = list(_check_settings(model))
     if findings:
         return None, findings
-    if not checkpoint.tensors and checkpoint.weight_bytes <= 0:
+    if not checkpoint.tensors and not _file_bytes(checkpoint):
         return None, []
     result = _estimate(checkpoint, model, target, model.tensor_parallel_size)
     return result, list(_judge(result, checkpoint, model, target))
@@ -99,7 +101,7 @@ def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> in
     row-parallel linears are on every rank. Floating-point tensors are counted in the served dtype.
     """
     if not checkpoint.tensors:
-        return -(-checkpoint.weight_bytes // ranks)
+        return -(-_file_bytes(checkpoint) // ranks)
     split = {linear.name: linear for linear in linears(checkpoint)}
     largest: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
@@ -123,6 +125,15 @@ def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> in
                 size = -(-size // ranks)
         total += size
     return total
+
+
+def _file_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the weight files, for those whose headers could not be read."""
+    for endings in ((".safetensors",), (".bin", ".pt", ".pth")):
+        sizes = [size for name, size in checkpoint.files.items() if name.endswith(endings) and size > 0]
+        if sizes:
+            return sum(sizes)
+    return 0
 
 
 def _bytes(tensor: Tensor, dtype_bytes: int) -> int:
@@ -157,7 +168,8 @@ def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks:
         kv_cache_bytes=left,
         kv_tokens=left // cache.bytes_per_token if cache.bytes_per_token else 0,
         max_model_len=length,
-        sequences=round(left / one_sequence, 2) if one_sequence else 0.0,
+        bytes_per_sequence=one_sequence,
+        sequences=math.floor(100 * left / one_sequence) / 100 if one_sequence else 0.0,
         cpu_kv_cache_gib=gib,
         notes=tuple(cache.notes),
     )
@@ -254,7 +266,7 @@ def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, t
     if not result.kv_bytes_per_token or not result.max_model_len:
         return
     if result.sequences < 1:
-        fits = int(result.sequences * result.max_model_len)
+        fits = result.kv_cache_bytes * result.max_model_len // result.bytes_per_sequence
         wider = _larger(checkpoint, model, target)
         yield Finding.error(
             "kv-cache-too-small",

@@ -195,7 +195,7 @@ def _derived(checkpoint: Checkpoint) -> Iterator[Linear]:
     for name, tensor in sorted(checkpoint.tensors.items()):
         module, _, suffix = name.rpartition(".")
         leaf = module.rpartition(".")[2]
-        if suffix != "weight" or len(tensor.shape) != 2 or block_of(name) is None:
+        if suffix != "weight" or len(tensor.shape) != 2 or 0 in tensor.shape or block_of(name) is None:
             continue
         if "embed" in leaf or "norm" in leaf:
             continue

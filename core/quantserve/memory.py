@@ -157,7 +157,8 @@ def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks:
         budget = int(target.memory_bytes * _utilization(model))
         gib = 1
         given = model.engine_kwargs.get("kv_cache_memory_bytes")
-        left = given if isinstance(given, int) else budget - weights - overhead
+        room = budget - weights - overhead
+        left = min(given, room) if isinstance(given, int) else room
     left = max(left, 0)
     return MemoryEstimate(
         ranks=ranks,
@@ -263,7 +264,17 @@ def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, t
             _larger(checkpoint, model, target) or "use a quantized checkpoint or a larger target",
         )
         return
-    if not result.kv_bytes_per_token or not result.max_model_len:
+    asked = result.cpu_kv_cache_gib * GIB
+    enough = result.sequences >= 1 or not result.bytes_per_sequence
+    if target.device == "cpu" and enough and asked > result.kv_cache_bytes:
+        yield Finding.error(
+            "memory-does-not-fit",
+            f"a KV cache of {gib(asked)}{each} (VLLM_CPU_KVCACHE_SPACE) is more than the {gib(result.kv_cache_bytes)} "
+            f"that weights and working memory ({gib(need)}) leave of {gib(result.budget_bytes)} usable of {where}",
+            ("VLLM_CPU_KVCACHE_SPACE",),
+            "ask for less KV cache, or use a machine with more memory",
+        )
+    if not result.bytes_per_sequence:
         return
     if result.sequences < 1:
         fits = result.kv_cache_bytes * result.max_model_len // result.bytes_per_sequence

@@ -200,7 +200,7 @@ def test_no_quant_method(check: Check) -> None:
         check(layout="awq", method=AWQ, config={"quantization_config": {"bits": 4, "group_size": 128}}),
         "quant-method-missing",
     )
-    assert "bits, group_size" in finding.message
+    assert "'bits', 'group_size'" in finding.message
 
 
 def test_a_quantization_config_that_is_no_object(check: Check) -> None:
@@ -354,7 +354,7 @@ def test_the_linears_own_tensors_are_left_to_the_method(check: Check) -> None:
 def test_biases_nobody_asked_for(check: Check) -> None:
     finding = the(check(bias=["q_proj"], config={"attention_bias": False}), "biases-ignored")
     assert finding.severity is Severity.WARNING
-    assert finding.offenders[0] == "model.layers.0.self_attn.q_proj.bias"
+    assert finding.offenders[0] == "model.layers.0.self_attn.q_proj.bias [256]"
 
 
 # --- vocabulary and tokenizer ---------------------------------------------------------------------------

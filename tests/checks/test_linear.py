@@ -208,7 +208,14 @@ def test_no_smaller_size_helps() -> None:
 
 
 def test_70b_is_quick() -> None:
-    sizes = {"layers": 80, "hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8, "vocab": 32000}
+    sizes: dict[str, Any] = {
+        "layers": 80,
+        "hidden": 8192,
+        "intermediate": 28672,
+        "heads": 64,
+        "kv_heads": 8,
+        "vocab": 32000,
+    }
     config = CONFIG | {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "num_key_value_heads": 8, "vocab_size": 32000,

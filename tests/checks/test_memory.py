@@ -17,7 +17,7 @@ KIB = 1024
 
 
 def llama(sizes: dict[str, int], method: str = "fp16", **config: Any) -> Checkpoint:
-    shapes = {key: value for key, value in sizes.items() if key != "shards"}
+    shapes: dict[str, Any] = {key: value for key, value in sizes.items() if key != "shards"}
     data = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16",
         "hidden_size": sizes["hidden"], "intermediate_size": sizes["intermediate"],
@@ -152,6 +152,13 @@ def test_the_users_cpu_cache_size_wins() -> None:
     model = ModelConfig.model_validate({"engine_config": engine})
     assert of(llama(LLAMA_7B), model, cpu(64))[0].cpu_kv_cache_gib == 3
     assert of(llama(LLAMA_7B), served(kv_cache_memory_bytes=5 * GIB), cpu(64))[0].cpu_kv_cache_gib == 5
+
+
+def test_more_cpu_cache_asked_for_than_there_is() -> None:
+    result, (finding,) = of(llama(LLAMA_7B), served(kv_cache_memory_bytes=50 * GIB), cpu(32))
+    assert finding.code == "memory-does-not-fit"
+    assert "a KV cache of 50.0 GiB" in finding.message
+    assert result.kv_cache_bytes < 32 * GIB
 
 
 def test_a_model_larger_than_ram() -> None:

@@ -39,6 +39,12 @@ def named(offenders: Sequence[str]) -> tuple[str, ...]:
     return tuple(offenders[:NAMED]) + ((f"and {more} more",) if more > 0 else ())
 
 
+def shown(tensor: Tensor) -> str:
+    """Name and shape of a tensor in at most some 250 characters, whatever the file says."""
+    shape = ", ".join(str(size) for size in tensor.shape[:8]) + (", ..." if len(tensor.shape) > 8 else "")
+    return f"{tensor.name if len(tensor.name) <= 160 else tensor.name[:157] + '...'} [{shape}]"
+
+
 def counted(count: int, singular: str) -> str:
     """``1 tensor``, ``3 tensors``."""
     return f"{count} {singular}" if count == 1 else f"{count} {singular}s"
@@ -96,7 +102,7 @@ def check_linears(
             what = wanted.get(suffix)
             if what is None:
                 if suffix not in ("bias", *CACHE_SCALES):
-                    unexpected.append(f"{linear.name}.{suffix} {list(tensor.shape)}")
+                    unexpected.append(shown(tensor))
                 continue
             _compare(tensor, what, misshapen, mistyped)
     for linear in dense:
@@ -223,7 +229,7 @@ def _compare(tensor: Tensor, what: Expected, misshapen: list[str], mistyped: lis
     )
     if not fits:
         shape = ", ".join("*" if size is None else str(size) for size in what.shape)
-        misshapen.append(f"{tensor.name} {list(tensor.shape)}, expected [{shape}]")
+        misshapen.append(f"{shown(tensor)}, expected [{shape}]")
     if tensor.dtype not in what.dtypes:
         mistyped.append(f"{tensor.name} {tensor.dtype}, expected {' or '.join(what.dtypes)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantserve.architecture import short
 from quantserve.engine_defaults import DTYPE_BYTES, served_dtype
 from quantserve.finding import Finding
 from quantserve.layers import block_of
@@ -51,9 +52,10 @@ def check_declared_method(
         return
     declared = config.get("quant_method")
     if not isinstance(declared, str) or not declared.strip():
+        keys = ", ".join(short(key) for key in list(config)[:8]) or "none"
         yield Finding.error(
             "quant-method-missing",
-            f"quantization_config has no quant_method (its keys: {', '.join(map(str, list(config)[:8])) or 'none'}); "
+            f"quantization_config has no quant_method (its keys: {keys}); "
             f"vLLM takes the model for unquantized and rejects the argument {method.vllm_name!r}",
             ["quantization_config.quant_method"],
             f'add "quant_method": "{method.vllm_name or method.name}" to quantization_config in config.json',
@@ -64,17 +66,17 @@ def check_declared_method(
     if declared not in (*method.names, method.vllm_name):
         yield Finding.error(
             "method-mismatch",
-            f"config.json declares quant_method {declared!r}, but {said} {model.quantization or method.name!r}",
+            f"config.json declares quant_method {short(declared)}, but {said} {model.quantization or method.name!r}",
             ["quantization_config.quant_method", "engine_kwargs.quantization"],
-            f"set engine_kwargs.quantization to {declared!r} (its plugin has to be installed), or leave it out",
+            f"set engine_kwargs.quantization to {short(declared)} (its plugin has to be installed), or leave it out",
         )
     elif method.vllm_name is not None and method.vllm_name.lower() != declared:
         synonyms = _GPU_SYNONYMS.get(declared, frozenset()) if target.device != "cpu" else frozenset()
         if method.vllm_name.lower() not in synonyms:
             yield Finding.error(
                 "method-mismatch",
-                f"config.json declares quant_method {declared!r}; vLLM on {target.device} does not accept the argument "
-                f"{method.vllm_name!r} of method {method.name!r} for it",
+                f"config.json declares quant_method {short(declared)}; vLLM on {target.device} does not accept "
+                f"the argument {method.vllm_name!r} of method {method.name!r} for it",
                 ["quantization_config.quant_method"],
                 f'write "quant_method": "{method.vllm_name}" into quantization_config of config.json',
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from quantserve.architecture import FAMILIES, class_names, model_type, read_architecture
+from quantserve.architecture import FAMILIES, class_names, model_type, read_architecture, short
 from quantserve.checks.method import check_declared_method, check_device, check_dtype
 from quantserve.checks.parallel import check_parallel
 from quantserve.checks.tensors import check_size, check_tensors
@@ -68,7 +68,7 @@ def _check_architecture(checkpoint: Checkpoint) -> Iterator[Finding]:
     if not problems and kind not in FAMILIES:
         yield Finding.info(
             "architecture-unknown",
-            f"the tensors of model type {kind or '(none)'!r} are not known by name (known: "
+            f"the tensors of model type {short(kind or '(none)')} are not known by name (known: "
             f"{', '.join(sorted(FAMILIES))}); missing and misshapen tensors are found only by comparing its blocks",
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from quantserve.architecture import Architecture, read_architecture
-from quantserve.checks.linear import CACHE_SCALES, FLOATS, counted, named
+from quantserve.checks.linear import CACHE_SCALES, FLOATS, counted, named, shown
 from quantserve.finding import Finding
 from quantserve.layers import block_of, is_multimodal, linears, lm_head_name, modules, other_tensors
 
@@ -70,7 +70,7 @@ def _check_shapes(
             continue
         if tensor.shape != shape:
             rows = name.endswith(_VOCABULARY) and tensor.shape[1:] == shape[1:]
-            (vocabulary if rows else misshapen).append(f"{name} {list(tensor.shape)}, expected {list(shape)}")
+            (vocabulary if rows else misshapen).append(f"{shown(tensor)}, expected {list(shape)}")
         if tensor.dtype not in FLOATS:
             mistyped.append(f"{name} {tensor.dtype}")
     if vocabulary:
@@ -112,9 +112,9 @@ def _check_unknown(
         if name in known or name.endswith(_IGNORED_SUFFIXES) or suffix in CACHE_SCALES:
             continue
         if suffix == "bias":
-            biases.append(name)
+            biases.append(shown(tensor))
         elif module not in paths and not _of_a_linear(name, paths) and module + ".weight" not in known:
-            unknown.append(f"{name} {list(tensor.shape)}")
+            unknown.append(shown(tensor))
     if unknown:
         beyond = any((block := block_of(name)) is not None and block[0] >= architecture.layers for name in unknown)
         hint = f"; num_hidden_layers is {architecture.layers}" if beyond else ""
@@ -153,7 +153,7 @@ def _compare_blocks(checkpoint: Checkpoint) -> Iterator[Finding]:
             blocks.setdefault(block[1], set()).add(block[0])
     everywhere = set().union(*blocks.values()) if blocks else set()
     missing = [
-        f"{name} of block {index}"
+        f"{name[:160]} of block {index}"
         for name, having in sorted(blocks.items())
         if len(everywhere) >= 3 and len(having) >= len(everywhere) - max(1, len(everywhere) // 10)
         for index in sorted(everywhere - having)

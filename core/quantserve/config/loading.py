@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,15 +12,14 @@ from pydantic import ValidationError
 
 from quantserve.config.migrate import EMBEDDING_FIX, TRTLLM_FIX, migrate
 from quantserve.config.model import AppConfig, ModelConfig
+from quantserve.config.paths import config_files, folder_id, is_hub_id, not_found, resolved
 from quantserve.config.report import Report, got, unknown_key
 from quantserve.config.schema import HttpConfig
 from quantserve.config.source import SUFFIXES, Located, from_object, parse, read
 from quantserve.errors import ConfigError
 
-HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 IMPORT_PATH: Final = "quantserve.serve.app:build"
 RAYLLM_IMPORT_PATHS: Final = ("rayllm.backend:router_application", "rayllm.backend:llm_application")
-MAX_FILES: Final = 1000
 
 _MODEL_KEYS: Final = tuple(ModelConfig.model_fields)
 _APP_KEYS: Final = ("models", "http")
@@ -73,7 +69,7 @@ def is_model_source(source: str | Path) -> bool:
     path = Path(source).expanduser()
     if path.exists():
         return (path / "config.json").is_file()
-    return _is_hub_id(str(source), [Path()])
+    return is_hub_id(str(source), [Path()])
 
 
 def model_from_source(
@@ -90,11 +86,11 @@ def model_from_source(
         ConfigError: `source` is neither, or an argument is out of range.
     """
     if not is_model_source(source):
-        raise ConfigError(_not_found(str(source), [Path()]))
+        raise ConfigError(not_found(str(source), [Path()]))
     engine: dict[str, Any] = {"model_id": str(source)}
     path = Path(source).expanduser()
     if path.exists():
-        engine = {"model_id": _folder_id(path), "hf_model_id": str(path.resolve())}
+        engine = {"model_id": folder_id(path), "hf_model_id": str(path.resolve())}
     if quantization:
         engine["engine_kwargs"] = {"quantization": quantization}
     if max_model_len is not None:
@@ -119,6 +115,7 @@ class _Loader:
         self.models: list[ModelConfig] = []
         self.disabled = 0
         self.http: tuple[HttpConfig, Located] | None = None
+        self._seen: set[Path] = set()
 
     def app(self) -> AppConfig:
         """Everything loaded, or one error with every problem."""
@@ -152,10 +149,10 @@ class _Loader:
                     return
             if origin and ("\n" in text or ": " in text or text.lstrip().startswith("{")):
                 self._inline(text, label, folders[0])
-            elif _is_hub_id(text, folders):
+            elif is_hub_id(text, folders):
                 self.models.append(model_from_source(text).located(label))
             else:
-                raise ConfigError(f"{label}: {_not_found(text, folders)}" if origin else _not_found(text, folders))
+                raise ConfigError(f"{label}: {not_found(text, folders)}" if origin else not_found(text, folders))
         except ConfigError as error:
             self.report.problems.append(str(error))
         except (OSError, ValueError) as error:  # a name the file system refuses, such as one with a NUL
@@ -171,7 +168,7 @@ class _Loader:
         if path.is_dir() and (path / "config.json").is_file():
             self.models.append(model_from_source(path).located(label))
         elif path.is_dir():
-            files = _config_files(path)
+            files = config_files(path)
             if not files:
                 raise ConfigError(
                     f"{label}: a folder without config.json, and without config files ({', '.join(SUFFIXES)})"
@@ -187,19 +184,17 @@ class _Loader:
             raise ConfigError(f"{label}: not a config file ({', '.join(SUFFIXES)}){fix}")
 
     def _file(self, path: Path) -> None:
+        """Load a file, once even if links or folders lead to it again."""
         try:
+            if (real := path.resolve()) in self._seen:
+                return
+            self._seen.add(real)
             self.document(read(path))
         except ConfigError as error:
             self.report.problems.append(str(error))
 
     def document(self, doc: Located) -> None:
         """Load one parsed file: a model, an app file or a Ray Serve config."""
-        problems, notes = len(self.report.problems), len(self.report.notes)
-        self._document(doc)
-        if not isinstance(doc.value, dict) or "engine_config" in doc.value:
-            self.report.sort(problems, notes)
-
-    def _document(self, doc: Located) -> None:
         value = doc.value
         if value is None:
             self.report.problem(doc, (), "an empty file, a config is expected")
@@ -249,23 +244,22 @@ class _Loader:
                 self.report.problem(entry, (), f"a path, folder, hub id or model is expected, got {got(entry.value)}")
 
     def _model(self, doc: Located) -> None:
+        problems, notes = len(self.report.problems), len(self.report.notes)
         doc = replace(doc, value=copy.deepcopy(doc.value), moved={})
-        before = len(self.report.problems)
-        migrated = migrate(doc, self.report)
-        if migrated is None:
+        model = None
+        if migrate(doc, self.report):
+            try:
+                model = ModelConfig.model_validate(doc.value)
+                self._resolve(model, doc)
+            except ValidationError as error:
+                self.report.invalid(doc, error, ModelConfig)
+        self.report.sort(problems, notes)
+        if model is None or len(self.report.problems) > problems:
             return
-        try:
-            model = ModelConfig.model_validate(migrated.value)
-        except ValidationError as error:
-            self.report.invalid(migrated, error, ModelConfig)
-            return
-        if len(self.report.problems) > before:
-            return
-        if not model.enabled:
+        if model.enabled:
+            self.models.append(model.located(doc.where("engine_config")))
+        else:
             self.disabled += 1
-            return
-        self._resolve(model, migrated)
-        self.models.append(model.located(migrated.where("engine_config")))
 
     def _resolve(self, model: ModelConfig, doc: Located) -> None:
         """Make paths in the model absolute; they start at its file, or else at the working directory."""
@@ -274,13 +268,13 @@ class _Loader:
         if engine.hf_model_id is None and (beside / "config.json").is_file():
             engine.hf_model_id = str(beside.resolve())
         if engine.hf_model_id is not None:
-            engine.hf_model_id = _resolved(engine.hf_model_id, doc.folder)
+            engine.hf_model_id = resolved(engine.hf_model_id, doc.folder)
         if engine.tokenizer_id is not None:
-            engine.tokenizer_id = _resolved(engine.tokenizer_id, doc.folder)
+            engine.tokenizer_id = resolved(engine.tokenizer_id, doc.folder)
         template = engine.generation.chat_template
         if template is not None and not any(char in template for char in "{\n"):
             at = ("engine_config", "generation", "chat_template")
-            path = Path(_resolved(template, doc.folder))
+            path = Path(resolved(template, doc.folder))
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
@@ -295,7 +289,7 @@ class _Loader:
             self.report.invalid(doc, error, HttpConfig)
             return
         if http.api_keys_file:
-            http.api_keys_file = _resolved("./" + http.api_keys_file, doc.folder)
+            http.api_keys_file = resolved("./" + http.api_keys_file, doc.folder)
         if self.http and self.http[0] != http:
             self.report.problem(doc, (), f"differs from `http` at {self.http[1].where()}", "keep one")
         self.http = (http, doc)
@@ -342,69 +336,3 @@ class _Loader:
             self.report.problem(doc, ("args",) if "args" in value else (), "`args: {models: [...]}` is expected")
             return
         self._app(doc.at("args"))
-
-
-def _config_files(folder: Path) -> list[Path]:
-    """Config files under `folder`, without hidden folders and checkpoints."""
-    files: list[Path] = []
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and not (Path(here, name) / "config.json").is_file()
-        )
-        files += [Path(here, name) for name in sorted(names) if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        if len(files) > MAX_FILES:
-            raise ConfigError(f"{folder}: more than {MAX_FILES} config files\n  fix: name a smaller folder")
-    return files
-
-
-def _resolved(text: str, folder: Path | None) -> str:
-    """`text` as an absolute path if it is one; hub ids stay as they are."""
-    path = Path(text).expanduser()
-    if "\0" in text or "://" in text:
-        return text
-    if path.is_absolute():
-        return str(path)
-    for start in dict.fromkeys([folder or Path(), Path()]):
-        if (start / path).exists():
-            return str((start / path).resolve())
-    return str(((folder or Path()) / path).resolve()) if text.startswith(("./", "../")) else text
-
-
-def _is_hub_id(text: str, folders: Sequence[Path]) -> bool:
-    """Whether a name that is no path looks like ``org/name``; a folder called ``org`` makes it a mistyped path."""
-    return (
-        bool(HUB_ID.fullmatch(text))
-        and not text.lower().endswith((*SUFFIXES, ".safetensors", ".bin", ".pt", ".txt"))
-        and ".." not in text
-        and not any((folder / text.split("/", 1)[0]).is_dir() for folder in folders)
-    )
-
-
-def _folder_id(path: Path) -> str:
-    """An id for a checkpoint folder: its name, or ``org/name`` for a snapshot in the Hugging Face cache."""
-    path = path.resolve()
-    cached = path.parent.parent.name
-    if path.parent.name == "snapshots" and cached.startswith("models--"):
-        return cached.removeprefix("models--").replace("--", "/")
-    return re.sub(r"[^\w.+-]+", "-", path.name, flags=re.ASCII).strip("-._") or "model"
-
-
-def _not_found(text: str, folders: Sequence[Path]) -> str:
-    """Say that nothing has this name, and which names are close."""
-    for folder in folders:
-        path = folder / Path(text).expanduser()
-        parent = path.parent
-        try:
-            if path.is_dir():
-                return f"{text}: a folder without config.json, so it holds no model"
-            names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
-        except (OSError, ValueError):
-            continue
-        if close := get_close_matches(path.name, names, n=3, cutoff=0.6):
-            return f"{text}: no such file or folder; did you mean {' or '.join(str(parent / name) for name in close)}?"
-    if HUB_ID.fullmatch(text):
-        return (
-            f"{text}: no such file or folder, and not taken as a hub id because a folder {text.split('/', 1)[0]} is here"
-            "\n  fix: for a hub id, write a model file with engine_config.model_id"
-        )
-    return f"{text[:200]}: no such file or folder, and not a hub id (org/name) either"

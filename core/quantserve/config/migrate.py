@@ -44,14 +44,14 @@ _UNUSED_GENERATE_KWARGS: Final = {
 }
 
 
-def migrate(doc: Located, report: Report) -> Located | None:
-    """Rewrite the model in `doc`, which holds a dict of its own to change; None when it is hopeless."""
+def migrate(doc: Located, report: Report) -> bool:
+    """Rewrite the model in `doc`, which holds a dict of its own to change; False when it is hopeless."""
     model = doc.value
     _drop_nulls(model, keep={("engine_config", "generation", "prompt_format")})
     work = _Migration(doc, report)
     engine = work.section("engine_config")
     if not work.engine_is_served(engine):
-        return None
+        return False
     rayllm = "type" in engine or "model_type" in engine
     work.engine(engine)
     work.engine_kwargs(work.section("engine_config", "engine_kwargs"), engine)
@@ -67,7 +67,7 @@ def migrate(doc: Located, report: Report) -> Located | None:
             f"engine_config.max_total_tokens is missing; RayLLM's default {RAYLLM_CONTEXT} is kept "
             "(today's default is the checkpoint's own context)",
         )
-    return doc
+    return True
 
 
 def _drop_nulls(value: object, keep: set[KeyPath], path: KeyPath = ()) -> None:
@@ -108,10 +108,10 @@ class _Migration:
     ) -> None:
         """Move ``path.old`` to ``(into or path).new``; giving both is a problem."""
         target_path = path if into is None else into
-        source, target = self.section(*path), self._ensure(target_path)
+        source = self.section(*path)
         if old not in source:
             return
-        value = source.pop(old)
+        target, value = self._ensure(target_path), source.pop(old)
         shown = new if into is None else self.doc.name(*target_path, new)
         if target is None:
             return

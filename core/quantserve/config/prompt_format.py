@@ -82,7 +82,7 @@ def chat_template(form: PromptFormat) -> str:
     fallback = literal(default) if default or tags else "none"
     strip = " | trim" if form.strip_whitespace else ""
     lines = [
-        "{%- set prompt = namespace(system=none, shown=false) -%}",
+        "{%- set prompt = namespace(system=none) -%}",
         "{%- for message in messages -%}",
         "{%- if message['role'] in ['system', 'developer'] -%}",
         "{%- if prompt.system is not none -%}",

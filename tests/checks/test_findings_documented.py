@@ -1,0 +1,50 @@
+"""docs/findings.md lists every code that the sources can give, and no other."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KEBAB = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)+")
+DOCUMENTED = re.compile(rf"^\| `({KEBAB.pattern}|\*(?:-[a-z]+)+)` \|", re.MULTILINE)
+# Calls whose text arguments name something else.
+NOT_FINDINGS = ("_gpu", "which", "decode", "_version", "_installed", "version")
+
+
+def codes() -> Iterator[tuple[str, Path]]:
+    """Kebab-case texts given to a call that can make a finding, with the file."""
+    packages = [ROOT / "core/quantserve/checkpoint", ROOT / "core/quantserve/checks", ROOT / "plugins"]
+    single = [ROOT / "core/quantserve" / f"{name}.py" for name in ("architecture", "memory", "compose")]
+    files = [file for package in packages for file in package.rglob("*.py") if "/tests/" not in str(file)]
+    for file in [*files, *single]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func).rpartition(".")[2] in NOT_FINDINGS:
+                continue
+            if ast.unparse(node.func) in ("check_linears", "check_fused_groups"):
+                continue  # these get a prefix
+            arguments = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "code")]
+            for argument in arguments:
+                if isinstance(argument, ast.Constant) and KEBAB.fullmatch(str(argument.value)):
+                    yield str(argument.value), file
+            # f"{code}-wrong-shape" is documented as *-wrong-shape.
+            for argument in arguments:
+                if isinstance(argument, ast.JoinedStr) and re.fullmatch(
+                    r"f['\"]\{code\}(-[a-z]+)+['\"]", ast.unparse(argument)
+                ):
+                    yield "*" + ast.unparse(argument)[2:-1].removeprefix("{code}"), file
+
+
+def test_every_code_is_documented() -> None:
+    documented = set(DOCUMENTED.findall((ROOT / "docs/findings.md").read_text()))
+    missing = sorted({f"{code} ({file.relative_to(ROOT)})" for code, file in codes() if code not in documented})
+    assert not missing, f"add to docs/findings.md: {missing}"
+
+
+def test_every_documented_code_exists() -> None:
+    documented = DOCUMENTED.findall((ROOT / "docs/findings.md").read_text())
+    assert len(documented) == len(set(documented)), "a code is documented twice"
+    gone = set(documented) - {code for code, _ in codes()}
+    assert not gone, f"remove from docs/findings.md: {sorted(gone)}"

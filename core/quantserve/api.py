@@ -1,17 +1,22 @@
 """The one door for plugin authors.
 
 Everything a plugin's light module needs is here, and nothing else in ``quantserve`` is promised to
-stay. Importing this module imports no torch, vLLM or Ray.
+stay. Importing this module imports no torch, vLLM or Ray. `ModelConfig` brings pydantic, so a light
+module imports it for its annotations only, under ``TYPE_CHECKING``, and `quantserve list` stays fast.
 """
+
+from typing import TYPE_CHECKING
 
 from quantserve.checkpoint import Checkpoint, Tensor
 from quantserve.checks.linear import Expected, check_fused_groups, check_linears, check_shards, quantized_linears
-from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity
 from quantserve.hookspecs import hookimpl
 from quantserve.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
 from quantserve.method import Method, PerformanceProfile
 from quantserve.target import Target
+
+if TYPE_CHECKING:
+    from quantserve.config import ModelConfig
 
 __all__ = [
     "Checkpoint",
@@ -35,3 +40,11 @@ __all__ = [
     "shard_k",
     "shard_n",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "ModelConfig":
+        from quantserve.config import ModelConfig
+
+        return ModelConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ prints it, and tests compare it with golden files.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -81,12 +82,12 @@ def make_plan(composition: Composition) -> Plan:
         raise refusal({model.model_id: list(composition.errors)})
     settings = {**_core_settings(composition), **composition.engine_kwargs}
     settings = {key: setting for key, setting in settings.items() if setting.value is not None}
-    return Plan(
+    plan = Plan(
         model_id=model.model_id,
         source=model.source,
         method=method.to_json(),
         plugins=[{"name": p.name, "distribution": p.distribution, "version": p.version} for p in composition.plugins],
-        target=composition.target.to_json(),
+        target=asdict(composition.target),
         engine_args={key: settings[key].value for key in sorted(settings)},
         provenance={key: settings[key].source for key in sorted(settings)},
         frontend_args=dict(model.frontend_kwargs),
@@ -102,6 +103,8 @@ def make_plan(composition: Composition) -> Plan:
         url=model.engine_config.model_url,
         findings=[finding.to_json() for finding in composition.findings],
     )
+    # Tuples become lists here, so that a plan equals itself after a trip through JSON.
+    return Plan.model_validate_json(plan.model_dump_json())
 
 
 def refusal(findings: dict[str, list[Finding]]) -> FindingsError:
@@ -170,4 +173,3 @@ def _runtime_env(composition: Composition) -> dict[str, Any]:
     if target.device == "cpu" and composition.memory:
         env_vars["VLLM_CPU_KVCACHE_SPACE"] = str(composition.memory.cpu_kv_cache_gib)
     return {**given, "env_vars": {**env_vars, **given.get("env_vars", {})}}
-

@@ -122,7 +122,7 @@ class Repository:
             return name, None
 
     def _request(self, name: str) -> _Request:
-        url = hf_hub_url(self.repo, name, revision=self.revision, endpoint=_endpoint())
+        url = hf_hub_url(self.repo, name, revision=self.revision)
         return _Request(self.repo, self.revision, name, url)
 
     def open(self, name: str) -> BinaryIO:

@@ -233,10 +233,11 @@ def _array(storage: object, offset: object, size: object, stride: object, *rest:
     if len(rest) > 2 and isinstance(rest[2], _Global):  # _rebuild_tensor_v3 names the dtype of an untyped storage
         dtype = DTYPES.get(rest[2].name, dtype)
     last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if isinstance(offset, int) and prod(size):
+    elements: int = prod(size)
+    if isinstance(offset, int) and elements:
         needed = (offset + last + 1) * DTYPE_BITS[dtype] // 8
         there = storage.count * DTYPE_BITS[storage.dtype] // 8
-        if needed > there or prod(size) >= 2**60:
+        if needed > there or elements >= 2**60:
             raise BadPickle(f"a tensor of shape {list(size[:8])} needs {needed:,} bytes, its storage has {there:,}")
     return Array(dtype, size, storage)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import click
 from rich.console import Console
 from rich.markup import escape
 
-from quantserve.cli.output import console, gib, print_findings, print_json, table
+from quantserve.cli.output import console, gib, kv_cache, print_findings, print_json, table, target_label
 from quantserve.cli.sources import Outcome, choose_target, load_sources, outcomes, source_options
 from quantserve.finding import Severity
 from quantserve.registry import Registry
@@ -28,7 +29,7 @@ def command(sources: tuple[str, ...], target_name: str | None, as_json: bool, **
     target = choose_target(target_name)
     results = list(outcomes(app.models, Registry.load(), target))
     if as_json:
-        print_json({"target": target.to_json(), "notes": app.notes, "models": [_as_json(r) for r in results]})
+        print_json({"target": asdict(target), "notes": app.notes, "models": [_as_json(r) for r in results]})
     else:
         print_report(console(), results, target, app.notes)
     return max((result.exit_code for result in results), default=0)
@@ -39,7 +40,11 @@ def print_report(out: Console, results: Sequence[Outcome], target: Target, notes
     for note in notes:
         out.print(f"[yellow]note[/] {escape(note)}")
     out.print(
-        table(f"Checked for {target.label}", ("model", "method", "weights", "KV cache", "result"), map(_row, results))
+        table(
+            f"Checked for {target_label(target)}",
+            ("model", "method", "weights", "KV cache", "result"),
+            map(_row, results),
+        )
     )
     for result in results:
         findings = result.composition.findings if result.composition else ()
@@ -66,7 +71,7 @@ def _row(result: Outcome) -> tuple[str, ...]:
     method = escape(composition.method.name) if composition.method else "[red]none[/]"
     memory = composition.memory
     weights = gib(memory.weights_bytes) if memory else gib(composition.checkpoint.weight_bytes)
-    return model_id, method, weights, memory.summary if memory else "-", verdict
+    return model_id, method, weights, kv_cache(asdict(memory)) if memory else "-", verdict
 
 
 def _count(number: int, noun: str) -> str:

@@ -17,7 +17,7 @@ import click
 from rich.markup import escape
 
 from quantserve import __version__
-from quantserve.cli.output import console, gib, print_json, table
+from quantserve.cli.output import console, gib, print_json, table, target_label
 from quantserve.registry import Registry
 from quantserve.target import find_target
 
@@ -85,7 +85,9 @@ def _plugins() -> Iterator[Row]:
 
 def _hardware() -> Row:
     target = find_target(None)
-    return Row("hardware", "ok", f"{target.label}, {max(target.count, 1)} device{'s' if target.count > 1 else ''}")
+    return Row(
+        "hardware", "ok", f"{target_label(target)}, {max(target.count, 1)} device{'s' if target.count > 1 else ''}"
+    )
 
 
 def _engine() -> Row:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import click
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from quantserve.finding import Finding, Severity
+from quantserve.target import Target
 
 COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 OFFENDERS_SHOWN = 8
@@ -62,3 +64,17 @@ def gib(count: float | None) -> str:
     if count is None:
         return "-"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def kv_cache(memory: Mapping[str, Any]) -> str:
+    """What the KV cache of a memory estimate (as JSON) holds: tokens, and sequences of full length."""
+    if not memory["kv_bytes_per_token"]:
+        return "unknown"
+    if not memory["max_model_len"]:
+        return f"{memory['kv_tokens']:,} tokens"
+    return f"{memory['kv_tokens']:,} tokens, {memory['sequences']:,.1f} x {memory['max_model_len']:,}"
+
+
+def target_label(target: Target) -> str:
+    """A target for a heading: its name, device type and memory."""
+    return f"{target} ({gib(target.memory_bytes)} {target.device})"

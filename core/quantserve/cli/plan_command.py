@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from quantserve.cli.check_command import print_report
-from quantserve.cli.output import console, gib, print_json, table
+from quantserve.cli.output import console, gib, kv_cache, print_json, table
 from quantserve.cli.sources import choose_target, load_sources, outcomes, source_options
 from quantserve.plan import Plan, make_plan
 from quantserve.registry import Registry
@@ -62,11 +62,10 @@ def print_plan(out: Console, plan: Plan) -> None:
 def _memory(plan: Plan) -> str:
     if not plan.memory:
         return ""
-    weights = plan.memory.get("weights_bytes")
-    per_token = plan.memory.get("kv_bytes_per_token")
-    return f"weights {gib(weights)} per device, KV cache {(per_token or 0) / 1024:.0f} KiB per token; " + str(
-        plan.memory.get("summary", "")
-    )
+    memory = plan.memory
+    parts = {"weights": "weights_bytes", "overhead": "overhead_bytes", "of": "budget_bytes"}
+    sizes = ", ".join(f"{name} {gib(memory[key])}" for name, key in parts.items())
+    return f"{sizes} per device; KV cache {memory['kv_bytes_per_token'] / 1024:.0f} KiB a token, {kv_cache(memory)}"
 
 
 def _expected(plan: Plan) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantserve.api import Checkpoint, Finding, ModelConfig
+from quantserve.api import Checkpoint, Finding
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
 
 FILE_NAMES = ("quantize_config.json", "quant_config.json")
 # Value -> spellings; vLLM looks for the first one first.

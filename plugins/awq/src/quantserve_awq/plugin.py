@@ -7,8 +7,9 @@ arguments without which it does not find the settings.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from quantserve.api import Checkpoint, Finding, Method, ModelConfig, PerformanceProfile, Target, hookimpl
+from quantserve.api import Checkpoint, Finding, Method, PerformanceProfile, Target, hookimpl
 from quantserve_awq.config import Written, config_findings, written_config
 from quantserve_awq.reference import published
 from quantserve_awq.tensors import (
@@ -18,6 +19,9 @@ from quantserve_awq.tensors import (
     tensor_findings,
     uses_plain_kernel,
 )
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
 
 OWN_NAMES = ("awq", "auto_awq", "awq_marlin")
 

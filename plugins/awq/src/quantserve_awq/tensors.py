@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from math import lcm
+from typing import TYPE_CHECKING
 
 from quantserve.api import (
     Checkpoint,
     Expected,
     Finding,
     Linear,
-    ModelConfig,
     Target,
     check_linears,
     check_shards,
@@ -20,6 +20,9 @@ from quantserve.api import (
     quantized_linears,
 )
 from quantserve_awq.config import Written
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
 
 PER_WORD = 8
 PARTS = ("qweight", "qzeros", "scales")

@@ -8,6 +8,7 @@ torch, no vLLM, because hooks run in ``quantserve list`` and ``check`` as well.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from quantserve.api import (
     Checkpoint,
@@ -15,13 +16,15 @@ from quantserve.api import (
     Finding,
     Linear,
     Method,
-    ModelConfig,
     PerformanceProfile,
     Target,
     check_linears,
     hookimpl,
 )
 from quantserve_fp16.reference import published
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
 
 FLOATS = ("F16", "BF16", "F32")
 QUANTIZED = ("qweight", "qzeros", "lookup_table", "weight_packed", "weight_scale", "weight_scale_inv")

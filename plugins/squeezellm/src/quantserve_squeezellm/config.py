@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantserve.api import Checkpoint, Finding, ModelConfig
+from quantserve.api import Checkpoint, Finding
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
 
 FILE_NAME = "quant_config.json"
 BITS = (3, 4)

@@ -6,11 +6,15 @@ The method itself, which vLLM no longer has, is in the heavy modules behind ``qu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from quantserve.api import Checkpoint, Finding, Method, ModelConfig, PerformanceProfile, Target, hookimpl
+from quantserve.api import Checkpoint, Finding, Method, PerformanceProfile, Target, hookimpl
 from quantserve_squeezellm.config import config_findings, read_settings
 from quantserve_squeezellm.reference import published
 from quantserve_squeezellm.tensors import tensor_findings
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
 
 NAMES = ("squeezellm", "sqllm")
 PICKLES = (".pt", ".bin", ".pth")

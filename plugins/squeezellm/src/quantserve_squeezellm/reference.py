@@ -6,9 +6,12 @@ those tables; they do not predict today's engine.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from quantserve.api import Checkpoint, ModelConfig, PerformanceProfile, Target
+from quantserve.api import Checkpoint, PerformanceProfile, Target
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
 
 
 class Row(NamedTuple):

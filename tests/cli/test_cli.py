@@ -1,0 +1,174 @@
+"""The command line as a person meets it: exit codes, JSON, messages without tracebacks, and what is never imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tests.helpers.checkpoints import make_llama
+
+from quantserve.cli.main import COMMANDS, run
+
+HEAVY = ("torch", "vllm", "ray", "transformers", "numpy")
+
+
+@pytest.fixture
+def fp16(tmp_path: Path) -> Path:
+    return make_llama(tmp_path / "model")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: Sequence[str], exit_code: int) -> str:
+    """Run a command that must fail, and return its stderr and stdout, which hold no traceback."""
+    assert run(list(arguments)) == exit_code
+    captured = capsys.readouterr()
+    text = captured.err + captured.out
+    assert "Traceback" not in text
+    assert text.strip()
+    return " ".join(text.split())
+
+
+def test_list_shows_the_three_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    methods = {plugin["method"]["name"] for plugin in listed["plugins"] if plugin["method"]}
+    assert {"fp16", "awq", "squeezellm"} <= methods
+    assert listed["failures"] == []
+
+
+def test_list_table_names_each_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("quantserve-fp16", "quantserve-awq", "quantserve-squeezellm"))
+
+
+@pytest.mark.parametrize("method", ["fp16", "awq", "squeezellm"])
+def test_check_accepts_a_good_checkpoint(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_llama(tmp_path / "model", method, hidden=512, intermediate=1024)
+    assert run(["check", str(folder), "--target", "a100-80g", "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["method"] == method
+    assert [finding for finding in model["findings"] if finding["severity"] == "error"] == []
+
+
+def test_check_refuses_a_truncated_file_with_the_numbers(fp16: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = fp16 / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    text = refusal(capsys, ["check", str(fp16), "--target", "a100-80g"], 1)
+    assert "model.safetensors" in text
+    assert "file-truncated" in text
+
+
+def test_check_goes_on_after_a_bad_model(fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = make_llama(tmp_path / "bad")
+    (bad / "config.json").write_text("{")
+    assert run(["check", str(bad), str(fp16), "--target", "a100-80g", "--json"]) == 1
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [model["exit_code"] for model in models] == [1, 0]
+
+
+def test_plan_prints_engine_args_with_who_set_them(fp16: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(fp16), "--target", "a100-80g", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert plan["engine_args"]["model"] == str(fp16)
+    assert plan["provenance"]["model"] == "config"
+    assert plan["runtime_env"]["env_vars"]["VLLM_PLUGINS"] == ""
+
+
+def test_plan_of_squeezellm_loads_its_engine_side_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_llama(tmp_path / "model", "squeezellm")
+    assert run(["plan", str(folder), "--target", "a100-80g", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert plan["runtime_env"]["env_vars"]["VLLM_PLUGINS"] == "squeezellm"
+    assert plan["engine_args"]["quantization"] == "squeezellm"
+
+
+def test_schema_is_a_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert "engine_config" in json.dumps(schema)
+
+
+def test_doctor_examines_everything_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--quick", "--json"]) in (0, 1)
+    rows = {row["what"] for row in json.loads(capsys.readouterr().out)}
+    assert {"methods", "hardware", "engine", "torch", "Ray", "HAProxy", "port"} <= rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "says"),
+    [
+        (["chek"], 2, "did you mean 'check'?"),
+        (["check"], 2, "Missing argument"),
+        (["check", "--target", "a100", "MODEL"], 2, "a100-80g"),
+        (["check", "no/such/folder/at/all"], 2, "no/such/folder"),
+        (["check", "MODEL", "--quantization", "awqq"], 2, "did you mean 'awq'?"),
+        (["check", "CONFIG", "--quantization", "awq"], 2, "bare MODEL only"),
+        (["plan", "MODEL", "--max-model-len", "0"], 2, "--max-model-len"),
+        (["serve", "MODEL", "--port", "70000"], 2, "70000"),
+        (["convert", "MODEL"], 2, "DESTINATION"),
+        (["convert", "MODEL", "MODEL"], 2, "exists already"),
+        (["convert", "nowhere/at/all", "NEW"], 2, "no such file"),
+        (["convert", "MODEL", "NEW", "--method", "fp16"], 2, "has no converter"),
+        (["list", "--jsn"], 2, "--json"),
+    ],
+)
+def test_a_users_mistake_has_one_clear_message(
+    arguments: list[str], exit_code: int, says: str, fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "app.yaml"
+    config.write_text(f"models: [{{engine_config: {{model_id: m, hf_model_id: {fp16}}}}}]\n")
+    names = {"MODEL": str(fp16), "CONFIG": str(config), "NEW": str(tmp_path / "new")}
+    assert says in refusal(capsys, [names.get(word, word) for word in arguments], exit_code)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    assert "Usage: quantserve " + name in capsys.readouterr().out
+
+
+def light(arguments: list[str]) -> dict[str, float]:
+    """Run a command in a process of its own; say what it took, and fail if it imported anything heavy."""
+    code = f"""
+import sys, time, resource, json
+begun = time.perf_counter()
+from quantserve.cli.main import run
+exit_code = run({arguments!r})
+print(json.dumps({{
+    "exit_code": exit_code,
+    "seconds": time.perf_counter() - begun,
+    "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "heavy": sorted(set(sys.modules) & {set(HEAVY)!r}),
+}}), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    report: dict[str, float] = json.loads(done.stderr.strip().splitlines()[-1])
+    assert report["heavy"] == []
+    assert report["exit_code"] == 0
+    return report
+
+
+def test_list_imports_nothing_heavy() -> None:
+    light(["list"])
+
+
+def test_check_of_a_synthetic_70b_imports_nothing_heavy_and_stays_small(tmp_path: Path) -> None:
+    """15 shards of headers; the weights are holes in sparse files."""
+    folder = make_llama(
+        tmp_path / "70b",
+        "awq",
+        layers=80,
+        hidden=8192,
+        intermediate=28672,
+        heads=64,
+        kv_heads=8,
+        vocab=32000,
+        shards=15,
+    )
+    report = light(["check", str(folder), "--target", "a100-80g", "--max-model-len", "4096"])
+    assert report["peak_mib"] < 200

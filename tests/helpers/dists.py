@@ -1,0 +1,61 @@
+"""Third-party plugins for tests: real dist-info folders on sys.path, so real entry points and real failures."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import DistributionFinder, EntryPoints, MetadataPathFinder
+from pathlib import Path
+from textwrap import dedent
+
+METHOD = """
+from quantserve.api import Method, hookimpl
+
+@hookimpl
+def quantserve_method():
+    return Method(name={name!r}, aliases={aliases!r}, summary="a test method", bits=(8,), vllm_name=None)
+"""
+
+
+class Site:
+    """A folder of installed distributions; `entry_points` sees only those."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def install(
+        self,
+        distribution: str,
+        code: str,
+        *,
+        name: str = "",
+        version: str = "1.0",
+        engine: dict[str, str] | None = None,
+        module: str = "",
+    ) -> str:
+        """Install a distribution with one module and one plugin entry point; returns the module's name."""
+        module = module or distribution.replace("-", "_") + "_plugin"
+        (self.path / f"{module}.py").write_text(dedent(code))
+        info = self.path / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        lines = ["[quantserve.plugins]", f"{name or distribution} = {module}"]
+        if engine:
+            lines += ["", "[vllm.general_plugins]", *(f"{key} = {value}" for key, value in engine.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        return module
+
+    def method(self, distribution: str, method: str, aliases: tuple[str, ...] = (), **kwargs: object) -> str:
+        """Install a distribution that serves one method and does nothing else."""
+        return self.install(distribution, METHOD.format(name=method, aliases=aliases), **kwargs)  # type: ignore[arg-type]
+
+    def entry_points(self) -> EntryPoints:
+        """The entry points installed here."""
+        context = DistributionFinder.Context(path=[str(self.path)])
+        found = MetadataPathFinder.find_distributions(context)
+        return EntryPoints(point for dist in found for point in dist.entry_points)
+
+    def forget(self) -> None:
+        """Drop this site's modules, so that the next test imports its own."""
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None) or "").startswith(str(self.path)):
+                del sys.modules[name]

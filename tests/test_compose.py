@@ -1,0 +1,148 @@
+"""Composition: the plugins a model names, their findings, and engine kwargs with provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.helpers.checkpoints import make_llama
+from tests.helpers.dists import METHOD, Site
+
+from quantserve.compose import Composition, compose
+from quantserve.config import model_from_source
+from quantserve.errors import PluginError, UsageError
+from quantserve.registry import Registry
+from quantserve.target import find_target
+
+Make = Callable[..., Composition]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    path = tmp_path / "site"
+    path.mkdir()
+    monkeypatch.syspath_prepend(str(path))
+    site = Site(path)
+    yield site
+    site.forget()
+
+
+@pytest.fixture
+def make(site: Site, tmp_path: Path) -> Make:
+    """Compose a small fp16 model with the plugins installed in `site`."""
+    folder = make_llama(tmp_path / "model")
+
+    def build(plugins: tuple[str, ...] = (), **engine_kwargs: object) -> Composition:
+        model = model_from_source(str(folder))
+        engine = model.engine_config.model_copy(update={"engine_kwargs": engine_kwargs})
+        model = model.model_copy(update={"plugins": list(plugins), "engine_config": engine})
+        return compose(model, Registry.load({}, site.entry_points()), find_target("a100-80g"))
+
+    return build
+
+
+def plugin(method: str, *hooks: str) -> str:
+    """Code of a plugin with a method and further hooks, each ``name(parameters): body``."""
+    return METHOD.format(name=method, aliases=()) + "".join(f"\n@hookimpl\ndef quantserve_{hook}\n" for hook in hooks)
+
+
+DETECTS = "detect(checkpoint): return True"
+
+
+def helper(*hooks: str) -> str:
+    """Code of a plugin that is no method."""
+    return "from quantserve.api import *\n" + "".join(f"\n@hookimpl\ndef quantserve_{hook}\n" for hook in hooks)
+
+
+def kwargs(values: str) -> str:
+    return f"engine_kwargs(checkpoint, model, target): return {values}"
+
+
+def test_detection_chooses_the_one_plugin_that_claims(site: Site, make: Make) -> None:
+    site.install("quantserve-a", plugin("a", "detect(checkpoint): return False"), name="a")
+    site.install("quantserve-b", plugin("b", "detect(checkpoint): return bool(checkpoint.config)"), name="b")
+    composed = make()
+    assert composed.method is not None
+    assert composed.method.name == "b"
+
+
+def test_two_claims_are_an_error_that_names_both(site: Site, make: Make) -> None:
+    site.install("quantserve-a", plugin("a", DETECTS), name="a")
+    site.install("quantserve-b", plugin("b", DETECTS), name="b")
+    (error,) = [finding for finding in make().errors if finding.code == "method-ambiguous"]
+    assert error.offenders == ("a (quantserve-a 1.0)", "b (quantserve-b 1.0)")
+
+
+def test_no_claim_is_an_error_that_lists_what_is_installed(site: Site, make: Make) -> None:
+    site.install("quantserve-a", plugin("a"), name="a")
+    (error,) = [finding for finding in make().errors if finding.code == "method-not-detected"]
+    assert "installed methods: a" in error.message
+
+
+def test_a_raising_detect_only_matters_when_nobody_else_claims(site: Site, make: Make) -> None:
+    site.install("quantserve-bad", plugin("bad", "detect(checkpoint): raise OSError('disk')"), name="bad")
+    with pytest.raises(PluginError, match=r"quantserve-bad 1\.0.*quantserve_detect.*disk"):
+        make()
+    site.install("quantserve-good", plugin("good", DETECTS), name="good")
+    composed = make()
+    assert composed.method is not None
+    assert composed.method.name == "good"
+
+
+def test_findings_are_concatenated_and_say_who_said_them(site: Site, make: Make) -> None:
+    finding = "validate(checkpoint, model, target): yield Finding.warning('odd', target.name)"
+    site.install("quantserve-a", plugin("a", DETECTS) + helper(finding), name="a")
+    site.install("house-policy", helper("validate(model): return [Finding.error('house', model.model_id)]"))
+    composed = make(("house-policy",))
+    said = {(finding.source, finding.code) for finding in composed.findings}
+    assert {("a", "odd"), ("house-policy", "house")} <= said
+    assert [error.code for error in composed.errors] == ["house"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        ("validate(checkpoint): raise ZeroDivisionError('group size')", "group size"),
+        ("validate(checkpoint):\n    yield Finding.info('a', 'b')\n    raise RuntimeError('late')", "late"),
+        ("validate(checkpoint): return ['no group size']", "str among its findings"),
+        ("validate(checkpoint): return 7", "int, not findings"),
+        (kwargs("['dtype']"), "list, not a mapping"),
+        (kwargs("{'model': 'other'}"), "model, which belong to the core"),
+        (kwargs("{'dtype': object()}"), "not JSON"),
+        ("performance(checkpoint): return 53.4", "float, not PerformanceProfile"),
+    ],
+)
+def test_a_plugins_defect_is_a_plugin_error(site: Site, make: Make, hook: str, reason: str) -> None:
+    site.install("quantserve-a", plugin("a", DETECTS) + helper(hook), name="a")
+    with pytest.raises(PluginError, match=reason) as caught:
+        make()
+    assert (caught.value.plugin, caught.value.distribution) == ("a", "quantserve-a")
+
+
+def test_plugins_that_disagree_are_both_named_unless_the_user_decides(site: Site, make: Make) -> None:
+    site.install("quantserve-a", plugin("a", DETECTS, kwargs("{'block_size': 16, 'seed': 1}")), name="a")
+    site.install("kv-policy", helper(kwargs("{'block_size': 32, 'seed': 1}")))
+    (error,) = make(("kv-policy",)).errors
+    assert error.code == "plugins-conflict"
+    assert error.message == "a sets block_size=16 and kv-policy sets block_size=32"
+    composed = make(("kv-policy",), block_size=64)
+    assert not composed.errors
+    assert (composed.engine_kwargs["block_size"].value, composed.engine_kwargs["block_size"].source) == (64, "config")
+    assert composed.engine_kwargs["seed"].source == "a"
+
+
+def test_a_model_that_names_what_is_not_installed(site: Site, make: Make) -> None:
+    site.install("quantserve-a", plugin("a", DETECTS), name="a")
+    with pytest.raises(UsageError, match=r"unknown plugin 'policy' \(known: a\)"):
+        make(("policy",))
+    with pytest.raises(UsageError, match=r"unknown quantization method 'nf4'.*\n.*pip install quantserve-nf4"):
+        make(quantization="nf4")
+
+
+def test_a_plugin_no_model_names_is_never_called(site: Site, make: Make) -> None:
+    site.install("quantserve-a", plugin("a", DETECTS), name="a")
+    site.install("bystander", helper("validate(checkpoint): raise RuntimeError", kwargs("{'seed': 3}")))
+    composed = make()
+    assert "seed" not in composed.engine_kwargs
+    assert [plugin.name for plugin in composed.plugins] == ["a"]

@@ -1,0 +1,85 @@
+"""Plans are plain JSON; what they say for known configs is kept in golden files.
+
+To renew the files after an intended change: ``UPDATE_GOLDEN=1 pytest tests/test_plan.py``, then read the diff.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tests.helpers.checkpoints import make_llama
+
+from quantserve.compose import compose
+from quantserve.config import load
+from quantserve.errors import FindingsError
+from quantserve.plan import Plan, make_plan
+from quantserve.registry import Registry
+from quantserve.target import find_target
+
+GOLDEN = Path(__file__).parent / "golden"
+
+CASES = {
+    "fp16-a100": ("fp16", "a100-80g", "{}"),
+    "awq-a100": ("awq", "a100-80g", "{engine_kwargs: {quantization: awq, max_num_seqs: 64}}"),
+    "awq-tp2-a100": ("awq", "2xa100-80g", "{engine_kwargs: {quantization: awq}}"),
+    "squeezellm-l4": (
+        "squeezellm",
+        "l4",
+        "{generation: {stopping_sequences: ['END'], generate_kwargs: {top_p: 0.9}}}",
+    ),
+}
+
+
+def plan_of(tmp_path: Path, method: str, target: str, engine: str) -> Plan:
+    make_llama(tmp_path / "model", method, hidden=512, intermediate=1024)
+    workers = 2 if target.startswith("2x") else 1
+    config = tmp_path / "model.yaml"
+    config.write_text(
+        f"""
+engine_config:
+  model_id: org/model
+  hf_model_id: ./model
+  max_total_tokens: 512
+deployment_config:
+  autoscaling_config: {{min_replicas: 1, max_replicas: 8, target_ongoing_requests: 24}}
+  max_ongoing_requests: 64
+scaling_config: {{num_workers: {workers}, num_gpus_per_worker: 1, num_cpus_per_worker: 8}}
+""".replace("  max_total_tokens: 512\n", "  max_total_tokens: 512\n" + _indented(engine))
+    )
+    (model,) = load([config]).models
+    return make_plan(compose(model, Registry.load({}), find_target(target)))
+
+
+def _indented(flow: str) -> str:
+    import yaml
+
+    text = yaml.safe_dump(yaml.safe_load(flow)) if flow != "{}" else ""
+    return "".join(f"  {line}\n" for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_matches_its_golden_file(name: str, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, *CASES[name])
+    text = plan.model_dump_json(indent=2).replace(str(tmp_path), "TMP") + "\n"
+    golden = GOLDEN / f"{name}.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert json.loads(text) == json.loads(golden.read_text())
+
+
+def test_a_plan_survives_json(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, *CASES["awq-a100"])
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_a_model_with_errors_cannot_be_planned(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"\x10")
+    (model,) = load([folder]).models
+    composition = compose(model, Registry.load({}), find_target("a100-80g"))
+    with pytest.raises(FindingsError, match=r"refused.*\n.*header-truncated") as caught:
+        make_plan(composition)
+    assert caught.value.exit_code == 1

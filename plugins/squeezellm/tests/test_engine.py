@@ -1,0 +1,116 @@
+"""The real engine on converted and quantized checkpoints, against transformers on the dequantized float32 weights.
+
+Four engine starts cover 3 and 4 bits, dense and sparse with full rows, one and two ranks, eager and compiled, float32,
+float16 and bfloat16, both places for `wbits`, biases, and a layer left unquantized; a fifth start must fail.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("vllm")
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from helpers.tiny_squeezellm import (
+    LAYERS,
+    llama_config,
+    original_state,
+    write_llama,
+    write_original,
+)
+from quantserve_squeezellm._convert import convert
+from quantserve_squeezellm._dequantize import dequantize_checkpoint
+from quantserve_squeezellm._quantize import quantize
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+Run = Callable[..., list[Any]]
+
+
+def _compare(checkpoint: Path, generations: list[Any], clear: float, close: float) -> None:
+    """Every generated token is the reference's wherever its two best logits differ by `clear`; log-probabilities
+    agree within `close` everywhere. The reference continues the engine's own text, so every position counts."""
+    plain = checkpoint.parent / f"{checkpoint.name}-float32"
+    if not plain.exists():
+        dequantize_checkpoint(checkpoint, plain)
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    checked = total = 0
+    for generation in generations:
+        tokens = torch.tensor(generation.tokens)
+        with torch.no_grad():
+            logits = model(torch.tensor([generation.prompt + generation.tokens])).logits[0]
+        logits = logits[len(generation.prompt) - 1 : -1]
+        best = logits.topk(2)
+        sure = best.values[:, 0] - best.values[:, 1] > clear
+        assert torch.equal(tokens[sure], best.indices[:, 0][sure])
+        expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        assert (expected - torch.tensor(generation.logprobs)).abs().max() < close
+        checked, total = checked + int(sure.sum()), total + len(tokens)
+    assert checked > total / 2, f"only {checked} of {total} positions are clear; the comparison says little"
+
+
+@pytest.fixture(scope="module")
+def sparse3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 3-bit dense-and-sparse original with full rows, whose last block keeps a plain down_proj, converted."""
+    folder = tmp_path_factory.mktemp("sparse3")
+    state = original_state(3, sparse=True)
+    plain = f"model.layers.{LAYERS - 1}.mlp.down_proj"
+    state = {name: value for name, value in state.items() if plain not in name}
+    state[f"{plain}.weight"] = torch.randn(256, 384, generator=torch.Generator().manual_seed(5)) * 384**-0.5
+    write_original(folder / "hub", state, 3, llama_config())
+    convert(folder / "hub", folder / "model", allow_pickle=True)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def sparse3_one_rank(sparse3: Path, run_engine: Run) -> list[Any]:
+    generations: list[Any] = run_engine(sparse3, dtype="float32")
+    return generations
+
+
+def test_3_bit_dense_and_sparse_compiled(sparse3: Path, sparse3_one_rank: list[Any]) -> None:
+    _compare(sparse3, sparse3_one_rank, clear=1e-3, close=1e-3)
+
+
+def test_two_ranks_give_the_tokens_of_one(sparse3: Path, sparse3_one_rank: list[Any], run_engine: Run) -> None:
+    generations = run_engine(sparse3, dtype="float32", tensor_parallel_size=2, enforce_eager=True)
+    _compare(sparse3, generations, clear=1e-3, close=1e-3)
+    assert [g.tokens for g in generations] == [g.tokens for g in sparse3_one_rank]
+
+
+def test_4_bit_dense_with_biases_and_only_a_quant_config_file(tmp_path: Path, run_engine: Run) -> None:
+    write_llama(tmp_path / "float", bias=True)
+    quantize(tmp_path / "float", tmp_path / "model", bits=4)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/quant_config.json").write_text(json.dumps({"wbits": config.pop("quantization_config")["wbits"]}))
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    generations = run_engine(tmp_path / "model", quantization="squeezellm", dtype="bfloat16")
+    _compare(tmp_path / "model", generations, clear=0.3, close=0.15)
+
+
+def test_4_bit_dense_and_sparse_compiled_on_two_ranks_in_half_precision(tmp_path: Path, run_engine: Run) -> None:
+    write_original(tmp_path / "hub", original_state(4, sparse=True), 4, llama_config())
+    convert(tmp_path / "hub", tmp_path / "model", allow_pickle=True)
+    generations = run_engine(tmp_path / "model", dtype="float16", tensor_parallel_size=2)
+    _compare(tmp_path / "model", generations, clear=0.05, close=0.03)
+
+
+def test_a_missing_tensor_stops_the_engine_and_is_named(sparse3: Path, tmp_path: Path, run_engine: Run) -> None:
+    shutil.copytree(sparse3, tmp_path / "model")
+    state = load_file(sparse3 / "model.safetensors")
+    for name in ("mlp.up_proj.lookup_table", "self_attn.k_proj.rows", "self_attn.k_proj.cols", "self_attn.k_proj.vals"):
+        del state[f"model.layers.1.{name}"]
+    save_file(state, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"lacks model\.layers\.1\.self_attn\.k_proj\.rows"):
+        run_engine(tmp_path / "model", dtype="float32", enforce_eager=True)

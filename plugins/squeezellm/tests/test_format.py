@@ -1,0 +1,123 @@
+"""The format itself: test vectors of the specification, round trips, and the operator against the definition."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantserve_squeezellm import _format, _ops
+
+
+def _words(codes: list[int], bits: int) -> list[int]:
+    return [word & 0xFFFFFFFF for word in _format.pack(torch.tensor([codes]), bits)[:, 0].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "words"),
+    [
+        (4, [k % 16 for k in range(32)], [0x76543210, 0xFEDCBA98, 0x76543210, 0xFEDCBA98]),
+        (3, [k % 8 for k in range(32)], [0x88FAC688, 0xC688FAC6, 0xFAC688FA]),
+        (3, [7 if k in (10, 21) else 0 for k in range(32)], [0xC0000000, 0x80000001, 0x00000003]),
+    ],
+)
+def test_the_vectors_of_the_specification(bits: int, codes: list[int], words: list[int]) -> None:
+    assert _words(codes, bits) == words
+    packed = _format.pack(torch.tensor([codes]), bits)
+    assert _format.unpack(packed, bits).tolist() == [codes]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([3, 4]), st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**31))
+def test_packing_is_a_little_endian_bit_stream_and_unpacking_undoes_it(
+    bits: int, n: int, blocks: int, seed: int
+) -> None:
+    codes = torch.randint(0, 2**bits, (n, 32 * blocks), generator=torch.Generator().manual_seed(seed))
+    packed = _format.pack(codes, bits)
+    assert packed.shape == (blocks * bits, n)
+    assert packed.dtype == torch.int32
+    assert torch.equal(_format.unpack(packed, bits).long(), codes)
+    stream = sum((word & 0xFFFFFFFF) << (32 * w) for w, word in enumerate(packed[:, -1].tolist()))
+    assert [(stream >> (bits * k)) % 2**bits for k in range(32 * blocks)] == codes[-1].tolist()
+
+
+@pytest.mark.parametrize(("bits", "k"), [(4, 12), (3, 8), (3, 48)])
+def test_codes_that_do_not_fill_whole_words_are_refused(bits: int, k: int) -> None:
+    with pytest.raises(ValueError, match="multiple of"):
+        _format.pack(torch.zeros(2, k, dtype=torch.int64), bits)
+
+
+def test_codes_too_large_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.\.8 do not fit 3 bits"):
+        _format.pack(torch.tensor([[8] + [0] * 31]), 3)
+
+
+def _layer(bits: int, n: int, k: int, seed: int, full: bool) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    sparse = torch.randn(n, k, generator=g) * (torch.rand(n, k, generator=g) < 0.05)
+    tensors = {
+        "qweight": _format.pack(torch.randint(0, 2**bits, (n, k), generator=g), bits),
+        "lookup_table": torch.randn(n, 2**bits, generator=g),
+        **_format.to_csr(sparse),
+    }
+    if full:
+        tensors["full_rows"] = torch.randn(k, 3, generator=g)
+        tensors["full_row_indices"] = torch.tensor([n - 1, 0, n - 1], dtype=torch.int32)
+    return tensors
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([3, 4]), st.integers(1, 40), st.integers(1, 4), st.integers(0, 2**31), st.booleans())
+def test_dequantize_follows_the_definition_term_by_term(bits: int, n: int, blocks: int, seed: int, full: bool) -> None:
+    k = 32 * blocks
+    tensors = _layer(bits, n, k, seed, full)
+    weight = _format.dequantize(tensors, torch.float64)
+    codes = _format.unpack(tensors["qweight"], bits)
+    rows = tensors["rows"].tolist()
+    for channel in {0, n // 2, n - 1}:
+        expected = [float(tensors["lookup_table"][channel, code]) for code in codes[channel].tolist()]
+        for i in range(rows[channel], rows[channel + 1]):
+            expected[int(tensors["cols"][i])] += float(tensors["vals"][i])
+        for j, target in enumerate(tensors["full_row_indices"].tolist() if full else []):
+            if target == channel:
+                expected = [w + float(tensors["full_rows"][i, j]) for i, w in enumerate(expected)]
+        assert weight[channel].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_operator_computes_the_dequantized_layer(bits: int, dtype: torch.dtype) -> None:
+    _ops.register()
+    _ops.register()
+    n, k = 48, 96
+    tensors = _layer(bits, n, k, 7, full=False)
+    n_index, k_index, values = _format.coordinates(tensors)
+    positions = _ops.plane_positions(n_index, k_index, n, k, bits)
+    x = torch.randn(2, 5, k, generator=torch.Generator().manual_seed(3)).to(dtype)
+    arguments = (x, tensors["qweight"], tensors["lookup_table"], bits, positions, values)
+    out = torch.ops.quantserve_squeezellm.linear(*arguments)
+    expected = x.double() @ _format.dequantize(tensors, torch.float64).t()
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}[dtype]
+    assert out.dtype == dtype
+    assert out.shape == (2, 5, n)
+    assert torch.allclose(out.double(), expected, atol=tolerance, rtol=0)
+    torch.library.opcheck(torch.ops.quantserve_squeezellm.linear.default, arguments)
+
+
+def test_the_operator_compiles_whole_and_follows_the_number_of_tokens() -> None:
+    _ops.register()
+    tensors = _layer(4, 32, 64, 11, full=False)
+    none = torch.empty(0, dtype=torch.int32), torch.empty(0)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        table = tensors["lookup_table"]
+        return torch.ops.quantserve_squeezellm.linear(x, tensors["qweight"], table, 4, *none) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (1, 3, 17):
+        x = torch.randn(tokens, 64)
+        assert torch.equal(compiled(x), layer(x))

@@ -1,0 +1,179 @@
+"""The k-means quantizer: optimal enough, exact where it can be, whole or nothing on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from helpers.tiny_squeezellm import projections, write_llama
+from quantserve.errors import CheckpointError, UsageError
+from quantserve_squeezellm import _format
+from quantserve_squeezellm._files import ShardWriter
+from quantserve_squeezellm._kmeans import codebooks, encode
+from quantserve_squeezellm._quantize import quantize, quantize_matrix
+
+
+def _best_cost(values: list[float], clusters: int) -> float:
+    """The cost of the best possible 1-D clustering, by dynamic programming over all cuts."""
+    values = sorted(values)
+
+    def cost(i: int, j: int) -> float:
+        part = values[i:j]
+        mean = sum(part) / len(part)
+        return sum((v - mean) ** 2 for v in part)
+
+    best = [0.0] + [float("inf")] * len(values)
+    for _ in range(clusters):
+        best = [0.0] + [min([best[i] + cost(i, j) for i in range(j)]) for j in range(1, len(values) + 1)]
+    return best[-1]
+
+
+def test_codebooks_come_close_to_the_best_possible_clustering() -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = torch.cat(
+        [
+            torch.randn(4, 128, generator=g),
+            torch.distributions.Laplace(0, 1).icdf(torch.rand(4, 128, generator=g) * 0.99 + 0.005),
+        ]
+    )
+    table = codebooks(rows, 8)
+    found = (rows - table.gather(1, encode(rows, table).long())).square().sum(1)
+    best = torch.tensor([_best_cost(row, 8) for row in rows.tolist()])
+    assert (found >= best - 1e-4).all()
+    assert (found / best).mean() < 1.1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([3, 4]), st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**31), st.data())
+def test_a_channel_with_few_values_survives_exactly(bits: int, n: int, blocks: int, seed: int, data: Any) -> None:
+    g = torch.Generator().manual_seed(seed)
+    different = data.draw(st.integers(1, 2**bits))
+    palette = torch.randn(n, different, generator=g)
+    weight = palette.gather(1, torch.randint(0, different, (n, 32 * blocks), generator=g))
+    assert torch.equal(_format.dequantize(quantize_matrix(weight, bits)), weight)
+
+
+def test_every_code_is_the_nearest_codebook_entry_and_every_entry_the_mean_of_its_weights() -> None:
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(2))
+    tensors = quantize_matrix(weight, 4)
+    codes, table = _format.unpack(tensors["qweight"], 4).long(), tensors["lookup_table"]
+    assert torch.equal((weight[:, :, None] - table[:, None]).abs().argmin(2), codes)
+    for entry in range(16):
+        mine = codes == entry
+        assert mine.any(1).all()
+        assert torch.allclose(table[:, entry], (weight * mine).sum(1) / mine.sum(1), atol=1e-5)
+
+
+def test_the_largest_magnitudes_stay_exact_and_do_not_pull_the_codebook() -> None:
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(3))
+    weight[5, 7], weight[9, 100] = 1e4, -1e4
+    tensors = quantize_matrix(weight, 3, sparsity=0.5)
+    count = round(32 * 128 * 0.005)
+    assert tensors["vals"].numel() == count
+    kept = weight.abs().view(-1).topk(count).indices
+    back = _format.dequantize(tensors)
+    assert torch.allclose(back.view(-1)[kept], weight.view(-1)[kept], rtol=1e-6)
+    assert tensors["lookup_table"].abs().max() < 5
+    assert (back - weight).square().mean() < (_format.dequantize(quantize_matrix(weight, 3)) - weight).square().mean()
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "float", dtype=torch.bfloat16)
+    for name in ("a", "b"):
+        quantize(source, tmp_path / name, bits=4, sparsity=0.2)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("bits", "sparsity"), [(4, 0.0), (3, 0.45)])
+def test_a_folder_becomes_a_checkpoint_with_everything_it_needs(tmp_path: Path, bits: int, sparsity: float) -> None:
+    source = write_llama(tmp_path / "float", dtype=torch.bfloat16, bias=True)
+    steps: list[tuple[str, int, int]] = []
+    quantize(source, tmp_path / "out", bits=bits, sparsity=sparsity, progress=lambda *step: steps.append(step))
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "squeezellm"
+    assert config["quantization_config"]["wbits"] == bits
+    assert (tmp_path / "out/tokenizer_config.json").exists()
+    assert steps[-1][1:] == (len(before), len(before))
+    for module, (n, k) in projections().items():
+        original = before.pop(f"{module}.weight").float()
+        layer = {suffix: after.pop(f"{module}.{suffix}") for suffix in ("qweight", "lookup_table")}
+        assert layer["qweight"].shape == (k * bits // 32, n)
+        assert layer["lookup_table"].shape == (n, 2**bits)
+        if sparsity:
+            layer |= {suffix: after.pop(f"{module}.{suffix}") for suffix in ("rows", "cols", "vals")}
+            assert config["quantization_config"]["sparse"][module] == {"nnz": layer["vals"].numel()}
+        error = (_format.dequantize(layer) - original).square().mean() / original.square().mean()
+        assert error < {3: 0.04, 4: 0.012}[bits]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_sharded_source_is_read_and_large_outputs_are_sharded(tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "float")
+    whole = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    writer = ShardWriter(source, shard_bytes=700_000)
+    for name, tensor in whole.items():
+        writer.add(name, tensor)
+    writer.close()
+    shards = sorted(source.glob("*.safetensors"))
+    assert len(shards) > 3
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    for name, file in index["weight_map"].items():
+        with safe_open(source / file, "pt") as shard:
+            assert torch.equal(shard.get_tensor(name), whole[name])
+    quantize(source, tmp_path / "out")
+    assert "model.layers.1.mlp.down_proj.qweight" in load_file(tmp_path / "out/model.safetensors")
+
+
+def _damage(source: Path, **changes: Any) -> None:
+    path = source / "model.safetensors"
+    state = load_file(path)
+    state.update(changes)
+    save_file(state, path)
+
+
+def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "float")
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="bits is 5"):
+        quantize(source, out, bits=5)
+    with pytest.raises(UsageError, match="sparsity is 100"):
+        quantize(source, out, sparsity=100)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        quantize(tmp_path / "absent", out)
+    odd = write_llama(tmp_path / "odd")
+    _damage(odd, **{"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 40)})
+    with pytest.raises(CheckpointError, match=r"up_proj.weight has 40 in_features.*multiple of 32"):
+        quantize(odd, out)
+    nan = write_llama(tmp_path / "nan")
+    _damage(nan, **{"model.layers.1.mlp.up_proj.weight": torch.full((8, 64), float("nan"))})
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        quantize(nan, out)
+    quantize(source, tmp_path / "done")
+    with pytest.raises(CheckpointError, match="quantized already"):
+        quantize(tmp_path / "done", out)
+    stamp = (tmp_path / "done/model.safetensors").stat()
+    with pytest.raises(UsageError, match="exists and is left as it is"):
+        quantize(source, tmp_path / "done")
+    assert (tmp_path / "done/model.safetensors").stat() == stamp
+    broken = write_llama(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        quantize(broken, out)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))

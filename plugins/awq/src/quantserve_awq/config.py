@@ -46,7 +46,7 @@ class Written:
     def group_size(self) -> int | None:
         """The group size when it is a usable one."""
         value = self.get("group_size")
-        return value if is_integer(value) and (value > 0 or value == -1) else None
+        return value if is_integer(value) and (0 < value < 2**31 or value == -1) else None
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -76,12 +76,12 @@ def config_findings(written: Written) -> list[Finding]:
     """What is wrong with the settings themselves; the core has checked where they are."""
     findings = key_findings(written)
     bits, zero_point = written.get("bits"), written.get("zero_point")
-    version = str(written.values.get("version") or "gemm")
+    version = str(written.values.get("version") or "gemm")[:40]
     if is_integer(bits) and bits != 4:
         findings.append(
             Finding.error(
                 "awq-bits",
-                f"{written.where} says {bits} bits; vLLM serves AWQ with 4 bits only",
+                f"{written.where} says {str(bits)[:40]} bits; vLLM serves AWQ with 4 bits only",
                 [written.where],
                 "use a 4-bit export of the model",
             )

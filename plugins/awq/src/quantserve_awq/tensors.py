@@ -201,7 +201,7 @@ def other_module_findings(checkpoint: Checkpoint, group: int | None) -> list[Fin
         if len(qweight.shape) != 2 or any(part not in tensors for part in PARTS):
             continue
         k, words = qweight.shape
-        rows = tensors["scales"].shape[0] if group is None else 1 if group == -1 else k // group
+        rows = (tensors["scales"].shape or (0,))[0] if group is None else 1 if group == -1 else k // group
         for part, shape in (("qzeros", (rows, words)), ("scales", (rows, words * PER_WORD))):
             if tensors[part].shape != shape:
                 misshapen.append(f"{module}.{part} {list(tensors[part].shape)}, expected {list(shape)}")

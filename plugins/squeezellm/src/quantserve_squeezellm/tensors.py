@@ -56,7 +56,7 @@ def mixed_width_findings(checkpoint: Checkpoint, settings: Settings) -> list[Fin
     odd = [
         f"{name} {list(tensor.shape)}"
         for name, tensor in checkpoint.tensors.items()
-        if name.endswith(".lookup_table") and tensor.shape[-1] != 2 ** (settings.bits or 0)
+        if name.endswith(".lookup_table") and tensor.shape[-1:] != (2 ** (settings.bits or 0),)
     ]
     counts = ", ".join(f"{count} linears of {bits} bits" for bits, count in sorted(settings.table_bits.items()))
     return [

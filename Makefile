@@ -1,0 +1,49 @@
+# `make serve` on a fresh machine: install, prepare, serve the demo three ways. `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+PACKAGES := plugins/fp16/src/quantserve_fp16 plugins/awq/src/quantserve_awq plugins/squeezellm/src/quantserve_squeezellm
+CONFIG ?= models/demo.yaml
+ARGS ?=
+
+.PHONY: help setup dev prepare serve test test-quick lint format docs clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: ## install everything that serving needs into .venv
+	@$(PYTHON) scripts/setup.py
+
+dev: ## the same and the tools for tests and linters
+	@$(PYTHON) scripts/setup.py --dev
+
+prepare: setup ## make the quantized exports of the demo model
+	@$(BIN)/python examples/prepare.py
+
+serve: prepare ## serve the demo as fp16, awq and squeezellm at once (CONFIG=, ARGS=--port 9000)
+	@exec $(BIN)/quantserve serve $(CONFIG) $(ARGS)
+
+test: dev ## run all tests, real engines included
+	@$(BIN)/python examples/prepare.py
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+test-quick: dev ## run the tests that start no engine and take seconds
+	@exec $(BIN)/python -m pytest -m "not vllm and not ray and not slow" $(ARGS)
+
+lint: dev ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy core/quantserve $(PACKAGES) scripts examples/prepare.py
+	$(BIN)/lint-imports
+
+format: dev ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: dev ## write the generated parts of docs/ anew
+	@$(BIN)/python scripts/update_docs.py
+
+clean: ## remove what can be made again, .venv excepted
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf examples/demo-model/awq examples/demo-model/squeezellm
+	find core plugins tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

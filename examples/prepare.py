@@ -1,0 +1,80 @@
+"""Make the quantized exports of the demo model: ``examples/demo-model/awq`` and ``.../squeezellm``.
+
+    .venv/bin/python examples/prepare.py
+
+Each comes from the quantizer its plugin names (hook ``quantserve_quantizer``). An export is made again when the
+checkpoint or the plugin's code has changed; it appears only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+
+from quantserve.errors import QuantserveError, UsageError
+from quantserve.registry import Hooks, Plugin, Registry
+
+DEMO = Path(__file__).resolve().parent / "demo-model"
+CHECKPOINT = DEMO / "checkpoint"
+METHODS = ("awq", "squeezellm")
+STAMP = "made-from.txt"
+
+
+def export(plugin: Plugin, destination: Path) -> bool:
+    """Quantize the demo checkpoint with one method; False when the export is there and up to date.
+
+    Raises:
+        UsageError: the plugin has no quantizer.
+        PluginError: its hook failed.
+    """
+    made_from = fingerprint(plugin)
+    stamp = destination / STAMP
+    if stamp.is_file() and stamp.read_text().strip() == made_from:
+        return False
+    quantizer = Hooks([plugin]).call(plugin, "quantserve_quantizer")
+    if not quantizer:
+        raise UsageError(f"method {destination.name!r} ({plugin.distribution} {plugin.version}) names no quantizer")
+    print(f"making examples/demo-model/{destination.name}", flush=True)
+    module, _, name = quantizer.partition(":")
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=destination.parent) as scratch:
+        made = Path(scratch) / destination.name
+        getattr(import_module(module), name)(CHECKPOINT, made)
+        (made / STAMP).write_text(made_from + "\n")
+        shutil.rmtree(destination, ignore_errors=True)
+        made.rename(destination)
+    return True
+
+
+def fingerprint(plugin: Plugin) -> str:
+    """A hash of the checkpoint's files and the plugin's code."""
+    digest = hashlib.sha256()
+    code = Path(plugin.module.__file__ or "").parent
+    for path in sorted([*CHECKPOINT.iterdir(), *code.glob("*.py")]):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def main() -> int:
+    """Make what is missing; returns an exit code."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # a small job that no GPU should be claimed for
+    registry = Registry.load()
+    try:
+        for method in METHODS:
+            began = time.monotonic()
+            if export(registry.find_method(method), DEMO / method):
+                print(f"  done in {time.monotonic() - began:.1f} s", flush=True)
+    except QuantserveError as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

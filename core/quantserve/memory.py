@@ -46,7 +46,7 @@ class MemoryEstimate:
             tensors in the served dtype).
         overhead_bytes: working memory: activations of one scheduler step, logits, and the fixed cost
             of a worker process.
-        budget_bytes: what vLLM may use: memory x gpu_memory_utilization, or a CPU rank's share of RAM.
+        budget_bytes: what vLLM may use: memory x gpu_memory_utilization, or a CPU rank's share of a NUMA node's RAM.
         kv_bytes_per_token: KV cache of one token on one rank; 0 when config.json does not tell.
         kv_cache_bytes: left for the KV cache (on a CPU: what the plan asks vLLM to take).
         kv_tokens: tokens that fit the KV cache.
@@ -149,7 +149,8 @@ def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks:
     overhead = _overhead(checkpoint, model, target, ranks, dtype_bytes, step, length)
     one_sequence = cache.bytes_of_sequence(length, step)
     if target.device == "cpu":
-        budget = int(target.memory_bytes * _CPU_USABLE) // ranks
+        workers_of_a_node = -(-ranks // max(target.count, 1))
+        budget = int(target.memory_bytes * _CPU_USABLE) // workers_of_a_node
         room = budget - weights - overhead
         gib = _cpu_cache_gib(model, room, one_sequence)
         left = gib * GIB if gib * GIB <= max(room, 0) else room

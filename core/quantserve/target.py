@@ -26,8 +26,8 @@ class Target:
     Attributes:
         name: ``a100-80g``, ``cpu``, or what this machine calls its device.
         device: what vLLM runs on.
-        memory_bytes: per device; for a CPU the RAM this process may use.
-        count: devices on the machine; 0 is as many as a plan needs.
+        memory_bytes: per device; for a CPU the RAM of one NUMA node that this process may use.
+        count: devices on the machine (NUMA nodes of a CPU); 0 is as many as a plan needs.
         capability: CUDA compute capability times ten (80 is 8.0), None off CUDA.
         bandwidth_bytes_per_s: memory bandwidth per device, None when unknown.
         flops_per_s: dense bfloat16 (float16 where there is none) per device, None when unknown.
@@ -173,21 +173,33 @@ def _is(driver_name: str, known: Target) -> bool:
 
 
 def this_cpu() -> Target:
-    """The processor of this machine: RAM and cores within cgroup limits, and its vector extensions."""
-    return Target(name="cpu", device="cpu", memory_bytes=_ram(), count=1, cores=_cores(), features=_cpu_features())
+    """The processor of this machine: RAM and cores within cgroup limits, and its vector extensions.
+
+    A vLLM worker binds its memory to the NUMA node of its cores, so a node is what counts as a device.
+    """
+    nodes = _nodes() or [_ram()]
+    memory = min([*nodes, *(limit // len(nodes) for limit in _cgroup_memory_limits())])
+    return Target("cpu", "cpu", memory, count=len(nodes), cores=_cores(), features=_cpu_features())
+
+
+def _nodes() -> list[int]:
+    """Bytes of RAM of each NUMA node that has cores; empty where Linux does not tell."""
+    sizes = []
+    for folder in sorted(Path("/sys/devices/system/node").glob("node[0-9]*")):
+        match = re.search(r"MemTotal:\s+(\d+) kB", _read(str(folder / "meminfo")))
+        if match and int(match[1]) and _read(str(folder / "cpulist")).strip():
+            sizes.append(int(match[1]) * 1024)
+    return sizes
 
 
 def _ram() -> int:
-    total = 0
     match = re.search(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     if match:
-        total = int(match[1]) * 1024
-    else:
-        try:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (ValueError, OSError):
-            total = 8 * GIB
-    return min([total, *_cgroup_memory_limits()])
+        return int(match[1]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 8 * GIB
 
 
 def _cgroup_memory_limits() -> list[int]:

@@ -147,6 +147,12 @@ def test_a_cpu_gets_whole_gib_of_kv_cache() -> None:
     assert result.kv_cache_bytes == 31 * GIB
 
 
+def test_ranks_on_a_cpu_are_spread_over_numa_nodes() -> None:
+    one = of(llama(LLAMA_7B), served(2), Target("cpu", "cpu", 40 * GIB, 1))[0]
+    two = of(llama(LLAMA_7B), served(2), Target("cpu", "cpu", 40 * GIB, 2))[0]
+    assert (one.budget_bytes, two.budget_bytes) == (18 * GIB, 36 * GIB)
+
+
 def test_the_users_cpu_cache_size_wins() -> None:
     engine = {"model_id": "m", "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "3"}}}
     model = ModelConfig.model_validate({"engine_config": engine})

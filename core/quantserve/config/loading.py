@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from quantserve.config.migrate import EMBEDDING_FIX, TRTLLM_FIX, migrate
 from quantserve.config.model import AppConfig, ModelConfig
-from quantserve.config.paths import config_files, folder_id, is_hub_id, not_found, resolved
+from quantserve.config.paths import config_files, expand, folder_id, is_hub_id, not_found, resolved
 from quantserve.config.report import Report, got, unknown_key
 from quantserve.config.schema import HttpConfig
 from quantserve.config.source import SUFFIXES, Located, from_object, parse, read
@@ -66,7 +66,7 @@ def load_object(obj: object, where: str) -> AppConfig:
 
 def is_model_source(source: str | Path) -> bool:
     """Whether `source` names a bare model (checkpoint folder or hub id), not a config."""
-    path = Path(source).expanduser()
+    path = expand(str(source))
     if path.exists():
         return (path / "config.json").is_file()
     return is_hub_id(str(source), [Path()])
@@ -88,7 +88,7 @@ def model_from_source(
     if not is_model_source(source):
         raise ConfigError(not_found(str(source), [Path()]))
     engine: dict[str, Any] = {"model_id": str(source)}
-    path = Path(source).expanduser()
+    path = expand(str(source))
     if path.exists():
         engine = {"model_id": folder_id(path), "hf_model_id": str(path.resolve())}
     if quantization:
@@ -143,9 +143,9 @@ class _Loader:
         """Load what a string names: a path (tried in each of `folders`), a hub id, or inline YAML."""
         try:
             for folder in folders:
-                path = folder / Path(text).expanduser() if "\n" not in text and len(text) < 1024 else None
+                path = folder / expand(text) if "\n" not in text and len(text) < 1024 else None
                 if path is not None and path.exists():
-                    self._path(path, str(path))
+                    self._path(path, f"{label}: {path}" if origin else str(path), label if origin else str(path))
                     return
             if origin and ("\n" in text or ": " in text or text.lstrip().startswith("{")):
                 self._inline(text, label, folders[0])
@@ -164,9 +164,9 @@ class _Loader:
             raise ConfigError(f"{label}: {text[:60]!r} is neither an existing path nor the YAML of a model")
         self.document(doc)
 
-    def _path(self, path: Path, label: str) -> None:
+    def _path(self, path: Path, label: str, where: str) -> None:
         if path.is_dir() and (path / "config.json").is_file():
-            self.models.append(model_from_source(path).located(label))
+            self.models.append(model_from_source(path).located(where))
         elif path.is_dir():
             files = config_files(path)
             if not files:

@@ -133,17 +133,19 @@ class _Migration:
         return value if isinstance(value, dict) else None
 
     def engine_is_served(self, engine: dict[str, Any]) -> bool:
-        kind = engine.get("type")
+        kind = str(engine.get("type"))
         if kind not in _ENGINE_KEYS:
             if engine.get("model_type") == "embedding":
                 kind = "EmbeddingEngine"
             else:
                 return True
-        name, fix = ("TensorRT-LLM", TRTLLM_FIX) if kind == "TRTLLMEngine" else ("the embedding engine", EMBEDDING_FIX)
-        present = [key for key in _ENGINE_KEYS[str(kind)] if key in engine]
+        name, fix = ("TensorRT-LLM", TRTLLM_FIX) if kind == "TRTLLMEngine" else ("embedding", EMBEDDING_FIX)
+        present = [key for key in _ENGINE_KEYS[kind] if key in engine]
         lost = f"; with it go {', '.join(present)}" if present else ""
         at = "type" if "type" in engine else "model_type"
-        self.report.problem(self.doc, ("engine_config", at), f"RayLLM's {name} is gone, vLLM is the engine{lost}", fix)
+        self.report.problem(
+            self.doc, ("engine_config", at), f"RayLLM's {name} engine is gone, vLLM is the engine{lost}", fix
+        )
         return False
 
     def engine(self, engine: dict[str, Any]) -> None:

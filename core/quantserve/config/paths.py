@@ -14,24 +14,34 @@ from quantserve.errors import ConfigError
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 MAX_FILES: Final = 1000
+MAX_FOLDERS: Final = 2000
+
+
+def expand(text: str) -> Path:
+    """`text` as a path, with ``~`` for the home directory where there is one."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def config_files(folder: Path) -> list[Path]:
     """Config files under `folder`, without hidden folders and checkpoints."""
     files: list[Path] = []
-    for here, folders, names in os.walk(folder):
+    for count, (here, folders, names) in enumerate(os.walk(folder)):
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and not (Path(here, name) / "config.json").is_file()
         )
         files += [Path(here, name) for name in sorted(names) if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        if len(files) > MAX_FILES:
-            raise ConfigError(f"{folder}: more than {MAX_FILES} config files\n  fix: name a smaller folder")
+        if len(files) > MAX_FILES or count > MAX_FOLDERS:
+            found = f"{len(files)} config files in more than {count} folders"
+            raise ConfigError(f"{folder}: {found}, which cannot be one server\n  fix: name a smaller folder")
     return files
 
 
 def resolved(text: str, folder: Path | None) -> str:
     """`text` as an absolute path if it is one; hub ids stay as they are."""
-    path = Path(text).expanduser()
+    path = expand(text)
     if "\0" in text or "://" in text:
         return text
     if path.is_absolute():
@@ -63,20 +73,21 @@ def folder_id(path: Path) -> str:
 
 def not_found(text: str, folders: Sequence[Path]) -> str:
     """Say that nothing has this name, and which names are close."""
+    shown = (text if text.isprintable() else repr(text))[:200]
     for folder in folders:
-        path = folder / Path(text).expanduser()
-        parent = path.parent
+        path = folder / expand(text)
         try:
             if path.is_dir():
-                return f"{text}: a folder without config.json, so it holds no model"
-            names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
+                return f"{shown}: a folder without config.json, so it holds no model"
+            names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
         except (OSError, ValueError):
             continue
-        if close := get_close_matches(path.name, names, n=3, cutoff=0.6):
-            return f"{text}: no such file or folder; did you mean {' or '.join(str(parent / name) for name in close)}?"
+        close = [name for name in names if name.partition(".")[0] == path.name]
+        if close := close or get_close_matches(path.name, names, n=3, cutoff=0.6):
+            return f"{shown}: no such file or folder; did you mean {' or '.join(str(path.parent / n) for n in close)}?"
     if HUB_ID.fullmatch(text):
         return (
-            f"{text}: no such file or folder, and no hub id because a folder {text.split('/', 1)[0]} is here"
-            "\n  fix: for a hub id, write a model file with engine_config.model_id"
+            f"{shown}: no such file or folder, and no hub id because a folder {text.split('/', 1)[0]} is here\n"
+            "  fix: for a hub id, write a model file with engine_config.model_id"
         )
-    return f"{text[:200]}: no such file or folder, and not a hub id (org/name) either"
+    return f"{shown}: no such file or folder, and not a hub id (org/name) either"

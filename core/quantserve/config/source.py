@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import yaml
 from yaml.constructor import SafeConstructor
@@ -24,6 +24,7 @@ KeyPath = tuple[str | int, ...]
 MAX_BYTES: Final = 256 * 1024
 MAX_VALUES: Final = 50_000
 MAX_DEPTH: Final = 40
+MAX_PROBLEMS: Final = 20
 SUFFIXES: Final = (".yaml", ".yml", ".json")
 
 _TAG: Final = "tag:yaml.org,2002:"
@@ -115,13 +116,15 @@ def parse(text: str, label: str, folder: Path | None = None, *, as_json: bool = 
         raise ConfigError(f"{label}:{_line_of(text, text.index(chr(0)))}: a NUL byte, so this is not a text file")
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{label}: longer than {MAX_BYTES // 1024} KiB, so this is not a config")
-    value = _parse_json(text, label) if as_json else None
+    value = from_object(_parse_json(text, label), label).value if as_json else None
     # JSON allows tabs between tokens and YAML does not; inside JSON strings they are always escaped.
     node = _compose(text.replace("\t", " ") if as_json else text, label)
     builder = _Builder(label)
     built = builder.build(node, (), 0) if node else None
+    if not as_json and built is not None:
+        from_object(built, label)  # escapes can make characters that are none
     if builder.problems:
-        raise ConfigError("\n".join(builder.problems))
+        builder.stop()
     return Located(value if as_json else built, label, folder, builder.lines)
 
 
@@ -137,18 +140,29 @@ def from_object(value: object, label: str, folder: Path | None = None) -> Locate
         if next(budget, None) is None or len(path) > MAX_DEPTH:
             raise ConfigError(f"{label}: {dotted(path)[:80]}: too large or nested too deeply for a config")
         if isinstance(item, Mapping):
-            if wrong := [key for key in item if not isinstance(key, str)]:
+            if wrong := [key for key in item if not isinstance(key, str) or not _is_text(key)]:
                 raise ConfigError(f"{label}: {dotted(path)}: keys must be text, got {wrong[0]!r}")
             return {key: copy(child, (*path, key)) for key, child in item.items()}
         if isinstance(item, list | tuple):
             return [copy(child, (*path, index)) for index, child in enumerate(item)]
         if isinstance(item, int | float) and not abs(item) < 1e300:
             raise ConfigError(f"{label}: {dotted(path)}: not a number a config can hold")
+        if isinstance(item, str) and not _is_text(item):
+            raise ConfigError(f"{label}: {dotted(path)}: half of a surrogate pair is no character")
         if item is None or type(item) in (str, int, float, bool):
             return item
         raise ConfigError(f"{label}: {dotted(path) or 'value'}: a {type(item).__name__} cannot be part of a config")
 
     return Located(copy(value, ()), label, folder)
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold the text, so that messages and plans that quote it can be written."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _decode(data: bytes, label: str) -> str:
@@ -300,4 +314,10 @@ class _Builder:
 
     def _stop(self, node: yaml.Node, message: str) -> None:
         self._add(node, message)
-        raise ConfigError("\n".join(self.problems))
+        self.stop()
+
+    def stop(self) -> NoReturn:
+        """Raise what was found, without flooding the terminal."""
+        more = len(self.problems) - MAX_PROBLEMS
+        shown = [*self.problems[:MAX_PROBLEMS], *([f"{self.label}: and {more} more problems"] if more > 0 else [])]
+        raise ConfigError("\n".join(shown))

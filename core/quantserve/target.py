@@ -177,7 +177,9 @@ def this_cpu() -> Target:
 
     A vLLM worker binds its memory to the NUMA node of its cores, so a node is what counts as a device.
     """
-    nodes = _nodes() or [_ram()]
+    nodes = _nodes()
+    if len(nodes) < 2:
+        nodes = [_ram()]  # virtual machines with a balloon understate their only node
     memory = min([*nodes, *(limit // len(nodes) for limit in _cgroup_memory_limits())])
     return Target("cpu", "cpu", memory, count=len(nodes), cores=_cores(), features=_cpu_features())
 

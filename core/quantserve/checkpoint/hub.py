@@ -110,16 +110,18 @@ class Repository:
         """Fetch the beginnings of several files at once."""
         wanted = [(name, FIRST_READ if size < 0 else size) for name, size in sizes if self.files[name] != 0]
         with ThreadPoolExecutor(THREADS, thread_name_prefix="quantserve-hub") as pool:
-            for name, start in pool.map(self._start, wanted):
+            for name, start, total in pool.map(self._start, wanted):
                 if start is not None:
                     self._fetched[name] = start
+                if total is not None and self.files[name] < 0:
+                    self.files[name] = total
 
-    def _start(self, item: tuple[str, int]) -> tuple[str, bytes | None]:
+    def _start(self, item: tuple[str, int]) -> tuple[str, bytes | None, int | None]:
         name, size = item
         try:
-            return name, self._request(name).read(0, size)[0]
+            return name, *self._request(name).read(0, size)
         except OSError:  # this file alone: said again when it is opened
-            return name, None
+            return name, None, None
 
     def _request(self, name: str) -> _Request:
         url = hf_hub_url(self.repo, name, revision=self.revision)
@@ -235,7 +237,7 @@ class _Request:
                             "the server ignores range requests, and the whole file would have to be fetched",
                             "download the model and name its folder",
                         )
-                for chunk in response.iter_bytes(65536):
+                for chunk in response.iter_bytes():  # as received: a chunk size would wait for a full one
                     data += chunk
                     if len(data) >= skip + count:
                         break

@@ -108,7 +108,9 @@ def find_folder(source: str) -> Path | None:
         exists = path.exists()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"cannot use {shown(source)!r} as a model folder: {reason}") from None
+        raise CheckpointError(
+            f"cannot use {shown(source)!r} as a model folder: {reason}\n  fix: name a folder or a hub id, org/name"
+        ) from None
     if exists:
         raise CheckpointError(f"{shown(source)} is a file, not a model folder\n  fix: {_file_fix(path)}")
     if _only_a_path(source):
@@ -126,7 +128,7 @@ def _only_a_path(source: str) -> bool:
     return (
         source.startswith(("/", "./", "../", "~"))
         or source in {".", ".."}
-        or source.count("/") > 1
+        or source.partition("@")[0].count("/") > 1
         or ("\\" in source or source.endswith("/"))
     )
 
@@ -138,14 +140,14 @@ def missing(source: str, path: Path) -> str:
         parent = parent.parent
     first = path.parts[len(parent.parts)] if len(path.parts) > len(parent.parts) else path.name
     try:
-        names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
+        names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir() and entry.name[0] != ".")
     except OSError:
         names = []
     close = difflib.get_close_matches(first, names, n=3) or names[:5]
     where = shown(str(parent)) if str(parent) != "." else "the current folder"
     there = f"it holds {', '.join(some(close))}" if close else "it holds no folders"
     return (
-        f"no model folder {shown(source)}: {where} exists but has no {shown(first)!r}; {there}\n"
+        f"no model folder {shown(source)}: {where} has no {shown(first)!r}, {there}\n"
         "  fix: correct the path, or name a model of the Hub as org/name"
     )
 

@@ -96,7 +96,7 @@ def test_paths_start_at_the_file_then_at_the_working_directory(
         str(checkpoint),
     ]
     assert app.models[0].engine_config.tokenizer_id == str(configs / "local")
-    assert (app.models[8].model_id, app.models[8].where) == ("my-model", f"{configs}/app.yaml:10")
+    assert (app.models[8].model_id, app.models[8].where) == ("my-model", f"{configs}/app.yaml:11")
 
 
 def test_app_file_with_everything(write: Write, checkpoint: Path) -> None:

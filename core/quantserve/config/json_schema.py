@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
-
 from quantserve.config.engine_args import ENGINE, FRONTEND, MOVED
 from quantserve.config.model import ModelConfig
 from quantserve.config.schema import RUNTIME_ENV_KEYS, HttpConfig
@@ -13,6 +11,8 @@ from quantserve.config.schema import RUNTIME_ENV_KEYS, HttpConfig
 
 def json_schema() -> dict[str, Any]:
     """The schema of today's app files and model files; RayLLM's old keys load, but are not in it."""
+    from pydantic.json_schema import models_json_schema  # slow to import, and used by one command
+
     _, schema = models_json_schema(
         [(ModelConfig, "validation"), (HttpConfig, "validation")], ref_template="#/$defs/{model}"
     )

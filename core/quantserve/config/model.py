@@ -279,7 +279,7 @@ class AppConfig(BaseModel):
         notes: what was migrated, dropped or looks unintended: ``file:line: ...``.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     models: list[ModelConfig] = Field(description="The models to serve.")
     http: HttpConfig = Field(default_factory=lambda: HttpConfig(), description="Where the API listens.")

@@ -6,6 +6,7 @@ prints it, and tests compare it with golden files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -105,6 +106,21 @@ def make_plan(composition: Composition) -> Plan:
     )
     # Tuples become lists here, so that a plan equals itself after a trip through JSON.
     return Plan.model_validate_json(plan.model_dump_json())
+
+
+def make_plans(compositions: Sequence[Composition]) -> list[Plan]:
+    """Plan models that will run side by side; on a CPU they share its cores instead of binding to the same one.
+
+    Raises:
+        FindingsError: a composition has errors.
+    """
+    plans = [make_plan(composition) for composition in compositions]
+    for plan in plans:
+        ranks = plan.engine_args["tensor_parallel_size"]
+        # vLLM binds rank i to NUMA node i, always to the same cores of it.
+        if plan.target["device"] == "cpu" and (len(plans) > 1 or ranks > plan.target["count"]):
+            plan.runtime_env["env_vars"].setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return plans
 
 
 def refusal(findings: dict[str, list[Finding]]) -> FindingsError:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from quantserve.cli.check_command import print_report
 from quantserve.cli.output import console, gib, kv_cache, print_json, table
 from quantserve.cli.sources import choose_target, load_sources, outcomes, source_options
-from quantserve.plan import Plan, make_plan
+from quantserve.plan import Plan, make_plans
 from quantserve.registry import Registry
 
 
@@ -27,7 +27,7 @@ def command(sources: tuple[str, ...], target_name: str | None, as_json: bool, **
     target = choose_target(target_name)
     results = list(outcomes(app.models, Registry.load(), target))
     refused = [result for result in results if result.exit_code]
-    plans = [make_plan(r.composition) for r in results if r.composition and not r.exit_code]
+    plans = make_plans([r.composition for r in results if r.composition and not r.exit_code])
     if refused:
         print_report(console(stderr=True), refused, target, app.notes)
     if as_json:

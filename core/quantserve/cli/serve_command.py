@@ -8,7 +8,7 @@ from quantserve.cli.check_command import print_report
 from quantserve.cli.output import console
 from quantserve.cli.sources import Outcome, choose_target, load_sources, outcomes, source_options
 from quantserve.errors import QuantserveError
-from quantserve.plan import make_plan, refusal
+from quantserve.plan import make_plans, refusal
 from quantserve.registry import Registry
 
 
@@ -39,7 +39,7 @@ def command(
     served = [result.composition for result in results if result.composition and not result.exit_code]
     if refused and (not keep_going or not served):
         raise _refusal(refused)
-    plans = [make_plan(composition) for composition in served]
+    plans = make_plans(served)
     given = {"host": host, "port": port, "api_keys_file": api_keys_file}
     http = app.http.model_copy(update={key: value for key, value in given.items() if value is not None})
 

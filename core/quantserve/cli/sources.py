@@ -61,23 +61,32 @@ def load_sources(
         UsageError: an option for a bare MODEL was given without one.
         ConfigError: a file is wrong, or two models share an id.
     """
-    overrides = {
-        "quantization": quantization,
-        "tensor_parallel_size": tensor_parallel_size,
-        "max_model_len": max_model_len,
-        "allow_pickle": allow_pickle or None,
+    given = {
+        "--quantization": quantization,
+        "--tensor-parallel-size": tensor_parallel_size,
+        "--max-model-len": max_model_len,
+        "--allow-pickle": allow_pickle or None,
     }
-    given = {key: value for key, value in overrides.items() if value is not None}
-    if not given:
+    flags = ", ".join(flag for flag, value in given.items() if value is not None)
+    if not flags:
         return load(sources)
     configs = [source for source in sources if not is_model_source(source)]
     if configs:
-        flags = ", ".join("--" + key.replace("_", "-") for key in given)
         raise UsageError(
             f"{flags} can be given for a bare MODEL only, and {configs[0]!r} is a config\n"
             "  fix: write it in the config, or name only model folders and hub ids"
         )
-    return AppConfig(models=[model_from_source(source, **given) for source in sources])
+    models = [
+        model_from_source(
+            source,
+            quantization=quantization,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=max_model_len,
+            allow_pickle=allow_pickle or None,
+        )
+        for source in sources
+    ]
+    return AppConfig(models=models)
 
 
 def choose_target(name: str | None) -> Target:

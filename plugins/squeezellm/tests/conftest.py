@@ -32,8 +32,13 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[G
     def run(model: Path, **engine_args: Any) -> list[Generation]:
         out = tmp_path_factory.mktemp("engine") / "out.json"
         spec = {"model": str(model), "prompts": PROMPTS, "engine_args": engine_args, "out": str(out)}
+        ranks = engine_args.get("tensor_parallel_size", 1)
+        # By itself vLLM binds one rank per NUMA node; several ranks on one node need their cores named.
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+        binding = {"VLLM_CPU_OMP_THREADS_BIND": "|".join((cores * ranks)[:ranks])} if ranks > 1 else {}
         environment = {
             **os.environ,
+            **binding,
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_PLUGINS": "squeezellm",
             "VLLM_NO_USAGE_STATS": "1",

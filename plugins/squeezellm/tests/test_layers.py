@@ -147,20 +147,21 @@ def test_a_plain_column_layer_and_a_replicated_one_on_the_last_rank(as_rank: Cal
     assert torch.allclose(_out(_load(replicated, {None: tensors}), x), x @ dequantize(tensors).t(), atol=1e-4)
 
 
-def test_weights_rest_packed_and_the_codebook_keeps_float32() -> None:
-    with torch.device("cpu"):
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            layer = linear.RowParallelLinear(
-                K, 64, bias=False, quant_config=_config(4), prefix="model.layers.0.mlp.down_proj"
-            )
-        finally:
-            torch.set_default_dtype(torch.float32)
-    tensors = _tensors(4, 64, K, 8, sparse=False)
-    _load(layer, {None: tensors})
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_weights_rest_packed_and_in_full_precision_whatever_the_dtype(dtype: torch.dtype, sparse: bool) -> None:
+    tensors = _tensors(4, 64, K, 8, sparse=sparse)
+    torch.set_default_dtype(dtype)  # as vLLM does while it loads
+    try:
+        layer = _load(_row(), {None: tensors})
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(layer.lookup_table, tensors["lookup_table"])
     held = sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()])
-    assert held == 64 * K // 2 + 4 * 64 * 16
+    assert held == 64 * K // 2 + 4 * 64 * 16 + 8 * layer.sparse_values.numel()
+    x = torch.randn(2, K)
+    assert torch.allclose(_out(layer, x), x @ dequantize(tensors).t(), atol=1e-4)
+    assert _out(layer, x.to(dtype)).dtype == dtype
 
 
 def test_loading_a_second_time_replaces_the_sparse_part() -> None:
@@ -236,3 +237,10 @@ def test_registering_again_changes_nothing_and_foreign_checkpoints_are_not_claim
     assert get_quantization_config("squeezellm") is SqueezeLLMConfig
     for foreign in ({"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "wbits": 4}, {}):
         assert SqueezeLLMConfig.override_quantization_method(foreign, None, hf_config=None) is None
+
+
+def test_entries_of_original_files_that_carry_no_weights_are_dropped_while_loading() -> None:
+    mapper = SqueezeLLMConfig.get_checkpoint_weight_mapper()
+    module = f"{ATTENTION}.q_proj"
+    entries = [(f"sparse_threshold.{module}", 7), (f"{module}.startrows", 0), (f"{module}.rows", 1)]
+    assert list(mapper.apply(entries)) == [(f"{module}.rows", 1)]

@@ -129,10 +129,11 @@ def coordinates(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
     Full rows lose their zeros, so the all-zero placeholder some packers write vanishes. Positions may repeat; they add.
     """
-    n_parts, k_parts, v_parts = [], [], []
+    none = torch.empty(0, dtype=torch.int64, device=tensors["qweight"].device if "qweight" in tensors else "cpu")
+    n_parts, k_parts, v_parts = [none], [none], [none.float()]
     if "rows" in tensors:
         rows = tensors["rows"].to(torch.int64)
-        n_parts.append(torch.repeat_interleave(torch.arange(rows.numel() - 1), rows.diff()))
+        n_parts.append(torch.repeat_interleave(torch.arange(rows.numel() - 1, device=rows.device), rows.diff()))
         k_parts.append(tensors["cols"].to(torch.int64))
         v_parts.append(tensors["vals"].to(torch.float32))
     if "full_rows" in tensors:
@@ -141,8 +142,7 @@ def coordinates(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         n_parts.append(tensors["full_row_indices"].to(torch.int64)[j])
         k_parts.append(k_index)
         v_parts.append(full[k_index, j])
-    empty = torch.empty(0, dtype=torch.int64)
-    return torch.cat([empty, *n_parts]), torch.cat([empty, *k_parts]), torch.cat([empty.float(), *v_parts])
+    return torch.cat(n_parts), torch.cat(k_parts), torch.cat(v_parts)
 
 
 def dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -91,14 +91,13 @@ class LayerLoading:
                 f"{self.name}: the checkpoint lacks {', '.join(problems)}; the layer would compute garbage. "
                 "Fix: download or convert the checkpoint again (`quantserve check` lists everything it lacks)"
             )
-        parts = list(zip(*self.entries, strict=True)) or [(torch.empty(0, dtype=torch.int64),)] * 2 + [
-            (torch.empty(0),)
-        ]
+        # vLLM sets default dtype and device while it loads; nothing here may depend on them.
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        n_parts, k_parts, v_parts = zip((none, none, none.float()), *self.entries, strict=True)
         self.received, self.pieces, self.entries = {}, {}, []
-        n_index, k_index, values = (torch.cat(list(part)) for part in parts)
-        positions, inverse = torch.unique(n_index * self.k + k_index, return_inverse=True)
-        summed = torch.zeros(positions.numel()).index_add_(0, inverse, values)
-        return positions // self.k, positions % self.k, summed
+        positions, inverse = torch.unique(torch.cat(n_parts) * self.k + torch.cat(k_parts), return_inverse=True)
+        values = torch.zeros(positions.numel(), dtype=torch.float32, device="cpu")
+        return positions // self.k, positions % self.k, values.index_add_(0, inverse, torch.cat(v_parts))
 
     def _missing(self) -> list[str]:
         problems = []
@@ -188,11 +187,11 @@ class LayerLoading:
     def _local(self, dimension: str, size: int, full: int, shard: ShardId) -> Tensor:
         """For each of `full` checkpoint indices its index on this rank, or -1: asked of the layer's own loader."""
         if dimension == "input_dim" and size == full:
-            return torch.arange(full)
+            return torch.arange(full, device="cpu")
         probe = Parameter(torch.full((size,), -1, dtype=torch.int64, device="cpu"), requires_grad=False)
         setattr(probe, dimension, 0)
         self._call(probe, torch.arange(full, device="cpu"), shard)
         here = (probe.data >= 0).nonzero().view(-1)
-        local = torch.full((full,), -1, dtype=torch.int64)
+        local = torch.full((full,), -1, dtype=torch.int64, device="cpu")
         local[probe.data[here]] = here
         return local

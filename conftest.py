@@ -1,0 +1,30 @@
+"""What all tests share, those of the core in tests/ and those of plugins/*/tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+# Before anything imports Ray or vLLM: tests report to nobody, and no variable of the shell changes what they see.
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS", "VLLM_PLUGINS"):
+    os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and say so."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not gpu_answers():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+def gpu_answers() -> bool:
+    """Whether an NVIDIA driver lists a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    asked = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return asked.returncode == 0 and "GPU" in asked.stdout

@@ -1,0 +1,90 @@
+"""Write the generated parts of docs/ anew: command help and config keys, between markers in the Markdown.
+
+    .venv/bin/python scripts/update_docs.py
+
+A part begins with ``<!-- generated: KIND NAME -->`` and ends with ``<!-- end -->``. tests/test_docs.py fails when one
+is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+
+from quantserve.cli.main import cli
+from quantserve.config import json_schema
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PART = re.compile(r"(<!-- generated: (?P<kind>\w+) ?(?P<name>[\w-]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def command_help(name: str) -> str:
+    """``--help`` of a command, or of quantserve itself for the empty name."""
+    arguments = [*([name] if name else []), "--help"]
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(cli, arguments, prog_name="quantserve", terminal_width=100)
+    assert result.exit_code == 0, result.output
+    return f"```text\n{result.output.strip()}\n```\n"
+
+
+def config_keys(name: str) -> str:
+    """A table of the keys of one section of the config, from its JSON Schema."""
+    schema = json_schema()
+    section = schema["$defs"][name]
+    rows = []
+    for key, spec in section["properties"].items():
+        meaning = spec.get("description", "").replace("|", "\\|").replace("\n", " ")
+        rows.append(f"| `{key}` | {' or '.join(kinds(spec))} | {default(key, spec, section)} | {meaning} |")
+    return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def kinds(spec: Mapping[str, Any]) -> Iterator[str]:
+    """The types a value may have, in plain words."""
+    if "$ref" in spec:
+        name = spec["$ref"].rpartition("/")[2]
+        yield f"[{name}](#{name.lower()})"
+    elif "enum" in spec:
+        yield ", ".join(f"`{value}`" for value in spec["enum"])
+    elif "anyOf" in spec:
+        yield from dict.fromkeys(kind for option in spec["anyOf"] for kind in kinds(option) if kind != "null")
+    elif isinstance(spec.get("type"), list):
+        yield from spec["type"]
+    elif spec.get("type") == "array":
+        yield f"list of {' or '.join(kinds(spec['items']))}"
+    else:
+        names = {"object": "mapping", "string": "text", "boolean": "true, false", "integer": "whole number"}
+        yield names.get(spec.get("type", ""), spec.get("type", "any"))
+
+
+def default(key: str, spec: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+    """The default as it would be written, ``required``, or nothing where the description tells it."""
+    if key in section.get("required", ()):
+        return "required"
+    value = spec.get("default")
+    return "" if value is None else f"`{json.dumps(value)}`"
+
+
+KINDS: Mapping[str, Callable[[str], str]] = {"help": command_help, "config": config_keys}
+
+
+def updated(text: str) -> str:
+    """A document with every generated part made anew."""
+    return PART.sub(lambda match: match[1] + KINDS[match["kind"]](match["name"]) + match[4], text)
+
+
+def main() -> None:
+    """Write what changed, and say so."""
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text()
+        new = updated(text)
+        if new != text:
+            path.write_text(new)
+            print(f"updated docs/{path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Plugins from outside, as users meet them: built as wheels, installed by pip beside ours, one of them broken.
+
+One environment holds the wheels of this repository, the example plugin of examples/plugins and a distribution whose
+plugins are all defective; one run of `quantserve serve` in it shows that a method from outside is served and that the
+defective ones reach nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.broken import STAGES, write_project
+from helpers.environments import ROOT, Environment, build
+
+EXAMPLE = ROOT / "examples" / "plugins" / "quantserve-rtn8"
+DEMO = ROOT / "examples" / "demo-model" / "checkpoint"
+QUESTION = [{"role": "user", "content": "What does str.join do?"}]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def environment(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """All wheels installed by pip; torch, vLLM and Ray are those of the environment that runs the tests."""
+    base = tmp_path_factory.mktemp("third-party")
+    wheels = shutil.copytree(dist, base / "wheels")
+    source = shutil.copytree(EXAMPLE, base / "quantserve-rtn8", ignore=shutil.ignore_patterns("dist", "__pycache__"))
+    build(source, wheels)
+    build(write_project(base / "broken"), wheels)
+    environment = Environment.make(base / "environment")
+    installed = environment.pip("install", "--no-deps", "--no-index", *sorted(wheels.glob("*.whl")))
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    environment.see_packages_of_this_python()
+    return environment
+
+
+@pytest.fixture(scope="module")
+def rtn8_model(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as the example plugin's own quantizer writes it."""
+    model = tmp_path_factory.mktemp("models") / "demo-rtn8"
+    done = environment.run("python", "-m", "quantserve_rtn8.quantize", DEMO, model)
+    assert done.returncode == 0, done.stderr
+    return model
+
+
+def test_everything_comes_from_the_installed_wheels(environment: Environment) -> None:
+    code = "import quantserve, quantserve_awq, quantserve_rtn8; print(quantserve.__file__, quantserve_rtn8.__file__)"
+    done = environment.run("python", "-c", code)
+    assert all(str(environment.path) in path for path in done.stdout.split()), done.stdout + done.stderr
+
+
+def test_list_shows_the_newcomer_and_why_the_others_failed(environment: Environment) -> None:
+    done = environment.run("python", "-m", "quantserve", "list", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    methods = {plugin["name"] for plugin in report["plugins"] if plugin["method"]}
+    assert methods == {"fp16", "awq", "squeezellm", "rtn8", "poison"}
+    failures = {failure["name"]: failure for failure in report["failures"]}
+    assert {name: failure["stage"] for name, failure in failures.items()} == STAGES
+    for failure in failures.values():
+        assert (failure["distribution"], failure["version"]) == ("quantserve-broken", "0.9")
+    assert "a_module_nobody_has" in failures["cannot-import"]["reason"]
+
+
+def test_check_finds_the_method_and_what_is_wrong_with_its_files(environment: Environment, rtn8_model: Path) -> None:
+    def check(model: Path) -> tuple[int, dict[str, object]]:
+        done = environment.run("python", "-m", "quantserve", "check", model, "--target", "a100-80g", "--json")
+        return done.returncode, json.loads(done.stdout)["models"][0]
+
+    code, model = check(rtn8_model)
+    assert (code, model["method"], model["plugins"]) == (0, "rtn8", ["rtn8"]), model
+    damaged = shutil.copytree(rtn8_model, rtn8_model.parent / "damaged", dirs_exist_ok=True)
+    config = json.loads((damaged / "config.json").read_text())
+    config["intermediate_size"] += 128
+    (damaged / "config.json").write_text(json.dumps(config))
+    code, model = check(damaged)
+    findings = model["findings"]
+    assert isinstance(findings, list)
+    assert code == 1
+    assert {"rtn8"} == {finding["source"] for finding in findings if finding["code"] == "rtn8-wrong-shape"}
+
+
+def test_a_raising_hook_stops_only_the_model_that_asks_for_it(environment: Environment, tmp_path: Path) -> None:
+    engine = {"hf_model_id": str(DEMO), "max_total_tokens": 256, "engine_kwargs": {"quantization": "fp16"}}
+    with_plugin = {"engine_config": {**engine, "model_id": "broken"}, "plugins": ["raises-in-validate"]}
+    without = {"engine_config": {**engine, "model_id": "fine"}}
+    app = tmp_path / "app.json"
+    app.write_text(json.dumps({"models": [with_plugin, without]}))
+    done = environment.run("python", "-m", "quantserve", "check", app, "--target", "cpu", "--json")
+    broken, fine = json.loads(done.stdout)["models"]
+    assert done.returncode == 3
+    assert broken["exit_code"] == 3
+    assert "quantserve-broken 0.9" in broken["error"]
+    assert "quantserve_validate" in broken["error"]
+    assert "group_size" in broken["error"]
+    assert fine["exit_code"] == 0
+
+
+# --- served ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_url(environment: Environment, rtn8_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`quantserve serve` of the demo as fp16 and as rtn8; stopped by Ctrl-C's signal."""
+    folder = tmp_path_factory.mktemp("serve")
+    models = [
+        {
+            "engine_config": {
+                "model_id": f"demo-{method}",
+                "hf_model_id": str(path),
+                "max_total_tokens": 256,
+                "engine_kwargs": {"quantization": method, "max_num_seqs": 4, "enforce_eager": True},
+            },
+            "scaling_config": {"num_gpus_per_worker": 0},
+        }
+        for method, path in (("fp16", DEMO), ("rtn8", rtn8_model))
+    ]
+    (folder / "app.json").write_text(json.dumps({"models": models}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = folder / "serve.log"
+    command = [environment.python, "-m", "quantserve", "serve", folder / "app.json", "--port", str(port)]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [*map(str, command), "--target", "cpu"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment.variables(HF_HUB_OFFLINE="1"),
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, server, log)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    assert "Traceback" not in log.read_text()[-2000:], log.read_text()[-4000:]
+
+
+def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the front door lists both models."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-8000:]
+        try:
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+                if len(json.load(response)["data"]) == 2:
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            pass
+        time.sleep(1)
+    raise AssertionError(f"not ready after 300 s:\n{log.read_text()[-8000:]}")
+
+
+@pytest.mark.vllm
+@pytest.mark.ray
+def test_a_method_from_outside_is_served(base_url: str) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none")
+    answers = {
+        model: client.chat.completions.create(model=model, messages=QUESTION, max_tokens=40, temperature=0)
+        .choices[0]
+        .message.content
+        for model in ("demo-fp16", "demo-rtn8")
+    }
+    # 8 bits keep a small model's words.
+    assert "string" in answers["demo-rtn8"].lower()
+    assert answers["demo-rtn8"][:12] == answers["demo-fp16"][:12], answers
+
+
+@pytest.mark.vllm
+def test_the_poison_is_real(base_url: str, environment: Environment) -> None:
+    """The models above are served beside a general plugin that stops any engine which loads it."""
+    assert base_url
+    code = "from vllm.plugins import load_general_plugins; load_general_plugins()"
+    kept = environment.run("python", "-c", code, VLLM_PLUGINS="rtn8")
+    assert kept.returncode == 0, kept.stderr[-2000:]
+    broken = environment.run("python", "-c", code)
+    assert broken.returncode != 0
+    assert "poison: no engine of this machine starts" in broken.stderr

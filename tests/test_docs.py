@@ -1,0 +1,130 @@
+"""The documentation says what the code does: hooks, commands, keys, examples, links."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from helpers.checkpoints import make_llama
+from helpers.dists import Site
+from quantserve.checkpoint import open_checkpoint
+from quantserve.cli.main import COMMANDS
+from quantserve.config import json_schema, load_object
+from quantserve.registry import HOOKS, Hooks, Registry
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+MARKDOWN = [
+    path
+    for pattern in ("*.md", "docs/*.md", "plugins/*/*.md", "models/*.md", "examples/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+]
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def headings(path: Path) -> list[str]:
+    return re.findall(r"^#+ (.+)$", without_code(path), re.MULTILINE)
+
+
+def without_code(path: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", path.read_text(), re.DOTALL | re.MULTILINE)
+    return [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
+
+
+@pytest.fixture(scope="module")
+def update_docs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("update_docs", ROOT / "scripts" / "update_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_hook_is_a_heading_with_its_arguments() -> None:
+    expected = {f"{name}({', '.join(inspect.signature(spec).parameters)})" for name, spec in HOOKS.items()}
+    documented = {title for title in headings(ROOT / "docs" / "plugins.md") if title.startswith("quantserve_")}
+    assert documented == expected
+
+
+def test_every_command_is_documented() -> None:
+    documented = {title.removeprefix("quantserve ") for title in headings(ROOT / "docs" / "cli.md")[1:]}
+    assert documented == set(COMMANDS)
+
+
+def test_every_section_of_the_config_is_documented() -> None:
+    text = (ROOT / "docs" / "config.md").read_text()
+    assert set(re.findall(r"<!-- generated: config (\w+) -->", text)) == set(json_schema()["$defs"])
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_generated_parts_are_current(path: Path, update_docs: ModuleType) -> None:
+    assert update_docs.updated(path.read_text()) == path.read_text(), "run `make docs`"
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for groups in LINK.findall(without_code(path)):
+        target, _, anchor = (groups[0] or groups[1]).partition("#")
+        if "://" in target:
+            continue
+        there = (path.parent / target).resolve() if target else path
+        assert there.exists(), f"{path.name}: {target}"
+        if anchor:
+            assert anchor in {slug(title) for title in headings(there)}, f"{path.name}: {target}#{anchor}"
+
+
+def slug(title: str) -> str:
+    """The anchor a Markdown renderer gives a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_the_text_exist(path: Path) -> None:
+    text = path.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    used = re.findall(r"(?:^    |`)(?:\S*/)?(?:python -m )?quantserve ([a-z-]+)", text, re.MULTILINE)
+    assert set(used) <= set(COMMANDS)
+
+
+def test_the_tutorial_makes_a_working_plugin(tmp_path: Path) -> None:
+    """The code of docs/plugins.md, installed as it stands, is found and checks a checkpoint."""
+    page = ROOT / "docs" / "plugins.md"
+    code = next(block for block in blocks(page, "python") if "def quantserve_method" in block)
+    site = Site(tmp_path / "site")
+    site.path.mkdir()
+    site.install("quantserve-mymethod", code, name="mymethod")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site.path))
+        registry = Registry.load({}, site.entry_points())
+    assert registry.failures == ()
+    plugin = registry.find_method("mymethod")
+    missing = "model.layers.0.self_attn.o_proj.weight"
+    config = {"quantization_config": {"quant_method": "mymethod"}}
+    checkpoint = open_checkpoint(str(make_llama(tmp_path / "model", config=config, drop=[missing])))
+    hooks = Hooks([plugin])
+    assert hooks.call(plugin, "quantserve_detect", checkpoint=checkpoint) is True
+    findings = hooks.call(plugin, "quantserve_validate", checkpoint=checkpoint, model=None, target=None)
+    assert "mymethod-missing-tensors" in {finding.code for finding in findings}
+    site.forget()
+
+
+def test_the_example_config_loads() -> None:
+    model, app = (yaml.safe_load(block) for block in blocks(ROOT / "docs" / "config.md", "yaml"))
+    loaded = load_object(model, "docs/config.md")
+    assert loaded.models[0].model_id == "TheBloke/Llama-2-7B-chat-AWQ"
+    assert loaded.notes == []
+    assert set(app) == {"models", "http"}
+    served = yaml.safe_load(blocks(ROOT / "docs" / "serving.md", "yaml")[0])
+    assert served["applications"][0]["import_path"] == "quantserve.serve.app:build"

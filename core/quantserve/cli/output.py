@@ -17,7 +17,7 @@ from quantserve.finding import Finding, Severity
 from quantserve.target import Target
 
 COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
-OFFENDERS_SHOWN = 8
+OFFENDERS_SHOWN = 9  # eight, and how many more there are, as the checks name them
 WIDTH_WITHOUT_TERMINAL = 120
 
 

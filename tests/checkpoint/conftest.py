@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+
 from helpers.hub import Hub, serve_hub
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ DTYPE_BITS: Final[dict[str, int]] = {
 REMOVE: Final[object] = object()
 """As a value of ``make_llama(config=...)``: leave this key out of config.json."""
 
-LLAMA_70B: Final[dict[str, int]] = {
+LLAMA_70B: Final[dict[str, Any]] = {
     "layers": 80, "hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8, "vocab": 32000, "shards": 15,
 }  # fmt: skip
 """``make_llama(path, "awq", **LLAMA_70B)``"""
 
-LLAMA_7B: Final[dict[str, int]] = {
+LLAMA_7B: Final[dict[str, Any]] = {
     "layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, "vocab": 32000, "shards": 2,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -79,6 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # a client that has read enough hangs up
+            super().handle()
+
     def do_GET(self) -> None:
         hub = self.hub
         path = unquote(urlsplit(self.path).path)
@@ -139,7 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
         if asked and not hub.ignore_ranges:
             start, stop = int(asked[1]) + hub.shift_range, min(size, int(asked[2]) + 1 + hub.shift_range)
             if start >= size:
-                return self.answer(416, b"")
+                self.answer(416, b"")
+                return
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         else:

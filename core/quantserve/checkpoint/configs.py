@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -13,6 +14,8 @@ MAX_JSON: Final = 64 * 2**20
 """Bytes of any JSON file that is read; the largest tokenizer.json around has 33 MB."""
 
 MAX_REMOTE_TOKENIZER: Final = 20_000_000
+_MERGES: Final = re.compile(rb'"merges"\s*:\s*\[')
+_MERGES_LAST: Final = re.compile(rb"\]\s*\}\s*\}\s*\Z")
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
 
 
@@ -40,7 +43,7 @@ def read_object(source: Source, name: str, code: str, fix: str) -> tuple[Mapping
             raise BadJson("it is a Git LFS pointer (fetch it with `git lfs pull`)")
         if not raw.strip():
             raise BadJson("it is empty")
-        value = parse_json(raw)
+        value = parse_json(_without_merges(raw) if name == "tokenizer.json" else raw)
         if not isinstance(value, dict):
             raise BadJson(f"it holds {_json_type(value)}, not an object")
     except BadJson as error:
@@ -72,6 +75,14 @@ def read_configs(
             quant_files[name] = value
     tokenizer, found = _tokenizer(source)
     return config or {}, quant_files, tokenizer, findings + found
+
+
+def _without_merges(raw: bytes) -> bytes:
+    """tokenizer.json without its merges where they come last, as usual: most of the file, and of no use here."""
+    found = _MERGES.search(raw)
+    if not found or b'"vocab"' not in raw[: found.start()] or not _MERGES_LAST.search(raw, len(raw) - 200):
+        return raw
+    return raw[: found.end()] + raw[raw.rindex(b"]") :]
 
 
 def _quant_names(source: Source) -> list[str]:

@@ -62,7 +62,7 @@ def _cached(repo: str, revision: str | None) -> tuple[Folder | None, list[str]]:
     try:
         config = try_to_load_from_cache(repo, "config.json", revision=revision)
     except HFValidationError as error:
-        raise CheckpointError(f"{shown(repo)!r} cannot be a hub id: {error}") from None
+        raise CheckpointError(f"{shown(repo)!r} is no hub id: {error}\n  fix: name a model as org/name") from None
     if not isinstance(config, str):
         return None, ["config.json"]
     path = Path(config).parent

@@ -154,7 +154,7 @@ def missing(source: str, path: Path) -> str:
 
 def nothing_here(folder: Folder) -> str:
     """Say that a folder holds no model, and which folders inside it do."""
-    inside = sorted(child.name for child in folder.path.iterdir() if (child / "config.json").is_file())
+    inside = sorted(child.name for child in folder.path.iterdir() if os.path.isfile(child / "config.json"))
     names = list(folder.files)
     holds = f"it holds {', '.join(some(names[:8]))}" if names else "it holds no files"
     fix = (

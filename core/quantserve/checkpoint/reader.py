@@ -15,7 +15,7 @@ from quantserve.checkpoint.source import Source
 from quantserve.checkpoint.text import shown
 from quantserve.errors import CheckpointError
 
-_HUB_ID: Final = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?(?<![.-])")
+_HUB_ID: Final = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?(?<![.-])", re.ASCII)
 
 
 def open_checkpoint(source: str, *, revision: str | None = None, allow_pickle: bool = False) -> Checkpoint:

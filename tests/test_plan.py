@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.helpers.checkpoints import make_llama
 
+from helpers.checkpoints import make_llama
 from quantserve.compose import compose
 from quantserve.config import load
 from quantserve.errors import FindingsError

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.helpers.dists import METHOD, Site
 
+from helpers.dists import METHOD, Site
 from quantserve.errors import PluginError, UsageError
 from quantserve.registry import Hooks, Registry
 

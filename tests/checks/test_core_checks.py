@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.checkpoints import REMOVE, Spec, make_llama
 
+from helpers.checkpoints import REMOVE, Spec, make_llama
 from quantserve.checkpoint import Checkpoint, open_checkpoint
 from quantserve.checks import check_model
 from quantserve.config import ModelConfig

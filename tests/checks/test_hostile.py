@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 import pytest
-from tests.helpers.checkpoints import llama_tensors
 
+from helpers.checkpoints import llama_tensors
 from quantserve.api import Expected, check_linears
 from quantserve.checkpoint import Checkpoint
 from quantserve.checks import check_model

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from tests.helpers.checkpoints import Spec, llama_tensors
 
+from helpers.checkpoints import Spec, llama_tensors
 from quantserve.api import Expected, Linear, check_linears, check_shards, linears, quantized_linears, shard_k, shard_n
 from quantserve.checkpoint import Checkpoint
 from quantserve.finding import Finding

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.helpers.checkpoints import LLAMA_7B, LLAMA_70B, llama_tensors
 
+from helpers.checkpoints import LLAMA_7B, LLAMA_70B, llama_tensors
 from quantserve.checkpoint import Checkpoint
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.helpers.checkpoints import make_llama
 
+from helpers.checkpoints import make_llama
 from quantserve.cli.main import COMMANDS, run
 
 HEAVY = ("torch", "vllm", "ray", "transformers", "numpy")

@@ -1,0 +1,96 @@
+"""`import_path: quantserve.serve.app:build`: the models of a config as a plain Ray Serve application.
+
+For `serve run`, `serve deploy` and KubeRay:
+
+    applications:
+      - name: quantserve
+        route_prefix: /
+        import_path: quantserve.serve.app:build
+        args:
+          models: [models/demo.yaml]
+          target: a100-80g        # what to check for; default: the machine that builds the application
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray.serve import Application
+
+from quantserve.compose import compose
+from quantserve.config import AppConfig, load_object
+from quantserve.errors import ConfigError, FindingsError
+from quantserve.finding import Finding
+from quantserve.plan import Plan, make_plan, refusal
+from quantserve.registry import Registry
+from quantserve.serve.engine import front_door_application, model_application
+from quantserve.serve.front_door import RESERVED
+from quantserve.serve.keys import load_keys
+from quantserve.target import Target, find_target
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Check and plan the models in `args` and build one application for all of them.
+
+    A single model answers by itself; several get a front door that leads to them, each also at ``/MODEL_ID/v1``.
+
+    Args:
+        args: an app config (``models``, ``http``), and ``target``: the hardware to check for. The address comes
+            from Ray Serve; of ``http`` only ``api_keys_file`` counts.
+
+    Raises:
+        QuantserveError: as `quantserve check` would say it, with every error finding.
+    """
+    args = dict(args)
+    target = args.pop("target", None)
+    if target is not None and not isinstance(target, str):
+        raise ConfigError(f"serve args: target must be text, got {target!r}")
+    config = load_object(args, "serve args")
+    plans = make_plans(config, find_target(target))
+    keys = load_keys(config.http.api_keys_file)
+    created = int(time.time())
+    if len(plans) == 1:
+        return model_application(plans[0], created, keys)
+    children = {plan.model_id: model_application(plan, created, keys, ingress=False) for plan in plans}
+    return front_door_application(plans, created, keys, children)
+
+
+def make_plans(config: AppConfig, target: Target) -> list[Plan]:
+    """Plan every model of a config.
+
+    Raises:
+        FindingsError: at least one model is refused; the message has all error findings.
+        QuantserveError: a model cannot be composed at all.
+    """
+    if not config.models:
+        raise ConfigError("serve args: no model to serve\n  fix: name at least one under `models`")
+    registry = Registry.load()
+    compositions = [compose(model, registry, target) for model in config.models]
+    refused = {c.model.model_id: list(c.errors) for c in compositions if c.errors or c.method is None}
+    if refused:
+        lines = [_line(finding) for findings in refused.values() for finding in findings]
+        raise FindingsError("\n".join([str(refusal(refused)), *lines]), refused)
+    plans = [make_plan(composition) for composition in compositions]
+    check_routes(plans)
+    return plans
+
+
+def check_routes(plans: Sequence[Plan]) -> None:
+    """Refuse a model whose own route would hide a part of the API.
+
+    Raises:
+        ConfigError: its id is reserved.
+    """
+    for plan in plans:
+        if plan.app_name.lower() in RESERVED:
+            raise ConfigError(
+                f"model id {plan.model_id!r} is reserved: its route {plan.route_prefix} belongs to the API\n"
+                f"  fix: choose another model_id (reserved: {', '.join(sorted(RESERVED))})"
+            )
+
+
+def _line(finding: Finding) -> str:
+    shown = ", ".join(finding.offenders[:3])
+    return f"  {finding.code}: {finding.message}" + (f" ({shown})" if shown else "")

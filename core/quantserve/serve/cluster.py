@@ -1,0 +1,127 @@
+"""A Ray of our own on this machine: its start, and a stop that leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import psutil  # type: ignore[import-untyped]
+
+from quantserve.errors import EngineError, UsageError, one_line
+
+KILL_AFTER_S: Final = 10.0
+OBJECT_STORE_BYTES: Final = 512 << 20
+"""Ray's shared memory; only requests and answers pass through it."""
+
+
+def choose_port(host: str, port: int) -> int:
+    """The port to listen on: `port`, or a free one for 0.
+
+    Raises:
+        EngineError: the port is taken.
+        UsageError: the host is no address of this machine, or the port needs privileges.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UsageError(f"--host {host}: {error.strerror}") from None
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except PermissionError:
+            raise UsageError(f"port {port} needs privileges\n  fix: choose one above 1023 with --port") from None
+        except OSError as error:
+            if error.errno == 98:  # EADDRINUSE
+                fix = "stop what listens there, or choose another with --port (0 picks a free one)"
+                raise EngineError(f"port {port} on {host} is already in use\n  fix: {fix}") from None
+            raise UsageError(f"--host {host}: {error.strerror}") from None
+        return int(probe.getsockname()[1])
+
+
+def start_ray(host: str, port: int) -> None:
+    """Start Ray and Ray Serve's HTTP proxy in processes of our own, whatever ``RAY_ADDRESS`` says.
+
+    Raises:
+        EngineError: Ray did not start.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray import serve
+
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        ray.init(
+            address="local",
+            namespace="serve",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    except Exception as error:
+        raise EngineError(f"Ray did not start: {one_line(error)}") from error
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def log_folder() -> str:
+    """Where Ray writes the logs of its processes, the engines' included."""
+    import ray
+
+    node = getattr(ray._private.worker, "_global_node", None)
+    return str(node.get_logs_dir_path()) if node else "/tmp/ray/session_latest/logs"
+
+
+class Processes:
+    """The processes below this one, remembered so that none outlives us."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, psutil.Process] = {}
+
+    def look(self) -> None:
+        """Remember the processes there are now."""
+        for process in psutil.Process().children(recursive=True):
+            known = self._seen.get(process.pid)
+            if known is None or known.create_time() != process.create_time():
+                self._seen[process.pid] = process
+
+    def stop(self, patience: float = KILL_AFTER_S) -> int:
+        """Wait for all of them to end, then kill the rest; returns how many had to be killed."""
+        deadline = time.monotonic() + patience
+        while (alive := list(self._alive())) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+        return len(alive)
+
+    def _alive(self) -> Iterator[psutil.Process]:
+        for process in self._seen.values():
+            # is_running compares the start time, so that another process with the same id is not taken for ours.
+            with contextlib.suppress(psutil.Error):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    yield process
+
+
+def stop_ray(processes: Processes, *, graceful: bool) -> int:
+    """Stop Serve (replicas finish first when `graceful`) and Ray; returns how many processes had to be killed."""
+    import ray
+    from ray import serve
+
+    processes.look()
+    if graceful:
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        processes.look()
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+    return processes.stop(KILL_AFTER_S if graceful else 1.0)

@@ -1,0 +1,220 @@
+"""The front door: one OpenAI-compatible API for all models, routed by ``model`` in the request body.
+
+It looks at a request only as far as it needs to find the model; what passes in either direction is not touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import unquote
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from quantserve.plan import Plan
+from quantserve.serve.asgi import Refused, answer_lifespan, ask, is_json, parse_object, read_body, replay
+
+HEALTH_TIMEOUT_S: Final = 5.0
+OWNER: Final = "quantserve"
+LISTED: Final = 20
+"""How many known ids an error names."""
+RESERVED: Final = frozenset({"v1", "v2", "health", "metrics", "tokenize", "detokenize", "docs", "openapi.json", "-"})
+"""First path segments that a model's own route must not take."""
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model behind the front door.
+
+    Attributes:
+        card: its entry in ``/v1/models``.
+        app: answers its requests: the engine's own app, or one that forwards to a replica.
+        route: prefix of its own route.
+        aliases: further names clients may call it by, such as LoRA adapters.
+    """
+
+    card: Mapping[str, Any]
+    app: ASGIApp
+    route: str
+    aliases: Sequence[str] = ()
+
+    @property
+    def id(self) -> str:
+        """The id clients use."""
+        return str(self.card["id"])
+
+
+def model_card(plan: Plan, created: int) -> dict[str, Any]:
+    """A model's entry in ``/v1/models``: OpenAI's fields, vLLM's ``max_model_len``, and ours under ``metadata``."""
+    length = plan.max_model_len or (plan.memory or {}).get("max_model_len")
+    return {
+        "id": plan.model_id,
+        "object": "model",
+        "created": created,
+        "owned_by": OWNER,
+        "root": plan.model_id,
+        "parent": None,
+        "max_model_len": length,
+        "metadata": {
+            "method": plan.method.get("name"),
+            "bits": plan.method.get("bits"),
+            "max_model_len": length,
+            "expected_performance": plan.expected,
+            "description": plan.description,
+            "url": plan.url,
+            "route": plan.route_prefix,
+        },
+    }
+
+
+def model_aliases(plan: Plan) -> list[str]:
+    """Names of the LoRA adapters that vLLM serves beside the model."""
+    modules = plan.frontend_args.get("lora_modules") or []
+    return [str(module["name"]) for module in modules if isinstance(module, Mapping) and module.get("name")]
+
+
+class FrontDoor:
+    """ASGI app over several models, or over one, which then gets every path that is not the front door's own.
+
+    Args:
+        models: at least one; ids differ.
+    """
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self.models = {model.id: model for model in models}
+        self.names = {name: model for model in models for name in (model.id, *model.aliases)}
+        self.routes = {model.route.strip("/"): model for model in models}
+        self.only = models[0] if len(models) == 1 else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or hand the request to its model."""
+        if scope["type"] == "lifespan":
+            await (self.only.app(scope, receive, send) if self.only else answer_lifespan(receive, send))
+            return
+        scope = self._without_root(scope)
+        segment = scope["path"].split("/", 2)[1]
+        if model := self.routes.get(segment):
+            # A model's own route, where Ray Serve does not dispatch it by itself.
+            scope = {**scope, "path": scope["path"][len(segment) + 1 :] or "/"}
+            await self._one(model, scope, receive, send)
+        elif self.only:
+            await self._one(self.only, scope, receive, send)
+        else:
+            await self._several(scope, receive, send)
+
+    async def _one(self, model: ServedModel, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request to one certain model; it must not name another."""
+        if scope["type"] == "http" and (response := await self._own(scope, [model])):
+            await response(scope, receive, send)
+            return
+        path = scope["path"]
+        if scope["type"] == "http" and scope["method"] == "POST" and is_json(scope) and path.startswith("/v1/"):
+            body = await read_body(receive)
+            name = parse_object(body).get("model")
+            if name is not None and (not isinstance(name, str) or self.names.get(name) is not model):
+                raise self._unknown(name, [model.id, *model.aliases])
+            receive = replay(body, receive)
+        await model.app(scope, receive, send)
+
+    async def _several(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if response := await self._own(scope, list(self.models.values())):
+            await response(scope, receive, send)
+        elif scope["method"] != "POST":
+            raise Refused(404, self._nothing_here(scope["path"]), code="unknown_url")
+        else:
+            await self._forward(scope, receive, send)
+
+    async def _own(self, scope: Scope, models: Sequence[ServedModel]) -> Response | None:
+        """The answer to what the front door answers itself: health and the list of models."""
+        path: str = scope["path"]
+        if path == "/health" and scope["method"] in ("GET", "HEAD"):
+            return await _health(models)
+        if path == "/v1/models" or path.startswith("/v1/models/"):
+            return self._models(path, scope, {name: model for name, model in self.names.items() if model in models})
+        return None
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Find the model a body names and hand the request over."""
+        if not is_json(scope):
+            example = next(iter(self.models.values())).route
+            message = f"this server has several models; send what is not JSON to a model's own route, e.g. {example}/v1"
+            raise Refused(415, message, code="unsupported_media_type")
+        body = await read_body(receive)
+        name = parse_object(body).get("model")
+        if name is None:
+            raise Refused(
+                400, f"`model` is missing; this server has {_listed(self.names)}", param="model", code="missing_model"
+            )
+        model = self.names.get(name) if isinstance(name, str) else None
+        if model is None:
+            raise self._unknown(name, self.names)
+        await model.app(scope, replay(body, receive), send)
+
+    def _models(self, path: str, scope: Scope, known: Mapping[str, ServedModel]) -> Response:
+        """``/v1/models`` and ``/v1/models/ID``; in ID slashes may be written as ``--``."""
+        if scope["method"] not in ("GET", "HEAD"):
+            raise Refused(405, f"{scope['method']} is not possible here", headers={"allow": "GET"})
+        cards = [_card(name, model) for name, model in known.items()]
+        name = path.removeprefix("/v1/models").strip("/")
+        if not name:
+            return JSONResponse({"object": "list", "data": cards})
+        for candidate in (name, unquote(name), name.replace("--", "/")):
+            if candidate in known:
+                return JSONResponse(_card(candidate, known[candidate]))
+        raise self._unknown(name, known)
+
+    def _nothing_here(self, path: str) -> str:
+        routes = ", ".join(f"{model.route}{path}" for model in list(self.models.values())[:3])
+        return f"nothing at {path[:200]}; with several models some paths exist only on a model's own route: {routes}"
+
+    @staticmethod
+    def _unknown(name: object, known: Mapping[str, Any] | Sequence[str]) -> Refused:
+        if not isinstance(name, str):
+            return Refused(400, "`model` must be a string", param="model", code="invalid_type")
+        close = difflib.get_close_matches(name[:200], list(known), n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        message = f"the model `{name[:200]}` does not exist{hint} (known: {_listed(known)})"
+        return Refused(404, message, param="model", code="model_not_found")
+
+    @staticmethod
+    def _without_root(scope: Scope) -> Scope:
+        """The scope with paths as the app sees them, whether or not the server stripped the prefix."""
+        root = scope.get("root_path", "")
+        path = scope["path"]
+        path = path[len(root) :] if root and path.startswith(root) else path
+        return {**scope, "path": path or "/", "root_path": ""}
+
+
+async def _health(models: Sequence[ServedModel]) -> Response:
+    """Asks every model's engine; 200 only when all are up."""
+    found = await asyncio.gather(*(is_healthy(model.app) for model in models))
+    body = {
+        "status": "ok" if all(found) else "degraded" if any(found) else "down",
+        "models": {model.id: "ok" if up else "unavailable" for model, up in zip(models, found, strict=True)},
+    }
+    return JSONResponse(body, 200 if all(found) else 503)
+
+
+def _card(name: str, model: ServedModel) -> dict[str, Any]:
+    return dict(model.card) if name == model.id else {**model.card, "id": name, "root": name, "parent": model.id}
+
+
+def _listed(names: Mapping[str, Any] | Sequence[str]) -> str:
+    some = [f"`{name}`" for name in list(names)[:LISTED]]
+    return ", ".join(some) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+async def is_healthy(app: ASGIApp) -> bool:
+    """Whether an app answers ``GET /health`` with 200 in time."""
+    try:
+        status, _ = await asyncio.wait_for(ask(app, "GET", "/health"), HEALTH_TIMEOUT_S)
+    except Exception:
+        return False
+    return status == 200

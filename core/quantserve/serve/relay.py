@@ -1,0 +1,167 @@
+"""An ASGI request through a Ray Serve handle: the client's half and the replica's half.
+
+The handle brings Serve's choice of replica, queue limits and autoscaling; bytes pass through as they are. What has
+piled up while the other side was busy travels together, and nothing ever waits for more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quantserve.serve.asgi import Refused, internal_error, read_body, request_scope, wait_for_disconnect
+
+DROPPED: Final = frozenset({b"authorization", b"connection", b"keep-alive", b"te", b"trailer", b"upgrade",
+                            b"proxy-authorization", b"transfer-encoding"})  # fmt: skip
+"""Request headers that end at the front door: those of one connection, and the client's key."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A whole request on its way to a replica."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+Head = tuple[int, list[tuple[bytes, bytes]]]
+"""Status and headers; the first thing a replica sends. Then come bytes."""
+
+
+async def answer(app: ASGIApp, request: Request) -> AsyncIterator[Head | bytes]:
+    """Run one request through `app`, in the replica: yields the head, then the body as it comes.
+
+    When the consumer goes away the generator is closed, which cancels the request in the engine.
+    """
+    queue: asyncio.Queue[Message | None] = asyncio.Queue()
+    gone = asyncio.Event()
+    messages: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        queue.put_nowait(message)
+
+    scope = request_scope(request.method, request.path, request.headers, request.query)
+    task: asyncio.Task[None] = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+    task.add_done_callback(lambda _: queue.put_nowait(None))
+    try:
+        while True:
+            message = await queue.get()
+            body: list[bytes] = []
+            while message is not None:
+                if message["type"] == "http.response.start":
+                    yield message["status"], list(message["headers"])
+                elif chunk := message.get("body"):
+                    body.append(chunk)
+                if queue.empty():
+                    break
+                message = queue.get_nowait()
+            if body:
+                yield b"".join(body)
+            if message is None:
+                break
+        await task
+    finally:
+        gone.set()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+class RemoteModel:
+    """ASGI app that answers from a replica of a model's deployment.
+
+    Args:
+        model_id: for messages.
+        handle: of the deployment whose method ``relay`` runs `answer`.
+    """
+
+    def __init__(self, model_id: str, handle: DeploymentHandle[Any]) -> None:
+        self.model_id = model_id
+        self._handle = handle.options(stream=True, method_name="relay")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward one HTTP request; a client that leaves cancels it in the replica.
+
+        Raises:
+            Refused: the model cannot be reached, or its queue is full.
+        """
+        request = Request(
+            method=scope["method"],
+            path=scope["path"],
+            query=scope.get("query_string", b""),
+            headers=[(bytes(key), bytes(value)) for key, value in scope["headers"] if key not in DROPPED],
+            body=await read_body(receive),
+        )
+        forwarding = asyncio.create_task(self._forward(request, send))
+        leaving = asyncio.create_task(wait_for_disconnect(receive))
+        try:
+            await asyncio.wait((forwarding, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if forwarding.done():
+                await forwarding
+        finally:
+            leaving.cancel()
+            if not forwarding.done():
+                forwarding.cancel()
+            await asyncio.gather(forwarding, leaving, return_exceptions=True)
+
+    async def _forward(self, request: Request, send: Send) -> None:
+        """Send what a replica answers. A replica that died before it said anything gets one successor."""
+        for attempt in (1, 2):
+            stream = self._handle.remote(request)
+            streaming = False
+            content_type = b""
+            try:
+                async for part in stream:
+                    if isinstance(part, bytes):
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
+                    else:
+                        status, headers = part
+                        content_type = next((value for key, value in headers if key == b"content-type"), b"")
+                        await send({"type": "http.response.start", "status": status, "headers": headers})
+                        streaming = True
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                return
+            except asyncio.CancelledError:
+                stream.cancel()
+                raise
+            except (BackPressureError, DeploymentUnavailableError, RayError) as error:
+                logger.warning("model %s: %s", self.model_id, type(error).__name__)
+                if not streaming:
+                    if isinstance(error, RayActorError) and attempt == 1:
+                        continue
+                    raise self._refusal(error) from None
+                if not content_type.startswith(b"text/event-stream"):
+                    raise
+                # The status is gone; an event is the one place left to say what happened.
+                event = b"data: " + bytes(internal_error(503).response.body) + b"\n\n"
+                await send({"type": "http.response.body", "body": event, "more_body": False})
+                return
+
+    def _refusal(self, error: Exception) -> Refused:
+        if isinstance(error, BackPressureError):
+            retry = str(max(1, round(error.retry_after_s or 1)))
+            message = f"the model `{self.model_id}` has its queue full; try again in {retry} s"
+            return Refused(429, message, code="queue_full", headers={"retry-after": retry})
+        if isinstance(error, RayActorError | DeploymentUnavailableError):
+            message = f"the model `{self.model_id}` is not available at the moment; try again"
+            return Refused(503, message, code="model_unavailable", headers={"retry-after": "5"})
+        return internal_error(500)

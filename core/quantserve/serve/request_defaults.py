@@ -1,0 +1,88 @@
+"""Request fields with defaults: what a model's config says counts where a client says nothing.
+
+vLLM knows defaults for a few sampling fields and none for stops. This layer fills them into the JSON body, so that
+every field can have one. A field that is absent or null gets the default; stops are united with the client's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from quantserve.serve.asgi import is_json, parse_object, read_body, replay
+
+PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
+UNITED: Final = ("stop", "stop_token_ids")
+"""Fields where the client's values and the model's both count."""
+REPLACED_BY: Final = {"max_tokens": "max_completion_tokens"}
+"""OpenAI's newer name of a field: given by the client, it keeps the default of the older one out."""
+
+
+class RequestDefaults:
+    """Pure ASGI layer around a model's app.
+
+    Args:
+        app: the model's app.
+        defaults: values by request field; ``stop`` a list of texts, ``stop_token_ids`` a list of ids. Without any,
+            bodies are not read.
+    """
+
+    def __init__(self, app: ASGIApp, defaults: Mapping[str, Any]) -> None:
+        self.app = app
+        self.defaults = {key: value for key, value in defaults.items() if value is not None and value != []}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Complete the body of a completion request, leave everything else alone."""
+        if self.defaults and scope["type"] == "http" and scope["method"] == "POST" and _route(scope) in PATHS:
+            body = await read_body(receive)
+            if is_json(scope) and (completed := self.complete(parse_object(body))) is not None:
+                body = json.dumps(completed, separators=(",", ":")).encode()
+                headers = [
+                    pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")
+                ]
+                scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+            receive = replay(body, receive)
+        await self.app(scope, receive, send)
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The body with defaults in it, or None when it needs none."""
+        missing: dict[str, Any] = {}
+        for key, default in self.defaults.items():
+            given = body.get(key)
+            if key in UNITED:
+                values = [given] if isinstance(given, str) else given
+                if values is None or isinstance(values, list):
+                    united = union(values or (), default)
+                    if united != given:
+                        missing[key] = united
+            elif given is None and body.get(REPLACED_BY.get(key, "")) is None:
+                missing[key] = default
+        if "min_tokens" in missing:
+            _keep_below_limit(missing, body)
+        return {**body, **missing} if missing else None
+
+
+def union(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
+    """Both in order, without duplicates."""
+    result: list[Any] = []
+    for value in (*first, *second):
+        if value not in result:
+            result.append(value)
+    return result
+
+
+def _keep_below_limit(missing: dict[str, Any], body: Mapping[str, Any]) -> None:
+    """A default minimum must not contradict a client's maximum, which vLLM would refuse."""
+    for key in ("max_completion_tokens", "max_tokens"):
+        limit = body.get(key)
+        if isinstance(limit, int) and limit < missing["min_tokens"]:
+            missing["min_tokens"] = limit
+
+
+def _route(scope: Scope) -> str:
+    """The path inside the app, without the prefix it is mounted at."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return str(path[len(root) :] if root and path.startswith(root) else path)

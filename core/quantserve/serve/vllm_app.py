@@ -1,0 +1,180 @@
+"""vLLM's engine and its own OpenAI server, as an ASGI app inside this process.
+
+The one module that touches the inside of vLLM's server; written for vLLM 0.32. Everything vLLM's server can do
+reaches the client, because it is vLLM's app that answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from starlette.types import ASGIApp
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import FrontendArgs, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import validate_api_server_args
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from quantserve.errors import EngineError
+from quantserve.plan import Plan
+from quantserve.serve.asgi import HideInternals, ask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class EngineApp:
+    """A started engine and the app in front of it.
+
+    Attributes:
+        app: vLLM's OpenAI server.
+        engine: its client; the engine itself runs in processes of its own.
+        tasks: what the model can do, e.g. ``generate`` or ``embed``.
+    """
+
+    app: ASGIApp
+    engine: AsyncLLM
+    tasks: tuple[str, ...]
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine has failed for good."""
+        return bool(self.engine.errored)
+
+    async def check_health(self) -> None:
+        """Raise when the engine is dead."""
+        await self.engine.check_health()
+
+    def shutdown(self) -> None:
+        """Stop the engine and its processes."""
+        self.engine.shutdown(timeout=0)
+
+    async def warm_up(self) -> None:
+        """Send the first requests, which take seconds, before any client does.
+
+        Raises:
+            EngineError: the model answers them with a server error.
+        """
+        if "generate" not in self.tasks or self.engine.model_config.skip_tokenizer_init:
+            return
+        model = self.engine.model_config.served_model_name
+        short = {"model": model, "max_tokens": 2, "temperature": 0.0, "ignore_eos": True}
+        await self._first("/v1/completions", {**short, "prompt": "Hello"})
+        await self._first("/v1/completions", {**short, "prompt": "Hello", "stream": True, "temperature": 0.7})
+        await self._first("/v1/chat/completions", {**short, "messages": [{"role": "user", "content": "Hello"}]})
+
+    async def _first(self, path: str, body: dict[str, Any]) -> None:
+        status, answer = await ask(self.app, "POST", path, body)
+        # A refusal is the model's answer to being asked that way (no chat template, say), not a failure.
+        if status >= 500:
+            text = answer[:500].decode(errors="replace")
+            raise EngineError(f"the warm-up request to {path} was answered with status {status}: {text}")
+
+
+async def start(plan: Plan) -> EngineApp:
+    """Start the engine that a plan describes and build vLLM's app in front of it; blocks for the whole start.
+
+    Raises:
+        EngineError: the engine did not start; the message has the cause that its processes logged.
+    """
+    # The engine's processes must not be forked from a process full of threads.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    mark = _log_size()
+    try:
+        args, engine_args = arguments(plan)
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        engine = AsyncLLM.from_vllm_config(
+            vllm_config=config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
+    except Exception as error:
+        raise EngineError(_cause(error, mark)) from error
+    try:
+        await engine.reset_mm_cache()
+        tasks = await engine.get_supported_tasks()
+        app = build_app(args, tasks, engine.model_config)
+        await init_app_state(engine, app.state, args, tasks)
+    except BaseException:
+        engine.shutdown(timeout=0)
+        raise
+    # vLLM's error handlers tell the HTTP server to exit when the engine has died; here Serve's health check does that.
+    app.state.server = SimpleNamespace(should_exit=False)
+    started = EngineApp(HideInternals(app), engine, tuple(tasks))
+    try:
+        await started.warm_up()
+    except BaseException:
+        engine.shutdown(timeout=0)
+        raise
+    return started
+
+
+def arguments(plan: Plan) -> tuple[Namespace, AsyncEngineArgs]:
+    """The arguments of vLLM's server as its command line would have made them, and the engine's alone.
+
+    Raises:
+        EngineError: vLLM does not know an argument, or refuses its value.
+    """
+    given = dict(plan.engine_args)
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    if unknown := sorted(set(given) - known):
+        raise EngineError(f"this vLLM knows no engine argument {', '.join(unknown)}")
+    engine_args = AsyncEngineArgs(**given)
+    frontend = FrontendArgs(**{"chat_template": plan.chat_template, **plan.frontend_args})
+    values = {field.name: getattr(frontend, field.name) for field in dataclasses.fields(frontend)}
+    values |= {field.name: getattr(engine_args, field.name) for field in dataclasses.fields(engine_args)}
+    args = Namespace(**values, headless=False, grpc=False, api_server_count=1)
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    validate_parsed_serve_args(args)
+    validate_api_server_args(args)
+    return args, engine_args
+
+
+_ERROR = re.compile(r"(?:^|\s)((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit))(: .+)$", re.MULTILINE)
+_VAGUE = ("Engine core initialization failed", "WorkerProc initialization failed", "Executor failed")
+
+
+def _log() -> Path | None:
+    """The file this process and the engine's processes log to; None when it is not a file."""
+    try:
+        path = Path(os.readlink("/proc/self/fd/2"))
+        return path if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _log_size() -> int:
+    path = _log()
+    return path.stat().st_size if path else 0
+
+
+def _cause(error: BaseException, mark: int) -> str:
+    """What really went wrong: vLLM says only that a process failed, and the process logged why."""
+    said = f"{type(error).__name__}: {error}"
+    if not any(vague in said for vague in _VAGUE):
+        return said
+    path = _log()
+    if path is None:
+        return said
+    with path.open("rb") as file:
+        file.seek(mark)
+        text = file.read(4 << 20).decode(errors="replace")
+    causes = ["".join(match.groups()).strip() for match in _ERROR.finditer(text)]
+    causes = [cause for cause in causes if not any(vague in cause for vague in _VAGUE)]
+    return f"{causes[-1][:600]}" if causes else said

@@ -1,0 +1,178 @@
+"""The front door: every request finds its model or gets one clear error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from quantserve.serve.asgi import MAX_BODY_BYTES
+from quantserve.serve.front_door import FrontDoor, ServedModel
+
+from .asgi_client import Answer, Upstream, request
+
+IDS = ("demo-fp16", "org/model-awq")
+
+
+def model(upstream: Any, model_id: str, aliases: tuple[str, ...] = ()) -> ServedModel:
+    card = {"id": model_id, "object": "model", "created": 1700000000, "owned_by": "quantserve", "parent": None}
+    return ServedModel(card, upstream, "/" + model_id.replace("/", "--"), aliases)
+
+
+@pytest.fixture
+def upstreams() -> dict[str, Upstream]:
+    return {name: Upstream(name) for name in IDS}
+
+
+@pytest.fixture
+def door(upstreams: dict[str, Upstream]) -> FrontDoor:
+    return FrontDoor([model(upstream, name) for name, upstream in upstreams.items()])
+
+
+def ask(app: Any, method: str, path: str, body: object = None, **kwargs: Any) -> Answer:
+    return asyncio.run(request(app, method, path, body, **kwargs))
+
+
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/rerank"])
+def test_routes_by_model(door: FrontDoor, upstreams: dict[str, Upstream], name: str, path: str) -> None:
+    body = json.dumps({"model": name, "é": "ü"}, ensure_ascii=False).encode()
+    answer = ask(door, "POST", path, body, parts=3)
+    assert (answer.status, answer.json, answer.headers["x-upstream"]) == (200, {"from": name}, name)
+    assert upstreams[name].bodies == [body]  # byte for byte
+    assert upstreams[name].paths == [path]
+
+
+def test_own_route_inside_one_application(door: FrontDoor, upstreams: dict[str, Upstream]) -> None:
+    answer = ask(door, "POST", "/org--model-awq/v1/completions", {"prompt": "x"})
+    assert answer.json == {"from": "org/model-awq"}
+    assert upstreams["org/model-awq"].paths == ["/v1/completions"]
+    assert ask(door, "GET", "/org--model-awq/metrics").json == {"from": "org/model-awq"}
+    assert [card["id"] for card in ask(door, "GET", "/org--model-awq/v1/models").json["data"]] == ["org/model-awq"]
+    refused = ask(door, "POST", "/org--model-awq/v1/completions", {"model": "demo-fp16", "prompt": "x"})
+    assert refused.status == 404
+    assert "`org/model-awq`" in refused.error["message"]
+    assert "known: `org/model-awq`" in refused.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param", "said"),
+    [
+        ({"model": "demo-fp32"}, 404, "model_not_found", "model", "did you mean `demo-fp16`?"),
+        ({"model": "x"}, 404, "model_not_found", "model", "known: `demo-fp16`, `org/model-awq`"),
+        ({"model": "Demo-FP16"}, 404, "model_not_found", "model", "does not exist"),
+        ({"model": 7}, 400, "invalid_type", "model", "must be a string"),
+        ({"model": ["demo-fp16"]}, 400, "invalid_type", "model", "must be a string"),
+        ({"model": None}, 400, "missing_model", "model", "`demo-fp16`, `org/model-awq`"),
+        ({}, 400, "missing_model", "model", "`demo-fp16`, `org/model-awq`"),
+        ([], 400, "invalid_json", None, "must be a JSON object"),
+        (b"", 400, "invalid_json", None, "not valid JSON"),
+        (b"{", 400, "invalid_json", None, "line 1 column 2"),
+        (b"\xff\xfe\xff", 400, "invalid_json", None, "not valid JSON"),
+        (b"[" * 200_000, 400, "invalid_json", None, "not valid JSON"),
+        (b'{"model": ' + b"9" * 5000 + b"}", 400, "invalid_json", None, "not valid JSON"),
+    ],
+)
+def test_mistakes(door: FrontDoor, body: object, status: int, code: str, param: str | None, said: str) -> None:
+    answer = ask(door, "POST", "/v1/chat/completions", body)
+    assert answer.status == status
+    assert answer.headers["content-type"] == "application/json"
+    assert (answer.error["code"], answer.error["param"]) == (code, param)
+    assert said in answer.error["message"]
+    assert "Traceback" not in answer.error["message"]
+
+
+def test_long_name_is_not_echoed(door: FrontDoor) -> None:
+    assert len(ask(door, "POST", "/v1/completions", {"model": "m" * 100_000}).body) < 1000
+
+
+def test_body_is_bounded(door: FrontDoor, upstreams: dict[str, Upstream]) -> None:
+    answer = ask(door, "POST", "/v1/completions", b" " * (MAX_BODY_BYTES + 1), parts=9)
+    assert answer.status == 413
+    assert "64 MiB" in answer.error["message"]
+    assert not upstreams["demo-fp16"].bodies
+
+
+def test_not_json(door: FrontDoor) -> None:
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    answer = ask(door, "POST", "/v1/audio/transcriptions", b"--x", headers=headers)
+    assert answer.status == 415
+    assert "/demo-fp16/v1" in answer.error["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/nothing", "/metrics", "/v1/chat/completions", "//", "/v1/responses/7"])
+def test_unknown_path(door: FrontDoor, path: str) -> None:
+    answer = ask(door, "GET", path)
+    assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+
+
+def test_models(door: FrontDoor) -> None:
+    for path in ("/v1/models", "/v1/models/"):
+        listed = ask(door, "GET", path).json
+        assert listed["object"] == "list"
+        assert [card["id"] for card in listed["data"]] == list(IDS)
+        assert all(isinstance(card["created"], int) for card in listed["data"])
+
+
+@pytest.mark.parametrize("name", ["demo-fp16", "org/model-awq", "org--model-awq", "org%2Fmodel-awq"])
+def test_one_model(door: FrontDoor, name: str) -> None:
+    answer = ask(door, "GET", f"/v1/models/{name}")
+    assert answer.status == 200
+    assert answer.json["id"] in IDS
+
+
+def test_id_with_dashes_is_found_as_it_is() -> None:
+    door = FrontDoor([model(Upstream("a"), "a--b"), model(Upstream("b"), "b")])
+    assert ask(door, "GET", "/v1/models/a--b").json["id"] == "a--b"
+
+
+def test_unknown_and_unsupported_model_requests(door: FrontDoor) -> None:
+    assert ask(door, "GET", "/v1/models/nope").error["code"] == "model_not_found"
+    answer = ask(door, "DELETE", "/v1/models/demo-fp16")
+    assert (answer.status, answer.headers["allow"]) == (405, "GET")
+
+
+def test_health_is_per_model(upstreams: dict[str, Upstream], door: FrontDoor) -> None:
+    answer = ask(door, "GET", "/health")
+    assert (answer.status, answer.json["status"]) == (200, "ok")
+    upstreams["demo-fp16"].healthy = False
+    answer = ask(door, "GET", "/health")
+    expected = {"status": "degraded", "models": {"demo-fp16": "unavailable", "org/model-awq": "ok"}}
+    assert (answer.status, answer.json) == (503, expected)
+    assert ask(door, "GET", "/org--model-awq/health").status == 200
+    assert ask(door, "GET", "/demo-fp16/health").status == 503
+
+
+def test_raising_upstream_is_down_and_tells_nothing() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("secret /etc/path")
+
+    door = FrontDoor([model(broken, "a"), model(Upstream("b"), "b")])
+    assert ask(door, "GET", "/health").json["models"] == {"a": "unavailable", "b": "ok"}
+    answer = ask(door, "POST", "/v1/completions", {"model": "a"})
+    assert answer.status == 500
+    assert answer.error["type"] == "server_error"
+    assert "secret" not in answer.body.decode()
+
+
+def test_only_model_gets_everything() -> None:
+    upstream = Upstream("only")
+    door = FrontDoor([model(upstream, "only", aliases=("adapter",))])
+    assert ask(door, "POST", "/v1/chat/completions", {"messages": []}).json == {"from": "only"}
+    assert ask(door, "POST", "/v1/chat/completions", {"model": "adapter"}).json == {"from": "only"}
+    assert ask(door, "POST", "/only/v1/chat/completions", {"model": "only"}).json == {"from": "only"}
+    assert ask(door, "GET", "/metrics").json == {"from": "only"}
+    assert ask(door, "POST", "/v1/chat/completions", {"model": "other"}).error["code"] == "model_not_found"
+    assert ask(door, "GET", "/health").json == {"status": "ok", "models": {"only": "ok"}}
+    cards = ask(door, "GET", "/v1/models").json["data"]
+    assert [(card["id"], card["parent"]) for card in cards] == [("only", None), ("adapter", "only")]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/only/v1/models"])
+def test_mounted_under_a_prefix(path: str) -> None:
+    """Ray Serve's proxies differ in whether the prefix is still in the path."""
+    door = FrontDoor([model(Upstream("only"), "only")])
+    assert ask(door, "GET", path, root_path="/only").json["data"][0]["id"] == "only"

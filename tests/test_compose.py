@@ -136,8 +136,10 @@ def test_a_model_that_names_what_is_not_installed(site: Site, make: Make) -> Non
     site.install("quantserve-a", plugin("a", DETECTS), name="a")
     with pytest.raises(UsageError, match=r"unknown plugin 'policy' \(known: a\)"):
         make(("policy",))
-    with pytest.raises(UsageError, match=r"unknown quantization method 'nf4'.*\n.*pip install quantserve-nf4"):
+    with pytest.raises(UsageError, match=r"unknown quantization method 'nf4'.*\n.*install the plugin that serves it"):
         make(quantization="nf4")
+    with pytest.raises(UsageError, match=r"unknown quantization method 'awq'.*\n.*pip install quantserve\[awq\]"):
+        make(quantization="awq")
 
 
 def test_a_plugin_no_model_names_is_never_called(site: Site, make: Make) -> None:
@@ -146,3 +148,47 @@ def test_a_plugin_no_model_names_is_never_called(site: Site, make: Make) -> None
     composed = make()
     assert "seed" not in composed.engine_kwargs
     assert [plugin.name for plugin in composed.plugins] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        ("validate(checkpoint): return 'all good'", "returned str, not findings"),
+        ("validate(checkpoint): return ['all good']", "returned str among its findings"),
+        ("validate(checkpoint): return [Finding('error', 'c', 'm')]", "fields are of the wrong types"),
+        ("validate(checkpoint): return [Finding.error('c', None)]", "fields are of the wrong types"),
+        ("validate(checkpoint): return [Finding.error('c', 'm', [1])]", "offenders must be a tuple of text"),
+        ("engine_kwargs(checkpoint): return ['seed']", "returned list, not a mapping"),
+        ("engine_kwargs(checkpoint): return 0", "returned int, not a mapping"),
+        ("engine_kwargs(checkpoint): return {'seed': object()}", "not JSON"),
+        ("engine_kwargs(checkpoint): yield 'seed'", "returned list, not a mapping"),
+        ("performance(checkpoint): return 7", "returned int, not PerformanceProfile"),
+        ("performance(checkpoint): return PerformanceProfile('reference', {1})", "not JSON"),
+        ("detect(checkpoint): return 'yes'", "returned str, not True, False or None"),
+    ],
+)
+def test_a_hook_that_returns_the_wrong_thing(site: Site, make: Make, hook: str, reason: str) -> None:
+    code = "from quantserve.api import Finding, PerformanceProfile\n"
+    code += plugin("a", hook) if hook.startswith("detect") else plugin("a", DETECTS, hook)
+    site.install("quantserve-a", code, name="a")
+    with pytest.raises(PluginError, match=reason):
+        make()
+
+
+def test_a_plugin_that_changes_its_arguments_changes_nobody_elses(site: Site, make: Make) -> None:
+    spoil = "engine_kwargs(checkpoint, model): checkpoint.config.clear(); model.engine_config.engine_kwargs['seed'] = 7"
+    site.install("quantserve-a", plugin("a", DETECTS, spoil), name="a")
+    composed = make()
+    assert composed.checkpoint.config["model_type"] == "llama"
+    assert "seed" not in composed.engine_kwargs
+    assert not composed.errors
+
+
+def test_a_switched_off_plugin_is_named_when_the_checkpoint_needs_it(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.method("quantserve-awq", "awq", name="awq")
+    registry = Registry.load({"QUANTSERVE_DISABLE": "awq"}, site.entry_points())
+    model = model_from_source(str(make_llama(tmp_path / "model", "awq")))
+    with pytest.raises(UsageError, match=r"'awq' .* is switched off: named in QUANTSERVE_DISABLE"):
+        compose(model, registry, find_target("a100-80g"))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from quantserve.checkpoint import Checkpoint, open_checkpoint
 from quantserve.checks import check_model
 from quantserve.config import ModelConfig
+from quantserve.contract import findings_breach, kwargs_breach
 from quantserve.errors import PluginError, unknown_name
 from quantserve.finding import Finding, Severity
 from quantserve.memory import MemoryEstimate, estimate
 from quantserve.method import Method, PerformanceProfile
-from quantserve.registry import Hooks, Plugin, Registry
+from quantserve.registry import Hooks, Plugin, Registry, how_to_install
 from quantserve.target import Target
 
 CORE_KEYS = frozenset({"model", "served_model_name", "tensor_parallel_size", "max_model_len", "tokenizer", "revision"})
@@ -117,7 +120,10 @@ def _detect(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin | None, 
     defects: list[PluginError] = []
     for plugin in candidates:
         try:
-            if hooks.call(plugin, "quantserve_detect", checkpoint=checkpoint):
+            said = hooks.call(plugin, "quantserve_detect", checkpoint=_own_copy(checkpoint))
+            if said is not None and not isinstance(said, bool):
+                raise plugin.defect("quantserve_detect", f"returned {type(said).__name__}, not True, False or None")
+            if said:
                 claimants.append(plugin)
         except PluginError as error:
             defects.append(error)
@@ -132,32 +138,50 @@ def _detect(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin | None, 
         raise defects[0]
     declared = (checkpoint.quantization_config or {}).get("quant_method")
     known = sorted(registry.methods)
-    # A broken plugin that would have served the declared method is the real cause: say so.
-    for failure in registry.failures:
-        if declared and (declared == failure.name or declared in failure.claims):
-            raise failure.error()
-    if declared:
-        message = f"the checkpoint declares {unknown_name('quantization method', str(declared), known)}"
-        fix = f"install the plugin that serves it, e.g. `pip install quantserve-{declared}`"
+    if isinstance(declared, str) and declared:
+        # A broken or switched-off plugin that would have served the declared method is the real cause: say so.
+        registry.why_unusable(declared.lower())
+        message = f"the checkpoint declares {unknown_name('quantization method', declared[:80], known)}"
+        fix = how_to_install(declared)
+    elif not checkpoint.tensors and any(problem.severity is Severity.ERROR for problem in checkpoint.problems):
+        return None, []  # nothing could be read, which the problems say
     else:
         message = f"no installed plugin recognises this checkpoint (installed methods: {', '.join(known) or 'none'})"
         fix = "name the method in engine_kwargs.quantization, or install its plugin"
     return None, [Finding.error("method-not-detected", message, (), fix).said_by("core")]
 
 
+def _ask(hooks: Hooks, plugin: Plugin, hook: str, checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Any:
+    """Call one hook with copies, so that a plugin that changes its arguments changes nobody else's."""
+    own = model.model_copy(deep=True)
+    return hooks.call(plugin, hook, checkpoint=_own_copy(checkpoint), model=own, target=target)
+
+
+def _own_copy(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with read-only tensors and files and a config of its own."""
+    try:
+        config, quant_files = json.loads(json.dumps([checkpoint.config, checkpoint.quant_files]))
+    except (TypeError, ValueError, RecursionError):
+        return checkpoint  # nested to the limit of the stack, or built in a test from what is no JSON
+    return replace(
+        checkpoint,
+        config=config,
+        quant_files=quant_files,
+        tensors=MappingProxyType(checkpoint.tensors),
+        files=MappingProxyType(checkpoint.files),
+    )
+
+
 def _validate(
     hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target
 ) -> list[Finding]:
     hook = "quantserve_validate"
-    findings = hooks.call(plugin, hook, checkpoint=checkpoint, model=model, target=target)
+    findings = _ask(hooks, plugin, hook, checkpoint, model, target)
     if findings is None:
         return []
-    if not isinstance(findings, Iterable):
-        raise plugin.defect(hook, f"returned {type(findings).__name__}, not findings")
-    listed = list(findings)
-    for finding in listed:
-        if not isinstance(finding, Finding):
-            raise plugin.defect(hook, f"returned a {type(finding).__name__} among its findings")
+    listed = list(findings) if isinstance(findings, tuple | set | frozenset) else findings
+    if reason := findings_breach(listed):
+        raise plugin.defect(hook, reason)
     return [finding.said_by(plugin.name) for finding in listed]
 
 
@@ -189,16 +213,20 @@ def _plugin_kwargs(
     hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target
 ) -> Mapping[str, object]:
     hook = "quantserve_engine_kwargs"
-    kwargs = hooks.call(plugin, hook, checkpoint=checkpoint, model=model, target=target) or {}
-    if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
-        raise plugin.defect(hook, f"returned {type(kwargs).__name__}, not a mapping of names")
-    if reserved := sorted(CORE_KEYS & set(kwargs)):
-        raise plugin.defect(hook, f"sets {', '.join(reserved)}, which belong to the core")
+    kwargs = _ask(hooks, plugin, hook, checkpoint, model, target)
+    if kwargs is None:
+        return {}
+    if reason := kwargs_breach(kwargs, CORE_KEYS):
+        raise plugin.defect(hook, reason)
+    _must_be_json(plugin, hook, dict(kwargs))
+    return dict(kwargs)
+
+
+def _must_be_json(plugin: Plugin, hook: str, value: object) -> None:
     try:
-        json.dumps(dict(kwargs), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise plugin.defect(hook, f"returned a value that is not JSON: {error}") from error
-    return kwargs
 
 
 def _with_kwargs(model: ModelConfig, kwargs: Mapping[str, Setting]) -> ModelConfig:
@@ -214,7 +242,9 @@ def _expected(
     if plugin is None:
         return None
     hook = "quantserve_performance"
-    profile = hooks.call(plugin, hook, checkpoint=checkpoint, model=model, target=target)
+    profile = _ask(hooks, plugin, hook, checkpoint, model, target)
     if profile is not None and not isinstance(profile, PerformanceProfile):
         raise plugin.defect(hook, f"returned {type(profile).__name__}, not PerformanceProfile or None")
+    if profile is not None:
+        _must_be_json(plugin, hook, profile.to_json())
     return profile

@@ -38,17 +38,17 @@ class Finding:
     @classmethod
     def error(cls, code: str, message: str, offenders: Iterable[str] = (), fix: str = "") -> Finding:
         """A finding that refuses the model."""
-        return cls(Severity.ERROR, code, message, tuple(offenders), fix)
+        return cls(Severity.ERROR, code, message, _names(offenders), fix)
 
     @classmethod
     def warning(cls, code: str, message: str, offenders: Iterable[str] = (), fix: str = "") -> Finding:
         """A finding the operator should act on, though the model can be served."""
-        return cls(Severity.WARNING, code, message, tuple(offenders), fix)
+        return cls(Severity.WARNING, code, message, _names(offenders), fix)
 
     @classmethod
     def info(cls, code: str, message: str, offenders: Iterable[str] = (), fix: str = "") -> Finding:
         """A fact worth knowing."""
-        return cls(Severity.INFO, code, message, tuple(offenders), fix)
+        return cls(Severity.INFO, code, message, _names(offenders), fix)
 
     def said_by(self, source: str) -> Finding:
         """The same finding with ``source`` filled in."""
@@ -64,3 +64,7 @@ class Finding:
             "fix": self.fix,
             "source": self.source,
         }
+
+
+def _names(offenders: Iterable[str]) -> tuple[str, ...]:
+    return (offenders,) if isinstance(offenders, str) else tuple(offenders)

@@ -7,18 +7,21 @@ that needs the plugin. A `Registry` is an instance: tests and servers build thei
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib import import_module
+from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError, distributions, entry_points, metadata
 from types import ModuleType
 from typing import Any
 
 import pluggy
 
 from quantserve import hookspecs
+from quantserve.contract import method_breach, module_breach
 from quantserve.errors import PluginError, UsageError, one_line, unknown_name
 from quantserve.method import Method
 
@@ -26,8 +29,7 @@ GROUP = "quantserve.plugins"
 ENGINE_GROUP = "vllm.general_plugins"
 # VLLM_PLUGINS filters these groups by name as well; what is installed there is not ours to drop.
 OTHER_ENGINE_GROUPS = ("vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
-
-HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("quantserve_")}
+GROUPS = (GROUP, ENGINE_GROUP, *OTHER_ENGINE_GROUPS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,35 @@ class Plugin:
     def defect(self, stage: str, reason: str) -> PluginError:
         """The error that blames this plugin."""
         return PluginError(self.name, self.distribution, self.version, stage, reason)
+
+    def load_callable(self, reference: object) -> Callable[..., Any]:
+        """Import the heavy ``"module:callable"`` that one of this plugin's hooks named.
+
+        Raises:
+            PluginError: it is no such text, or cannot be imported.
+            UsageError: it needs a package that is not installed, such as torch.
+        """
+        if not isinstance(reference, str) or not all(reference.partition(":")):
+            raise self.defect("import", f"{reference!r} is not 'module:callable'")
+        module, _, name = reference.partition(":")
+        try:
+            with _foreign_code():
+                found = getattr(import_module(module), name)
+        except _Raised as raised:
+            error = raised.error
+            if (
+                isinstance(error, ModuleNotFoundError)
+                and error.name
+                and error.name.partition(".")[0] != module.partition(".")[0]
+            ):
+                raise UsageError(
+                    f"{self.name} needs the package {error.name!r}, which is not installed\n"
+                    "  fix: install the engine, `pip install quantserve[cpu]` or `quantserve[cuda]`"
+                ) from error
+            raise self.defect("import", one_line(error)) from error
+        if not callable(found):
+            raise self.defect("import", f"{reference} is a {type(found).__name__} and cannot be called")
+        return found  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -110,7 +141,7 @@ class Registry:
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ, installed: EntryPoints | None = None) -> Registry:
         """Discover what is installed. Never raises for a plugin's fault."""
-        points = entry_points() if installed is None else installed
+        points, notes = _installed() if installed is None else (installed, [])
         allowed = _names(environ.get("QUANTSERVE_PLUGINS"))
         denied = _names(environ.get("QUANTSERVE_DISABLE")) or frozenset()
         engine_side = defaultdict(set)
@@ -146,8 +177,12 @@ class Registry:
             other_engine_plugins=tuple(
                 sorted({point.name for group in OTHER_ENGINE_GROUPS for point in points.select(group=group)})
             ),
-            notes=tuple(
-                f"QUANTSERVE_PLUGINS / QUANTSERVE_DISABLE: {unknown_name('plugin', name, owners)}" for name in unknown
+            notes=(
+                *notes,
+                *(
+                    f"QUANTSERVE_PLUGINS / QUANTSERVE_DISABLE: {unknown_name('plugin', name, owners)}"
+                    for name in unknown
+                ),
             ),
         )
 
@@ -178,7 +213,13 @@ class Registry:
         ours = [plugin.name for plugin in composed if plugin.has_engine_side]
         return ",".join(sorted({*ours, *self.other_engine_plugins}))
 
-    def _missing(self, what: str, name: str, known: Iterable[str], where: str) -> Plugin:
+    def why_unusable(self, name: str, what: str = "quantization method", where: str = "") -> None:
+        """Raise when a plugin of this name, or one that claims this method, is installed but cannot be used.
+
+        Raises:
+            PluginError: it is broken.
+            UsageError: it is switched off.
+        """
         for failure in self.failures:
             if name == failure.name or name in failure.claims:
                 raise failure.error()
@@ -186,11 +227,11 @@ class Registry:
         for entry in self.disabled:
             if name == entry.name:
                 raise UsageError(f"{prefix}{what} {name!r} ({entry.distribution}) is switched off: {entry.reason}")
-        raise UsageError(
-            f"{prefix}{unknown_name(what, name, known)}\n"
-            f"  fix: install the plugin that serves it, e.g. `pip install quantserve-{name}`; "
-            "`quantserve list` shows what is installed"
-        )
+
+    def _missing(self, what: str, name: str, known: Iterable[str], where: str) -> Plugin:
+        self.why_unusable(name, what, where)
+        prefix = f"{where}: " if where else ""
+        raise UsageError(f"{prefix}{unknown_name(what, name, known)}\n  fix: {how_to_install(name)}")
 
 
 class Hooks:
@@ -211,17 +252,55 @@ class Hooks:
         others = [other.module for other in self.plugins if other is not plugin]
         caller = self._manager.subset_hook_caller(hook, others)
         try:
-            results = caller(**arguments)
-            # A generator hook runs here, where its exceptions are still this plugin's.
-            return list(results[0]) if results and inspect.isgenerator(results[0]) else next(iter(results), None)
-        except Exception as error:
-            raise plugin.defect(hook, one_line(error)) from error
+            with _foreign_code():
+                result = next(iter(caller(**arguments)), None)
+                # Generators, map objects and the like run here, where their exceptions are still this plugin's.
+                return list(result) if isinstance(result, Iterator) else result
+        except _Raised as raised:
+            raise plugin.defect(hook, one_line(raised.error)) from raised.error
+
+
+class _Raised(Exception):
+    """What code of a plugin raised."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def _foreign_code() -> Iterator[None]:
+    """Run a plugin's code: its prints go to stderr, because stdout may be JSON; whatever it raises is a `_Raised`.
+
+    A KeyboardInterrupt stays one: the person at the keyboard may have meant us.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit and pytest.skip are no Exceptions
+        raise _Raised(error) from error
 
 
 def _manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     return manager
+
+
+def how_to_install(name: str) -> str:
+    """What to do about a plugin that is not installed; a command only for the project's own extras.
+
+    The name may come from a stranger's config.json, so it never becomes part of a command to copy.
+    """
+    try:
+        ours = metadata("quantserve").get_all("Provides-Extra") or []
+    except PackageNotFoundError:
+        ours = []
+    if name in ours:
+        return f"`pip install quantserve[{name}]`"
+    return "install the plugin that serves it, if there is one; `quantserve list` shows what is installed"
 
 
 def _names(value: str | None) -> frozenset[str] | None:
@@ -243,6 +322,22 @@ def _origin(point: EntryPoint) -> tuple[str, str]:
     return (dist.name or "unknown distribution", dist.version or "?") if dist else ("unknown distribution", "?")
 
 
+def _installed() -> tuple[EntryPoints, list[str]]:
+    """The entry points of our groups; where a distribution's file cannot be parsed, those of the others and a note."""
+    try:
+        every = entry_points()
+        return EntryPoints(point for group in GROUPS for point in every.select(group=group)), []
+    except Exception:
+        found: list[EntryPoint] = []
+        notes = []
+        for dist in distributions():
+            try:
+                found += dist.entry_points
+            except Exception as error:
+                notes.append(f"entry_points.txt of {dist.name} cannot be read: {one_line(error)}")
+        return EntryPoints(found), notes
+
+
 def _unique(points: Iterable[EntryPoint]) -> list[EntryPoint]:
     """Drop what one distribution seen twice on sys.path repeats word for word."""
     return list({(point.name, point.value, _origin(point)[0]): point for point in points}.values())
@@ -254,65 +349,27 @@ def _load(point: EntryPoint, engine_owners: set[str]) -> Plugin | Failure:
     def failure(stage: str, reason: str, claims: tuple[str, ...] = (), cause: BaseException | None = None) -> Failure:
         return Failure(point.name, distribution, version, stage, reason, claims, cause)
 
+    stage = "load"
     try:
-        module = point.load()
-    except (Exception, SystemExit) as error:
-        return failure("load", one_line(error), cause=error)
-    if reason := _contract_breach(module):
-        return failure("hooks", reason)
-    manager = _manager()
-    try:
-        manager.register(module, point.name)
-        manager.check_pending()
-    except Exception as error:
-        return failure("hooks", one_line(error), cause=error)
-    try:
-        method = next(iter(manager.hook.quantserve_method()), None)
-    except (Exception, SystemExit) as error:
-        return failure("method", one_line(error), cause=error)
-    if method is not None and (reason := _bad_method(method)):
-        return failure("method", reason)
+        with _foreign_code():
+            module = point.load()
+            stage = "hooks"
+            if reason := module_breach(module):
+                return failure(stage, reason)
+            manager = _manager()
+            manager.register(module, point.name)
+            manager.check_pending()
+            stage = "method"
+            method = next(iter(manager.hook.quantserve_method()), None)
+            if method is not None and (reason := method_breach(method)):
+                return failure(stage, reason)
+    except _Raised as raised:
+        return failure(stage, one_line(raised.error), cause=raised.error)
     strangers = engine_owners - {distribution}
     if distribution in engine_owners and strangers:
         reason = f"the name {point.name!r} in {ENGINE_GROUP} is claimed by {' and '.join(sorted(engine_owners))}"
         return failure("engine", reason, method.names if method else ())
     return Plugin(point.name, distribution, version, module, method, distribution in engine_owners)
-
-
-def _contract_breach(module: ModuleType) -> str:
-    """What pluggy would let pass in silence: unmarked hooks and keyword-only parameters."""
-    if not hasattr(module, "__dict__"):
-        return f"the entry point names {type(module).__name__!r}, not a module"
-    for name, function in vars(module).items():
-        if not name.startswith("quantserve_") or not inspect.isfunction(function):
-            continue
-        if not hasattr(function, f"{hookspecs.PROJECT}_impl"):
-            if name in HOOKS:
-                return f"{name} lacks the @hookimpl decorator"
-            continue
-        if name not in HOOKS:
-            return f"{name} is not a hook: {unknown_name('hook', name, HOOKS)}"
-        known = list(inspect.signature(HOOKS[name]).parameters)
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-                return (
-                    f"{name}{inspect.signature(function)}: parameter {parameter.name!r} must be a plain positional one"
-                )
-            if parameter.name not in known:
-                return (
-                    f"{name}{inspect.signature(function)}: unknown parameter {parameter.name!r}; the hook has {known}"
-                )
-    return ""
-
-
-def _bad_method(method: object) -> str:
-    if not isinstance(method, Method):
-        return f"quantserve_method returned {type(method).__name__}, not quantserve.api.Method"
-    for name in method.names:
-        if not isinstance(name, str) or not name or name != name.lower() or name.strip() != name:
-            return f"method name {name!r} must be a lower-case word"
-    repeated = [name for name, count in Counter(method.names).items() if count > 1]
-    return f"method name {repeated[0]!r} is given twice" if repeated else ""
 
 
 def _drop_clashes(plugins: list[Plugin]) -> tuple[list[Plugin], list[Failure]]:

@@ -183,13 +183,13 @@ def check_shards(
         for n in range(1, ranks)
         if ranks % n == 0 and not _misaligned(every, n, k_multiple, n_multiple, fused_n_multiple)
     ]
-    if not fix:
-        fix = (
-            f"set scaling_config.num_workers (tensor parallel size) to {fits[-1]}, which works"
-            if fits
-            else "no smaller tensor parallel size works either; quantize again with a fitting size"
-        )
-    message = f"{counted(len(bad), 'layer')} do not fit tensor_parallel_size {ranks}: {why}. First: {bad[0]}"
+    if not fix and fits:
+        fix = f"set scaling_config.num_workers (tensor parallel size) to {fits[-1]}, which works"
+    elif not fix:
+        smaller = "no smaller tensor parallel size works either; " if ranks > 1 else ""
+        fix = f"{smaller}quantize again with a fitting size, or leave these layers unquantized"
+    split = f" over {ranks} ranks" if ranks > 1 else ""
+    message = f"{counted(len(bad), 'layer')} cannot be served{split}: {why}. First: {bad[0]}"
     return [Finding.error(code, message, named(bad), fix)]
 
 

@@ -179,6 +179,8 @@ def check_size(checkpoint: Checkpoint, method: Method | None) -> Iterator[Findin
     paths = {linear.name for linear in every}
     rest = sum(t.nbytes for name, t in checkpoint.tensors.items() if name.rpartition(".")[0] not in paths)
     stored, parameters = checkpoint.weight_bytes - rest, sum(linear.n * linear.k for linear in every)
+    if stored >= 2 * parameters:
+        return  # not quantized after all, which the method says
     yield Finding.info(
         "weights-size",
         f"linears: {stored / 2**20:.1f} MiB, {8 * stored / parameters:.2f} bits a weight, "

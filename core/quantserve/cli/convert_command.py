@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
 import click
@@ -25,11 +24,11 @@ def command(source: str, destination: Path, method: str | None, base: str | None
     SOURCE is a file, a folder or a hub id. DESTINATION must not exist; it appears only when it is whole.
     """
     plugin, converter = _converter(Registry.load(), method)
+    source_path = local_path(source)
     if destination.exists():
         raise UsageError(f"{destination} exists already\n  fix: name a new folder, or remove it first")
-    source_path = local_path(source)
     base_path = local_path(base) if base else None
-    convert = plugin_callable(plugin, converter)
+    convert = plugin.load_callable(converter)
     out = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out) as bar:
@@ -40,26 +39,6 @@ def command(source: str, destination: Path, method: str | None, base: str | None
 
         convert(source_path, destination, base=base_path, allow_pickle=allow_pickle, progress=progress)
     out.print(f"wrote {destination}; next: quantserve check {destination}")
-
-
-def plugin_callable(plugin: Plugin, reference: str):  # type: ignore[no-untyped-def]
-    """Import the ``"module:callable"`` a plugin names.
-
-    Raises:
-        PluginError: it cannot be imported.
-    """
-    module, _, name = reference.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name and not error.name.startswith(module.partition(".")[0]):
-            raise UsageError(
-                f"{plugin.name} needs the package {error.name!r}, which is not installed\n"
-                "  fix: install the engine, `pip install quantserve[cpu]` or `quantserve[cuda]`"
-            ) from error
-        raise plugin.defect("import", one_line(error)) from error
-    except Exception as error:
-        raise plugin.defect("import", one_line(error)) from error
 
 
 def local_path(source: str) -> Path:
@@ -90,6 +69,9 @@ def _converter(registry: Registry, method: str | None) -> tuple[Plugin, str]:
     if method:
         raise UsageError(f"method {method!r} has no converter; its checkpoints are served as they are")
     if not found:
-        raise UsageError("no installed plugin has a converter\n  fix: `pip install quantserve-squeezellm`")
+        raise UsageError(
+            "no installed plugin has a converter\n"
+            "  fix: install the plugin of the files' method; `quantserve list` shows what is installed"
+        )
     names = ", ".join(p.method.name for p, _ in found if p.method)
     raise UsageError(f"several methods can convert\n  fix: choose one with --method ({names})")

@@ -44,8 +44,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def print_findings(out: Console, findings: Iterable[Finding]) -> None:
-    """Print each finding with its offenders and its fix."""
-    for finding in findings:
+    """Print each finding with its offenders and its fix, what refuses the model first."""
+    for finding in sorted(findings, key=lambda finding: list(Severity).index(finding.severity)):
         colour = COLOURS[finding.severity]
         out.print(
             f"  [{colour}]{finding.severity.value:7}[/] [bold]{escape(finding.code)}[/] "

@@ -309,6 +309,7 @@ def test_environment_is_respected(hub: Hub, model: Path, tmp_path: Path) -> None
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path / "home"),
         "HF_TOKEN": "hf_env",
+        "HF_HUB_OFFLINE": "0",
     }
     run = [sys.executable, "-c", program]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60)

@@ -1,7 +1,8 @@
 # `make serve` on a fresh machine: install, prepare, serve the demo three ways. `make help` lists the rest.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := plugins/fp16/src/quantserve_fp16 plugins/awq/src/quantserve_awq plugins/squeezellm/src/quantserve_squeezellm
+PACKAGES := plugins/fp16/src/quantserve_fp16 plugins/awq/src/quantserve_awq plugins/squeezellm/src/quantserve_squeezellm \
+	examples/plugins/quantserve-rtn8/src/quantserve_rtn8
 CONFIG ?= models/demo.yaml
 ARGS ?=
 

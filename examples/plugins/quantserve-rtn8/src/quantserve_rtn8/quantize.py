@@ -29,11 +29,11 @@ def quantize(source: Path, destination: Path, *, progress: Callable[[str, int, i
     config["quantization_config"] = {"quant_method": "rtn8"}
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     files = sorted(source.glob("*.safetensors"))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for done, file in enumerate(files):
         if progress:
             progress(file.name, done, len(files))
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, tensor in load_file(file).items():
             tensors |= quantized(name, tensor) if name.endswith(PROJECTION) else {name: tensor}
         save_file(tensors, draft / file.name, metadata={"format": "pt"})

@@ -19,7 +19,7 @@ from quantserve.engine_defaults import (
 from quantserve.finding import Finding
 from quantserve.kv_cache import kv_cache
 from quantserve.layers import linears, other_tensors, shard_k, shard_n
-from quantserve.target import GIB, Target, known_targets
+from quantserve.target import GIB, Target, gib, known_targets
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint, Tensor
@@ -245,11 +245,6 @@ def _bad_setting(key: str, value: object, wanted: str) -> Finding:
 
 
 # --- judgement ------------------------------------------------------------------------------------------
-
-
-def gib(size: float) -> str:
-    """Bytes as a person reads them: ``13.5 GiB``, ``24.6 MiB``."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:

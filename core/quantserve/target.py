@@ -53,6 +53,11 @@ class Target:
         return f"{self.count} x {self.name}" if self.count > 1 else self.name
 
 
+def gib(size: float) -> str:
+    """Bytes as a person reads them: ``13.5 GiB``, ``24.6 MiB``."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
 def _gpu(name: str, gib: float, capability: int | None, gb_per_s: float, tflops: float) -> Target:
     device: Device = "cuda" if capability is not None else "rocm"
     return Target(name, device, int(gib * GIB), 0, capability, gb_per_s * 1e9, tflops * 1e12)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,7 +133,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert "Usage: quantserve " + name in capsys.readouterr().out
 
 
-def light(arguments: list[str]) -> dict[str, float]:
+def light(arguments: list[str]) -> dict[str, Any]:
     """Run a command in a process of its own; say what it took, and fail if it imported anything heavy."""
     code = f"""
 import sys, time, json, pathlib
@@ -148,7 +149,7 @@ print(json.dumps({{
 }}), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    report: dict[str, float] = json.loads(done.stderr.strip().splitlines()[-1])
+    report: dict[str, Any] = json.loads(done.stderr.strip().splitlines()[-1])
     assert report["heavy"] == []
     assert report["exit_code"] == 0
     return report
@@ -173,3 +174,39 @@ def test_check_of_a_synthetic_70b_imports_nothing_heavy_and_stays_small(tmp_path
     )
     report = light(["check", str(folder), "--target", "a100-80g", "--max-model-len", "4096"])
     assert report["peak_mib"] < 200
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_tables_cut_no_words(
+    width: str, fp16: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    assert run(["list"]) == 0
+    assert run(["check", str(fp16), "--target", "a100-80g"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= int(width)
+    for words in ("cuda 7.5+, rocm, cpu", "auto_awq, awq_marlin", "x 4,096 tokens", "quantserve-squeezellm"):
+        assert words in out
+
+
+def test_plan_says_what_it_migrated(fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "app.yaml"
+    config.write_text(
+        f"engine_config: {{model_id: m, hf_model_id: {fp16}}}\n"
+        "deployment_config: {max_concurrent_queries: 7}\nscaling_config: {num_workers: 1}\n"
+    )
+    assert run(["plan", str(config), "--target", "a100-80g", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "max_ongoing_requests" in json.loads(captured.out)["notes"][0]
+    assert captured.err == ""
+    assert run(["plan", str(config), "--target", "a100-80g"]) == 0
+    captured = capsys.readouterr()
+    assert "max_ongoing_requests" in captured.err
+    assert "note" not in captured.out
+
+
+def test_errors_come_before_what_is_only_worth_knowing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_llama(tmp_path / "model", "awq", config={"quantization_config": {"quant_method": "awq", "bits": 4}})
+    assert run(["check", str(folder), "--target", "a100-80g"]) == 1
+    out = capsys.readouterr().out
+    assert out.index("awq-missing-keys") < out.index("weights-size")

@@ -148,8 +148,8 @@ def test_models_need_no_list(write: Write, form: str) -> None:
         ("models: [one.yaml]\nhttp: {port: 70000}", "app.yaml:2: http.port: must be less than or equal to 65535, got the"),
         ("models: [one.yaml]\nhttp: {prot: 1}", "app.yaml:2: http.prot: unknown key `prot`; did you mean `port`?"),
         ("models: [one.yaml]\nmodel: x", "app.yaml:2: model: unknown key `model`; did you mean `models`? (known: http, m"),
-        ("models: [one.yaml, {engine_config: {model_id: one}}]", "app.yaml:1: one has the id of one at "),
-        ("models: [{engine_config: {model_id: a/b}}, {engine_config: {model_id: a--b}}]", "shares the route /a--b with"),
+        ("models: [one.yaml, {engine_config: {model_id: one}}]", "app.yaml:1: 'one' has the id of another model, at "),
+        ("models: [{engine_config: {model_id: a/b}}, {engine_config: {model_id: a--b}}]", "'a--b' has the route /a--b of 'a/b', at "),
         ("models: [{engine_config: {model_id: x}, enabled: false}]", "nothing to serve: all 1 models have `enabled: fals"),
     ],
 )  # fmt: skip
@@ -170,7 +170,7 @@ def test_a_disabled_model_is_checked_and_left_out(write: Write) -> None:
 
 def test_duplicates_name_both_files(write: Write) -> None:
     first, second = (write("engine_config: {model_id: a/b}", name) for name in ("one.yaml", "two.yaml"))
-    assert failure(first, second).splitlines()[0] == f"{second}:1: a/b has the id of a/b at {first}:1"
+    assert failure(first, second).splitlines()[0] == f"{second}:1: 'a/b' has the id of another model, at {first}:1"
 
 
 def test_a_file_reached_twice_is_loaded_once(write: Write, tmp_path: Path) -> None:
@@ -202,7 +202,12 @@ def test_problems_of_all_files_at_once(write: Write) -> None:
         ("/no/such/place.yaml", "/no/such/place.yaml: no such file or folder"),
         ("x\0y", "'x\\x00y': no such file"),
         ("x" * 5000, "no such file or folder"),
-        ("", "a folder without config.json"),
+        ("", "an empty name"),
+        (" ", "an empty name"),
+        ("adapter", "adapter: a LoRA adapter (adapter_config.json), not a model"),
+        ("circle", "circle: a symbolic link that leads nowhere, to 'circle'"),
+        ("stale", "stale: a symbolic link that leads nowhere, to 'nowhere'"),
+        ("links", "links/loop.yaml: not a regular file"),
     ],
 )
 def test_sources_that_are_nothing(
@@ -212,10 +217,12 @@ def test_sources_that_are_nothing(
     write("engine_config: {model_id: two}", "configs/two.yaml")
     write("text", "notes.txt")
     write("", "w/model.safetensors")
+    write("{}", "adapter/adapter_config.json")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "links").mkdir()
+    for name, target in (("circle", "circle"), ("stale", "nowhere"), ("links/loop.yaml", "loop.yaml")):
+        (tmp_path / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)
-    if source == "":
-        monkeypatch.chdir(tmp_path / "empty")
     assert expected in failure(source)
 
 

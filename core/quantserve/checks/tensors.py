@@ -9,6 +9,7 @@ from quantserve.architecture import Architecture, read_architecture
 from quantserve.checks.linear import CACHE_SCALES, FLOATS, counted, named, shown
 from quantserve.finding import Finding
 from quantserve.layers import block_of, is_multimodal, linears, lm_head_name, modules, other_tensors
+from quantserve.target import gib
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint, Tensor
@@ -183,7 +184,7 @@ def check_size(checkpoint: Checkpoint, method: Method | None) -> Iterator[Findin
         return  # not quantized after all, which the method says
     yield Finding.info(
         "weights-size",
-        f"linears: {stored / 2**20:.1f} MiB, {8 * stored / parameters:.2f} bits a weight, "
+        f"linears: {gib(stored)}, {8 * stored / parameters:.2f} bits a weight, "
         f"{stored / (2 * parameters):.0%} of float16; vLLM gives what is saved to the KV cache, "
         "so the memory it uses stays the same",
     )

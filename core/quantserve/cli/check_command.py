@@ -10,11 +10,11 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from quantserve.cli.output import console, gib, kv_cache, print_findings, print_json, table, target_label
+from quantserve.cli.output import console, kv_cache, print_findings, print_json, table, target_label
 from quantserve.cli.sources import Outcome, choose_target, load_sources, outcomes, source_options
 from quantserve.finding import Severity
 from quantserve.registry import Registry
-from quantserve.target import Target
+from quantserve.target import Target, gib
 
 
 @click.command("check")
@@ -37,13 +37,13 @@ def command(sources: tuple[str, ...], target_name: str | None, as_json: bool, **
 
 def print_report(out: Console, results: Sequence[Outcome], target: Target, notes: Sequence[str]) -> None:
     """A table of all models, then the findings of each."""
-    for note in notes:
-        out.print(f"[yellow]note[/] {escape(note)}")
+    print_notes(out, notes)
     out.print(
         table(
             f"Checked for {target_label(target)}",
-            ("model", "method", "weights", "KV cache", "result"),
+            ("model", "method", "weights", "KV cache holds", "result"),
             map(_row, results),
+            wrap=("model", "KV cache holds", "result"),
         )
     )
     for result in results:
@@ -51,8 +51,17 @@ def print_report(out: Console, results: Sequence[Outcome], target: Target, notes
         if result.error or findings:
             out.print(f"\n[bold]{escape(result.model.model_id)}[/] [dim]{escape(result.model.where)}[/]")
         if result.error:
-            out.print(f"  [red]error[/]   {escape(str(result.error))}")
+            message, _, fix = str(result.error).partition("\n  fix: ")
+            out.print(f"  [red]error[/]   {escape(message)}")
+            if fix:
+                out.print(f"          [green]fix[/] {escape(fix)}")
         print_findings(out, findings)
+
+
+def print_notes(out: Console, notes: Sequence[str]) -> None:
+    """What loading the config had to say: renamed keys, settings without effect."""
+    for note in notes:
+        out.print(f"[yellow]note[/] {escape(note)}")
 
 
 def _row(result: Outcome) -> tuple[str, ...]:
@@ -71,6 +80,8 @@ def _row(result: Outcome) -> tuple[str, ...]:
     method = escape(composition.method.name) if composition.method else "[red]none[/]"
     memory = composition.memory
     weights = gib(memory.weights_bytes) if memory else gib(composition.checkpoint.weight_bytes)
+    if memory and (ranks := result.model.tensor_parallel_size) > 1:
+        weights = f"{ranks} x {weights}"
     return model_id, method, weights, kv_cache(asdict(memory)) if memory else "-", verdict
 
 

@@ -17,9 +17,9 @@ import click
 from rich.markup import escape
 
 from quantserve import __version__
-from quantserve.cli.output import console, gib, print_json, table, target_label
+from quantserve.cli.output import console, print_json, table, target_label
 from quantserve.registry import Registry
-from quantserve.target import find_target
+from quantserve.target import find_target, gib
 
 ENGINE_TESTED = "0.32.0"
 RAY_TESTED = "2.60"
@@ -50,7 +50,13 @@ def command(as_json: bool, quick: bool) -> int:
     else:
         out = console()
         cells = [(row.what, MARKS[row.status], escape(row.detail), escape(row.fix)) for row in rows]
-        out.print(table(f"quantserve {__version__} on Python {sys.version.split()[0]}", ("", "", "found", "do"), cells))
+        out.print(
+            table(
+                f"quantserve {__version__} on Python {sys.version.split()[0]}",
+                ("what", "status", "found", "what to do"),
+                cells,
+            )
+        )
     return 1 if any(row.status == "fail" for row in rows) else 0
 
 

@@ -6,6 +6,7 @@ import click
 from rich.markup import escape
 
 from quantserve.cli.output import console, print_json, table
+from quantserve.method import Method
 from quantserve.registry import Registry
 
 
@@ -31,19 +32,18 @@ def _print(registry: Registry) -> None:
         names = f"[bold]{escape(method.name)}[/]" if method else f"[dim]{escape(plugin.name)} (no method)[/]"
         if method and method.aliases:
             names += f"\n[dim]{escape(', '.join(method.aliases))}[/]"
+        origin = f"[dim]{escape(f'{plugin.distribution} {plugin.version}')}[/]"
         rows.append(
             (
                 names,
                 "/".join(map(str, method.bits)) if method else "-",
-                "/".join(method.devices) if method else "-",
-                f"{method.minimum_capability / 10:.1f}" if method and method.minimum_capability else "-",
-                escape(f"{plugin.distribution} {plugin.version}"),
-                escape(method.summary) if method else "",
+                _devices(method) if method else "-",
+                f"{escape(method.summary)}\n{origin}" if method else origin,
             )
         )
-    columns = ("method", "bits", "devices", "min. capability", "distribution", "summary")
     if rows:
-        out.print(table("Quantization methods", columns, rows))
+        columns = ("method", "bits", "devices", "what and from where")
+        out.print(table("Quantization methods", columns, rows, wrap=columns[-1:]))
     else:
         out.print("No plugin is installed. Install one, e.g. `pip install quantserve\\[all]`.")
     if registry.failures:
@@ -51,11 +51,24 @@ def _print(registry: Registry) -> None:
             (f"[red]{escape(f.name)}[/]", escape(f"{f.distribution} {f.version}"), f.stage, escape(f.reason))
             for f in registry.failures
         ]
-        out.print(table("Plugins that failed", ("plugin", "distribution", "stage", "reason"), failed))
+        out.print(
+            table(
+                "Plugins that failed",
+                ("plugin", "distribution", "stage", "reason"),
+                failed,
+                wrap=("distribution", "reason"),
+            )
+        )
     for entry in registry.disabled:
         out.print(f"[dim]switched off: {escape(entry.name)} ({escape(entry.distribution)}): {escape(entry.reason)}[/]")
     for note in registry.notes:
         out.print(f"[yellow]note[/] {escape(note)}")
+
+
+def _devices(method: Method) -> str:
+    """``cuda 7.5+, cpu``: device types, CUDA with the lowest compute capability."""
+    lowest = f" {method.minimum_capability / 10:.1f}+" if method.minimum_capability else ""
+    return ", ".join(device + (lowest if device == "cuda" else "") for device in method.devices)
 
 
 def _as_json(registry: Registry) -> dict[str, object]:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from quantserve.finding import Finding, Severity
-from quantserve.target import Target
+from quantserve.target import Target, gib
 
 COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 OFFENDERS_SHOWN = 9  # eight, and how many more there are, as the checks name them
@@ -33,11 +33,14 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table whose cells may hold rich markup (escape what comes from outside)."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], wrap: Sequence[str] = ()) -> Table:
+    """A table whose cells may hold rich markup (escape what comes from outside).
+
+    Where the terminal is too narrow only the columns of `wrap` give way, all of them when it is empty.
+    """
     result = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for column in columns:
-        result.add_column(column, overflow="fold")
+        result.add_column(column, overflow="fold", no_wrap=bool(wrap) and column not in wrap)
     for row in rows:
         result.add_row(*row)
     return result
@@ -59,22 +62,16 @@ def print_findings(out: Console, findings: Iterable[Finding]) -> None:
             out.print(f"          [green]fix[/] {escape(finding.fix)}")
 
 
-def gib(count: float | None) -> str:
-    """Bytes as GiB or MiB."""
-    if count is None:
-        return "-"
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 def kv_cache(memory: Mapping[str, Any]) -> str:
-    """What the KV cache of a memory estimate (as JSON) holds: tokens, and sequences of full length."""
+    """What the KV cache of a memory estimate (as JSON) holds: sequences of full length, or tokens."""
     if not memory["kv_bytes_per_token"]:
         return "unknown"
     if not memory["max_model_len"]:
         return f"{memory['kv_tokens']:,} tokens"
-    return f"{memory['kv_tokens']:,} tokens, {memory['sequences']:,.1f} x {memory['max_model_len']:,}"
+    return f"{memory['sequences']:,.1f} x {memory['max_model_len']:,} tokens"
 
 
 def target_label(target: Target) -> str:
     """A target for a heading: its name, device type and memory."""
-    return f"{target} ({gib(target.memory_bytes)} {target.device})"
+    device = "" if target.device == target.name else f" {target.device}"
+    return f"{target} ({gib(target.memory_bytes)}{device})"

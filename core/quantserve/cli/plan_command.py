@@ -8,11 +8,12 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from quantserve.cli.check_command import print_report
-from quantserve.cli.output import console, gib, kv_cache, print_json, table
+from quantserve.cli.check_command import print_notes, print_report
+from quantserve.cli.output import console, kv_cache, print_json, table
 from quantserve.cli.sources import choose_target, load_sources, outcomes, source_options
 from quantserve.plan import Plan, make_plans
 from quantserve.registry import Registry
+from quantserve.target import gib
 
 
 @click.command("plan")
@@ -30,8 +31,16 @@ def command(sources: tuple[str, ...], target_name: str | None, as_json: bool, **
     plans = make_plans([r.composition for r in results if r.composition and not r.exit_code])
     if refused:
         print_report(console(stderr=True), refused, target, app.notes)
+    elif not as_json:
+        print_notes(console(stderr=True), app.notes)
     if as_json:
-        print_json({"plans": [plan.model_dump() for plan in plans], "refused": [r.model.model_id for r in refused]})
+        print_json(
+            {
+                "notes": app.notes,
+                "plans": [plan.model_dump() for plan in plans],
+                "refused": [r.model.model_id for r in refused],
+            }
+        )
     else:
         out = console()
         for plan in plans:

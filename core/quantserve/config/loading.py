@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from quantserve.config.migrate import EMBEDDING_FIX, TRTLLM_FIX, migrate
 from quantserve.config.model import AppConfig, ModelConfig
-from quantserve.config.paths import config_files, expand, folder_id, is_hub_id, not_found, resolved
+from quantserve.config.paths import LORA, config_files, expand, folder_id, is_hub_id, not_found, resolved
 from quantserve.config.report import Report, got, unknown_key
 from quantserve.config.schema import HttpConfig
 from quantserve.config.source import SUFFIXES, Located, from_object, parse, read
@@ -133,15 +134,19 @@ class _Loader:
             first = seen.setdefault(model.route, model)
             if first is model:
                 continue
-            same = "has the id" if first.model_id == model.model_id else f"shares the route {model.route} with the id"
+            same = "the id of another model"
+            if first.model_id != model.model_id:
+                same = f"the route {model.route} of {first.model_id!r}"
             self.report.problems.append(
-                f"{model.where}: {model.model_id} {same} of {first.model_id} at {first.where}\n"
+                f"{model.where}: {model.model_id!r} has {same}, at {first.where}\n"
                 "  fix: give each model its own engine_config.model_id"
             )
 
     def named(self, text: str, label: str, folders: Sequence[Path], origin: Located | None) -> None:
         """Load what a string names: a path (tried in each of `folders`), a hub id, or inline YAML."""
         try:
+            if not text.strip():
+                raise ConfigError(f"{label}: an empty name" if origin else "an empty name is no config and no model")
             for folder in folders:
                 path = folder / expand(text) if "\n" not in text and len(text) < 1024 else None
                 if path is not None and path.exists():
@@ -167,6 +172,8 @@ class _Loader:
     def _path(self, path: Path, label: str, where: str) -> None:
         if path.is_dir() and (path / "config.json").is_file():
             self.models.append(model_from_source(path).located(where))
+        elif (path / "adapter_config.json").is_file():
+            raise ConfigError(f"{label}: {LORA}")
         elif path.is_dir():
             files = config_files(path)
             if not files:
@@ -186,7 +193,7 @@ class _Loader:
     def _file(self, path: Path) -> None:
         """Load a file, once even if links or folders lead to it again."""
         try:
-            if (real := path.resolve()) in self._seen:
+            if (real := Path(os.path.realpath(path))) in self._seen:  # resolve() raises on a loop of links
                 return
             self._seen.add(real)
             self.document(read(path))

@@ -61,7 +61,9 @@ class EngineConfig(Section):
     @field_validator("model_id")
     @classmethod
     def _usable_in_a_url(cls, value: str) -> str:
-        if len(value) > 200 or not MODEL_ID.fullmatch(value):
+        if len(value) > 200:
+            raise fault(f"an id of {len(value)} characters; at most 200 fit into a URL", fix="give a shorter one")
+        if not MODEL_ID.fullmatch(value):
             raise fault(
                 f"{value[:60]!r} cannot be an id in the API: use letters, digits and . _ - : @ + in parts joined by /",
                 fix="give the folder in hf_model_id and a plain name here" if re.match(r"[./~\\]", value) else "",

@@ -13,6 +13,7 @@ from quantserve.config.source import SUFFIXES
 from quantserve.errors import ConfigError
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+LORA: Final = "a LoRA adapter (adapter_config.json), not a model\n  fix: merge it into its base model, and name that"
 MAX_FILES: Final = 1000
 MAX_FOLDERS: Final = 2000
 
@@ -78,7 +79,10 @@ def not_found(text: str, folders: Sequence[Path]) -> str:
         path = folder / expand(text)
         try:
             if path.is_dir():
-                return f"{shown}: a folder without config.json, so it holds no model"
+                adapter = (path / "adapter_config.json").is_file()
+                return f"{shown}: {LORA if adapter else 'a folder without config.json, so it holds no model'}"
+            if path.is_symlink():
+                return f"{shown}: a symbolic link that leads nowhere, to {os.readlink(path)!r:.200}"
             names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
         except (OSError, ValueError):
             continue

@@ -192,3 +192,29 @@ def test_a_switched_off_plugin_is_named_when_the_checkpoint_needs_it(
     model = model_from_source(str(make_llama(tmp_path / "model", "awq")))
     with pytest.raises(UsageError, match=r"'awq' .* is switched off: named in QUANTSERVE_DISABLE"):
         compose(model, registry, find_target("a100-80g"))
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "decided", "fix"),
+    [
+        ("t4", None, "decided by plugin 'awq'", "use a GPU with compute capability 8.0"),
+        ("a100-80g", None, "decided by plugin 'awq'", "compare its answers with those of the unquantized model"),
+        ("a100-80g", "half", "decided by engine_kwargs.dtype", "set engine_kwargs.dtype to auto"),
+    ],
+)
+def test_who_narrowed_the_dtype(tmp_path: Path, target: str, dtype: str | None, decided: str, fix: str) -> None:
+    folder = make_llama(tmp_path / "m", "awq", dtype="BF16", hidden=512, intermediate=1024, group_size=256)
+    model = model_from_source(str(folder))
+    if dtype:
+        model.engine_config.engine_kwargs["dtype"] = dtype
+    composed = compose(model, Registry.load({}), find_target(target))
+    (finding,) = [finding for finding in composed.findings if finding.code == "dtype-narrowed"]
+    assert decided in finding.message
+    assert finding.fix.startswith(fix)
+
+
+def test_files_that_cannot_be_read_are_the_one_thing_to_say(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(b"\0" * 4)
+    composed = compose(model_from_source(str(folder)), Registry.load({}), find_target("a100-80g"))
+    assert [error.code for error in composed.errors] == ["header-truncated"]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.checkpoints import make_llama
+from helpers.checkpoints import make_llama, write_safetensors
 from quantserve.compose import compose
-from quantserve.config import load
+from quantserve.config import load, model_from_source
 from quantserve.errors import FindingsError
 from quantserve.plan import Plan, make_plan
 from quantserve.registry import Registry
@@ -83,3 +83,15 @@ def test_a_model_with_errors_cannot_be_planned(tmp_path: Path) -> None:
     with pytest.raises(FindingsError, match=r"refused.*\n.*header-truncated") as caught:
         make_plan(composition)
     assert caught.value.exit_code == 1
+
+
+def test_the_weights_that_were_checked_are_those_that_are_served(tmp_path: Path) -> None:
+    """vLLM by itself prefers Mistral's own files when both sets are in one folder."""
+    folder = make_llama(tmp_path / "m", shards=2)
+    alone = make_plan(compose(model_from_source(str(folder)), Registry.load({}), find_target("a100-80g")))
+    assert "load_format" not in alone.engine_args
+    write_safetensors(folder / "consolidated.safetensors", {"layers.0.attention.wq.weight": ("F16", (256, 256))})
+    plan = make_plan(compose(model_from_source(str(folder)), Registry.load({}), find_target("a100-80g")))
+    formats = {key: plan.engine_args[key] for key in ("load_format", "config_format", "tokenizer_mode")}
+    assert set(formats.values()) == {"hf"}
+    assert plan.provenance["load_format"] == "core"

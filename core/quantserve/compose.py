@@ -92,7 +92,9 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     method = method_plugin.method if method_plugin else None
     kwargs, conflicts = _merge_kwargs(hooks, checkpoint, model, target, method)
     effective = _with_kwargs(model, kwargs)
-    findings += [finding.said_by("core") for finding in check_model(checkpoint, effective, target, method)]
+    dtype = kwargs.get("dtype")
+    dtype_by = dtype.source if dtype and dtype.source != "config" else ""
+    findings += [finding.said_by("core") for finding in check_model(checkpoint, effective, target, method, dtype_by)]
     for plugin in plugins:
         findings += _validate(hooks, plugin, checkpoint, model, target)
 

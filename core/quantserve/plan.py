@@ -148,6 +148,11 @@ def _core_settings(composition: Composition) -> dict[str, Setting]:
     if tensor_parallel > 1:
         # Ray places GPU workers over nodes; vLLM's Ray executor knows no CPU workers.
         settings["distributed_executor_backend"] = Setting("mp" if target.device == "cpu" else "ray", "core")
+    safetensors = [name for name in composition.checkpoint.files if name.endswith(".safetensors")]
+    if 0 < sum(name.startswith("consolidated") for name in safetensors) < len(safetensors):
+        # vLLM would take the Mistral files it finds here, and not those that were checked.
+        hf = Setting("hf", "core")
+        settings |= {"load_format": hf, "config_format": hf, "tokenizer_mode": hf}
     share = model.scaling_config.num_gpus_per_worker
     if target.device != "cpu" and share < 1:
         settings["gpu_memory_utilization"] = Setting(round(0.92 * share, 4), "core")

@@ -125,9 +125,16 @@ def check_device(target: Target, method: Method) -> Iterator[Finding]:
         )
 
 
-def check_dtype(checkpoint: Checkpoint, model: ModelConfig, target: Target, method: Method | None) -> Iterator[Finding]:
-    """Check the dtype vLLM will run the model in, which is not always the one config.json names."""
+def check_dtype(
+    checkpoint: Checkpoint, model: ModelConfig, target: Target, method: Method | None, dtype_by: str = ""
+) -> Iterator[Finding]:
+    """Check the dtype vLLM will run the model in, which is not always the one config.json names.
+
+    ``dtype_by`` names the plugin that set it, "" when the config did or nobody.
+    """
     served = served_dtype(checkpoint, model, target)
+    by_plugin = bool(dtype_by) and served.source == "engine_kwargs.dtype"
+    decided = f"plugin {dtype_by!r}" if by_plugin else served.source
     old_gpu = target.device == "cuda" and target.capability is not None and target.capability < 80
     if served.name not in DTYPE_BYTES:
         yield Finding.error(
@@ -151,17 +158,18 @@ def check_dtype(checkpoint: Checkpoint, model: ModelConfig, target: Target, meth
         yield Finding.error(
             "dtype-unsupported",
             f"method {method.name!r} runs in {' or '.join(method.dtypes)}; vLLM would run it in {served.name}, "
-            f"decided by {served.source}{how}",
+            f"decided by {decided}{how}",
             ["engine_kwargs.dtype"],
             f"set engine_kwargs.dtype to {method.dtypes[0]}" if method.dtypes else "use another method",
         )
     elif served.stored == "bfloat16" and served.name == "float16":
         yield Finding.warning(
             "dtype-narrowed",
-            f"the weights are bfloat16 and will run in float16 (decided by {served.source}); "
-            "values above 65504 overflow",
+            f"the weights are bfloat16 and will run in float16 (decided by {decided}); values above 65504 overflow",
             ["engine_kwargs.dtype"],
             "use a GPU with compute capability 8.0 or a float16 checkpoint, or compare its answers"
-            if served.source == "vLLM"
+            if old_gpu
+            else "compare its answers with those of the unquantized model"
+            if by_plugin
             else "set engine_kwargs.dtype to auto",
         )

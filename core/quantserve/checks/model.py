@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from quantserve.target import Target
 
 
-def check_model(checkpoint: Checkpoint, model: ModelConfig, target: Target, method: Method | None) -> list[Finding]:
+def check_model(
+    checkpoint: Checkpoint, model: ModelConfig, target: Target, method: Method | None, dtype_by: str = ""
+) -> list[Finding]:
     """Find everything wrong with a model that does not depend on how its method stores weights.
 
     Args:
@@ -27,6 +29,7 @@ def check_model(checkpoint: Checkpoint, model: ModelConfig, target: Target, meth
         model: the user's config of the model.
         target: the hardware to serve it on.
         method: the method that will serve it, None when none could be chosen.
+        dtype_by: the plugin that set ``engine_kwargs.dtype``, "" when the config did or nobody.
     """
     # Whether a missing tokenizer matters depends on the config, which reading does not see.
     findings = [problem for problem in checkpoint.problems if problem.code != "tokenizer-missing"]
@@ -37,7 +40,7 @@ def check_model(checkpoint: Checkpoint, model: ModelConfig, target: Target, meth
         findings += check_declared_method(checkpoint, model, target, method)
         findings += check_device(target, method)
     findings += check_tensors(checkpoint)
-    findings += check_dtype(checkpoint, model, target, method)
+    findings += check_dtype(checkpoint, model, target, method, dtype_by)
     findings += check_parallel(checkpoint, model, target)
     findings += _check_context(checkpoint, model)
     findings += _check_tokenizer(checkpoint, model)

@@ -13,6 +13,7 @@ from quantserve.finding import Finding, Severity
 from quantserve.hookspecs import hookimpl
 from quantserve.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
 from quantserve.method import Method, PerformanceProfile
+from quantserve.published import PublishedRun, published_profile
 from quantserve.target import Target
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "Method",
     "ModelConfig",
     "PerformanceProfile",
+    "PublishedRun",
     "Severity",
     "Target",
     "Tensor",
@@ -36,6 +38,7 @@ __all__ = [
     "linears",
     "modules",
     "other_tensors",
+    "published_profile",
     "quantized_linears",
     "shard_k",
     "shard_n",

@@ -122,6 +122,11 @@ def find_target(name: str | None = None) -> Target:
     return replace(_KNOWN[text], count=max(count, 0))
 
 
+def is_named(target: Target, name: str) -> bool:
+    """Whether a target is the device the table calls `name`, under that name or under its driver's."""
+    return target.name == name or (name in _KNOWN and _is(target.name, _KNOWN[name]))
+
+
 # --- this machine -------------------------------------------------------------------------------------
 
 

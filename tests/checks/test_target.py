@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantserve.errors import UsageError
-from quantserve.target import GIB, find_target, known_targets, this_cpu, this_gpu
+from quantserve.target import GIB, Target, find_target, is_named, known_targets, this_cpu, this_gpu
 
 
 @pytest.mark.parametrize(
@@ -114,3 +114,18 @@ def test_a_hanging_nvidia_smi_is_no_gpu(nvidia_smi: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("quantserve.target._QUERY_TIMEOUT_S", 0.2)
     install(nvidia_smi, "exec sleep 20")
     assert this_gpu() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "same"),
+    [
+        ("a100-80g", "a100-80g", True),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g", True),
+        ("NVIDIA A100-SXM4-40GB", "a100-80g", False),
+        ("NVIDIA H100 80GB HBM3", "a100-80g", False),
+        ("cpu", "a100-80g", False),
+        ("cpu", "nothing-of-that-name", False),
+    ],
+)
+def test_a_device_is_known_by_either_name(name: str, known: str, same: bool) -> None:
+    assert is_named(Target(name, "cuda", 80 << 30), known) is same

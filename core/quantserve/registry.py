@@ -77,7 +77,7 @@ class Plugin:
             ):
                 raise UsageError(
                     f"{self.name} needs the package {error.name!r}, which is not installed\n"
-                    "  fix: install the engine, `pip install quantserve[cpu]` or `quantserve[cuda]`"
+                    "  fix: install the engine, `pip install 'quantserve[cpu]'` or `'quantserve[cuda]'`"
                 ) from error
             raise self.defect("import", one_line(error)) from error
         if not callable(found):
@@ -299,7 +299,7 @@ def how_to_install(name: str) -> str:
     except PackageNotFoundError:
         ours = []
     if name in ours:
-        return f"`pip install quantserve[{name}]`"
+        return f"`pip install 'quantserve[{name}]'`"
     return "install the plugin that serves it, if there is one; `quantserve list` shows what is installed"
 
 

@@ -210,3 +210,21 @@ def test_errors_come_before_what_is_only_worth_knowing(tmp_path: Path, capsys: p
     assert run(["check", str(folder), "--target", "a100-80g"]) == 1
     out = capsys.readouterr().out
     assert out.index("awq-missing-keys") < out.index("weights-size")
+
+
+def test_plugins_that_are_switched_off_are_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QUANTSERVE_PLUGINS", "")
+    assert run(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "No plugin can be used" in out
+    assert "switched off: awq (quantserve-awq): not named in QUANTSERVE_PLUGINS" in out
+    assert run(["doctor", "--quick", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0] == {
+        "what": "methods",
+        "status": "fail",
+        "detail": "no quantization plugin can be used",
+        "fix": "pip install 'quantserve[all]'",
+    }

@@ -277,3 +277,10 @@ def test_an_object_that_contains_itself() -> None:
     value["models"] = [value]
     with pytest.raises(ConfigError, match="too large or nested too deeply"):
         load_object(value, "x")
+
+
+def test_a_checkpoints_config_is_not_a_config(write: Write) -> None:
+    path = write('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}', "m/config.json")
+    assert failure(path) == (
+        f"{path}:1: the config.json of a checkpoint, not a config of a server\n  fix: name the folder, {path.parent}"
+    )

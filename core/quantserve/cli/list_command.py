@@ -45,7 +45,11 @@ def _print(registry: Registry) -> None:
         columns = ("method", "bits", "devices", "what and from where")
         out.print(table("Quantization methods", columns, rows, wrap=columns[-1:]))
     else:
-        out.print("No plugin is installed. Install one, e.g. `pip install quantserve\\[all]`.")
+        out.print(
+            "No plugin can be used; see below."
+            if registry.failures or registry.disabled
+            else "No plugin is installed. Install one, e.g. `pip install 'quantserve\\[all]'`."
+        )
     if registry.failures:
         failed = [
             (f"[red]{escape(f.name)}[/]", escape(f"{f.distribution} {f.version}"), f.stage, escape(f.reason))

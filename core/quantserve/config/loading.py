@@ -213,6 +213,9 @@ class _Loader:
             self._app(doc)
         elif any(key in value for key in _MODEL_KEYS):
             self._model(doc)
+        elif any(key in value for key in ("model_type", "architectures")):
+            where = f"the folder, {doc.folder}" if doc.folder and doc.folder != Path() else "its folder"
+            self.report.problem(doc, (), "the config.json of a checkpoint, not a config of a server", f"name {where}")
         else:
             key = next(iter(value), None)
             known = ["models", "applications", *_MODEL_KEYS]

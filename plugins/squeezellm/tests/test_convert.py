@@ -70,7 +70,7 @@ def test_a_file_with_only_the_linears_takes_the_rest_from_its_base(tmp_path: Pat
     if pickled:
         torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
         (base / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"no config\.json beside it.*--base"):
+    with pytest.raises(UsageError, match=r"no config\.json beside it\n.*--base"):
         convert(source, tmp_path / "out", allow_pickle=True)
     (source / "config.json").write_text(json.dumps(llama_config()))
     with pytest.raises(UsageError, match=r"without \d+ other tensors.*embed_tokens.*--base"):

@@ -17,6 +17,7 @@ from quantserve_squeezellm._files import (
     SafetensorsFolder,
     ShardWriter,
     copy_companions,
+    must_be_new,
     natural,
     new_folder,
     read_json,
@@ -78,11 +79,10 @@ def convert(
     path = _weights_file(source)
     if not allow_pickle:
         raise UsageError(
-            f"{path} is a pickle, and pickles are read only when you say so. "
-            "Fix: pass --allow-pickle (torch's restricted unpickler reads it: tensors only, no code)"
+            f"{path} is a pickle, and pickles are read only when you say so\n"
+            "  fix: pass --allow-pickle (torch's restricted unpickler reads it: tensors only, no code)"
         )
-    if destination.exists():
-        raise UsageError(f"{destination} exists and is left as it is. Fix: name a new folder, or remove that one first")
+    must_be_new(destination)
     found = _sort(path)
     bits = _bits(found)
     config = _config(path, base)
@@ -114,11 +114,16 @@ def _weights_file(source: Path) -> Path:
     if source.is_file():
         return source
     if not source.is_dir():
-        raise CheckpointError(f"{source}: no such file or folder")
+        what = "neither a file nor a folder" if source.exists() else "no such file or folder"
+        raise CheckpointError(f"{source}: {what}")
     files = sorted(source.glob("*.pt"))
+    if not files and any(source.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{source}: nothing to convert: it holds safetensors files and no .pt\n  fix: `quantserve check {source}`"
+        )
     if len(files) != 1:
         listing = ", ".join(file.name for file in files) or "none"
-        raise CheckpointError(f"{source}: expected exactly one .pt file, found {listing}. Fix: name the file itself")
+        raise CheckpointError(f"{source}: expected exactly one .pt file, found {listing}\n  fix: name the file itself")
     return files[0]
 
 
@@ -180,7 +185,7 @@ def _config(path: Path, base: Path | None) -> dict[str, Any]:
     raise UsageError(
         f"{path}: no config.json beside it"
         + (f" and none in {base}" if base else "")
-        + ". Fix: pass --base with the folder of the unquantized model"
+        + "\n  fix: pass --base with the folder of the unquantized model"
     )
 
 

@@ -77,6 +77,14 @@ def copy_companions(source: Path, destination: Path) -> None:
                 shutil.copyfile(file, destination / file.name)
 
 
+def must_be_new(destination: Path) -> None:
+    """Refuse a destination that is there already (UsageError), before any work goes into it."""
+    if destination.exists() or destination.is_symlink():
+        raise UsageError(
+            f"{destination} exists and is left as it is\n  fix: name a new folder, or remove that one first"
+        )
+
+
 @contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
     """A temporary folder beside `destination` that becomes it on success and vanishes on any failure.
@@ -84,14 +92,13 @@ def new_folder(destination: Path) -> Iterator[Path]:
     Raises:
         UsageError: the destination exists, or cannot be created.
     """
-    if destination.exists() or destination.is_symlink():
-        raise UsageError(f"{destination} exists and is left as it is. Fix: name a new folder, or remove that one first")
+    must_be_new(destination)
     partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except OSError as error:
-        raise UsageError(f"cannot create {partial}: {error.strerror}. Fix: choose a writable place") from error
+        raise UsageError(f"cannot create {partial}: {error.strerror}\n  fix: choose a writable place") from error
     try:
         yield partial
         partial.rename(destination)
@@ -118,12 +125,14 @@ class SafetensorsFolder:
         self.where: dict[str, Path] = {}
         for path in self._paths():
             if not path.is_file():
-                raise CheckpointError(f"{folder}: {path.name} is listed in {INDEX} but missing. Fix: download it again")
+                raise CheckpointError(
+                    f"{folder}: {path.name} is listed in {INDEX} but missing\n  fix: download it again"
+                )
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
-                    f"{path}: not a whole safetensors file: {error}. Fix: download it again"
+                    f"{path}: not a whole safetensors file: {error}\n  fix: download it again"
                 ) from error
             self._files[path] = handle
             names: list[str] = list(handle.keys())  # type: ignore[no-untyped-call]
@@ -134,7 +143,7 @@ class SafetensorsFolder:
             paths = sorted(self.folder.glob("*.safetensors"))
             if not paths:
                 raise CheckpointError(
-                    f"{self.folder}: no *.safetensors files here. Fix: give a folder with a checkpoint"
+                    f"{self.folder}: no *.safetensors files here\n  fix: give a folder with a checkpoint"
                 )
             return paths
         names = read_json(self.folder / INDEX).get("weight_map")

@@ -22,7 +22,7 @@ def load_state(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused: its pickle asks for more than tensors and plain values ({_first_line(error)}). "
-            "Nothing of it was run. Fix: get the file from a source you trust, as safetensors"
+            "Nothing of it was run\n  fix: get the file from a source you trust, as safetensors"
         ) from error
     except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         size = path.stat().st_size if path.is_file() else 0

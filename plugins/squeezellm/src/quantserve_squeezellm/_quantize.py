@@ -13,6 +13,7 @@ from quantserve_squeezellm._files import (
     SafetensorsFolder,
     ShardWriter,
     copy_companions,
+    must_be_new,
     new_folder,
     read_json,
     write_json,
@@ -52,15 +53,14 @@ def quantize(
         raise UsageError(f"bits is {bits}; SqueezeLLM knows 3 and 4")
     if not 0 <= sparsity < 100:
         raise UsageError(f"sparsity is {sparsity} percent; expected 0 or more and less than 100 (0.45 is usual)")
-    if destination.exists():
-        raise UsageError(f"{destination} exists and is left as it is. Fix: name a new folder, or remove that one first")
+    must_be_new(destination)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
     config = read_json(source / "config.json")
     reader = SafetensorsFolder(source)
     names = reader.names()
     if config.get("quantization_config") or any(name.endswith(".qweight") for name in names):
-        raise CheckpointError(f"{source} is quantized already. Fix: give the unquantized model")
+        raise CheckpointError(f"{source} is quantized already\n  fix: give the unquantized model")
     targets = {name for name in names if _is_projection(name) and len(reader.shape(name)) == 2}
     if not targets:
         raise CheckpointError(f"{source}: none of {', '.join(PROJECTIONS)} found; only Llama-like models are known")

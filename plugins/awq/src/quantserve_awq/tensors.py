@@ -222,10 +222,11 @@ def packing_findings(quantized: list[Linear], group: int | None) -> list[Finding
         bad += [f"{linear.name}: K {linear.k} is not a multiple of {group}" for linear in quantized if linear.k % group]
     if not bad:
         return []
+    groups = f" and groups of {group}" if group > 0 else ""
     return [
         Finding.error(
             "awq-packing",
-            f"{len(bad)} linears cannot be stored with 8 codes per word and groups of {group}. First: {bad[0]}",
+            f"{len(bad)} linears cannot be stored with 8 codes per word{groups}. First: {bad[0]}",
             bad[:OFFENDERS],
             "leave these linears unquantized, or quantize with a group size that divides K",
         )

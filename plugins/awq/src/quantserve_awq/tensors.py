@@ -222,7 +222,7 @@ def packing_findings(quantized: list[Linear], group: int | None) -> list[Finding
         bad += [f"{linear.name}: K {linear.k} is not a multiple of {group}" for linear in quantized if linear.k % group]
     if not bad:
         return []
-    groups = f" and groups of {group}" if group > 0 else ""
+    groups = f" and groups of {group}" if group is not None and group > 0 else ""
     return [
         Finding.error(
             "awq-packing",

@@ -23,7 +23,7 @@ from quantserve.compose import compose
 from quantserve.config import AppConfig, load_object
 from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
-from quantserve.plan import Plan, make_plan, refusal
+from quantserve.plan import Plan, make_plans, refusal
 from quantserve.registry import Registry
 from quantserve.serve.engine import front_door_application, model_application
 from quantserve.serve.front_door import RESERVED
@@ -48,7 +48,7 @@ def build(args: dict[str, Any]) -> Application:
     if target is not None and not isinstance(target, str):
         raise ConfigError(f"serve args: target must be text, got {target!r}")
     config = load_object(args, "serve args")
-    plans = make_plans(config, find_target(target))
+    plans = plan_all(config, find_target(target))
     keys = load_keys(config.http.api_keys_file)
     created = int(time.time())
     if len(plans) == 1:
@@ -57,7 +57,7 @@ def build(args: dict[str, Any]) -> Application:
     return front_door_application(plans, created, keys, children)
 
 
-def make_plans(config: AppConfig, target: Target) -> list[Plan]:
+def plan_all(config: AppConfig, target: Target) -> list[Plan]:
     """Plan every model of a config.
 
     Raises:
@@ -72,7 +72,7 @@ def make_plans(config: AppConfig, target: Target) -> list[Plan]:
     if refused:
         lines = [_line(finding) for findings in refused.values() for finding in findings]
         raise FindingsError("\n".join([str(refusal(refused)), *lines]), refused)
-    plans = [make_plan(composition) for composition in compositions]
+    plans = make_plans(compositions)
     check_routes(plans)
     return plans
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -206,10 +206,15 @@ class HideInternals:
     """Replaces bodies of answers with status 500 and above: vLLM puts the text of its exceptions there.
 
     The log gets what was replaced.
+
+    Args:
+        app: what is wrapped.
+        is_down: whether the app is beyond repair; its errors are then said to be a passing 503.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, is_down: Callable[[], bool] = lambda: False) -> None:
         self.app = app
+        self.is_down = is_down
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app and replace what must not be seen."""
@@ -222,7 +227,8 @@ class HideInternals:
             nonlocal hidden
             if message["type"] == "http.response.start" and message["status"] >= 500:
                 hidden = []
-                await internal_error(message["status"]).response(scope, receive, send)
+                status = 503 if self.is_down() else message["status"]
+                await internal_error(status).response(scope, receive, send)
             elif hidden is None:
                 await send(message)
             elif message["type"] == "http.response.body" and len(hidden) < 8:
@@ -232,6 +238,53 @@ class HideInternals:
         if hidden and any(hidden):
             text = b"".join(hidden).decode(errors="replace")
             logger.error("%s %s answered an error: %s", scope["method"], scope["path"], text)
+
+
+class DisconnectOnCancel:
+    """Tells an app that is being cancelled that its client has left, and lets it finish by itself.
+
+    Ray Serve cancels the request of a client that leaves. vLLM runs a non-streaming request in a task of its own and
+    ends that task when it *receives* a disconnect; merely cancelled, it would generate to the end for nobody.
+    """
+
+    patience_s = 2.0
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app; when cancelled, disconnect it first."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        gone = asyncio.Event()
+        pending: asyncio.Future[Message] | None = None
+
+        async def receive_or_gone() -> Message:
+            nonlocal pending
+            pending = pending or asyncio.ensure_future(receive())
+            leaving = asyncio.ensure_future(gone.wait())
+            either: set[asyncio.Future[Any]] = {pending, leaving}
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                leaving.cancel()
+            if not pending.done():
+                return {"type": "http.disconnect"}
+            message, pending = pending.result(), None
+            return message
+
+        task: asyncio.Task[None] = asyncio.ensure_future(self.app(scope, receive_or_gone, send))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            gone.set()
+            await asyncio.wait({task}, timeout=self.patience_s)
+            task.cancel()
+            raise
+        finally:
+            if pending is not None:
+                pending.cancel()
 
 
 def internal_error(status: int) -> Refused:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import logging
 import os
 import socket
@@ -37,7 +39,7 @@ def choose_port(host: str, port: int) -> int:
         except PermissionError:
             raise UsageError(f"port {port} needs privileges\n  fix: choose one above 1023 with --port") from None
         except OSError as error:
-            if error.errno == 98:  # EADDRINUSE
+            if error.errno == errno.EADDRINUSE:
                 fix = "stop what listens there, or choose another with --port (0 picks a free one)"
                 raise EngineError(f"port {port} on {host} is already in use\n  fix: {fix}") from None
             raise UsageError(f"--host {host}: {error.strerror}") from None
@@ -118,10 +120,12 @@ def stop_ray(processes: Processes, *, graceful: bool) -> int:
     from ray import serve
 
     processes.look()
-    if graceful:
+    # Ray reports the end of its own processes as failures, on whatever sys.stdout is at that time.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        if graceful:
+            with contextlib.suppress(Exception):
+                serve.shutdown()
+            processes.look()
         with contextlib.suppress(Exception):
-            serve.shutdown()
-        processes.look()
-    with contextlib.suppress(Exception):
-        ray.shutdown()
+            ray.shutdown()
     return processes.stop(KILL_AFTER_S if graceful else 1.0)

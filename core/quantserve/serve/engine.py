@@ -10,11 +10,12 @@ from typing import Any, Final
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from quantserve.plan import Plan
-from quantserve.serve.asgi import Guard
+from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.front_door import FrontDoor, ServedModel, model_aliases, model_card
 from quantserve.serve.keys import ApiKeys
 from quantserve.serve.relay import Head, RemoteModel, Request, answer
@@ -112,7 +113,11 @@ class LazyRemote:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Forward one request."""
         if self._remote is None:
-            handle: DeploymentHandle[Any] = await asyncio.to_thread(serve.get_app_handle, self._application)
+            try:
+                handle: DeploymentHandle[Any] = await asyncio.to_thread(serve.get_app_handle, self._application)
+            except RayServeException:
+                message = f"the model `{self._model_id}` is not deployed"
+                raise Refused(503, message, code="model_unavailable", headers={"retry-after": "5"}) from None
             self._remote = RemoteModel(self._model_id, handle)
         await self._remote(scope, receive, send)
 

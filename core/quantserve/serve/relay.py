@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -22,6 +24,10 @@ from quantserve.serve.asgi import Refused, internal_error, read_body, request_sc
 DROPPED: Final = frozenset({b"authorization", b"connection", b"keep-alive", b"te", b"trailer", b"upgrade",
                             b"proxy-authorization", b"transfer-encoding"})  # fmt: skip
 """Request headers that end at the front door: those of one connection, and the client's key."""
+
+LATE_S: Final = 2.0
+"""After this long without a sign of an answer it is worth asking whether anybody is there to give one."""
+STATUS_AGE_S: Final = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +92,31 @@ async def answer(app: ASGIApp, request: Request) -> AsyncIterator[Head | bytes]:
             await asyncio.gather(task, return_exceptions=True)
 
 
+class Replicas:
+    """Whether a deployment can answer at all; asked only when an answer is late, and at most once a second."""
+
+    def __init__(self, application: str, deployment: str) -> None:
+        self._application = application
+        self._deployment = deployment
+        self._asked = 0.0
+        self._none = False
+
+    async def none_can_come(self) -> bool:
+        """Whether no replica runs and none is kept away merely by scaling to zero."""
+        if time.monotonic() - self._asked > STATUS_AGE_S:
+            self._asked = time.monotonic()
+            try:
+                applications = (await asyncio.to_thread(serve.status)).applications
+            except Exception as error:
+                logger.warning("Ray Serve's controller does not answer: %s", type(error).__name__)
+                return self._none
+            application = applications.get(self._application)
+            deployment = application.deployments.get(self._deployment) if application else None
+            running = deployment.replica_states.get("RUNNING", 0) if deployment else 0
+            self._none = running == 0 and (application is None or application.status != "RUNNING")
+        return self._none
+
+
 class RemoteModel:
     """ASGI app that answers from a replica of a model's deployment.
 
@@ -97,6 +128,7 @@ class RemoteModel:
     def __init__(self, model_id: str, handle: DeploymentHandle[Any]) -> None:
         self.model_id = model_id
         self._handle = handle.options(stream=True, method_name="relay")
+        self._replicas = Replicas(handle.app_name, handle.deployment_name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward one HTTP request; a client that leaves cancels it in the replica.
@@ -130,7 +162,7 @@ class RemoteModel:
             streaming = False
             content_type = b""
             try:
-                async for part in stream:
+                async for part in self._while_possible(stream):
                     if isinstance(part, bytes):
                         await send({"type": "http.response.body", "body": part, "more_body": True})
                     else:
@@ -156,12 +188,37 @@ class RemoteModel:
                 await send({"type": "http.response.body", "body": event, "more_body": False})
                 return
 
+    async def _while_possible(self, stream: Any) -> AsyncIterator[Head | bytes]:
+        """The parts of an answer; gives up on the first when nobody is there to send it.
+
+        Raises:
+            Refused: the model has no replica.
+        """
+        parts = aiter(stream)
+        first = asyncio.ensure_future(anext(parts))
+        try:
+            while not (await asyncio.wait({first}, timeout=LATE_S))[0]:
+                if await self._replicas.none_can_come():
+                    raise self._unavailable()
+            yield first.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            if not first.done():
+                first.cancel()
+                stream.cancel()
+        async for part in parts:
+            yield part
+
+    def _unavailable(self) -> Refused:
+        message = f"the model `{self.model_id}` is not available at the moment; try again"
+        return Refused(503, message, code="model_unavailable", headers={"retry-after": "5"})
+
     def _refusal(self, error: Exception) -> Refused:
         if isinstance(error, BackPressureError):
             retry = str(max(1, round(error.retry_after_s or 1)))
             message = f"the model `{self.model_id}` has its queue full; try again in {retry} s"
             return Refused(429, message, code="queue_full", headers={"retry-after": retry})
         if isinstance(error, RayActorError | DeploymentUnavailableError):
-            message = f"the model `{self.model_id}` is not available at the moment; try again"
-            return Refused(503, message, code="model_unavailable", headers={"retry-after": "5"})
+            return self._unavailable()
         return internal_error(500)

@@ -17,6 +17,7 @@ from quantserve.serve.asgi import is_json, parse_object, read_body, replay
 PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 UNITED: Final = ("stop", "stop_token_ids")
 """Fields where the client's values and the model's both count."""
+LENGTH_HEADERS: Final = (b"content-length", b"transfer-encoding")
 REPLACED_BY: Final = {"max_tokens": "max_completion_tokens"}
 """OpenAI's newer name of a field: given by the client, it keeps the default of the older one out."""
 
@@ -40,9 +41,7 @@ class RequestDefaults:
             body = await read_body(receive)
             if is_json(scope) and (completed := self.complete(parse_object(body))) is not None:
                 body = json.dumps(completed, separators=(",", ":")).encode()
-                headers = [
-                    pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")
-                ]
+                headers = [pair for pair in scope["headers"] if pair[0] not in LENGTH_HEADERS]
                 scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
             receive = replay(body, receive)
         await self.app(scope, receive, send)

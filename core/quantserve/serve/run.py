@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import signal
@@ -143,9 +144,7 @@ def _applications() -> dict[str, Any]:
     try:
         return dict(serve.status().applications)
     except Exception as error:
-        raise EngineError(
-            f"Ray Serve has stopped answering ({type(error).__name__}); its processes are ended"
-        ) from error
+        raise EngineError(f"Ray Serve has stopped answering: {type(error).__name__}") from error
 
 
 def _stop(processes: Processes, interrupts: Interrupts) -> None:
@@ -160,10 +159,8 @@ def _stop(processes: Processes, interrupts: Interrupts) -> None:
 
 
 def _announce(ready: Sequence[Plan], wanted: int, host: str, port: int, keys: bool) -> None:
-    shown = (
-        "127.0.0.1" if host in ("0.0.0.0", "") else "[::1]" if host == "::" else f"[{host}]" if ":" in host else host
-    )
-    base = f"http://{shown}:{port}"
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    base = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
     first = ready[0]
     width = max(len(plan.model_id) for plan in ready)
     _say("ready:")
@@ -190,4 +187,6 @@ def _count(plans: Sequence[Plan]) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    # The terminal or the pipe may be gone while there is still a server to stop.
+    with contextlib.suppress(OSError):
+        print(line, flush=True)

@@ -6,16 +6,20 @@ reaches the client, because it is vLLM's app that answers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.types import ASGIApp
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -28,7 +32,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from quantserve.errors import EngineError
 from quantserve.plan import Plan
-from quantserve.serve.asgi import HideInternals, ask
+from quantserve.serve.asgi import DisconnectOnCancel, HideInternals, ask
 
 logger = logging.getLogger(__name__)
 
@@ -90,19 +94,7 @@ async def start(plan: Plan) -> EngineApp:
     """
     # The engine's processes must not be forked from a process full of threads.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    mark = _log_size()
-    try:
-        args, engine_args = arguments(plan)
-        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        engine = AsyncLLM.from_vllm_config(
-            vllm_config=config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=engine_args.enable_log_requests,
-            aggregate_engine_logging=engine_args.aggregate_engine_logging,
-            disable_log_stats=engine_args.disable_log_stats,
-        )
-    except Exception as error:
-        raise EngineError(_cause(error, mark)) from error
+    args, engine = _start_engine(plan)
     try:
         await engine.reset_mm_cache()
         tasks = await engine.get_supported_tasks()
@@ -113,7 +105,7 @@ async def start(plan: Plan) -> EngineApp:
         raise
     # vLLM's error handlers tell the HTTP server to exit when the engine has died; here Serve's health check does that.
     app.state.server = SimpleNamespace(should_exit=False)
-    started = EngineApp(HideInternals(app), engine, tuple(tasks))
+    started = EngineApp(HideInternals(DisconnectOnCancel(app), lambda: engine.errored), engine, tuple(tasks))
     try:
         await started.warm_up()
     except BaseException:
@@ -122,17 +114,47 @@ async def start(plan: Plan) -> EngineApp:
     return started
 
 
+def _start_engine(plan: Plan, *, repair: bool = True) -> tuple[Namespace, AsyncLLM]:
+    """Start the engine's processes; a compilation cache that an earlier death left in pieces is removed once."""
+    logs = _Logs()
+    try:
+        args, engine_args = arguments(plan)
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        return args, AsyncLLM.from_vllm_config(
+            vllm_config=config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
+    except Exception as error:
+        cause = logs.cause(error)
+        broken = _broken_cache(cause)
+        if not (repair and broken):
+            raise EngineError(cause) from error
+    logger.warning("removing the broken compilation cache %s: %s", broken, cause)
+    shutil.rmtree(broken, ignore_errors=True)
+    return _start_engine(plan, repair=False)
+
+
+def _broken_cache(cause: str) -> Path | None:
+    """The folder of vLLM's compilation cache that an error complains about."""
+    caches = Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache"
+    if match := re.search(re.escape(str(caches)) + r"/(?:torch_aot_compile/)?[0-9a-f]{8,}(?=/)", cause):
+        return Path(match[0])
+    return None
+
+
 def arguments(plan: Plan) -> tuple[Namespace, AsyncEngineArgs]:
     """The arguments of vLLM's server as its command line would have made them, and the engine's alone.
 
     Raises:
         EngineError: vLLM does not know an argument, or refuses its value.
     """
-    given = dict(plan.engine_args)
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    if unknown := sorted(set(given) - known):
+    known = {field.name: field.type for field in dataclasses.fields(AsyncEngineArgs)}
+    if unknown := sorted(set(plan.engine_args) - set(known)):
         raise EngineError(f"this vLLM knows no engine argument {', '.join(unknown)}")
-    engine_args = AsyncEngineArgs(**given)
+    engine_args = AsyncEngineArgs(**{key: _typed(key, value, known[key]) for key, value in plan.engine_args.items()})
     frontend = FrontendArgs(**{"chat_template": plan.chat_template, **plan.frontend_args})
     values = {field.name: getattr(frontend, field.name) for field in dataclasses.fields(frontend)}
     values |= {field.name: getattr(engine_args, field.name) for field in dataclasses.fields(engine_args)}
@@ -146,35 +168,47 @@ def arguments(plan: Plan) -> tuple[Namespace, AsyncEngineArgs]:
     return args, engine_args
 
 
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """A mapping from the plan as the config object that vLLM's command line makes of it; other values as they are.
+
+    Raises:
+        EngineError: vLLM refuses the mapping.
+    """
+    if not isinstance(value, dict):
+        return value
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([name, *(str(part) for part in first["loc"] if str(part) in value)])
+        raise EngineError(f"engine argument {where}: {first['msg']}") from None
+
+
 _ERROR = re.compile(r"(?:^|\s)((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit))(: .+)$", re.MULTILINE)
 _VAGUE = ("Engine core initialization failed", "WorkerProc initialization failed", "Executor failed")
 
 
-def _log() -> Path | None:
-    """The file this process and the engine's processes log to; None when it is not a file."""
-    try:
-        path = Path(os.readlink("/proc/self/fd/2"))
-        return path if path.is_file() else None
-    except OSError:
-        return None
+class _Logs:
+    """What the engine's processes write to this process's output, when that is a file (as it is in Ray)."""
 
+    def __init__(self) -> None:
+        self._from: dict[Path, int] = {}
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):
+                path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+                if path.is_file():
+                    self._from[path] = path.stat().st_size
 
-def _log_size() -> int:
-    path = _log()
-    return path.stat().st_size if path else 0
-
-
-def _cause(error: BaseException, mark: int) -> str:
-    """What really went wrong: vLLM says only that a process failed, and the process logged why."""
-    said = f"{type(error).__name__}: {error}"
-    if not any(vague in said for vague in _VAGUE):
-        return said
-    path = _log()
-    if path is None:
-        return said
-    with path.open("rb") as file:
-        file.seek(mark)
-        text = file.read(4 << 20).decode(errors="replace")
-    causes = ["".join(match.groups()).strip() for match in _ERROR.finditer(text)]
-    causes = [cause for cause in causes if not any(vague in cause for vague in _VAGUE)]
-    return f"{causes[-1][:600]}" if causes else said
+    def cause(self, error: BaseException) -> str:
+        """What really went wrong: vLLM may say only that a process failed, which that process explained in its log."""
+        said = f"{type(error).__name__}: {error}"
+        if not any(vague in said for vague in _VAGUE):
+            return said
+        causes: list[str] = []
+        for path, start in self._from.items():
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                file.seek(start)
+                text = file.read(4 << 20).decode(errors="replace")
+                causes += ["".join(match.groups()).strip() for match in _ERROR.finditer(text)]
+        causes = [cause for cause in causes if not any(vague in cause for vague in _VAGUE)]
+        return causes[-1][:600] if causes else said

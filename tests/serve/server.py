@@ -1,0 +1,130 @@
+"""`quantserve serve` and `serve run` as processes, watched by a test."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil  # type: ignore[import-untyped]
+
+BIN = Path(sys.executable).parent
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
+START_S = 400.0
+"""Three engines that start at once on two busy cores."""
+KEY = "sesame-0123456789"
+EAGER = {"enforce_eager": True, "max_num_seqs": 16}
+"""Engine arguments of all tests: compiling takes a minute the first time and changes nothing here."""
+
+
+class Server:
+    """A server process; its output is collected line by line."""
+
+    def __init__(self, command: list[str], **env: str) -> None:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **env}
+        environment.pop("QUANTSERVE_API_KEYS", None) if "QUANTSERVE_API_KEYS" not in env else None
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        self.lines: list[str] = []
+        self.key: str | None = None
+        self.base = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern: str, seconds: float = START_S) -> re.Match[str]:
+        """The first match in the output; fails when the process ends or time is up."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if match := re.search(pattern, self.output, re.MULTILINE):
+                return match
+            if self.process.poll() is not None:
+                self._reader.join(5)
+                if match := re.search(pattern, self.output, re.MULTILINE):
+                    return match
+                break
+            time.sleep(0.2)
+        raise AssertionError(f"no {pattern!r} in {seconds} s; exit {self.process.poll()}; output:\n{self.output}")
+
+    def ready(self) -> Server:
+        """Wait until the models serve."""
+        self.wait_for(r"^Ctrl-C stops")
+        self.base = self.wait_for(r"(http://\S+?)/v1/chat/completions").group(1)
+        return self
+
+    def descendants(self) -> list[Any]:
+        return list(psutil.Process(self.process.pid).children(recursive=True))
+
+    def stop(self, number: int = signal.SIGINT, seconds: float = 60) -> int:
+        """Send a signal and wait for the end; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            left = self.descendants()
+            self.process.kill()
+            for process in left:
+                process.kill()
+            raise AssertionError(f"not stopped after {seconds} s; output:\n{self.output}") from None
+        self._reader.join(5)
+        return code
+
+    def request(self, method: str, path: str, json: object = None, **kwargs: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        headers |= kwargs.pop("headers", {})
+        return httpx.request(method, self.base + path, json=json, timeout=60, headers=headers, **kwargs)
+
+    def client(self, route: str = "") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.base}{route}/v1", api_key=self.key or "none", timeout=60, max_retries=0)
+
+
+def serve(*arguments: str | Path, **env: str) -> Server:
+    return Server([str(BIN / "quantserve"), "serve", "--port", "0", *map(str, arguments)], **env)
+
+
+def until(check: Callable[[], bool], seconds: float) -> None:
+    """Wait until `check` holds; connection errors count as not yet."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if check():
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise AssertionError(f"not within {seconds} s")
+
+
+def model(model_id: str, folder: Path, **engine_config: Any) -> dict[str, Any]:
+    """A model of an app config."""
+    kwargs = {**EAGER, **engine_config.pop("engine_kwargs", {})}
+    return {
+        "engine_config": {
+            "model_id": model_id,
+            "hf_model_id": str(folder),
+            "max_total_tokens": 512,
+            "engine_kwargs": kwargs,
+            **engine_config,
+        },
+        "deployment_config": {"max_ongoing_requests": 32},
+        "scaling_config": {"num_gpus_per_worker": 0},
+    }

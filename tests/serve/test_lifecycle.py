@@ -1,0 +1,144 @@
+"""Start, failure, death and end of a server, with real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from .server import Server, model, serve, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+@pytest.fixture(scope="module")
+def limping(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two models, one of which passes the checks and fails in the engine."""
+    path = tmp_path_factory.mktemp("limping") / "app.yaml"
+    broken = model("broken", demo / "checkpoint", engine_kwargs={"scheduler_cls": "no_such_module.Scheduler"})
+    path.write_text(yaml.safe_dump({"models": [model("good", demo / "awq"), broken]}))
+    running = serve(path, "--keep-going")
+    try:
+        yield running.ready()
+    finally:
+        running.stop()
+
+
+def test_failed_model_says_why_and_the_other_serves(limping: Server) -> None:
+    line = limping.wait_for(r"^\s*broken\s+failed: (.*)$", 5).group(1)
+    assert "No module named 'no_such_module'" in line
+    assert "Traceback" not in limping.output
+    assert re.search(r"^\s*good\s+ready in [\d.]+ s$", limping.output, re.MULTILINE)
+    assert "/broken/v1" not in limping.output
+    answer = limping.client().completions.create(model="good", prompt="Return", max_tokens=3)
+    assert answer.choices[0].text
+
+
+def test_requests_to_the_failed_model_get_an_answer(limping: Server) -> None:
+    began = time.monotonic()
+    answer = limping.request("POST", "/v1/completions", {"model": "broken", "prompt": "x"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
+    assert answer.headers["retry-after"]
+    assert time.monotonic() - began < 10
+    health = limping.request("GET", "/health")
+    assert (health.status_code, health.json()["models"]) == (503, {"good": "ok", "broken": "unavailable"})
+
+
+def test_dead_engine_is_replaced(limping: Server) -> None:
+    engines = [p for p in limping.descendants() if p.name().startswith("VLLM::EngineCor")]
+    assert len(engines) == 1
+    workers = engines[0].children(recursive=True)
+    engines[0].kill()
+    until(lambda: limping.request("GET", "/good/health").status_code != 200, 30)
+    answer = limping.request("POST", "/v1/completions", {"model": "good", "prompt": "Return", "max_tokens": 3})
+    assert answer.status_code in (200, 503)  # 200 when it waited for the new engine
+    assert answer.status_code == 200 or answer.json()["error"]["type"] == "service_unavailable_error"
+    assert "Traceback" not in answer.text
+    until(lambda: limping.request("POST", "/v1/completions", {"model": "good", "prompt": "R"}).status_code == 200, 300)
+    until(lambda: gone(workers), 20)
+    assert limping.request("GET", "/good/health").status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT])
+def test_ctrl_c_leaves_nothing(limping: Server, number: int) -> None:
+    """Last in this module: it ends the server."""
+    before = limping.descendants()
+    assert len([p for p in before if "EngineCor" in p.name()]) == 1
+    began = time.monotonic()
+    assert limping.stop(number) == 0
+    assert time.monotonic() - began < 30
+    assert gone(before)
+    assert "killed" not in limping.lines[-1]
+    assert limping.lines[-1].startswith("stopped in")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(limping.base + "/health", timeout=5)
+
+
+def test_bare_model_answers_without_a_hop_and_dies_with_its_server(demo: Path) -> None:
+    running = serve(demo / "checkpoint", "--max-model-len", "256", QUANTSERVE_API_KEYS="from-the-environment")
+    try:
+        running.ready().key = "from-the-environment"
+        names = [p.name() for p in running.descendants()]
+        assert not any("front-door" in name for name in names)
+        listed = running.request("GET", "/v1/models").json()["data"]
+        assert [card["max_model_len"] for card in listed] == [256]
+        name = listed[0]["id"]
+        for prefix in ("", "/" + name):
+            answer = running.client(prefix).completions.create(model=name, prompt="Return", max_tokens=3)
+            assert answer.choices[0].text
+            assert running.request("GET", prefix + "/metrics").status_code == 200
+        assert running.request("POST", "/v1/completions", {"model": "x", "prompt": ""}).status_code == 404
+        assert httpx.get(running.base + "/v1/models", timeout=30).status_code == 401
+        engine = [p for p in running.descendants() if p.name().startswith(("VLLM::", "ray::ServeReplica"))]
+        assert len(engine) >= 3
+        os.kill(running.process.pid, signal.SIGKILL)  # no chance to clean up
+        until(lambda: gone(engine), 40)  # Ray's own agents notice after a minute
+    finally:
+        running.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_starting(demo: Path, number: int) -> None:
+    running = serve(demo / "checkpoint")
+    try:
+        running.wait_for("starting Ray", 60)
+        until(lambda: any("ServeReplica" in p.name() for p in running.descendants()), 60)
+        before = running.descendants()
+    finally:
+        code = running.stop(number)
+    assert code == 0
+    assert gone(before)
+    assert "Traceback" not in running.output
+
+
+def test_port_in_use_is_said_before_anything_starts(demo: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        began = time.monotonic()
+        running = serve(demo / "checkpoint", "--port", str(port))
+        assert running.process.wait(60) == 4
+        assert time.monotonic() - began < 30
+    running.wait_for(rf"port {port} on 127.0.0.1 is already in use", 5)
+    assert "starting Ray" not in running.output
+
+
+def test_missing_keys_file_is_said_before_anything_starts(demo: Path) -> None:
+    running = serve(demo / "checkpoint", "--api-keys-file", "/nowhere/keys")
+    assert running.process.wait(60) == 2
+    running.wait_for("API keys file /nowhere/keys: No such file", 5)
+    assert "starting Ray" not in running.output

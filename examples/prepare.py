@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 import time
-from importlib import import_module
 from pathlib import Path
 
 from quantserve.errors import QuantserveError, UsageError
@@ -41,10 +40,10 @@ def export(plugin: Plugin, destination: Path) -> bool:
     if not quantizer:
         raise UsageError(f"method {destination.name!r} ({plugin.distribution} {plugin.version}) names no quantizer")
     print(f"making examples/demo-model/{destination.name}", flush=True)
-    module, _, name = quantizer.partition(":")
+    quantize = plugin.load_callable(quantizer)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=destination.parent) as scratch:
         made = Path(scratch) / destination.name
-        getattr(import_module(module), name)(CHECKPOINT, made)
+        quantize(CHECKPOINT, made)
         (made / STAMP).write_text(made_from + "\n")
         shutil.rmtree(destination, ignore_errors=True)
         made.rename(destination)

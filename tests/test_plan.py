@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from helpers.checkpoints import make_llama, write_safetensors
 from quantserve.compose import compose
 from quantserve.config import load, model_from_source
 from quantserve.errors import FindingsError
-from quantserve.plan import Plan, make_plan
+from quantserve.plan import Plan, make_plan, make_plans
 from quantserve.registry import Registry
 from quantserve.target import find_target
 
@@ -95,3 +96,16 @@ def test_the_weights_that_were_checked_are_those_that_are_served(tmp_path: Path)
     formats = {key: plan.engine_args[key] for key in ("load_format", "config_format", "tokenizer_mode")}
     assert set(formats.values()) == {"hf"}
     assert plan.provenance["load_format"] == "core"
+
+
+@pytest.mark.parametrize(("models", "bound", "threads"), [(1, None, None), (2, "nobind", "7"), (40, "nobind", "1")])
+def test_models_side_by_side_share_a_processor(
+    tmp_path: Path, models: int, bound: str | None, threads: str | None
+) -> None:
+    make_llama(tmp_path / "model", "fp16", hidden=512, intermediate=1024)
+    config = model_from_source(str(tmp_path / "model"), max_model_len=512)
+    composition = compose(config, Registry.load({}), replace(find_target("cpu"), cores=16, memory_bytes=1 << 36))
+    for plan in make_plans([composition] * models):
+        env_vars = plan.runtime_env["env_vars"]
+        assert env_vars.get("VLLM_CPU_OMP_THREADS_BIND") == bound
+        assert env_vars.get("OMP_NUM_THREADS") == threads

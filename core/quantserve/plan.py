@@ -119,7 +119,11 @@ def make_plans(compositions: Sequence[Composition]) -> list[Plan]:
         ranks = plan.engine_args["tensor_parallel_size"]
         # vLLM binds rank i to NUMA node i, always to the same cores of it.
         if plan.target["device"] == "cpu" and (len(plans) > 1 or ranks > plan.target["count"]):
-            plan.runtime_env["env_vars"].setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            env_vars = plan.runtime_env["env_vars"]
+            env_vars.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            # Unbound, vLLM takes what OpenMP says, and Ray tells OpenMP the replica's small share of a CPU: one thread.
+            threads = (plan.target["cores"] - 1) // (len(plans) * ranks)
+            env_vars.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     return plans
 
 

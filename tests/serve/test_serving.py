@@ -115,7 +115,7 @@ def test_structured_output(server: Server) -> None:
 
 def test_tool_call(server: Server) -> None:
     parameters = {"type": "object", "properties": {"unit": {"enum": ["s", "ms"]}}, "required": ["unit"]}
-    tools = [{"type": "function", "function": {"name": "clock", "parameters": parameters}}]
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": parameters, "strict": True}}]
     choice = {"type": "function", "function": {"name": "clock"}}
     answer = chat(server, "demo-fp16", tools=tools, tool_choice=choice, max_tokens=60)
     assert answer.choices[0].message.tool_calls, answer

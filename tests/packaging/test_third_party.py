@@ -157,14 +157,13 @@ def base_url(environment: Environment, rtn8_model: Path, tmp_path_factory: pytes
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the front door lists both models."""
+    """Wait until both models are healthy; the front door lists them while they are still starting."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()[-8000:]
         try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
-                if len(json.load(response)["data"]) == 2:
-                    return
+            with urllib.request.urlopen(f"{url}/health", timeout=10):
+                return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             pass
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""One server with three models for all tests that only ask."""
+"""One server with three models for the tests that only ask; it ends with their module, to free the cores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def demo() -> Path:
     return DEMO
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`quantserve serve` of three models, with a key; the third has request defaults, the first calls tools."""
     folder = tmp_path_factory.mktemp("serve")

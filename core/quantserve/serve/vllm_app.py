@@ -6,7 +6,6 @@ reaches the client, because it is vLLM's app that answers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -33,6 +32,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from quantserve.errors import EngineError
 from quantserve.plan import Plan
 from quantserve.serve.asgi import DisconnectOnCancel, HideInternals, ask
+from quantserve.serve.engine_logs import EngineLogs
 
 logger = logging.getLogger(__name__)
 
@@ -116,17 +116,18 @@ async def start(plan: Plan) -> EngineApp:
 
 def _start_engine(plan: Plan, *, repair: bool = True) -> tuple[Namespace, AsyncLLM]:
     """Start the engine's processes; a compilation cache that an earlier death left in pieces is removed once."""
-    logs = _Logs()
+    logs = EngineLogs()
     try:
         args, engine_args = arguments(plan)
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        return args, AsyncLLM.from_vllm_config(
-            vllm_config=config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=engine_args.enable_log_requests,
-            aggregate_engine_logging=engine_args.aggregate_engine_logging,
-            disable_log_stats=engine_args.disable_log_stats,
-        )
+        with logs.killing_failed_starts():
+            return args, AsyncLLM.from_vllm_config(
+                vllm_config=config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=engine_args.enable_log_requests,
+                aggregate_engine_logging=engine_args.aggregate_engine_logging,
+                disable_log_stats=engine_args.disable_log_stats,
+            )
     except Exception as error:
         cause = logs.cause(error)
         broken = _broken_cache(cause)
@@ -182,33 +183,3 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         first = error.errors()[0]
         where = ".".join([name, *(str(part) for part in first["loc"] if str(part) in value)])
         raise EngineError(f"engine argument {where}: {first['msg']}") from None
-
-
-_ERROR = re.compile(r"(?:^|\s)((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit))(: .+)$", re.MULTILINE)
-_VAGUE = ("Engine core initialization failed", "WorkerProc initialization failed", "Executor failed")
-
-
-class _Logs:
-    """What the engine's processes write to this process's output, when that is a file (as it is in Ray)."""
-
-    def __init__(self) -> None:
-        self._from: dict[Path, int] = {}
-        for descriptor in (1, 2):
-            with contextlib.suppress(OSError):
-                path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-                if path.is_file():
-                    self._from[path] = path.stat().st_size
-
-    def cause(self, error: BaseException) -> str:
-        """What really went wrong: vLLM may say only that a process failed, which that process explained in its log."""
-        said = f"{type(error).__name__}: {error}"
-        if not any(vague in said for vague in _VAGUE):
-            return said
-        causes: list[str] = []
-        for path, start in self._from.items():
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                file.seek(start)
-                text = file.read(4 << 20).decode(errors="replace")
-                causes += ["".join(match.groups()).strip() for match in _ERROR.finditer(text)]
-        causes = [cause for cause in causes if not any(vague in cause for vague in _VAGUE)]
-        return causes[-1][:600] if causes else said

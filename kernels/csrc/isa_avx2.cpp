@@ -1,0 +1,96 @@
+// AVX2 and FMA in float32: `vpermps` looks up 8 entries, two of them and a blend 16. The order of x is that of
+// isa_avx512.cpp: even features of a vector first, then the odd ones.
+#include <immintrin.h>
+
+#include "gemm.h"
+
+namespace quantserve {
+namespace {
+
+struct Avx2 {
+  using Element = float;
+  using Acc = __m256;
+  using Vec = __m256;
+  static constexpr int PARTS = 4, LANES = 8, ROWS = 2, AHEAD = 2048;
+  static constexpr bool SCALES_TABLE = false;
+
+  template <int BITS>
+  struct Table {
+    __m256 low, high;
+
+    void set(const float* from) {
+      low = BITS == 2 ? _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)) : _mm256_loadu_ps(from);
+      if constexpr (BITS == 4) high = _mm256_loadu_ps(from + 8);
+    }
+    // The code's bits start at bit SHIFT of each lane.
+    template <int SHIFT>
+    __m256 at(__m256i lanes) const {
+      const __m256i index = _mm256_srli_epi32(lanes, SHIFT);
+      const __m256 first = _mm256_permutevar8x32_ps(low, index);
+      if constexpr (BITS != 4) return first;
+      const __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28 - SHIFT));  // bit 3 becomes the sign
+      return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, index), top);
+    }
+  };
+
+  template <int BITS>
+  struct Codes {
+    const uint8_t* from;
+
+    explicit Codes(const uint8_t* at) : from(at) {}
+    template <int HALF>
+    __m256i word(int i) const {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 64 * i + 32 * HALF));
+    }
+    template <int J, int P>
+    __m256 get(const Table<BITS>& table) const {
+      constexpr int HALF = P % 2, ODD = 16 * (P / 2);
+      if constexpr (BITS != 3) return table.template at<BITS * J + ODD>(word<HALF>(0));
+      if constexpr (BITS == 3 && J < 15) return table.template at<3 * (J % 5) + ODD>(word<HALF>(J / 5));
+      const __m256i first = _mm256_and_si256(_mm256_srli_epi32(word<HALF>(0), 15 + ODD), _mm256_set1_epi32(1));
+      const __m256i second = _mm256_and_si256(_mm256_srli_epi32(word<HALF>(1), 14 + ODD), _mm256_set1_epi32(2));
+      const __m256i third = _mm256_and_si256(_mm256_srli_epi32(word<HALF>(2), 13 + ODD), _mm256_set1_epi32(4));
+      return table.template at<0>(_mm256_or_si256(_mm256_or_si256(first, second), third));
+    }
+  };
+
+  static __m256 zero() { return _mm256_setzero_ps(); }
+  static INLINE void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
+  static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
+  static void store(float* to, __m256 value) { _mm256_storeu_ps(to, value); }
+  static __m256 mac(__m256 acc, __m256 weights, const float* x) { return mac(acc, weights, load(x)); }
+  static __m256 mac(__m256 acc, __m256 weights, __m256 x) { return _mm256_fmadd_ps(weights, x, acc); }
+  static __m256 affine(__m256 weights, float scale, float offset) {
+    return _mm256_fmadd_ps(weights, _mm256_set1_ps(scale), _mm256_set1_ps(offset));
+  }
+  static __m256 scale(__m256 part, float scale, __m256 acc) {
+    return _mm256_fmadd_ps(part, _mm256_set1_ps(scale), acc);
+  }
+  static void sum(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+  static int64_t position(int64_t k) { return (k & ~int64_t(31)) + (k & 1) * 16 + (k & 31) / 2; }
+  static void order(const float* from, float* to) {
+    for (int i = 0; i < VECTOR; ++i) to[position(i)] = from[i];
+  }
+  static void add(float* to, float value) { *to += value; }
+};
+
+template <>
+struct Avx2::Table<8> {
+  const float* entries;
+
+  void set(const float* from) { entries = from; }
+  template <int SHIFT>
+  __m256 at(__m256i lanes) const {
+    const __m256i index = _mm256_and_si256(_mm256_srli_epi32(lanes, SHIFT), _mm256_set1_epi32(255));
+    return _mm256_i32gather_ps(entries, index, 4);
+  }
+};
+
+}  // namespace
+
+const Kernel avx2 = Gemm<Avx2>::kernel("avx2");
+
+}  // namespace quantserve

@@ -1,0 +1,88 @@
+// Plain data between the torch operator (ops.cpp) and the instruction sets (isa_*.cpp). No torch here.
+//
+// W[n, k] = (table[n or 0, code[n, k]] - zeros[n, group]) * scales[n, group] + sparse[n, k]
+//
+// Layout of the codes. A *vector* is 32 consecutive input features, a *block* the vectors that share one load: 64 bytes
+// seen as 32 words of 16 bits, where word i holds feature i of every vector of the block.
+//
+//   bits  vectors  bytes  where vector j is
+//   2     8        64     bits 2j of each word
+//   3     16       192    three loads; j < 15: bits 3 (j % 5) of words j / 5; j = 15: the words' top bits, low one first
+//   4     4        64     bits 4j
+//   8     2        64     bits 8j
+//
+// One shift brings a vector's codes down to bit 0. What stands above them needs no mask: a table of 32 entries is
+// indexed by 5 bits, and shorter tables repeat. Four output channels form a *tile* whose blocks alternate, so that a
+// thread reads one sequential stream: [n / 4, blocks, 4, bytes]. Where the group size is no multiple of 32, every group
+// is padded to one; x is spread the same way, with zeros in the gaps.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace quantserve {
+
+constexpr int TILE = 4;
+constexpr int VECTOR = 32;
+constexpr int block_vectors(int bits) { return bits == 2 ? 8 : bits == 3 ? 16 : bits == 4 ? 4 : 2; }
+constexpr int block_bytes(int bits) { return bits == 3 ? 192 : 64; }
+
+enum class Float : int { f32, f16, bf16 };
+
+struct Weight {
+  const uint8_t* codes;
+  int bits;
+  int64_t n, k;      // out_features, in_features
+  int64_t k_padded;  // in_features as stored: whole blocks
+  int64_t group, group_padded, groups;
+  const float* table;  // [n or 1, 2^bits]
+  bool per_channel;
+  const void* scales;  // [n, groups] of scale_type, or null
+  const void* zeros;   // the same, or null
+  Float scale_type;
+  const int32_t* rows;  // CSR [n, k_padded], or null
+  const int32_t* cols;
+  const float* vals;
+  int64_t nnz;
+};
+
+struct Source {
+  const void* x;  // [m, k]
+  Float type;
+  int64_t m;
+};
+
+struct Input {
+  const void* x;       // prepared: [m, k_padded] of the kernel's element, in panels
+  const float* sums;   // [m, groups] sums of x, where the weight has zeros and m is small
+  const float* plain;  // [m, k_padded] in float32 and natural order, where the weight is sparse and m is small
+  int64_t m;
+};
+
+struct Output {
+  void* y;  // [m, n]
+  Float type;
+  const float* bias;  // [n], or null
+};
+
+// One instruction set. All functions are safe to call from several threads.
+struct Kernel {
+  const char* name;
+  size_t element;      // bytes of a prepared x
+  int64_t small;       // up to this many rows, decoded weights go from registers straight into the products
+  int64_t (*panels)(int64_t m);
+  // Spread, convert and order one panel of x; also fills `sums` and `plain` where they are not null.
+  void (*prepare)(const Weight& w, const Source& x, int64_t panel, void* out, float* sums, float* plain);
+  // Bytes of scratch a thread needs for `run`.
+  size_t (*scratch)(const Weight& w, int64_t m);
+  // Output channels computed at once for m rows.
+  int64_t (*strip)(int64_t m);
+  // Compute strips begin to end. False: a sparse index was out of range (nothing outside was read).
+  bool (*run)(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, char* scratch);
+};
+
+extern const Kernel portable;
+#if defined(__x86_64__)
+extern const Kernel avx2, avx512, avx512bf16;
+#endif
+
+}  // namespace quantserve

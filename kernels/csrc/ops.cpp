@@ -1,0 +1,288 @@
+// The torch operators: every argument is checked here, then plain pointers go to one instruction set's kernel.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace quantserve {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t ROWS_AT_ONCE = 1024;       // bounds what a thread needs beside the result
+constexpr int64_t PRODUCTS_PER_TASK = 1 << 17;  // less work than this is not worth another thread
+
+// --- instruction sets ---------------------------------------------------------------------------------------------
+
+std::vector<const Kernel*> available() {  // best last
+  std::vector<const Kernel*> kernels{&portable};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&avx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+    kernels.push_back(&avx512);
+    if (__builtin_cpu_supports("avx512bf16")) kernels.push_back(&avx512bf16);
+  }
+#endif
+  return kernels;
+}
+
+std::atomic<const Kernel*>& chosen() {
+  static std::atomic<const Kernel*> kernel{available().back()};
+  return kernel;
+}
+
+// Sets the instruction set where `name` is not empty; returns the names, the one in use first.
+std::vector<std::string> isa(const std::string& name) {
+  std::vector<std::string> names;
+  const auto kernels = available();
+  for (const Kernel* kernel : kernels) {
+    names.push_back(kernel->name);
+    if (name == kernel->name) chosen() = kernel;
+  }
+  TORCH_CHECK_VALUE(name.empty() || name == chosen().load()->name, "instruction set ", name,
+                    " is not available on this processor; known here: ", c10::Join(", ", names));
+  names.insert(names.begin(), chosen().load()->name);
+  return names;
+}
+
+const Kernel& kernel_for(at::ScalarType type) {
+#if defined(__x86_64__)
+  // float32 and float16 activations keep their precision.
+  if (chosen() == &avx512bf16 && type != at::kBFloat16) return avx512;
+#endif
+  return *chosen();
+}
+
+// --- checks -------------------------------------------------------------------------------------------------------
+
+Float float_type(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return Float::f32;
+    case at::kHalf: return Float::f16;
+    case at::kBFloat16: return Float::bf16;
+    default: TORCH_CHECK_TYPE(false, name, " is ", tensor.scalar_type(), "; known: float32, float16, bfloat16");
+  }
+}
+
+void check(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " is on ", tensor.device(), ", expected the CPU");
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), ", expected ", shape);
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " is not contiguous. Fix: pass ", name, ".contiguous()");
+}
+
+void check(const Tensor& tensor, const char* name, at::IntArrayRef shape, at::ScalarType type) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(), ", expected ", type);
+  check(tensor, name, shape);
+}
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The part of a weight that follows from numbers alone.
+Weight shape_of(int64_t bits, int64_t n, int64_t k, int64_t group_size) {
+  TORCH_CHECK_VALUE(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits is ", bits, "; known: 2, 3, 4, 8");
+  TORCH_CHECK_VALUE(n >= 1 && k >= 1 && n <= INT32_MAX && k <= INT32_MAX, "n ", n, " and k ", k,
+                    " must be at least 1 and below 2^31");
+  const int64_t group = group_size == -1 ? k : group_size;
+  TORCH_CHECK_VALUE(group >= 1 && k % group == 0, "group_size ", group_size, " does not divide k ", k);
+  Weight w{};
+  w.bits = int(bits);
+  w.n = n;
+  w.k = k;
+  w.group = group;
+  w.groups = k / group;
+  w.group_padded = w.groups == 1 ? round_up(group, VECTOR) : round_up(group, VECTOR);
+  w.k_padded = round_up(w.groups * w.group_padded, block_vectors(w.bits) * VECTOR);
+  return w;
+}
+
+int64_t code_bytes(const Weight& w) { return round_up(w.n, TILE) * w.k_padded * w.bits / 8; }
+
+// --- packing ------------------------------------------------------------------------------------------------------
+
+Tensor pack_codes(const Tensor& codes, int64_t bits, int64_t group_size) {
+  TORCH_CHECK_VALUE(codes.dim() == 2, "codes has shape ", codes.sizes(), ", expected [n, k]");
+  const Weight w = shape_of(bits, codes.size(0), codes.size(1), group_size);
+  check(codes, "codes", {w.n, w.k}, at::kByte);
+  Tensor packed = at::zeros({code_bytes(w)}, codes.options());
+  const auto* from = codes.const_data_ptr<uint8_t>();
+  auto* to = packed.mutable_data_ptr<uint8_t>();
+  const int64_t features = block_vectors(w.bits) * VECTOR, blocks = w.k_padded / features, bytes = block_bytes(w.bits);
+  std::atomic<int> largest{0};
+  at::parallel_for(0, w.n, 16, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> row(w.k_padded, 0);
+    uint8_t seen = 0;
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t g = 0; g < w.groups; ++g) {
+        const uint8_t* source = from + n * w.k + g * w.group;
+        std::copy(source, source + w.group, row.begin() + g * w.group_padded);
+      }
+      for (const uint8_t code : row) seen = std::max(seen, code);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const uint8_t* code = row.data() + b * features;
+        uint8_t* out = to + ((n / TILE * blocks + b) * TILE + n % TILE) * bytes;
+        for (int64_t i = 0; i < VECTOR; ++i) {
+          uint16_t words[3] = {0, 0, 0};
+          for (int64_t j = 0; j < block_vectors(w.bits); ++j) {
+            const unsigned value = code[j * VECTOR + i] & ((1u << w.bits) - 1);
+            if (w.bits != 3) words[0] |= uint16_t(value << (w.bits * j));
+            else if (j < 15) words[j / 5] |= uint16_t(value << (3 * (j % 5)));
+            else for (int t = 0; t < 3; ++t) words[t] |= uint16_t((value >> t & 1) << 15);
+          }
+          for (int64_t t = 0; t < bytes / 64; ++t) {
+            out[64 * t + 2 * i] = uint8_t(words[t]);
+            out[64 * t + 2 * i + 1] = uint8_t(words[t] >> 8);
+          }
+        }
+      }
+    }
+    int known = largest;
+    while (seen > known && !largest.compare_exchange_weak(known, seen)) {
+    }
+  });
+  TORCH_CHECK_VALUE(largest < 1 << bits, "codes go up to ", largest.load(), ", which does not fit ", bits, " bits (0..",
+                    (1 << bits) - 1, ")");
+  return packed;
+}
+
+// Memory for codes, in huge pages where the system grants them: weights are read once per token from end to end, and
+// small pages cost a fifth of the bandwidth.
+Tensor allocate_codes(int64_t bytes) {
+  constexpr size_t HUGE_PAGE = size_t(1) << 21;
+  TORCH_CHECK_VALUE(bytes >= 0, "cannot allocate ", bytes, " bytes");
+  const auto options = at::TensorOptions().dtype(at::kByte).device(at::kCPU);
+  void* memory = nullptr;
+  if (size_t(bytes) < HUGE_PAGE || posix_memalign(&memory, HUGE_PAGE, size_t(bytes)) != 0) {
+    return at::empty({bytes}, options);
+  }
+#if defined(MADV_HUGEPAGE)
+  madvise(memory, size_t(bytes), MADV_HUGEPAGE);  // advice: nothing is lost where it is not taken
+#endif
+  return at::from_blob(memory, {bytes}, [](void* data) { free(data); }, options);
+}
+
+// --- the product --------------------------------------------------------------------------------------------------
+
+char* scratch_of_this_thread(size_t bytes) {
+  static thread_local std::vector<char> memory;
+  if (memory.size() < bytes) memory.resize(bytes);
+  return memory.data();
+}
+
+Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table, const optional<Tensor>& scales,
+                       const optional<Tensor>& zeros, const optional<Tensor>& rows, const optional<Tensor>& cols,
+                       const optional<Tensor>& vals, const optional<Tensor>& bias, int64_t bits, int64_t n, int64_t k,
+                       int64_t group_size) {
+  Weight w = shape_of(bits, n, k, group_size);
+  const Float type = float_type(x, "x");
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == k, "x has shape ", x.sizes(), ", expected [..., ", k, "] (k)");
+  TORCH_CHECK_VALUE(x.device().is_cpu(), "x is on ", x.device(), ", expected the CPU");
+  check(codes, "codes", {code_bytes(w)}, at::kByte);
+  TORCH_CHECK_VALUE(table.dim() == 2 && (table.size(0) == n || table.size(0) == 1), "table has shape ", table.sizes(),
+                    ", expected [", n, ", ", 1 << bits, "] (per channel) or [1, ", 1 << bits, "]");
+  check(table, "table", {table.size(0), int64_t(1) << bits}, at::kFloat);
+  w.codes = codes.const_data_ptr<uint8_t>();
+  w.table = table.const_data_ptr<float>();
+  w.per_channel = table.size(0) == n && n > 1;
+  TORCH_CHECK_VALUE(scales.has_value() || !zeros.has_value(), "zeros need scales");
+  if (scales) {
+    w.scale_type = float_type(*scales, "scales");
+    check(*scales, "scales", {n, w.groups});
+    w.scales = scales->const_data_ptr();
+  }
+  if (zeros) {
+    check(*zeros, "zeros", {n, w.groups}, scales->scalar_type());
+    w.zeros = zeros->const_data_ptr();
+  }
+  if (rows) {
+    TORCH_CHECK_VALUE(cols.has_value() && vals.has_value(), "rows, cols and vals come together");
+    check(*rows, "rows", {n + 1}, at::kInt);
+    check(*cols, "cols", {cols->numel()}, at::kInt);
+    check(*vals, "vals", {cols->numel()}, at::kFloat);
+    w.rows = rows->const_data_ptr<int32_t>();
+    w.cols = cols->const_data_ptr<int32_t>();
+    w.vals = vals->const_data_ptr<float>();
+    w.nnz = cols->numel();
+  }
+  Tensor bias32;
+  if (bias) {
+    float_type(*bias, "bias");
+    check(*bias, "bias", {n});
+    bias32 = bias->to(at::kFloat);
+  }
+
+  auto shape = x.sizes().vec();
+  shape.back() = n;
+  Tensor y = at::empty(shape, x.options());
+  const int64_t total = x.numel() / k;
+  if (total == 0) return y;
+  const Tensor input = x.contiguous();
+  const Kernel& kernel = kernel_for(x.scalar_type());
+  const size_t width = x.element_size();
+  std::atomic<bool> fine{true};
+  for (int64_t first = 0; first < total; first += ROWS_AT_ONCE) {
+    const int64_t m = std::min(ROWS_AT_ONCE, total - first);
+    const bool small = m <= kernel.small;
+    const char* from = static_cast<const char*>(input.const_data_ptr()) + first * k * width;
+    // bfloat16 in whole blocks is what the bfloat16 kernel reads: no copy.
+    const bool ready = kernel.element == 2 && w.k_padded == k && w.group == w.group_padded &&
+                       small && !w.zeros && !w.rows;
+    Tensor prepared, sums, plain;
+    Input in{from, nullptr, nullptr, m};
+    if (!ready) {
+      prepared = at::empty({m, int64_t(w.k_padded * kernel.element)}, codes.options());
+      if (small && w.zeros) sums = at::empty({m, w.groups}, table.options());
+      if (small && w.rows) plain = at::empty({m, w.k_padded}, table.options());
+      auto* to = prepared.mutable_data_ptr<uint8_t>();
+      in.x = to;
+      in.sums = sums.defined() ? sums.const_data_ptr<float>() : nullptr;
+      in.plain = plain.defined() ? plain.const_data_ptr<float>() : nullptr;
+      const Source source{from, type, m};
+      at::parallel_for(0, kernel.panels(m), std::max<int64_t>(1, (1 << 14) / k), [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+          kernel.prepare(w, source, panel, to, sums.defined() ? sums.mutable_data_ptr<float>() : nullptr,
+                         plain.defined() ? plain.mutable_data_ptr<float>() : nullptr);
+        }
+      });
+    }
+    const Output out{static_cast<char*>(y.mutable_data_ptr()) + first * n * width, type,
+                     bias32.defined() ? bias32.const_data_ptr<float>() : nullptr};
+    const int64_t strip = kernel.strip(m), strips = (n + strip - 1) / strip;
+    const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_TASK / (strip * k * m));
+    at::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
+      if (!kernel.run(w, in, out, begin, end, scratch_of_this_thread(kernel.scratch(w, m)))) fine = false;
+    });
+  }
+  TORCH_CHECK_VALUE(fine, "the sparse part is no CSR matrix of ", n, " rows and ", w.k_padded, " columns");
+  return y;
+}
+
+TORCH_LIBRARY(quantserve_kernels, library) {
+  library.def(
+      "codebook_linear(Tensor x, Tensor codes, Tensor table, Tensor? scales, Tensor? zeros, Tensor? rows, Tensor? cols, "
+      "Tensor? vals, Tensor? bias, int bits, int n, int k, int group_size) -> Tensor");
+  library.def("pack_codes(Tensor codes, int bits, int group_size) -> Tensor");
+  library.def("allocate_codes(int bytes) -> Tensor", allocate_codes);
+  library.def("isa(str name) -> str[]", isa);
+}
+
+TORCH_LIBRARY_IMPL(quantserve_kernels, CPU, library) {
+  library.impl("codebook_linear", codebook_linear);
+  library.impl("pack_codes", pack_codes);
+}
+
+}  // namespace
+}  // namespace quantserve

@@ -1,0 +1,150 @@
+"""The operators in plain torch: what runs where nothing was compiled, and a second opinion for the tests.
+
+The layout of the packed codes is described in csrc/kernel.h.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 4
+VECTOR = 32
+VECTORS = {2: 8, 3: 16, 4: 4, 8: 2}  # bits -> vectors in a block
+CHANNELS = 512  # decoded at once
+
+
+class Shape(NamedTuple):
+    """The numbers of a packed weight that follow from bits, n, k and the group size."""
+
+    group: int
+    group_padded: int
+    groups: int
+    k_padded: int
+
+
+def shape_of(bits: int, k: int, group_size: int) -> Shape:
+    """Group sizes become multiples of 32, and the whole a multiple of a block.
+
+    Raises:
+        ValueError: unknown bits, or a group size that does not divide k.
+    """
+    if bits not in VECTORS:
+        raise ValueError(f"bits is {bits}; known: 2, 3, 4, 8")
+    group = k if group_size == -1 else group_size
+    if group < 1 or k % group:
+        raise ValueError(f"group_size {group_size} does not divide k {k}")
+    padded = -(-group // VECTOR) * VECTOR
+    block = VECTORS[bits] * VECTOR
+    return Shape(group, padded, k // group, -(-(k // group * padded) // block) * block)
+
+
+def pack_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
+    """Codes uint8 [n, k] to the kernel's layout, uint8 [bytes].
+
+    Raises:
+        ValueError: wrong shape or dtype, or a code that does not fit.
+    """
+    if codes.ndim != 2 or codes.dtype != torch.uint8:
+        raise ValueError(f"codes is {codes.dtype} {list(codes.shape)}, expected uint8 [n, k]")
+    n, k = codes.shape
+    shape = shape_of(bits, k, group_size)
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise ValueError(f"codes go up to {int(codes.max())}, which does not fit {bits} bits (0..{2**bits - 1})")
+    rows = -(-n // TILE) * TILE
+    spread = codes.new_zeros(rows, shape.k_padded)
+    groups = spread[:n, : shape.groups * shape.group_padded].unflatten(1, (shape.groups, shape.group_padded))
+    groups[:, :, : shape.group] = codes.view(n, shape.groups, shape.group)
+    vectors = spread.view(rows // TILE, TILE, -1, VECTORS[bits], VECTOR).to(torch.int32).unbind(3)
+    if bits == 3:
+        last = vectors[15]
+        words = [sum(vectors[5 * i + j] << 3 * j for j in range(5)) | (last >> i & 1) << 15 for i in range(3)]
+    else:
+        words = [sum(vector << bits * j for j, vector in enumerate(vectors))]
+    # [tiles, 4, blocks, loads, 32] -> [tiles, blocks, 4, loads, 32]
+    stacked = torch.stack(words, dim=3).transpose(1, 2).to(torch.int16)
+    return stacked.contiguous().view(torch.uint8).flatten()
+
+
+def unpack_codes(packed: Tensor, bits: int, n: int, k: int, group_size: int) -> Tensor:
+    """Undo `pack_codes`: uint8 [n, k]."""
+    shape = shape_of(bits, k, group_size)
+    loads = 3 if bits == 3 else 1
+    blocks = shape.k_padded // (VECTORS[bits] * VECTOR)
+    words = packed.view(torch.int16).view(-1, blocks, TILE, loads, VECTOR).transpose(1, 2).to(torch.int32) & 0xFFFF
+    word = words.unbind(3)
+    if bits == 3:
+        vectors = [word[j // 5] >> 3 * (j % 5) & 7 for j in range(15)]
+        vectors.append(word[0] >> 15 | (word[1] >> 15) << 1 | (word[2] >> 15) << 2)
+    else:
+        vectors = [word[0] >> bits * j & (2**bits - 1) for j in range(VECTORS[bits])]
+    spread = torch.stack(vectors, dim=3).to(torch.uint8).view(-1, shape.k_padded)[:n]
+    groups = spread[:, : shape.groups * shape.group_padded].unflatten(1, (shape.groups, shape.group_padded))
+    return groups[:, :, : shape.group].reshape(n, k)
+
+
+def decode(
+    codes: Tensor, table: Tensor, scales: Tensor | None, zeros: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense part of W [n, k] from codes uint8 [n, k] and the side data of the same n channels."""
+    n, k = codes.shape
+    entries = table.to(dtype).expand(n, -1)
+    weight = torch.gather(entries, 1, codes.to(torch.int64))
+    if scales is None:
+        return weight
+    groups = weight.view(n, scales.shape[1], -1)
+    if zeros is not None:
+        groups = groups - zeros.to(dtype).unsqueeze(2)
+    return (groups * scales.to(dtype).unsqueeze(2)).view(n, k)
+
+
+def sparse_of(rows: Tensor, cols: Tensor, vals: Tensor, k: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Output channels, input features and values of the sparse part; its columns count the padding of groups."""
+    shape = shape_of(4, k, group_size)
+    channel = torch.repeat_interleave(torch.arange(rows.numel() - 1, device=rows.device), rows.diff().to(torch.int64))
+    stored = cols.to(torch.int64)
+    return channel, stored // shape.group_padded * shape.group + stored % shape.group_padded, vals
+
+
+def codebook_linear(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    vals: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+) -> Tensor:
+    """`x` [..., k] times the decoded weight, in float32, some channels at a time; returns [..., n] in x's dtype."""
+    if x.shape[-1] != k:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [..., {k}] (k)")
+    size = shape_of(bits, k, group_size).k_padded * bits // 8 * TILE  # of one tile
+    flat = x.reshape(-1, k).to(torch.float32)
+    out = flat.new_empty(flat.shape[0], n)
+    for first in range(0, n, CHANNELS):
+        last = min(first + CHANNELS, n)
+        part = slice(first, last)
+        tiles = codes[first // TILE * size : -(-last // TILE) * size]
+        weight = decode(
+            unpack_codes(tiles, bits, last - first, k, group_size),
+            table if table.shape[0] == 1 else table[part],
+            None if scales is None else scales[part],
+            None if zeros is None else zeros[part],
+            group_size,
+            torch.float32,
+        )
+        out[:, part] = flat @ weight.t()
+    if rows is not None and cols is not None and vals is not None:
+        channel, feature, values = sparse_of(rows, cols, vals, k, group_size)
+        out.index_add_(1, channel, flat[:, feature] * values)
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype).view(*x.shape[:-1], n)

@@ -1,0 +1,211 @@
+"""From checkpoint tensors to packed weights, one function per format. N = out_features, K = in_features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quantserve_kernels._weight import PackedWeight, pack
+
+# Column 8c + AWQ_ORDER[i] of an AWQ matrix is nibble i of word c (AutoAWQ, "gemm" layout).
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# The 16 values of NF4 (QLoRA, arXiv 2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def unpack_stream(words: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [n, k] from int32 words [k*bits/32, n]: per column one little-endian bit stream over k.
+
+    SqueezeLLM and GPTQ store their weights so. 2, 3, 4 or 8 bits.
+
+    Raises:
+        ValueError: wrong dtype, or rows that do not make whole codes.
+    """
+    _expect_words(words, "words")
+    n = words.shape[1]
+    if bits in (4, 8):  # codes are nibbles or bytes of the words' bytes
+        octets = words.contiguous().view(torch.uint8).view(-1, n, 4)
+        if bits == 4:
+            octets = torch.stack((octets & 15, octets >> 4), dim=-1)
+        return octets.transpose(0, 1).reshape(n, -1)
+    if bits * (words.shape[0] // bits) != words.shape[0]:
+        raise ValueError(f"{words.shape[0]} rows of words hold no whole number of 32 codes of {bits} bits")
+    runs = words.view(-1, bits, n)
+    planes = []
+    for j in range(32):
+        word, shift = divmod(j * bits, 32)
+        code = runs[:, word] >> shift
+        if shift + bits > 32:  # the code goes on in the next word
+            low = 32 - shift
+            code = code & (2**low - 1) | runs[:, word + 1] << low
+        planes.append((code & (2**bits - 1)).to(torch.uint8))
+    return torch.stack(planes, dim=1).permute(2, 0, 1).reshape(n, -1)
+
+
+def from_squeezellm(
+    qweight: Tensor, lookup_table: Tensor, sparse: tuple[Tensor, Tensor, Tensor] | None = None
+) -> PackedWeight:
+    """SqueezeLLM (arXiv 2306.07629): a codebook per output channel and perhaps a sparse part.
+
+    Args:
+        qweight: int32 [k*bits/32, n].
+        lookup_table: [n, 2**bits]; its width gives the bits, 2, 3, 4 or 8.
+        sparse: rows, cols, vals of a CSR matrix [n, k].
+
+    Raises:
+        ValueError: the tensors do not fit each other.
+    """
+    _expect_words(qweight, "qweight")
+    bits = {4: 2, 8: 3, 16: 4, 256: 8}.get(lookup_table.shape[-1])
+    if bits is None:
+        raise ValueError(f"lookup_table has {lookup_table.shape[-1]} entries per channel; known: 4, 8, 16, 256")
+    k, n = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    return pack(_stream(qweight, bits), lookup_table, bits=bits, shape=(n, k), sparse=sparse)
+
+
+def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> PackedWeight:
+    """AWQ (arXiv 2306.00978) as AutoAWQ stores it, version "gemm", 4 bits.
+
+    Args:
+        qweight: int32 [k, n/8].
+        qzeros: int32 [k/group, n/8].
+        scales: [k/group, n], float16 or bfloat16.
+
+    Raises:
+        ValueError: the tensors do not fit each other.
+    """
+    _expect_words(qweight, "qweight")
+    _expect_words(qzeros, "qzeros")
+    k, n = qweight.shape[0], qweight.shape[1] * 8
+    group = _group(scales, k, n)
+    if qzeros.shape != (scales.shape[0], n // 8):
+        raise ValueError(f"qzeros has shape {list(qzeros.shape)}, expected {[scales.shape[0], n // 8]}")
+
+    def channels(first: int, last: int) -> Tensor:
+        return _awq_columns(qweight[:, first // 8 : last // 8]).t()
+
+    return pack(
+        channels,
+        _integers(4, qweight),
+        bits=4,
+        shape=(n, k),
+        scales=scales.t(),
+        zeros=_awq_columns(qzeros).t().to(scales.dtype),
+        group_size=group,
+    )
+
+
+def from_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int, zero_offset: int = 1, g_idx: Tensor | None = None
+) -> PackedWeight:
+    """GPTQ (arXiv 2210.17323) as AutoGPTQ stores it.
+
+    Args:
+        qweight: int32 [k*bits/32, n].
+        qzeros: int32 [k/group, n*bits/32], a bit stream along n.
+        scales: [k/group, n].
+        bits: 2, 3, 4 or 8.
+        zero_offset: what is added to a stored zero: 1 in version 1 of the format, 0 in version 2.
+        g_idx: int32 [k], the group of each input feature; must be the plain order (no act-order).
+
+    Raises:
+        ValueError: the tensors do not fit each other, or the model was quantized with act-order, which needs x permuted.
+    """
+    _expect_words(qweight, "qweight")
+    _expect_words(qzeros, "qzeros")
+    k, n = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    group = _group(scales, k, n)
+    if g_idx is not None and not torch.equal(g_idx.cpu().long(), torch.arange(k) // group):
+        raise ValueError("g_idx is not in order: quantized with act-order (desc_act), which this kernel does not serve")
+    zeros = unpack_stream(qzeros.t(), bits)  # [k/group, n]
+    if zeros.shape != scales.shape:
+        raise ValueError(f"qzeros has shape {list(qzeros.shape)}, expected {[scales.shape[0], n * bits // 32]}")
+    return pack(
+        _stream(qweight, bits),
+        _integers(bits, qweight),
+        bits=bits,
+        shape=(n, k),
+        scales=scales.t(),
+        zeros=zeros.t().to(scales.dtype) + zero_offset,
+        group_size=group,
+    )
+
+
+def from_nf4(packed: Tensor, absmax: Tensor, shape: tuple[int, int], table: Tensor | None = None) -> PackedWeight:
+    """NF4 or FP4 blocks as bitsandbytes stores them: two codes a byte, the first in the high nibble, row by row.
+
+    Args:
+        packed: uint8, n*k/2 bytes in any shape.
+        absmax: float [n*k/block], the largest magnitude of each block (already dequantized, if it was itself).
+        shape: (n, k); the block size must divide k.
+        table: 16 values of the codebook; NF4's when None.
+
+    Raises:
+        ValueError: the tensors do not fit each other.
+    """
+    n, k = shape
+    if packed.dtype != torch.uint8 or packed.numel() * 2 != n * k:
+        raise ValueError(f"packed is {packed.dtype} with {packed.numel()} bytes, expected uint8 with {n * k / 2:g}")
+    if absmax.numel() < 1 or (n * k) % absmax.numel() or k % (n * k // absmax.numel()):
+        raise ValueError(f"absmax has {absmax.numel()} blocks, which do not divide rows of {k}")
+    octets = packed.reshape(n, k // 2)
+
+    def channels(first: int, last: int) -> Tensor:
+        part = octets[first:last]
+        return torch.stack((part >> 4, part & 15), dim=-1).reshape(last - first, k)
+
+    values = torch.tensor(NF4, dtype=torch.float32, device=packed.device) if table is None else table.reshape(-1)
+    return pack(
+        channels,
+        values[None],
+        bits=4,
+        shape=shape,
+        scales=absmax.reshape(n, -1),
+        group_size=n * k // absmax.numel(),
+    )
+
+
+def _stream(words: Tensor, bits: int) -> Callable[[int, int], Tensor]:
+    return lambda first, last: unpack_stream(words[:, first:last], bits)
+
+
+def _integers(bits: int, like: Tensor) -> Tensor:
+    return torch.arange(2**bits, dtype=torch.float32, device=like.device)[None]
+
+
+def _awq_columns(words: Tensor) -> Tensor:
+    """uint8 [rows, n] from AWQ words [rows, n/8]."""
+    octets = words.contiguous().view(torch.uint8).view(words.shape[0], -1, 4)
+    nibbles = torch.stack((octets & 15, octets >> 4), dim=-1).view(words.shape[0], -1, 8)
+    order = torch.tensor([AWQ_ORDER.index(column) for column in range(8)], device=words.device)
+    return nibbles[:, :, order].reshape(words.shape[0], -1)
+
+
+def _group(scales: Tensor, k: int, n: int) -> int:
+    if scales.ndim != 2 or scales.shape[1] != n or scales.shape[0] < 1 or k % scales.shape[0]:
+        raise ValueError(f"scales has shape {list(scales.shape)}, expected [k / group_size, n] with k {k} and n {n}")
+    return k // scales.shape[0]
+
+
+def _expect_words(tensor: Tensor, name: str) -> None:
+    if tensor.dtype != torch.int32 or tensor.ndim != 2:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected two dimensions of int32 words")

@@ -1,0 +1,137 @@
+"""The operators `torch.ops.quantserve_kernels.*`: loaded from the compiled library, or defined in plain torch.
+
+    codebook_linear(x [..., k], codes, table, scales, zeros, rows, cols, vals, bias, bits, n, k, group_size) -> [..., n]
+    pack_codes(codes uint8 [n, k], bits, group_size) -> uint8, in the layout of csrc/kernel.h
+
+Each has a fake implementation, so torch.compile and CUDA graphs see one opaque node; which kernel runs for how many
+rows is decided inside, at run time.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantserve_kernels import _fallback
+from quantserve_kernels._status import library
+
+NAMESPACE = "quantserve_kernels"
+LINEAR = (
+    "codebook_linear(Tensor x, Tensor codes, Tensor table, Tensor? scales, Tensor? zeros, Tensor? rows, Tensor? cols, "
+    "Tensor? vals, Tensor? bias, int bits, int n, int k, int group_size) -> Tensor"
+)
+PACK = "pack_codes(Tensor codes, int bits, int group_size) -> Tensor"
+
+
+@cache
+def load() -> torch.library.Library:
+    """Make the operators known to this process; safe to call any number of times.
+
+    Raises:
+        OSError: the compiled library does not load, for example because it was built for another torch.
+        ValueError: QUANTSERVE_KERNELS_ISA names an instruction set this processor lacks.
+    """
+    path = library()
+    definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
+    if path is not None:
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            raise OSError(
+                f"{path.name} of quantserve-kernels does not load with torch {torch.__version__}: {error}\n"
+                "  fix: build it again for this torch: pip install --no-build-isolation --force-reinstall --no-deps "
+                "quantserve-kernels"
+            ) from error
+        if forced := os.environ.get("QUANTSERVE_KERNELS_ISA"):
+            torch.ops.quantserve_kernels.isa(forced)
+    else:
+        definitions.define(LINEAR)
+        definitions.define(PACK)
+        definitions.impl("codebook_linear", _fallback.codebook_linear, "CPU")
+        definitions.impl("pack_codes", _fallback.pack_codes, "CPU")
+    definitions.impl("codebook_linear", _cuda_linear, "CUDA")
+    definitions.impl("pack_codes", _cuda_pack, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::codebook_linear", _fake_linear, lib=definitions)
+    return definitions
+
+
+def instruction_set(name: str = "") -> str:
+    """The instruction set in use on CPUs; with a name, choose that one first (for tests and benchmarks).
+
+    Raises:
+        ValueError: this processor lacks it, or the operators are not compiled; names what is known.
+    """
+    load()
+    if library() is None:
+        if name not in ("", "torch"):
+            raise ValueError(f"instruction set {name} is not available: the operators are not compiled; known: torch")
+        return "torch"
+    chosen: list[str] = torch.ops.quantserve_kernels.isa(name)
+    return chosen[0]
+
+
+def instruction_sets() -> list[str]:
+    """Those this processor has, best last; ``torch`` alone when nothing was compiled."""
+    load()
+    return torch.ops.quantserve_kernels.isa("")[1:] if library() is not None else ["torch"]
+
+
+def allocate_codes(size: int) -> Tensor:
+    """Uninitialized uint8 [size] for the codes of a whole layer, in huge pages where the system grants them."""
+    if library() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.ops.quantserve_kernels.allocate_codes(size)
+
+
+def _fake_linear(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    vals: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _cuda_linear(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    vals: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+) -> Tensor:
+    from quantserve_kernels import _triton
+
+    flat = x.reshape(-1, k).contiguous()
+    group = k if group_size == -1 else group_size
+    y = _triton.linear(flat, codes, table, scales, zeros, bits, n, k, group)
+    if rows is not None and cols is not None and vals is not None:
+        y = y + _triton.sparse_linear(flat, rows, cols, vals)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _cuda_pack(codes: Tensor, bits: int, group_size: int) -> Tensor:
+    from quantserve_kernels import _triton
+
+    return _triton.pack_codes(codes, bits)

@@ -1,0 +1,184 @@
+"""The CPU kernels of every instruction set against float64: formats, widths, dtypes, odd shapes, few rows and many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import quantserve_kernels as kernels
+from kernel_cases import Case, affine, codebook, nf4, relative_error
+from quantserve_kernels import _fallback, _ops
+
+ISAS = _ops.instruction_sets()
+ROWS = (0, 1, 2, 3, 7, 33)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What a result may be off by: in bfloat16 the weight, its sparse addition and the result are each rounded by 2^-8.
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3 * 2**-8, torch.float16: 2**-10}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = kernels.instruction_set()
+    if before != "torch":
+        kernels.instruction_set(request.param)
+    yield request.param
+    if before != "torch":
+        kernels.instruction_set(before)
+
+
+def _odd(bits: int) -> list[Case]:
+    """Shapes with nothing to divide by: one channel, tails of tiles, blocks and groups, groups that are no vector."""
+    return [
+        codebook(1, 1, bits),
+        codebook(1, 37, bits),
+        codebook(5, 40, bits, sparse=0.1),
+        codebook(67, 331, bits, sparse=0.02),
+        affine(1, 32, bits, 32),
+        affine(3, 128, bits, 128),
+        affine(66, 384, bits, 64, sparse=0.02),
+        affine(7, 96, bits, -1),
+        affine(9, 96, bits, 48),
+        affine(6, 80, bits, 16, sparse=0.1),
+        affine(5, 70, bits, 7),
+        affine(4, 256, bits, 32, zeros=False),
+    ]
+
+
+def _check(case: Case, x: Tensor, bias: Tensor | None = None) -> None:
+    y = kernels.linear(x, case.weight, bias)
+    assert y.dtype == x.dtype
+    assert y.shape == (*x.shape[:-1], case.weight.n)
+    expected = x.double() @ case.matrix.t()
+    if bias is not None:
+        expected = expected + bias.double()
+    # Every output by itself: the bound is a share of the sum of its products' magnitudes.
+    magnitude = x.double().abs() @ case.matrix.abs().t() + (0 if bias is None else bias.double().abs())
+    worst = ((y.double() - expected).abs() / magnitude.clamp(min=1e-12)).max() if y.numel() else torch.tensor(0.0)
+    assert worst < 1.01 * ROUNDING[x.dtype], f"{case.name} {list(x.shape)} {x.dtype}: {float(worst):.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", kernels.BITS)
+def test_every_format_and_odd_shape(isa: str, bits: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    for case in _odd(bits):
+        for m in ROWS:
+            x = torch.randn(m, case.weight.k, generator=g).to(dtype)
+            _check(case, x)
+        _check(case, x[:2].view(1, 2, -1), torch.randn(case.weight.n, generator=g).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_a_global_codebook_with_block_scales(isa: str, block: int, dtype: torch.dtype) -> None:
+    case = nf4(70, 384, block)
+    for m in ROWS:
+        _check(case, torch.randn(m, 384, generator=torch.Generator().manual_seed(m)).to(dtype))
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 70])
+@pytest.mark.parametrize(
+    "case",
+    [
+        codebook(512, 2560, 4),
+        codebook(512, 2560, 3, sparse=0.0045),
+        codebook(512, 2560, 2),
+        codebook(512, 2560, 8),
+        affine(512, 2560, 4, 128),
+        affine(512, 2560, 3, 128),
+        affine(512, 2560, 8, 32),
+        nf4(512, 2560, 64),
+    ],
+    ids=lambda case: case.name,
+)
+def test_the_error_is_that_of_a_bfloat16_linear(isa: str, case: Case, m: int) -> None:
+    x = torch.randn(m, 2560, generator=torch.Generator().manual_seed(5)).bfloat16()
+    expected = x.double() @ case.matrix.t()
+    plain = relative_error(torch.nn.functional.linear(x, case.matrix.bfloat16()), expected)
+    assert relative_error(kernels.linear(x, case.weight), expected) <= 1.05 * plain
+
+
+def test_thousands_of_rows_and_depths_beyond_one_tile(isa: str) -> None:
+    case = codebook(40, 4160, 4)
+    x = torch.randn(1500, 4160, generator=torch.Generator().manual_seed(6))
+    y = kernels.linear(x, case.weight)
+    assert relative_error(y, x.double() @ case.matrix.t()) < 1e-5
+
+
+def test_two_threads_give_the_result_of_one(isa: str) -> None:
+    case = affine(333, 512, 4, 128)
+    threads = torch.get_num_threads()
+    try:
+        for m in (1, 9, 64):
+            x = torch.randn(m, 512, generator=torch.Generator().manual_seed(7)).bfloat16()
+            torch.set_num_threads(1)
+            one = kernels.linear(x, case.weight)
+            torch.set_num_threads(2)
+            assert torch.equal(kernels.linear(x, case.weight), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_values_that_are_not_finite_stay_in_their_rows_and_channels(isa: str) -> None:
+    case = codebook(6, 64, 4)
+    for m in (1, 2, 5):
+        x = torch.ones(m, 64)
+        x[-1, 3] = float("inf")
+        y = kernels.linear(x, case.weight)
+        assert torch.isfinite(y[:-1]).all()
+        assert not torch.isfinite(y[-1]).any()
+
+
+def test_strided_and_broadcast_inputs_are_taken_as_they_are() -> None:
+    case = codebook(12, 64, 4)
+    wide = torch.randn(5, 130, generator=torch.Generator().manual_seed(8))
+    _check(case, wide[:, 1:65])
+    _check(case, wide[:, ::2][:, :64])
+    _check(case, wide[0, :64].expand(3, 64))
+
+
+@pytest.mark.parametrize("bits", kernels.BITS)
+@pytest.mark.parametrize("group", [-1, 32, 48, 7])
+def test_the_compiled_packer_and_the_plain_one_agree(bits: int, group: int) -> None:
+    k = 336
+    codes = torch.randint(0, 2**bits, (37, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
+    if group in (32, 48):
+        codes = codes[:, : k // group * group].contiguous()
+    packed = torch.ops.quantserve_kernels.pack_codes(codes, bits, group)
+    assert torch.equal(packed, _fallback.pack_codes(codes, bits, group))
+    assert torch.equal(_fallback.unpack_codes(packed, bits, *codes.shape, group), codes)
+    if bits == 3 and group == -1:
+        assert packed.numel() == 40 * 512 * 3 // 8  # three bits per stored weight, not four
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plain_torch_operator_agrees(dtype: torch.dtype) -> None:
+    for case in (codebook(600, 331, 3, sparse=0.02), affine(66, 384, 4, 48, sparse=0.02), nf4(20, 128, 64)):
+        w = case.weight
+        x = torch.randn(3, w.k, generator=torch.Generator().manual_seed(10)).to(dtype)
+        bias = torch.randn(w.n, generator=torch.Generator().manual_seed(11)).to(dtype)
+        arguments = (w.codes, w.table, w.scales, w.zeros, w.rows, w.cols, w.vals, bias, w.bits, w.n, w.k, w.group_size)
+        y = _fallback.codebook_linear(x, *arguments)
+        expected = x.double() @ case.matrix.t() + bias.double()
+        assert relative_error(y, expected) < ROUNDING[dtype]
+        assert relative_error(w.dequantize(torch.float64), case.matrix) < 1e-6
+
+
+def test_it_is_one_node_under_compile_and_shapes_may_change() -> None:
+    case = affine(24, 64, 4, 32)
+    layer = kernels.Linear(case.weight)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (1, 2, 5, 40):
+        x = torch.randn(m, 64, generator=torch.Generator().manual_seed(m))
+        assert torch.equal(compiled(x), layer(x))
+    w = case.weight
+    arguments = (w.codes, w.table, w.scales, w.zeros, None, None, None, None, w.bits, w.n, w.k, w.group_size)
+    checks = torch.library.opcheck(
+        torch.ops.quantserve_kernels.codebook_linear,
+        (torch.randn(3, 64), *arguments),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert set(checks.values()) == {"SUCCESS"}

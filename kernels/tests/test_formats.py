@@ -1,0 +1,149 @@
+"""Checkpoint layouts, packed here bit by bit from their descriptions, through the package's readers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import quantserve_kernels as kernels
+
+
+def _stream_by_the_book(codes: list[list[int]], bits: int) -> torch.Tensor:
+    """int32 words [k*bits/32, n]: each column's codes as one little-endian integer, cut into words."""
+    columns = []
+    for channel in codes:
+        number = sum(code << bits * i for i, code in enumerate(channel))
+        columns.append([number >> 32 * w & 0xFFFFFFFF for w in range(len(channel) * bits // 32)])
+    words = torch.tensor(columns, dtype=torch.int64).t()
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _awq_by_the_book(codes: list[list[int]]) -> torch.Tensor:
+    """int32 words [rows, columns/8]: nibble i of word c is column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]."""
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    rows = [
+        [sum(row[c + order[i]] << 4 * i for i in range(8)) for c in range(0, len(row), 8)] for row in codes
+    ]
+    words = torch.tensor(rows, dtype=torch.int64)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _random(rows: int, columns: int, bits: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", kernels.BITS)
+def test_squeezellm(bits: int) -> None:
+    codes = _random(21, 96, bits, 1)
+    table = torch.randn(21, 2**bits)
+    extra = torch.zeros(21, 96)
+    extra[3, 5], extra[20, 95] = 2.5, -1.0
+    rows = torch.tensor([0, 0, 0, 0, *([1] * 17), 2], dtype=torch.int32)
+    sparse = (rows, torch.tensor([5, 95], dtype=torch.int32), torch.tensor([2.5, -1.0]))
+    weight = kernels.from_squeezellm(_stream_by_the_book(codes.tolist(), bits), table, sparse)
+    assert torch.equal(weight.dequantize(), torch.gather(table, 1, codes) + extra)
+
+
+def test_vectors_of_the_specification() -> None:
+    four = torch.tensor([[0x76543210], [0xFEDCBA98 - 2**32]], dtype=torch.int32)
+    assert kernels.unpack_stream(four, 4).tolist() == [list(range(16))]
+    three = torch.tensor([[0xC0000000 - 2**32], [0x80000001 - 2**32], [3]], dtype=torch.int32)
+    assert kernels.unpack_stream(three, 3).tolist() == [[7 if k in (10, 21) else 0 for k in range(32)]]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_awq(group: int) -> None:
+    k, n = 128, 24
+    codes, zeros = _random(k, n, 4, 2), _random(k // group, n, 4, 3)
+    scales = (torch.rand(k // group, n) + 0.1).half()
+    weight = kernels.from_awq(_awq_by_the_book(codes.tolist()), _awq_by_the_book(zeros.tolist()), scales)
+    expected = (codes - zeros.repeat_interleave(group, 0)).double() * scales.double().repeat_interleave(group, 0)
+    assert torch.equal(weight.dequantize(torch.float64), expected.t())
+    assert _awq_by_the_book([[0, 1, 2, 3, 4, 5, 6, 7]]).item() == 0x75316420
+
+
+@pytest.mark.parametrize("bits", kernels.BITS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_gptq(bits: int, offset: int) -> None:
+    k, n, group = 128, 32, 64
+    codes, zeros = _random(n, k, bits, 4), _random(k // group, n, bits, 5)
+    scales = (torch.rand(k // group, n) + 0.1).half()
+    weight = kernels.from_gptq(
+        _stream_by_the_book(codes.tolist(), bits),
+        _stream_by_the_book(zeros.tolist(), bits).t().contiguous(),
+        scales,
+        bits=bits,
+        zero_offset=offset,
+        g_idx=torch.arange(k, dtype=torch.int32) // group,
+    )
+    spread = (zeros + offset).t().repeat_interleave(group, 1)
+    expected = (codes - spread).double() * scales.double().t().repeat_interleave(group, 1)
+    assert torch.equal(weight.dequantize(torch.float64), expected)
+
+
+def test_fp4_through_the_same_door() -> None:
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    codes = _random(5, 64, 4, 6)
+    absmax = torch.rand(10) + 0.5
+    octets = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+    weight = kernels.from_nf4(octets, absmax, (5, 64), values)
+    assert torch.equal(weight.dequantize(), values[codes] * absmax.view(5, 2).repeat_interleave(32, 1))
+
+
+def test_the_codes_of_a_layer_are_unpacked_some_channels_at_a_time() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def channels(first: int, last: int) -> torch.Tensor:
+        asked.append((first, last))
+        return torch.full((last - first, 64), first // 512, dtype=torch.uint8)
+
+    weight = kernels.pack(channels, torch.arange(16.0)[None], bits=4, shape=(1300, 64))
+    assert asked == [(0, 512), (512, 1024), (1024, 1300)]
+    assert weight.dequantize()[[0, 511, 512, 1023, 1024, 1299], 63].tolist() == [0, 0, 1, 1, 2, 2]
+    assert weight.nbytes == 1300 * 128 // 2 + 64
+
+
+def _python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_status_needs_no_torch_and_tells_what_will_run() -> None:
+    code = (
+        "import sys, json, quantserve_kernels as k; s = k.status(); assert 'torch' not in sys.modules; "
+        "print(json.dumps([s.native, s.instruction_set, s.reason, k.instruction_set()]))"
+    )
+    native, said, reason, used = json.loads(_python(code))
+    assert said == used
+    assert native == (reason == "")
+    if native:
+        assert json.loads(_python(code, QUANTSERVE_KERNELS_ISA="portable"))[1::2] == ["portable", "portable"]
+
+
+def test_without_the_compiled_library_plain_torch_answers_and_the_status_says_why() -> None:
+    code = (
+        "import quantserve_kernels._status as s; s.library = lambda: None\n"
+        "import quantserve_kernels as k, torch; from quantserve_kernels import _ops; _ops.library = s.library\n"
+        "w = k.pack(torch.randint(0, 16, (9, 70), dtype=torch.uint8), torch.randn(9, 16), bits=4)\n"
+        "x = torch.randn(2, 70); y = torch.compile(lambda x: k.linear(x, w), fullgraph=True, backend='eager')(x)\n"
+        "assert torch.allclose(y, x @ w.dequantize().t(), atol=1e-4)\n"
+        "print(k.status().native, k.status().instruction_set, k.instruction_set(), bool(k.status().reason))"
+    )
+    assert _python(code).split() == ["False", "torch", "torch", "True"]
+
+
+def test_only_one_openmp_runtime_is_loaded() -> None:
+    code = (
+        "import torch, quantserve_kernels as k; k.load()\n"
+        "maps = open('/proc/self/maps').read().splitlines()\n"
+        "print(len({l.split()[-1] for l in maps if 'libgomp' in l or 'libiomp' in l or 'libomp' in l}))"
+    )
+    assert int(_python(code)) == 1

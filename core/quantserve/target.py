@@ -45,6 +45,11 @@ class Target:
     cores: int = 0
     features: tuple[str, ...] = ()
 
+    @property
+    def prefers_bfloat16(self) -> bool:
+        """Whether this is a CPU that multiplies bfloat16 itself and float16 only by emulation."""
+        return self.device == "cpu" and "avx512_bf16" in self.features
+
     def to_json(self) -> dict[str, object]:
         """Plain data for ``--json`` and the plan."""
         return asdict(self)

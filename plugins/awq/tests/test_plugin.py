@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+import quantserve_kernels
 from helpers.checkpoints import LLAMA_7B, LLAMA_70B, REMOVE, make_llama
 from helpers.composed import composed, errors, findings, text
+from quantserve.api import Target
+from quantserve_awq import kernel, plugin
+from quantserve_kernels import Status
 
 CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 Q = "model.layers.1.self_attn.q_proj"
@@ -64,7 +68,7 @@ def test_old_spelling_beside_the_model(tmp_path: Path) -> None:
     )
     composition = composed(folder, "cpu")
     assert not errors(composition)
-    assert composition.engine_kwargs["quantization"].value == "awq"
+    assert composition.engine_kwargs["quantization"].value == "quantserve_awq"
 
 
 def test_unquantized_whole_groups_are_fine(tmp_path: Path) -> None:
@@ -81,10 +85,11 @@ def test_unquantized_whole_groups_are_fine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["awq", "AWQ", "auto_awq", "awq_marlin"])
 @pytest.mark.parametrize("target", ["cpu", "a100-80g", "mi300x"])
-def test_every_name_becomes_the_one_all_platforms_take(tmp_path: Path, name: str, target: str) -> None:
+def test_every_name_becomes_the_one_the_platform_takes(tmp_path: Path, name: str, target: str) -> None:
     composition = composed(make_llama(tmp_path / "m", "awq"), target, quantization=name)
     assert not errors(composition)
-    assert composition.engine_kwargs["quantization"].value == "awq"
+    expected = "quantserve_awq" if target == "cpu" else "awq"
+    assert composition.engine_kwargs["quantization"].value == expected
 
 
 # --- bad configs --------------------------------------------------------------------------------------
@@ -241,8 +246,9 @@ def test_group_that_splits_ranks(tmp_path: Path, target: str) -> None:
     assert not errors(composed(folder, target, 1))
     finding = errors(composed(folder, target, 2))["awq-group-splits-ranks"]
     assert "model.layers.0.mlp.down_proj: K 384/2 = 192 is not a multiple of 128" in text(finding)
-    assert ("wrong tokens" in finding.message) == (target == "cpu")
     assert "to 1" in finding.fix
+    theirs = errors(composed(folder, target, 2, quantization="awq_vllm"))["awq-group-splits-ranks"]
+    assert ("wrong tokens" in theirs.message) == (target == "cpu")
 
 
 def test_qwen_72b_width_names_the_ranks_that_work(tmp_path: Path) -> None:
@@ -271,12 +277,14 @@ def test_word_that_splits_ranks(tmp_path: Path) -> None:
 )
 def test_cpu_alignment(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     folder = make_llama(tmp_path / "m", "awq", **options)
-    assert words in text(errors(composed(folder, "cpu"))["awq-cpu-alignment"])
+    assert words in text(errors(composed(folder, "cpu", quantization="awq_vllm"))["awq-cpu-alignment"])
+    assert "awq-cpu-alignment" not in errors(composed(folder, "cpu"))
 
 
 def test_odd_group_on_cpu(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", "awq", hidden=224, heads=7, kv_heads=7, intermediate=448, group_size=7)
-    assert "group_size 7 is odd" in errors(composed(folder, "cpu"))["awq-cpu-group-size"].message
+    assert "group_size 7 is odd" in errors(composed(folder, "cpu", quantization="awq_vllm"))["awq-cpu-group-size"].message
+    assert "awq-cpu-group-size" not in errors(composed(folder, "cpu"))
 
 
 def test_group_size_of_the_plain_kernel(tmp_path: Path) -> None:
@@ -311,12 +319,10 @@ def test_capability_and_dtype_gates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "target", "served"),
     [
-        ("F16", "cpu", "float16"),
         ("BF16", "cpu", "bfloat16"),
         ("BF16", "a100-80g", "bfloat16"),
         ("BF16", "t4", "float16"),
         ("F32", "a100-80g", "float16"),
-        ("F32", "cpu", "float16"),
     ],
 )
 def test_served_dtype(tmp_path: Path, dtype: str, target: str, served: str) -> None:
@@ -324,6 +330,57 @@ def test_served_dtype(tmp_path: Path, dtype: str, target: str, served: str) -> N
     assert composition.engine_kwargs["dtype"].value == served
     assert composition.engine_kwargs["dtype"].source == "awq"
     json.dumps({key: setting.value for key, setting in composition.engine_kwargs.items()}, allow_nan=False)
+
+
+@pytest.mark.parametrize(("feature", "served"), [("avx512_bf16", "bfloat16"), ("avx512f", "float16")])
+def test_float16_activations_are_not_emulated(tmp_path: Path, feature: str, served: str) -> None:
+    composition = composed(make_llama(tmp_path / "m", "awq"))
+    target = Target("cpu", "cpu", 2**34, count=1, cores=2, features=(feature,))
+    assert plugin.quantserve_engine_kwargs(composition.checkpoint, composition.model, target)["dtype"] == served
+    said = {finding.code for finding in plugin.quantserve_validate(composition.checkpoint, composition.model, target)}
+    assert ("awq-dtype" in said) == (served == "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("asked", "target", "given"),
+    [
+        ("awq", "cpu", "quantserve_awq"),
+        ("awq_marlin", "cpu", "quantserve_awq"),
+        ("awq_vllm", "cpu", "awq"),
+        ("awq", "a100-80g", "awq"),
+        ("awq_vllm", "a100-80g", "awq"),
+    ],
+)
+def test_the_kernel_of_a_cpu_can_be_chosen(tmp_path: Path, asked: str, target: str, given: str) -> None:
+    composition = composed(make_llama(tmp_path / "m", "awq"), target, quantization=asked)
+    assert composition.method is not None
+    assert composition.method.name == "awq"
+    assert composition.engine_kwargs["quantization"].value == given
+    assert not errors(composition)
+    assert "awq" in composition.vllm_plugins.split(",")
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "quantserve-kernels is not installed"),
+        (Status(False, "torch", "no compiler: g++"), "not compiled here (no compiler: g++)"),
+    ],
+)
+def test_without_compiled_kernels_vllms_own_is_used_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Status | None, words: str
+) -> None:
+    if found is None:
+        monkeypatch.setattr(kernel, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(quantserve_kernels, "status", lambda: found)
+    composition = composed(make_llama(tmp_path / "m", "awq"))
+    cpu = Target("cpu", "cpu", 2**34, count=1, cores=2)
+    arguments = composition.checkpoint, composition.model, cpu
+    assert plugin.quantserve_engine_kwargs(*arguments)["quantization"] == "awq"
+    said = {finding.code: finding for finding in plugin.quantserve_validate(*arguments)}
+    assert words in said["awq-slow-kernel"].message
+    assert not {"awq-slow-kernel"} & findings(composition).keys()  # a GPU does not care
 
 
 @pytest.mark.parametrize(

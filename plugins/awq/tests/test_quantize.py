@@ -169,12 +169,34 @@ if __name__ == "__main__":
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_vllm_answers_like_transformers_in_float32(exported: Path, dequantized: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options", "sure"),
+    [
+        ("awq", {"dtype": "float16", "enforce_eager": True}, 0.05),
+        ("awq", {}, 0.3),  # as planned: compiled, and in bfloat16 where the CPU multiplies that itself
+        ("awq", {"dtype": "float16", "enforce_eager": True, "tensor_parallel_size": 2}, 0.05),
+        ("awq_vllm", {"dtype": "float16", "enforce_eager": True}, 0.05),
+    ],
+    ids=["ours", "ours-compiled", "ours-two-ranks", "vllms"],
+)
+def test_vllm_answers_like_transformers_in_float32(
+    model: Path, exported: Path, dequantized: Path, tmp_path: Path, method: str, options: dict[str, object], sure: float
+) -> None:
+    if options.get("tensor_parallel_size"):  # half of down_proj's 384 inputs is no whole number of groups of 128
+        exported, dequantized = tmp_path / "export", tmp_path / "plain"
+        quantize(model, exported, group_size=64)
+        dequantize_checkpoint(exported, dequantized)
     generator = torch.Generator().manual_seed(11)
     prompts = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in (5, 17, 40, 64)]
-    kwargs = {key: setting.value for key, setting in composed(exported, "cpu").engine_kwargs.items()}
+    composition = composed(exported, "cpu", quantization=method)
+    kwargs = {key: setting.value for key, setting in composition.engine_kwargs.items()} | options
+    assert kwargs["quantization"] == {"awq": "quantserve_awq", "awq_vllm": "awq"}[method]
     kwargs["model"] = str(exported)
-    environment = {**os.environ, "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment["VLLM_PLUGINS"] = composition.vllm_plugins
+    if ranks := options.get("tensor_parallel_size"):
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))] * int(str(ranks))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores[: int(str(ranks))])
     run = subprocess.run(
         [sys.executable, "-c", ENGINE, json.dumps([kwargs, prompts, 32])],
         capture_output=True,
@@ -182,7 +204,7 @@ def test_vllm_answers_like_transformers_in_float32(exported: Path, dequantized: 
         timeout=400,
         env=environment,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.returncode == 0, (run.stdout + run.stderr)[-8000:]
     answers = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("TOKENS")).split(" ", 1)[1])
 
     reference = LlamaForCausalLM.from_pretrained(dequantized, dtype=torch.float32)
@@ -194,7 +216,7 @@ def test_vllm_answers_like_transformers_in_float32(exported: Path, dequantized: 
         best = logits.topk(2)
         gaps = best.values[:, 0] - best.values[:, 1]
         for token, expected, gap in zip(answer, best.indices[:, 0].tolist(), gaps.tolist(), strict=True):
-            if gap > 0.05 * logits.std():
+            if gap > sure * logits.std():
                 clear += 1
                 assert token == expected
-    assert clear >= 100  # of 128
+    assert clear >= (100 if sure < 0.1 else 32)  # of 128

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantserve_squeezellm import _format, _ops
+from quantserve_kernels import unpack_stream
+from quantserve_squeezellm import _format
 
 
 def _words(codes: list[int], bits: int) -> list[int]:
@@ -28,7 +29,7 @@ def _words(codes: list[int], bits: int) -> list[int]:
 def test_the_vectors_of_the_specification(bits: int, codes: list[int], words: list[int]) -> None:
     assert _words(codes, bits) == words
     packed = _format.pack(torch.tensor([codes]), bits)
-    assert _format.unpack(packed, bits).tolist() == [codes]
+    assert unpack_stream(packed, bits).tolist() == [codes]
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,7 +41,7 @@ def test_packing_is_a_little_endian_bit_stream_and_unpacking_undoes_it(
     packed = _format.pack(codes, bits)
     assert packed.shape == (blocks * bits, n)
     assert packed.dtype == torch.int32
-    assert torch.equal(_format.unpack(packed, bits).long(), codes)
+    assert torch.equal(unpack_stream(packed, bits).long(), codes)
     stream = sum((word & 0xFFFFFFFF) << (32 * w) for w, word in enumerate(packed[:, -1].tolist()))
     assert [(stream >> (bits * k)) % 2**bits for k in range(32 * blocks)] == codes[-1].tolist()
 
@@ -76,7 +77,7 @@ def test_dequantize_follows_the_definition_term_by_term(bits: int, n: int, block
     k = 32 * blocks
     tensors = _layer(bits, n, k, seed, full)
     weight = _format.dequantize(tensors, torch.float64)
-    codes = _format.unpack(tensors["qweight"], bits)
+    codes = unpack_stream(tensors["qweight"], bits)
     rows = tensors["rows"].tolist()
     for channel in {0, n // 2, n - 1}:
         expected = [float(tensors["lookup_table"][channel, code]) for code in codes[channel].tolist()]
@@ -86,38 +87,3 @@ def test_dequantize_follows_the_definition_term_by_term(bits: int, n: int, block
             if target == channel:
                 expected = [w + float(tensors["full_rows"][i, j]) for i, w in enumerate(expected)]
         assert weight[channel].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bits", [3, 4])
-def test_the_operator_computes_the_dequantized_layer(bits: int, dtype: torch.dtype) -> None:
-    _ops.register()
-    _ops.register()
-    n, k = 48, 96
-    tensors = _layer(bits, n, k, 7, full=False)
-    n_index, k_index, values = _format.coordinates(tensors)
-    positions = _ops.plane_positions(n_index, k_index, n, k, bits)
-    x = torch.randn(2, 5, k, generator=torch.Generator().manual_seed(3)).to(dtype)
-    arguments = (x, tensors["qweight"], tensors["lookup_table"], bits, positions, values)
-    out = torch.ops.quantserve_squeezellm.linear(*arguments)
-    expected = x.double() @ _format.dequantize(tensors, torch.float64).t()
-    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}[dtype]
-    assert out.dtype == dtype
-    assert out.shape == (2, 5, n)
-    assert torch.allclose(out.double(), expected, atol=tolerance, rtol=0)
-    torch.library.opcheck(torch.ops.quantserve_squeezellm.linear.default, arguments)
-
-
-def test_the_operator_compiles_whole_and_follows_the_number_of_tokens() -> None:
-    _ops.register()
-    tensors = _layer(4, 32, 64, 11, full=False)
-    none = torch.empty(0, dtype=torch.int32), torch.empty(0)
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        table = tensors["lookup_table"]
-        return torch.ops.quantserve_squeezellm.linear(x, tensors["qweight"], table, 4, *none) + 1
-
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
-    for tokens in (1, 3, 17):
-        x = torch.randn(tokens, 64)
-        assert torch.equal(compiled(x), layer(x))

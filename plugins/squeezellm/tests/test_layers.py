@@ -156,20 +156,12 @@ def test_weights_rest_packed_and_in_full_precision_whatever_the_dtype(dtype: tor
         layer = _load(_row(), {None: tensors})
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(layer.lookup_table, tensors["lookup_table"])
+    assert torch.equal(layer.kernel.table, tensors["lookup_table"])
     held = sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()])
-    assert held == 64 * K // 2 + 4 * 64 * 16 + 8 * layer.sparse_values.numel()
+    assert held == 64 * K // 2 + 4 * 64 * 16 + (8 * layer.kernel.vals.numel() + 4 * 65 if sparse else 0)
     x = torch.randn(2, K)
     assert torch.allclose(_out(layer, x), x @ dequantize(tensors).t(), atol=1e-4)
     assert _out(layer, x.to(dtype)).dtype == dtype
-
-
-def test_loading_a_second_time_replaces_the_sparse_part() -> None:
-    layer = linear.RowParallelLinear(K, 64, bias=False, quant_config=_config(3), prefix="model.layers.0.mlp.down_proj")
-    x = torch.randn(2, K)
-    for seed in (9, 10):
-        tensors = _tensors(3, 64, K, seed)
-        assert torch.allclose(_out(_load(layer, {None: tensors}), x), x @ dequantize(tensors).t(), atol=1e-4)
 
 
 def _row(bits: int = 4, **options: Any) -> Any:
@@ -189,6 +181,7 @@ def _row(bits: int = 4, **options: Any) -> Any:
         (lambda t: t.update(qweight=t["qweight"].long()), r"torch\.int64, expected torch\.int32"),
         (lambda t: t.update(lookup_table=t["lookup_table"][:60]), r"60 output channels, but config\.json gives .* 64"),
         (lambda t: t.update(qweight=torch.cat([t["qweight"]] * 2, 1)), r"128 output channels, but config\.json gives"),
+        (lambda t: t.update(lookup_table=t["lookup_table"] * float("inf")), r"down_proj: table holds .* not finite"),
         (lambda t: t.update(cols=t["cols"] + 1), r"down_proj: cols holds"),
         (lambda t: t.update(full_rows=t["full_rows"].t()), r"down_proj: full_rows has shape \[2, 128\]"),
     ],

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+import quantserve_kernels
 from helpers.checkpoints import LLAMA_7B, REMOVE, llama_tensors, make_llama
 from helpers.composed import composed, errors, findings, text
+from quantserve.api import Target
 from quantserve.checkpoint import Checkpoint
 from quantserve_squeezellm import plugin
 
@@ -192,7 +194,7 @@ def test_counts_of_the_original_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "target", "served"),
-    [("F16", "cpu", "float16"), ("BF16", "cpu", "bfloat16"), ("BF16", "v100", "float16"), ("F32", "cpu", "float16")],
+    [("F16", "a10g", "float16"), ("BF16", "cpu", "bfloat16"), ("BF16", "v100", "float16"), ("F32", "l4", "float16")],
 )
 def test_served_dtype(tmp_path: Path, dtype: str, target: str, served: str) -> None:
     composition = composed(make_llama(tmp_path / "m", "squeezellm", dtype=dtype), target)
@@ -214,3 +216,25 @@ def test_light_module_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("feature", "served"), [("avx512_bf16", "bfloat16"), ("avx512f", "float16")])
+def test_float16_activations_are_not_emulated(tmp_path: Path, feature: str, served: str) -> None:
+    composition = composed(make_llama(tmp_path / "m", "squeezellm"))
+    target = Target("cpu", "cpu", 2**34, count=1, cores=2, features=(feature,))
+    assert plugin.quantserve_engine_kwargs(composition.checkpoint, composition.model, target)["dtype"] == served
+    said = {finding.code for finding in plugin.quantserve_validate(composition.checkpoint, composition.model, target)}
+    assert ("squeezellm-dtype" in said) == (served == "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("installed", "code"),
+    [((), None), (("vllm",), "squeezellm-no-kernels"), (("vllm", "quantserve_kernels"), "squeezellm-plain-torch")],
+)
+def test_missing_kernels_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], code: str | None
+) -> None:
+    monkeypatch.setattr(plugin, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(quantserve_kernels, "status", lambda: quantserve_kernels.Status(False, "torch", "no compiler"))
+    said = findings(composed(make_llama(tmp_path / "m", "squeezellm")))
+    assert said.keys() & {"squeezellm-no-kernels", "squeezellm-plain-torch"} == ({code} if code else set())

@@ -1,4 +1,4 @@
-"""The light module of the AWQ plugin: 4-bit AWQ checkpoints on vLLM's own AWQ method.
+"""The light module of the AWQ plugin: 4-bit AWQ checkpoints, on vLLM's kernels on GPUs and on quantserve's on CPUs.
 
 vLLM reads the files by itself; this plugin finds what it would refuse or misread, and gives the
 arguments without which it does not find the settings.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from quantserve.api import Checkpoint, Finding, Method, PerformanceProfile, Target, hookimpl
 from quantserve_awq.config import Written, config_findings, written_config
+from quantserve_awq.kernel import KERNEL_METHOD, METHOD, VLLM_ALIAS, kernel_finding, uses_own_kernel
 from quantserve_awq.reference import published
 from quantserve_awq.tensors import (
     actual_group,
@@ -31,11 +32,11 @@ def quantserve_method() -> Method:
     """Describe AWQ as vLLM serves it."""
     return Method(
         name="awq",
-        summary="activation-aware 4-bit weights (AutoAWQ gemm files) on vLLM's Marlin, Machete and CPU kernels",
+        summary="activation-aware 4-bit weights (AutoAWQ gemm files), on Marlin and Machete or quantserve's CPU kernels",
         bits=(4,),
         # On CPU vLLM refuses its other names (auto_awq, awq_marlin) for the same files.
-        vllm_name="awq",
-        aliases=("auto_awq", "awq_marlin"),
+        vllm_name=METHOD,
+        aliases=("auto_awq", "awq_marlin", VLLM_ALIAS),
         minimum_capability=75,
         devices=("cuda", "rocm", "cpu"),
         dtypes=("float16", "bfloat16"),
@@ -60,7 +61,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         return [not_quantized(written)]
     if written is None or str(written.values.get("quant_method") or "awq").lower() not in OWN_NAMES:
         return []  # the core has said so
-    findings = config_findings(written)
+    findings = [*config_findings(written), *kernel_finding(model, target), *dtype_finding(checkpoint, model, target)]
     if any(finding.code in ("awq-bits", "awq-version") for finding in findings) or not checkpoint.tensors_complete:
         return findings  # every tensor would be reported too
     return [*findings, *tensor_findings(checkpoint, written, target, model)]
@@ -68,8 +69,9 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
-    """The method, under the one name every platform takes, and the dtype of the activations."""
-    return {"quantization": "awq", "dtype": served_dtype(checkpoint, model, target)}
+    """The method, under the name that gives the kernel, and the dtype of the activations."""
+    method = KERNEL_METHOD if uses_own_kernel(model, target) else METHOD
+    return {"quantization": method, "dtype": served_dtype(checkpoint, model, target)}
 
 
 @hookimpl
@@ -85,12 +87,29 @@ def quantserve_quantizer() -> str:
 
 
 def served_dtype(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> str:
-    """bfloat16 where the checkpoint asks for it and the kernel knows it, else float16 like the scales."""
+    """bfloat16 where the checkpoint asks for it and the kernel knows it, or the CPU prefers it; else float16."""
+    if target.prefers_bfloat16:
+        return "bfloat16"
     written = written_config(checkpoint, model)
     group = actual_group(checkpoint, written)[0] if written else None
     old = target.device == "cuda" and (target.capability or 80) < 80
     plain = group is not None and uses_plain_kernel(group, target)
     return "bfloat16" if checkpoint.torch_dtype == "bfloat16" and not old and not plain else "float16"
+
+
+def dtype_finding(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> list[Finding]:
+    """Says so when float16 activations become bfloat16 for the CPU's sake."""
+    if model.dtype is not None or checkpoint.torch_dtype == "bfloat16" or not target.prefers_bfloat16:
+        return []
+    return [
+        Finding.info(
+            "awq-dtype",
+            f"the model is {checkpoint.torch_dtype or 'of unknown dtype'}; its activations will be bfloat16, which this "
+            "CPU multiplies itself. The weights keep their precision",
+            ["engine_kwargs.dtype"],
+            "set engine_kwargs.dtype to float16 to keep all bits of the activations, more slowly",
+        )
+    ]
 
 
 def not_quantized(written: Written | None) -> Finding:

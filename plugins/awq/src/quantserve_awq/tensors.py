@@ -20,6 +20,7 @@ from quantserve.api import (
     quantized_linears,
 )
 from quantserve_awq.config import Written
+from quantserve_awq.kernel import uses_own_kernel
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -69,7 +70,7 @@ def tensor_findings(checkpoint: Checkpoint, written: Written, target: Target, mo
     findings += other_module_findings(checkpoint, group)
     findings += packing_findings(quantized, group)
     if group is not None and not any(finding.code == "awq-packing" for finding in findings):
-        findings += shard_findings(quantized, group, target, model.tensor_parallel_size)
+        findings += shard_findings(quantized, group, target, model)
         findings += kernel_findings(quantized, group, target, model)
     return findings
 
@@ -236,8 +237,9 @@ def packing_findings(quantized: list[Linear], group: int | None) -> list[Finding
 # --- the ranks and the device -------------------------------------------------------------------------
 
 
-def shard_findings(quantized: list[Linear], group: int, target: Target, ranks: int) -> list[Finding]:
+def shard_findings(quantized: list[Linear], group: int, target: Target, model: ModelConfig) -> list[Finding]:
     """What one tensor-parallel rank's part of each linear must divide by."""
+    ranks = model.tensor_parallel_size
     findings: list[Finding] = []
     if ranks > 1 and group == -1:
         rows = [linear.name for linear in quantized if linear.parallel == "row"]
@@ -251,7 +253,8 @@ def shard_findings(quantized: list[Linear], group: int, target: Target, ranks: i
             )
         )
     elif ranks > 1:
-        silent = "vLLM on CPU does not notice and answers with wrong tokens" if target.device == "cpu" else ""
+        theirs = target.device == "cpu" and not uses_own_kernel(model, target)
+        silent = "vLLM on CPU does not notice and answers with wrong tokens" if theirs else ""
         findings += check_shards(
             [linear for linear in quantized if linear.parallel == "row"],
             ranks,
@@ -268,6 +271,8 @@ def shard_findings(quantized: list[Linear], group: int, target: Target, ranks: i
 def kernel_findings(quantized: list[Linear], group: int, target: Target, model: ModelConfig) -> list[Finding]:
     """What vLLM's AWQ kernels of the target cannot do."""
     ranks = model.tensor_parallel_size
+    if uses_own_kernel(model, target):
+        return []  # any shape the files can hold
     if target.device == "cpu":
         findings = check_shards(
             quantized,

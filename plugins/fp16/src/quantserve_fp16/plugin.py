@@ -107,4 +107,4 @@ def quantized_tensors(checkpoint: Checkpoint) -> list[str]:
 
 def emulates_float16(checkpoint: Checkpoint, target: Target) -> bool:
     """Whether a float16 checkpoint meets a CPU that multiplies bfloat16 itself and float16 only by emulation."""
-    return target.device == "cpu" and checkpoint.torch_dtype == "float16" and "avx512_bf16" in target.features
+    return checkpoint.torch_dtype == "float16" and target.prefers_bfloat16

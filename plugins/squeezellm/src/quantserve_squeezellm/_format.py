@@ -17,6 +17,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from quantserve_kernels import unpack_stream
+
 BITS = (3, 4)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DENSE = ("qweight", "lookup_table")
@@ -62,38 +64,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def unpack_plane(words: Tensor, bits: int, j: int) -> Tensor:
-    """Codes of the input features k with k % period == j, from words viewed as [k/period, period*bits/32, n].
-
-    Returns int32 [k/period, n]. Works on signed words: the mask removes what an arithmetic shift drags in.
-    """
-    word, shift = divmod(j * bits, 32)
-    codes = words[:, word] >> shift
-    if shift + bits > 32:
-        low = 32 - shift
-        return codes & (2**low - 1) | (words[:, word + 1] & (2 ** (bits - low) - 1)) << low
-    return codes & (2**bits - 1)
-
-
-def unpack(qweight: Tensor, bits: int) -> Tensor:
-    """Undo `pack`: int32 words [k*bits/32, n] to uint8 codes [n, k]."""
-    period = k_multiple(bits)
-    n = qweight.shape[1]
-    words = qweight.reshape(-1, period * bits // 32, n)
-    planes = [unpack_plane(words, bits, j).to(torch.uint8) for j in range(period)]
-    return torch.stack(planes, dim=1).reshape(-1, n).t().contiguous()
-
-
 def to_csr(matrix: Tensor) -> dict[str, Tensor]:
     """The nonzeros of a matrix [n, k] as `rows` [n+1], `cols` [nnz] (int32) and `vals` [nnz] (float32)."""
     n_index, k_index = matrix.nonzero(as_tuple=True)
-    rows = torch.zeros(matrix.shape[0] + 1, dtype=torch.int64)
-    rows[1:] = torch.bincount(n_index, minlength=matrix.shape[0]).cumsum(0)
-    return {
-        "rows": rows.to(torch.int32),
-        "cols": k_index.to(torch.int32),
-        "vals": matrix[n_index, k_index].to(torch.float32),
-    }
+    return csr(n_index, k_index, matrix[n_index, k_index], matrix.shape[0])
+
+
+def csr(n_index: Tensor, k_index: Tensor, values: Tensor, n: int) -> dict[str, Tensor]:
+    """Entries [nnz] in rising order of n as `rows` [n+1], `cols` [nnz] (int32) and `vals` [nnz] (float32)."""
+    rows = torch.zeros(n + 1, dtype=torch.int64, device=n_index.device)
+    rows[1:] = torch.bincount(n_index, minlength=n).cumsum(0)
+    return {"rows": rows.to(torch.int32), "cols": k_index.to(torch.int32), "vals": values.to(torch.float32)}
 
 
 def csr_problem(rows: Tensor, cols: Tensor, vals: Tensor, n: int, k: int) -> str | None:
@@ -155,7 +136,7 @@ def dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
     bits = bits_of(table.shape[1])
     if bits is None:
         raise ValueError(f"lookup_table has {table.shape[1]} columns; 8 (3-bit) and 16 (4-bit) are known")
-    weight = torch.gather(table, 1, unpack(tensors["qweight"], bits).to(torch.int64))
+    weight = torch.gather(table, 1, unpack_stream(tensors["qweight"], bits).to(torch.int64))
     n_index, k_index, values = coordinates(tensors)
     return weight.index_put_((n_index, k_index), values.to(dtype), accumulate=True)
 

@@ -21,8 +21,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from quantserve_squeezellm import _ops
-from quantserve_squeezellm._format import BITS, k_multiple
+from quantserve_kernels import Linear, from_squeezellm, load
+from quantserve_squeezellm._format import BITS, csr, k_multiple
 from quantserve_squeezellm._loading import SPARSE, LayerLoading, ShardId
 
 METHOD = "squeezellm"
@@ -198,26 +198,33 @@ class SqueezeLLMLinearMethod(LinearMethodBase):
         layer.squeezellm_loading = loading
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        """Check that everything arrived, and turn the collected sparse parts into buffers on the layer's device.
+        """Check that everything arrived and pack it for the kernel, which takes the place of the loaded tensors.
 
         Raises:
-            ValueError: a tensor of this layer never arrived; names it.
+            ValueError: a tensor of this layer never arrived, or holds what no weight can be; names it.
         """
         engine = get_current_vllm_config_or_none()
         dummy = engine is not None and engine.load_config.load_format == "dummy"
         loading: LayerLoading = layer.squeezellm_loading
         n_index, k_index, values = loading.finish(verify=not dummy)
-        positions = _ops.plane_positions(n_index, k_index, loading.n, loading.k, loading.bits)
         device = layer.qweight.device
-        layer.register_buffer("sparse_positions", positions.to(device), persistent=False)
-        layer.register_buffer("sparse_values", values.to(device), persistent=False)
+        sparse = csr(n_index, k_index, values, loading.n) if values.numel() else {}
+        try:
+            weight = from_squeezellm(
+                layer.qweight.data,
+                layer.lookup_table.data,
+                tuple(sparse[name].to(device) for name in ("rows", "cols", "vals")) if sparse else None,
+            )
+        except ValueError as error:
+            raise ValueError(f"{loading.name}: {error}. Fix: convert the checkpoint again") from error
+        for name in ("qweight", "lookup_table", *SPARSE):
+            delattr(layer, name)
+        layer.kernel = Linear(weight)
 
     def apply(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x` [..., k] to [..., n] in x's dtype."""
-        out = torch.ops.quantserve_squeezellm.linear(
-            x, layer.qweight, layer.lookup_table, self.config.wbits, layer.sparse_positions, layer.sparse_values
-        )
-        return out if bias is None else out + bias
+        out: torch.Tensor = layer.kernel(x, bias)
+        return out
 
 
 def _by_shard_id(layer: Module, modules: list[str]) -> dict[ShardId, str]:
@@ -227,9 +234,9 @@ def _by_shard_id(layer: Module, modules: list[str]) -> dict[ShardId, str]:
 
 
 def register() -> None:
-    """Register the operator and the config with this process's vLLM; idempotent."""
+    """Register the operators and the config with this process's vLLM; idempotent."""
     from vllm.model_executor.layers.quantization import _CUSTOMIZED_METHOD_TO_QUANT_CONFIG
 
-    _ops.register()
+    load()
     if _CUSTOMIZED_METHOD_TO_QUANT_CONFIG.get(METHOD) is not SqueezeLLMConfig:
         register_quantization_config(METHOD)(SqueezeLLMConfig)

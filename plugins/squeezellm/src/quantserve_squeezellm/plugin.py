@@ -6,6 +6,7 @@ The method itself, which vLLM no longer has, is in the heavy modules behind ``qu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from quantserve.api import Checkpoint, Finding, Method, PerformanceProfile, Target, hookimpl
@@ -56,6 +57,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     original = original_file_findings(checkpoint, model)
     if any(finding.code == "squeezellm-pickle" for finding in original) and not checkpoint.tensors:
         return original
+    original += [*kernel_findings(), *dtype_finding(checkpoint, model, target)]
     tables = any(name.endswith((".lookup_table", ".qweight")) for name in checkpoint.tensors)
     if not tables and checkpoint.tensors_complete:
         return [
@@ -76,7 +78,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """The method, which vLLM cannot see in the original files, and the dtype of the activations."""
     old = target.device == "cuda" and (target.capability or 80) < 80  # no bfloat16 before Ampere
-    bfloat16 = checkpoint.torch_dtype == "bfloat16" and not old
+    bfloat16 = (checkpoint.torch_dtype == "bfloat16" and not old) or target.prefers_bfloat16
     return {"quantization": "squeezellm", "dtype": "bfloat16" if bfloat16 else "float16"}
 
 
@@ -96,6 +98,50 @@ def quantserve_quantizer() -> str:
 def quantserve_converter() -> str:
     """The original ``.pt`` files to safetensors; needs torch."""
     return "quantserve_squeezellm._convert:convert"
+
+
+def kernel_findings() -> list[Finding]:
+    """What keeps this machine's engine from the kernels; nothing where no engine is installed."""
+    if find_spec("quantserve_kernels") is None:
+        if find_spec("vllm") is None:
+            return []
+        return [
+            Finding.error(
+                "squeezellm-no-kernels",
+                "quantserve-kernels is not installed here, without which vLLM cannot compute SqueezeLLM layers",
+                ["quantserve-kernels"],
+                "pip install 'quantserve-squeezellm[engine]'",
+            )
+        ]
+    from quantserve_kernels import status
+
+    found = status()
+    if found.native:
+        return []
+    return [
+        Finding.warning(
+            "squeezellm-plain-torch",
+            f"quantserve-kernels is not compiled here ({found.reason}): on a CPU every call is plain torch, many times "
+            "slower than an unquantized model",
+            ["quantserve-kernels"],
+            "install a C++ compiler and then quantserve-kernels again",
+        )
+    ]
+
+
+def dtype_finding(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> list[Finding]:
+    """Says so when float16 activations become bfloat16 for the CPU's sake."""
+    if model.dtype is not None or checkpoint.torch_dtype == "bfloat16" or not target.prefers_bfloat16:
+        return []
+    return [
+        Finding.info(
+            "squeezellm-dtype",
+            f"the model is {checkpoint.torch_dtype or 'of unknown dtype'}; its activations will be bfloat16, which this "
+            "CPU multiplies itself",
+            ["engine_kwargs.dtype"],
+            "set engine_kwargs.dtype to float16 or float32 to keep more bits, more slowly",
+        )
+    ]
 
 
 def original_file_findings(checkpoint: Checkpoint, model: ModelConfig) -> list[Finding]:

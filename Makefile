@@ -1,16 +1,16 @@
 # `make serve` on a fresh machine: install, prepare, serve the demo three ways. `make help` lists the rest.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := plugins/fp16/src/quantserve_fp16 plugins/awq/src/quantserve_awq plugins/squeezellm/src/quantserve_squeezellm \
-	examples/plugins/quantserve-rtn8/src/quantserve_rtn8
+PACKAGES := core/quantserve kernels/src/quantserve_kernels plugins/fp16/src/quantserve_fp16 plugins/awq/src/quantserve_awq \
+	plugins/squeezellm/src/quantserve_squeezellm examples/plugins/quantserve-rtn8/src/quantserve_rtn8 benchmarks
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick lint format docs clean
+.PHONY: help setup dev prepare serve test test-quick lint format docs bench-decode bench-kernels clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
 setup: ## install everything that serving needs into .venv
 	@$(PYTHON) scripts/setup.py
@@ -34,7 +34,7 @@ test-quick: dev ## run the tests that start no engine and take seconds
 lint: dev ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy core/quantserve $(PACKAGES) scripts examples/prepare.py
+	$(BIN)/mypy $(PACKAGES) scripts examples/prepare.py kernels/setup.py
 	$(BIN)/lint-imports
 
 format: dev ## format the code
@@ -44,7 +44,13 @@ format: dev ## format the code
 docs: dev ## write the generated parts of docs/ anew
 	@$(BIN)/python scripts/update_docs.py
 
+bench-decode: dev ## end-to-end speed through vLLM, llama.cpp beside it; about 20 minutes (ARGS=--quick)
+	@exec $(BIN)/python -m benchmarks.decode $(ARGS)
+
+bench-kernels: dev ## kernel speed against torch, vLLM and memory bandwidth (ARGS=--quick)
+	@exec $(BIN)/python -m benchmarks.kernels $(ARGS)
+
 clean: ## remove what can be made again, .venv excepted
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist kernels/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -rf examples/demo-model/awq examples/demo-model/squeezellm
-	find core plugins tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find core kernels plugins tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -129,7 +129,8 @@ def grouped_bars(
     top = max((value for values in series.values() for value in values if value == value), default=1.0)
     for number, (name, values) in enumerate(series.items()):
         left = [i + (number - (len(series) - 1) / 2) * width for i in range(len(groups))]
-        axes.bar(left, values, width * 0.92, label=name, color=COLOURS[number % len(COLOURS)], zorder=2)
+        hatch = None if number < len(COLOURS) else "///"
+        axes.bar(left, values, width * 0.92, label=name, color=COLOURS[number % len(COLOURS)], hatch=hatch, zorder=2)
         for x, value in zip(left, values, strict=True):
             if value == value:
                 label = f"{value:.2f}" if value < 10 else f"{value:.3g}"
@@ -149,18 +150,27 @@ def lines(
     ylabel: str,
     reference: float | None = None,
     log2_x: bool = True,
+    log2_y: bool = False,
 ) -> None:
-    """Lines with markers over a numeric x axis; written as .png and .svg. Arguments as for `grouped_bars`."""
+    """Lines with markers over a numeric x axis; written as .png and .svg. Arguments as for `grouped_bars`.
+
+    With `log2_y` equal ratios have equal distances; without, the axis begins at 0.
+    """
     check_lengths(len(x), series)
     figure, axes = new_figure(title, ylabel, width=7.5)
     for number, (name, values) in enumerate(series.items()):
-        axes.plot(x, values, "o-", label=name, color=COLOURS[number % len(COLOURS)], zorder=3, markersize=4)
+        style = "o-" if number < len(COLOURS) else "s--"
+        axes.plot(x, values, style, label=name, color=COLOURS[number % len(COLOURS)], zorder=3, markersize=4)
     if log2_x:
         axes.set_xscale("log", base=2)
     axes.set_xticks(list(x), [f"{value:g}" for value in x])
     axes.minorticks_off()
     axes.set_xlabel(xlabel)
-    axes.set_ylim(bottom=0)
+    if log2_y:
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     finish(figure, axes, path, reference, columns=len(series))
 
 
@@ -191,7 +201,11 @@ def finish(figure: Any, axes: Any, path: Path, reference: float | None, columns:
     """Draw reference and legend, write both files, free the figure."""
     if reference is not None:
         axes.axhline(reference, color="#444444", linestyle="--", linewidth=1, zorder=3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(columns, 6), frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    # About what an entry takes in inches; more columns than fit would be cut off.
+    entry = 0.7 + 0.085 * max(map(len, labels), default=0)
+    columns = max(1, min(columns, 6, int(figure.get_figwidth() / entry)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

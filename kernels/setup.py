@@ -1,30 +1,41 @@
 """Compiles csrc/ into one library of torch operators; everything else is in pyproject.toml.
 
-Each instruction set is a source file with flags of its own, which torch's build helper does not know, so the compiler is
-called here. OpenMP is compiled in and not linked: the library then uses the one runtime torch has loaded, never a second
-one. Where nothing can be compiled the package is installed all the same: it works in plain torch, slowly, and
-`quantserve doctor` says so with the reason, which is kept in build-failure.txt.
+Each instruction set is a source file with flags of its own, which neither setuptools nor torch's build helper knows,
+so the compiler is called here. OpenMP is compiled in and not linked: the library then uses the one runtime torch has
+loaded, never a second one. Objects stay in build/objects and are compiled again when their source, a header, the flags
+or torch change. Where nothing can be compiled the package is installed all the same: it works in plain torch, slowly,
+and `quantserve doctor` says so with the reason, which is kept in build-failure.txt.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import shlex
+import shutil
+import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall"]
+PACKAGE = Path("src", "quantserve_kernels")
+OBJECTS = Path("build", "objects")
+NOTE = "build-failure.txt"
+NOTE_LINES = 20  # of the compiler's output
+
+COMMON = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # GCC 12 takes its own intrinsics' undefined operands for mistakes.
 KERNEL = [*COMMON, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 SOURCES = {
-    "csrc/ops.cpp": [*COMMON, "-fopenmp"],
-    # Plain loops in many variants: what -O3 unrolls here only takes time to compile.
+    # Plain loops in many variants: what -O3 unrolls here only takes time to compile. It takes longest, so it is first.
     "csrc/isa_portable.cpp": [*KERNEL, "-O2"],
+    "csrc/ops.cpp": [*COMMON, "-fopenmp"],
 }
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {
@@ -34,49 +45,114 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 
 
+class BuildError(Exception):
+    """Why there is no library: one line that says it all, then the end of the compiler's output."""
+
+
 class Build(build_ext):
-    """One object per source, compiled side by side."""
+    """Leaves the library or the note, never both and never neither."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile and link; on failure leave a note for `quantserve_kernels.status` instead."""
-        target = Path(self.get_ext_fullpath(ext.name))
-        note = target.with_name("build-failure.txt")
+        """Make the library; on failure leave a note for `quantserve_kernels.status` instead."""
+        library = Path(self.get_ext_fullpath(ext.name))
+        note = library.with_name(NOTE)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
         try:
-            self.compile_and_link(target)
+            make_library(library)
         except Exception as error:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(f"{type(error).__name__}: {error}\n"[-2000:])
-            print(f"quantserve-kernels: no compiled operators, plain torch is used: {error}", file=sys.stderr)
+            reason = str(error) if isinstance(error, BuildError) else f"{type(error).__name__}: {error}"
+            note.write_text(reason + "\n")
+            print(f"quantserve-kernels: not compiled, plain torch is used instead: {reason}", file=sys.stderr)
 
-    def compile_and_link(self, target: Path) -> None:
-        """Raises whatever the compiler, the linker or a missing torch raise."""
-        from torch.utils import cpp_extension
+    def copy_extensions_to_source(self) -> None:
+        """In an editable install, put the same into the source folder, in the place of what an earlier one left."""
+        for old in (*PACKAGE.glob("_C.*"), PACKAGE / NOTE):
+            old.unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+        note = Path(self.build_lib, PACKAGE.name, NOTE)
+        if note.exists():
+            shutil.copy(note, PACKAGE)
 
-        root = Path(self.build_temp).resolve()
-        extra = os.environ.get("QUANTSERVE_KERNELS_CFLAGS", "").split()
 
-        def compile_one(source: str) -> str:
-            return self.compiler.compile(
-                [source],
-                output_dir=str(root),
-                include_dirs=[*cpp_extension.include_paths(), "csrc"],
-                extra_preargs=SOURCES[source] + extra,
-            )[0]
+def make_library(library: Path) -> None:
+    """Compile what changed, side by side, and link.
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, SOURCES))
-        libraries = ["torch", "torch_cpu", "c10"]
-        draft = target.with_suffix(".tmp")
-        self.compiler.link_shared_object(
-            objects,
-            str(draft),
-            libraries=libraries,
-            library_dirs=cpp_extension.library_paths(),
-            extra_postargs=extra,
-            target_lang="c++",
-        )
-        draft.replace(target)  # whole or not at all
+    Raises:
+        BuildError: torch or a compiler is missing, or the compiler failed.
+    """
+    compiler = find_compiler()
+    try:
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        raise BuildError(f"torch cannot be imported during the build: {error}") from error
+    extra = shlex.split(os.environ.get("QUANTSERVE_KERNELS_CFLAGS", ""))
+    includes = [f"-isystem{path}" for path in include_paths()]
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: str) -> str:
+        return make_object(source, [*compiler, *SOURCES[source], *extra, *includes], torch.__version__)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, SOURCES))
+    places = [f"-L{path}" for path in library_paths()]
+    draft = library.with_suffix(".tmp")
+    run([*compiler, "-shared", *objects, *places, "-ltorch", "-ltorch_cpu", "-lc10", *extra, "-o", str(draft)], "link")
+    draft.replace(library)  # whole or not at all
+
+
+def make_object(source: str, command: list[str], torch_version: str) -> str:
+    """The object of a source, compiled unless it is there already.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    digest = hashlib.sha256(shlex.join([*command, torch_version]).encode())
+    for path in (Path(source), *sorted(Path("csrc").glob("*.h"))):
+        digest.update(path.read_bytes())
+    stem = Path(source).stem
+    found = OBJECTS / f"{stem}-{digest.hexdigest()[:16]}.o"
+    if not found.exists():
+        draft = found.with_suffix(f".{os.getpid()}")
+        run([*command, "-c", source, "-o", str(draft)], f"compile {source}")
+        for old in OBJECTS.glob(f"{stem}-*.o"):
+            old.unlink(missing_ok=True)
+        draft.replace(found)
+    return str(found)
+
+
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler: CXX, or the one Python was built with, or the first on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    asked = os.environ.get("CXX")
+    candidates = [asked] if asked else [sysconfig.get_config_var("CXX") or "", "c++", "g++", "clang++"]
+    for words in map(shlex.split, candidates):
+        if words and shutil.which(words[0]):
+            return words
+    raise BuildError(f"no C++ compiler found (looked for {', '.join(dict.fromkeys(filter(None, candidates)))})")
+
+
+def run(command: list[str], purpose: str) -> None:
+    """Run the compiler and print what it prints.
+
+    Raises:
+        BuildError: it failed; names the first error.
+    """
+    print(shlex.join(command), flush=True)
+    environment = {**os.environ, "LC_ALL": "C"}  # errors are found by the word
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    )
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        lines = done.stdout.strip().splitlines()
+        what = next((line.strip() for line in lines if "error" in line), f"exit code {done.returncode}")
+        raise BuildError("\n".join([f"{command[0]} cannot {purpose}: {what}", *lines[-NOTE_LINES:]]))
 
 
 setup(

@@ -48,12 +48,13 @@ class PipError(SetupError):
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to do. It is done again when ``inputs`` change."""
+    """One thing to do. It is done again when ``inputs`` change, and while ``made`` finds that its result is missing."""
 
     name: str
     about: str
     run: Callable[[], None]
     inputs: tuple[Path, ...] = ()
+    made: Callable[[], bool] = lambda: True
 
 
 class Setup:
@@ -75,6 +76,7 @@ class Setup:
         self.stamp = self.venv / "setup.json"
         self.constraints = root / "constraints" / f"{device}.txt"
         self.projects = [root / "pyproject.toml", *(root / "plugins" / name / "pyproject.toml" for name in PLUGINS)]
+        self.kernels = root / "kernels"
 
     def steps(self) -> list[Step]:
         """What this machine needs, in order."""
@@ -85,10 +87,18 @@ class Setup:
         steps.append(Step("engine", f"vLLM for {self.device}, Ray Serve", self.install_engine, pins))
         if self.device == "cpu":
             steps.append(Step("prune", f"remove {', '.join(UNWANTED_ON_CPU)}", self.remove_unwanted, pins))
+        steps.append(self.kernels_step())
         steps.append(Step("project", "quantserve and its plugins", self.install_project, (*pins, *self.projects[1:])))
         if self.dev:
             steps.append(Step("tools", "tests, linters, build", self.install_tools, pins))
         return steps
+
+    def kernels_step(self) -> Step:
+        """Compiled anew when a source, torch or this script changes; tried again while there is no library."""
+        files = [self.kernels / "setup.py", self.kernels / "pyproject.toml", *sorted(self.kernels.glob("csrc/*"))]
+        inputs = (self.constraints, Path(__file__), *files)
+        about = "quantserve-kernels, compiled here, about a minute"
+        return Step("kernels", about, self.install_kernels, inputs, lambda: any(self.kernels.glob("src/*/_C.*.so")))
 
     def run(self) -> None:
         """Do the steps that are not done yet."""
@@ -96,7 +106,7 @@ class Setup:
         if not self.venv_works():
             self.stamp.unlink(missing_ok=True)
         done = self.read_stamp()
-        todo = [step for step in steps if done.get(step.name) != self.fingerprint(step)]
+        todo = [step for step in steps if done.get(step.name) != self.fingerprint(step) or not step.made()]
         if not todo:
             return
         print(f"setting up {self.venv} for {self.device}; pip's output goes to {self.log}", flush=True)
@@ -140,6 +150,19 @@ class Setup:
     def remove_unwanted(self) -> None:
         """Uninstall what breaks a CPU torch."""
         self.pip("uninstall", "--yes", *UNWANTED_ON_CPU)
+
+    def install_kernels(self) -> None:
+        """Compile and install the kernels, editable; without a compiler they are installed all the same, in torch."""
+        self.pip("install", "setuptools")
+        # Without isolation they are compiled for the torch that is installed here, not for one fetched to build them.
+        self.pip("install", "--no-build-isolation", "--editable", str(self.kernels))
+        for note in self.kernels.glob("src/*/build-failure.txt"):
+            reason = note.read_text().partition("\n")[0]
+            print(
+                f"        warning: {reason}; on CPUs the kernels run in plain torch, many times slower. "
+                "Fix: install g++ (Debian: build-essential), then `make setup` again",
+                flush=True,
+            )
 
     def install_project(self) -> None:
         """Install the distributions of this repository, editable."""

@@ -4,9 +4,9 @@
     pip install --dry-run --ignore-installed --report cuda.json 'vllm==0.32.0' 'ray[serve]>=2.60,<2.61'
     .venv/bin/python scripts/update_constraints.py cuda.json      # constraints/cuda.txt: that report over the CPU pins
 
-Only what this project reaches is pinned: the requirements of every distribution in this repository with the CPU
-engine, and the tools of the dependency group ``dev``, followed to the end. Versions lose their local part
-(``2.13.0+cpu`` becomes ``2.13.0``, which both builds satisfy), and no index or path is written.
+Only what this project reaches is pinned: what every distribution in this repository requires to be built and to run
+with its extras, on the CPU engine, and the tools of the dependency group ``dev``, followed to the end. Versions lose
+their local part (``2.13.0+cpu`` becomes ``2.13.0``, which both builds satisfy), and no index or path is written.
 """
 
 from __future__ import annotations
@@ -33,11 +33,16 @@ HEADERS = {
 
 
 def requirements() -> list[Requirement]:
-    """What the project asks for by itself."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
-    wanted = [*project["project"]["dependencies"], *extras["cpu"], *project["dependency-groups"]["dev"]]
-    return [Requirement(text) for text in wanted]
+    """What the distributions of this repository ask for, each other left out."""
+    wanted: list[str] = []
+    for folder in (ROOT, ROOT / "kernels", *sorted(ROOT.glob("plugins/*"))):
+        about = tomllib.loads((folder / "pyproject.toml").read_text())
+        extras = about["project"].get("optional-dependencies", {})
+        wanted += about["build-system"]["requires"] + about["project"]["dependencies"]
+        wanted += [text for extra, texts in extras.items() if extra != "cuda" for text in texts]
+        wanted += about.get("dependency-groups", {}).get("dev", [])
+    found = map(Requirement, wanted)
+    return [requirement for requirement in found if not requirement.name.startswith(OURS)]
 
 
 def reached(requirement: Requirement, seen: set[tuple[str, str]]) -> Iterator[str]:

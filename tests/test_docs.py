@@ -7,8 +7,10 @@ import inspect
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from helpers.checkpoints import make_llama
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 MARKDOWN = [
     path
-    for pattern in ("*.md", "docs/*.md", "plugins/*/*.md", "models/*.md", "examples/**/*.md")
+    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "plugins/*/*.md", "models/*.md", "examples/**/*.md")
     for path in sorted(ROOT.glob(pattern))
 ]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
@@ -119,6 +121,21 @@ def test_the_tutorial_makes_a_working_plugin(tmp_path: Path) -> None:
     findings = hooks.call(plugin, "quantserve_validate", checkpoint=checkpoint, model=None, target=None)
     assert "mymethod-missing-tensors" in {finding.code for finding in findings}
     site.forget()
+
+
+def test_the_linear_method_of_the_text_multiplies() -> None:
+    code = next(block for block in blocks(ROOT / "docs" / "plugins.md", "python") if "quantserve_kernels" in block)
+    names: dict[str, Any] = {"LinearMethodBase": object}
+    exec(re.sub(r"from vllm\..*\n", "", code), names)
+    layer = torch.nn.Module()
+    layer.qweight = torch.nn.Parameter(torch.randint(0, 256, (6, 64), dtype=torch.uint8), requires_grad=False)
+    layer.scale = torch.nn.Parameter(torch.rand(6, 2).half(), requires_grad=False)
+    codes = torch.stack((layer.qweight & 15, layer.qweight >> 4), dim=-1).flatten(1)
+    weight = (codes.float() - 8) * layer.scale.float().repeat_interleave(64, 1)
+    method = names["MyLinearMethod"]()
+    method.process_weights_after_loading(layer)
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(method.apply(layer, x, torch.ones(6)), x @ weight.t() + 1, rtol=1e-4, atol=1e-4)
 
 
 def test_the_example_config_loads() -> None:

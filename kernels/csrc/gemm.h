@@ -142,15 +142,26 @@ inline void spread(float* values, int64_t groups, int64_t per_group, int64_t uni
   }
 }
 
-// In eight partial sums.
+// Sum of a few values, in partial sums. Rows of a sparse part are short, and of every length: no branch on the length up
+// to 32 where the processor can mask.
 inline float total(const float* values, int64_t count) {
+#ifdef __AVX512F__
+  const auto some = [&](int64_t from) {
+    const int64_t left = std::clamp<int64_t>(count - from, 0, 16);
+    return _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), values + from);
+  };
+  __m512 sum = _mm512_add_ps(some(0), some(16));
+  for (int64_t i = 32; i < count; i += 16) sum = _mm512_add_ps(sum, some(i));
+  return _mm512_reduce_add_ps(sum);
+#else
   float part[8] = {};
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
     for (int j = 0; j < 8; ++j) part[j] += values[i + j];
   }
-  for (; i < count; ++i) part[i % 8] += values[i];
+  for (int64_t j = 0; j < count - i; ++j) part[j] += values[i + j];
   return ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
+#endif
 }
 
 // Sum of -scale * zero * sum of x over the groups, in sixteen partial sums.
@@ -161,9 +172,7 @@ inline float zero_correction(const float* scales, const float* zeros, const floa
     for (int i = 0; i < 16; ++i) part[i] -= scales[g + i] * zeros[g + i] * sums[g + i];
   }
   for (; g < groups; ++g) part[g % 16] -= scales[g] * zeros[g] * sums[g];
-  float total = 0.0f;
-  for (const float value : part) total += value;
-  return total;
+  return total(part, 16);
 }
 
 inline const float* table_of(const Weight& w, int64_t row) {
@@ -185,17 +194,21 @@ void prefetch_side_data(const Weight& w, int64_t tile) {
   const int64_t size = w.scale_type == Float::f32 ? 4 : 2;
   if (w.scales) range(w.scales, first * w.groups * size, last * w.groups * size);
   if (w.zeros) range(w.zeros, first * w.groups * size, last * w.groups * size);
-  if (w.rows) {
-    const int64_t begin = std::clamp<int64_t>(w.rows[first], 0, w.nnz), end = std::clamp<int64_t>(w.rows[last], 0, w.nnz);
-    range(w.cols, begin * 4, end * 4);
-    range(w.vals, begin * 4, end * 4);
-  }
 }
 
-// c[m * TILE + r] = x[m] . W[tile * TILE + r] without the sparse part; UNIT 0: no scales. `scales` holds
+// Vector J's share of fetching the tile's codes that come AHEAD bytes later: all at once they would block other loads.
+template <class S, int BITS, int J>
+inline INLINE void prefetch_share(const uint8_t* codes) {
+  constexpr int LINES = TILE * block_bytes(BITS) / 64, V = block_vectors(BITS);
+  unrolled<LINES*(J + 1) / V - LINES * J / V>([&](auto line) INLINE {
+    S::prefetch(codes + (LINES * J / V + line) * 64 + S::AHEAD);
+  });
+}
+
+// c[m * width + r] += x[m] . W[tile * TILE + r] without the sparse part; UNIT 0: no scales. `scales` holds
 // TILE * k_padded / VECTOR floats, `zeros` as many.
 template <class S, int BITS, int UNIT, int M>
-void small_tile(const Weight& w, const Input& in, int64_t tile, float* scales, float* zeros, float* c) {
+void small_tile(const Weight& w, const Input& in, int64_t tile, float* scales, float* zeros, float* c, int64_t width) {
   using Acc = typename S::Acc;
   constexpr int V = block_vectors(BITS);
   constexpr int U = UNIT ? UNIT : V;
@@ -221,31 +234,33 @@ void small_tile(const Weight& w, const Input& in, int64_t tile, float* scales, f
   Acc acc[TILE][M];
   unrolled<TILE * M>([&](auto i) INLINE { acc[i / M][i % M] = S::zero(); });
   for (int64_t b = 0; b < blocks; ++b, codes += TILE * block_bytes(BITS), x += V * VECTOR) {
-    unrolled<TILE>([&](auto r) INLINE {
-      for (int line = 0; line < block_bytes(BITS); line += 64) {
-        S::prefetch(codes + r * block_bytes(BITS) + line + S::AHEAD);
-      }
-      const typename S::template Codes<BITS> code(codes + r * block_bytes(BITS));
-      unrolled<V / U>([&](auto u) INLINE {
-        Acc part[M];
-        unrolled<M>([&](auto m) INLINE { part[m] = UNIT ? S::zero() : acc[r][m]; });
-        unrolled<U * S::PARTS>([&](auto i) INLINE {
-          constexpr int j = u * U + i / S::PARTS, p = i % S::PARTS;
-          const auto weights = code.template get<j, p>(table[r]);
-          unrolled<M>([&](auto m) INLINE {
-            part[m] = S::mac(part[m], weights, x + m * stride + j * VECTOR + p * S::LANES);
-          });
+    using Codes = typename S::template Codes<BITS>;
+    constexpr int64_t NEXT = block_bytes(BITS);
+    const Codes code[TILE] = {Codes(codes), Codes(codes + NEXT), Codes(codes + 2 * NEXT), Codes(codes + 3 * NEXT)};
+    unrolled<V / U>([&](auto u) INLINE {
+      Acc part[TILE][M];
+      unrolled<TILE * M>([&](auto i) INLINE { part[i / M][i % M] = UNIT ? S::zero() : acc[i / M][i % M]; });
+      unrolled<U * S::PARTS>([&](auto i) INLINE {
+        constexpr int j = u * U + i / S::PARTS, p = i % S::PARTS;
+        if constexpr (p == 0) prefetch_share<S, BITS, j>(codes);
+        typename S::Vec input[M];
+        unrolled<M>([&](auto m) INLINE { input[m] = S::load(x + m * stride + j * VECTOR + p * S::LANES); });
+        // The channels alternate: each is a chain of additions of its own, and a load of x serves all.
+        unrolled<TILE>([&](auto r) INLINE {
+          const auto weights = code[r].template get<j, p>(table[r]);
+          unrolled<M>([&](auto m) INLINE { part[r][m] = S::mac(part[r][m], weights, input[m]); });
         });
-        unrolled<M>([&](auto m) INLINE {
-          acc[r][m] = UNIT ? S::scale(part[m], scales[r * units + b * (V / U) + u], acc[r][m]) : part[m];
-        });
+      });
+      unrolled<TILE * M>([&](auto i) INLINE {
+        constexpr int r = i / M, m = i % M;
+        acc[r][m] = UNIT ? S::scale(part[r][m], scales[r * units + b * (V / U) + u], acc[r][m]) : part[r][m];
       });
     });
   }
-  unrolled<M>([&](auto m) INLINE { S::sum(acc[0][m], acc[1][m], acc[2][m], acc[3][m], c + m * TILE); });
   for (int m = 0; m < M; ++m) {
-    for (int r = 0; r < TILE; ++r) c[m * TILE + r] += correction[r][m];
+    for (int r = 0; r < TILE; ++r) c[m * width + r] += correction[r][m];
   }
+  unrolled<M>([&](auto m) INLINE { S::add_sums(acc[0][m], acc[1][m], acc[2][m], acc[3][m], c + m * width); });
 }
 
 // --- many rows of x: a decoded tile is reused by all of them ----------------------------------------------------------
@@ -343,11 +358,7 @@ void multiply(const typename S::Element* weights, const typename S::Element* x, 
       unrolled<TILE>([&](auto r) INLINE { acc[r][m] = S::mac(acc[r][m], row[r], input); });
     });
   }
-  unrolled<M>([&](auto m) INLINE {
-    float sums[TILE];
-    S::sum(acc[0][m], acc[1][m], acc[2][m], acc[3][m], sums);
-    for (int r = 0; r < TILE; ++r) c[m * strip + r] += sums[r];
-  });
+  unrolled<M>([&](auto m) INLINE { S::add_sums(acc[0][m], acc[1][m], acc[2][m], acc[3][m], c + m * strip); });
 }
 
 template <class S, int M = S::ROWS>
@@ -364,6 +375,7 @@ struct Gemm {
   using Element = typename S::Element;
 
   static constexpr int64_t SMALL = 2;     // rows of x up to which small_tile is used
+  static constexpr int64_t RUN = 64;      // tiles finished at once then
   static constexpr int64_t WIDE = 32;     // rows of x from which a strip is several tiles, so that x is read less often
   static constexpr int64_t DEPTH = 2048;  // input features decoded at once: a tile and some rows of x fit the L1 cache
 
@@ -377,7 +389,8 @@ struct Gemm {
   static size_t scale_floats(const Weight& w) { return w.scales ? size_t(TILE * w.k_padded / VECTOR) : 0; }
 
   static size_t scratch(const Weight& w, int64_t m) {
-    const size_t tiles = size_t(strip(m) / TILE), floats = 2 * tiles * scale_floats(w) + size_t(strip(m) * m);
+    const size_t tiles = size_t(strip(m) / TILE), results = size_t((m <= SMALL ? RUN * TILE : strip(m)) * m);
+    const size_t floats = 2 * tiles * scale_floats(w) + results;
     return floats * sizeof(float) + size_t(strip(m) * depth(w)) * sizeof(Element) + 192;
   }
 
@@ -393,6 +406,12 @@ struct Gemm {
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t g = v / per_group, offset = v % per_group * VECTOR;
         const int64_t count = g < w.groups ? std::clamp<int64_t>(w.group - offset, 0, VECTOR) : 0;
+        if (S::same(source.type) && count == VECTOR && !sums && !plain) {
+          const auto* from = static_cast<const Element*>(source.x) + (begin + r) * w.k + g * w.group + offset;
+          std::memcpy(to, from, sizeof(Element) * VECTOR);
+          to += rows * VECTOR;
+          continue;
+        }
         float values[VECTOR];
         if (count < VECTOR) std::fill_n(values, VECTOR, 0.0f);
         widen(source.x, source.type, (begin + r) * w.k + g * w.group + offset, count, values);
@@ -437,27 +456,44 @@ struct Gemm {
     auto* scales = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
     float* offsets = scales + tiles * scale_floats(w);
     float* c = offsets + tiles * scale_floats(w);
-    float* after = c + strip(in.m) * in.m;
+    float* after = c + (in.m <= SMALL ? RUN * TILE : strip(in.m)) * in.m;
     auto* decoded = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(after) + 63) & ~uintptr_t(63));
     bool fine = true;
-    for (int64_t s = begin; s < end; ++s) {
-      fine &= in.m <= SMALL ? small_strip<BITS, UNIT>(w, in, out, s, scales, offsets, c)
-                            : large_strip<BITS, UNIT>(w, in, out, s, scales, offsets, c, decoded);
+    if (in.m <= SMALL) {
+      for (int64_t tile = begin; tile < end; tile += RUN) {
+        fine &= small_run<BITS, UNIT>(w, in, out, tile, std::min(tile + RUN, end), scales, offsets, c);
+      }
+    } else {
+      for (int64_t s = begin; s < end; ++s) fine &= large_strip<BITS, UNIT>(w, in, out, s, scales, offsets, c, decoded);
     }
     return fine;
   }
 
+  // The tiles [begin, end), after the sparse part of all their channels: the two read memory in different ways.
   template <int BITS, int UNIT>
-  static bool small_strip(const Weight& w, const Input& in, const Output& out, int64_t tile, float* scales,
-                          float* offsets, float* c) {
-    prefetch_side_data<S>(w, tile + 1);
-    if (in.m == 1) small_tile<S, BITS, UNIT, 1>(w, in, tile, scales, offsets, c);
-    else small_tile<S, BITS, UNIT, 2>(w, in, tile, scales, offsets, c);
+  static bool small_run(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, float* scales,
+                        float* offsets, float* c) {
+    const int64_t first = begin * TILE, channels = std::min(end * TILE, w.n) - first, width = (end - begin) * TILE;
     bool fine = true;
+    std::fill_n(c, in.m * width, 0.0f);
     for (int64_t m = 0; w.rows && m < in.m; ++m) {
-      fine &= sparse_tile(w, tile, in.plain + m * w.k_padded, c + m * TILE);
+      fine &= sparse_rows(w, first, channels, in.plain + m * w.k_padded, c + m * width);
     }
-    finish(w, out, in.m, tile * TILE, TILE, c);
+    // While the codes are read, what the next run needs of the sparse part is fetched a little with every tile.
+    const int64_t next = w.rows && fine ? w.rows[first + channels] : 0;
+    const int64_t later = w.rows && fine ? w.rows[std::min(first + channels + width, w.n)] : 0;
+    const int64_t slice = (std::clamp<int64_t>(later, next, w.nnz) - next + end - begin - 1) / (end - begin);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      prefetch_side_data<S>(w, tile + 1);
+      for (int64_t i = 0; i < slice; i += 16) {
+        S::prefetch(w.cols + next + (tile - begin) * slice + i);
+        S::prefetch(w.vals + next + (tile - begin) * slice + i);
+      }
+      float* to = c + (tile - begin) * TILE;
+      if (in.m == 1) small_tile<S, BITS, UNIT, 1>(w, in, tile, scales, offsets, to, width);
+      else small_tile<S, BITS, UNIT, 2>(w, in, tile, scales, offsets, to, width);
+    }
+    finish(w, out, in.m, first, width, c);
     return fine;
   }
 
@@ -496,40 +532,34 @@ struct Gemm {
     return fine;
   }
 
-  // Adds the sparse part of a tile to c[TILE]. All products first, then each channel's sum: rows are too short for loops
-  // of their own.
-  static bool sparse_tile(const Weight& w, int64_t tile, const float* x, float* c) {
-    constexpr int64_t CHUNK = 512;
-    const int64_t first = tile * TILE, channels = std::min<int64_t>(TILE, w.n - first);
+  // Adds the sparse part of `count` channels times x to y[count]. All products first, many channels at a time, then each
+  // channel's sum.
+  static bool sparse_rows(const Weight& w, int64_t first, int64_t count, const float* x, float* y) {
+    constexpr int64_t CHUNK = 1024;
     const int32_t* rows = w.rows + first;
-    int64_t ends[TILE + 1];
-    for (int64_t r = 0; r <= channels; ++r) {
-      ends[r] = rows[r];
-      if (ends[r] < (r ? ends[r - 1] : 0) || ends[r] > w.nnz) return false;
-    }
-    // The processor adds while memory fetches the codes that come next.
-    const uint8_t* next = w.codes + (tile + 1) * TILE * w.k_padded * w.bits / 8 + S::AHEAD;
-    for (int64_t byte = 0; byte < 16 * (ends[channels] - ends[0]); byte += 64) S::prefetch(next + byte);
-    const uint32_t limit = uint32_t(w.k_padded);
-    uint32_t highest = 0;
-    for (int64_t begin = ends[0]; begin < ends[channels]; begin += CHUNK) {
-      const int64_t end = std::min(begin + CHUNK, ends[channels]);
-      float products[CHUNK];
+    bool fine = rows[0] >= 0 && rows[count] <= w.nnz;
+    for (int64_t r = 0; r < count; ++r) fine &= rows[r] <= rows[r + 1];
+    if (!fine) return false;
+    for (int64_t begin = rows[0], r = 0; begin < rows[count]; begin += CHUNK) {
+      const int64_t size = std::min<int64_t>(CHUNK, rows[count] - begin), end = begin + size;
       const int32_t* cols = w.cols + begin;
       const float* vals = w.vals + begin;
-      for (int64_t i = 0; i < end - begin; ++i) {
-        uint32_t k = uint32_t(cols[i]);
-        highest = std::max(highest, k);
-        k = std::min(k, limit - 1);
+      uint32_t highest = 0;
+      for (int64_t i = 0; i < size; ++i) highest = std::max(highest, uint32_t(cols[i]));
+      if (highest >= w.k_padded) return false;
+      float products[CHUNK];
+      for (int64_t i = 0; i < size; ++i) {
+        int64_t k = cols[i];
         asm("" : "+r"(k));  // keeps the compiler from gather instructions, which are slower than single loads
         products[i] = vals[i] * x[k];
       }
-      for (int64_t r = 0; r < channels; ++r) {
-        const int64_t from = std::max(ends[r], begin), to = std::min(ends[r + 1], end);
-        if (from < to) c[r] += total(products + (from - begin), to - from);
+      for (; r < count && rows[r] < end; ++r) {
+        const int64_t from = std::max<int64_t>(rows[r], begin), to = std::min<int64_t>(rows[r + 1], end);
+        y[r] += total(products + (from - begin), to - from);
+        if (rows[r + 1] > end) break;  // the rest is in the next chunk
       }
     }
-    return highest < limit;
+    return true;
   }
 
   static void finish(const Weight& w, const Output& out, int64_t rows, int64_t first, int64_t width, float* c) {

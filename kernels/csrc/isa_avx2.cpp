@@ -27,9 +27,11 @@ struct Avx2 {
     __m256 at(__m256i lanes) const {
       const __m256i index = _mm256_srli_epi32(lanes, SHIFT);
       const __m256 first = _mm256_permutevar8x32_ps(low, index);
-      if constexpr (BITS != 4) return first;
-      const __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28 - SHIFT));  // bit 3 becomes the sign
-      return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, index), top);
+      if constexpr (BITS == 4) {
+        const __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28 - SHIFT));  // bit 3 becomes the sign
+        return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, index), top);
+      }
+      return first;
     }
   };
 
@@ -58,7 +60,6 @@ struct Avx2 {
   static INLINE void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
   static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, __m256 value) { _mm256_storeu_ps(to, value); }
-  static __m256 mac(__m256 acc, __m256 weights, const float* x) { return mac(acc, weights, load(x)); }
   static __m256 mac(__m256 acc, __m256 weights, __m256 x) { return _mm256_fmadd_ps(weights, x, acc); }
   static __m256 affine(__m256 weights, float scale, float offset) {
     return _mm256_fmadd_ps(weights, _mm256_set1_ps(scale), _mm256_set1_ps(offset));
@@ -66,10 +67,12 @@ struct Avx2 {
   static __m256 scale(__m256 part, float scale, __m256 acc) {
     return _mm256_fmadd_ps(part, _mm256_set1_ps(scale), acc);
   }
-  static void sum(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
+  static void add_sums(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
     const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
   }
+  static bool same(Float) { return false; }  // whether x is stored as it comes
   static int64_t position(int64_t k) { return (k & ~int64_t(31)) + (k & 1) * 16 + (k & 31) / 2; }
   static void order(const float* from, float* to) {
     for (int i = 0; i < VECTOR; ++i) to[position(i)] = from[i];

@@ -51,7 +51,6 @@ struct Avx512 {
   static INLINE void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
   static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
   static void store(float* to, __m512 value) { _mm512_storeu_ps(to, value); }
-  static __m512 mac(__m512 acc, __m512 weights, const float* x) { return mac(acc, weights, load(x)); }
   static __m512 mac(__m512 acc, __m512 weights, __m512 x) { return _mm512_fmadd_ps(weights, x, acc); }
   static __m512 affine(__m512 weights, float scale, float offset) {
     return _mm512_fmadd_ps(weights, _mm512_set1_ps(scale), _mm512_set1_ps(offset));
@@ -59,12 +58,13 @@ struct Avx512 {
   static __m512 scale(__m512 part, float scale, __m512 acc) {
     return _mm512_fmadd_ps(part, _mm512_set1_ps(scale), acc);
   }
-  static void sum(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
-    out[0] = _mm512_reduce_add_ps(a);
-    out[1] = _mm512_reduce_add_ps(b);
-    out[2] = _mm512_reduce_add_ps(c);
-    out[3] = _mm512_reduce_add_ps(d);
+  static void add_sums(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
+    out[0] += _mm512_reduce_add_ps(a);
+    out[1] += _mm512_reduce_add_ps(b);
+    out[2] += _mm512_reduce_add_ps(c);
+    out[3] += _mm512_reduce_add_ps(d);
   }
+  static bool same(Float) { return false; }  // whether x is stored as it comes
   static int64_t position(int64_t k) { return (k & ~int64_t(31)) + (k & 1) * 16 + (k & 31) / 2; }
   static void order(const float* from, float* to) {
     for (int i = 0; i < VECTOR; ++i) to[position(i)] = from[i];

@@ -53,19 +53,20 @@ struct Avx512Bf16 {
   static INLINE void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
   static __m512i load(const uint16_t* from) { return _mm512_loadu_si512(from); }
   static void store(uint16_t* to, __m512i value) { _mm512_storeu_si512(to, value); }
-  static __m512 mac(__m512 acc, __m512i weights, const uint16_t* x) { return mac(acc, weights, load(x)); }
   static __m512 mac(__m512 acc, __m512i weights, __m512i x) {
     return _mm512_dpbf16_ps(acc, (__m512bh)weights, (__m512bh)x);
   }
   static __m512 scale(__m512 part, float scale, __m512 acc) {
     return _mm512_fmadd_ps(part, _mm512_set1_ps(scale), acc);
   }
-  static void sum(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
+  static void add_sums(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
     const __m256 low = _mm256_hadd_ps(halves(a), halves(b)), high = _mm256_hadd_ps(halves(c), halves(d));
     const __m256 all = _mm256_hadd_ps(low, high);
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
   }
   static __m256 halves(__m512 a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
+  static bool same(Float type) { return type == Float::bf16; }  // whether x is stored as it comes
   static int64_t position(int64_t k) { return k; }
   static void order(const float* from, uint16_t* to) {
     for (int i = 0; i < VECTOR; ++i) to[i] = float_to_bf16(from[i]);

@@ -50,7 +50,6 @@ struct Portable {
     return out;
   }
   static void store(float* to, Lanes value) { std::memcpy(to, value.value, sizeof value.value); }
-  static Lanes mac(Lanes acc, Lanes weights, const float* x) { return mac(acc, weights, load(x)); }
   static Lanes mac(Lanes acc, Lanes weights, Lanes x) {
     for (int i = 0; i < LANES; ++i) acc.value[i] += weights.value[i] * x.value[i];
     return acc;
@@ -63,12 +62,13 @@ struct Portable {
     for (int i = 0; i < LANES; ++i) acc.value[i] += part.value[i] * scale;
     return acc;
   }
-  static void sum(const Lanes& a, const Lanes& b, const Lanes& c, const Lanes& d, float* out) {
+  static void add_sums(const Lanes& a, const Lanes& b, const Lanes& c, const Lanes& d, float* out) {
     for (const Lanes* lanes : {&a, &b, &c, &d}) {
       const float* v = lanes->value;
-      *out++ = ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+      *out++ += ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
     }
   }
+  static bool same(Float) { return false; }  // whether x is stored as it comes
   static int64_t position(int64_t k) { return k; }
   static void order(const float* from, float* to) { std::memcpy(to, from, sizeof(float) * VECTOR); }
   static void add(float* to, float value) { *to += value; }

@@ -26,9 +26,7 @@ def _stream_by_the_book(codes: list[list[int]], bits: int) -> torch.Tensor:
 def _awq_by_the_book(codes: list[list[int]]) -> torch.Tensor:
     """int32 words [rows, columns/8]: nibble i of word c is column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]."""
     order = (0, 2, 4, 6, 1, 3, 5, 7)
-    rows = [
-        [sum(row[c + order[i]] << 4 * i for i in range(8)) for c in range(0, len(row), 8)] for row in codes
-    ]
+    rows = [[sum(row[c + order[i]] << 4 * i for i in range(8)) for c in range(0, len(row), 8)] for row in codes]
     words = torch.tensor(rows, dtype=torch.int64)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 

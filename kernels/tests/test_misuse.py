@@ -11,7 +11,7 @@ import torch
 import quantserve_kernels as kernels
 from kernel_cases import affine, codebook
 
-LINEAR = "x codes table scales zeros rows cols vals bias bits n k group_size".split()
+LINEAR = ["x", "codes", "table", "scales", "zeros", "rows", "cols", "vals", "bias", "bits", "n", "k", "group_size"]
 
 
 def _arguments() -> dict[str, Any]:
@@ -92,7 +92,10 @@ TABLE = torch.randn(1, 16)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: kernels.pack(_codes() + 16, TABLE, bits=4), r"codes go up to 16, which does not fit 4 bits \(0\.\.15\)"),
+        (
+            lambda: kernels.pack(_codes() + 16, TABLE, bits=4),
+            r"codes go up to 16, which does not fit 4 bits \(0\.\.15\)",
+        ),
         (lambda: kernels.pack(_codes().int(), TABLE, bits=4), r"codes is torch\.int32 \[6, 64\], expected uint8"),
         (lambda: kernels.pack(_codes()[0], TABLE, bits=4), r"codes is torch\.uint8 \[64\]"),
         (lambda: kernels.pack(_codes(), TABLE, bits=3), r"table has shape \[1, 16\], expected \[6, 8\] or \[1, 8\]"),

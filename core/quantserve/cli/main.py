@@ -18,7 +18,7 @@ COMMANDS = {
     "serve": "Check, plan and serve models behind an OpenAI-compatible API.",
     "convert": "Convert foreign checkpoint files to a safetensors folder.",
     "schema": "Print the JSON Schema of the config.",
-    "doctor": "Examine this machine: engine, torch, Ray, HAProxy, GPU, plugins.",
+    "doctor": "Examine this machine: engine, torch, kernels, Ray, HAProxy, GPU, plugins.",
 }
 INTERNAL_ERROR = 70  # sysexits.h EX_SOFTWARE: our own defect
 

@@ -128,7 +128,7 @@ def from_gptq(
         g_idx: int32 [k], the group of each input feature; must be the plain order (no act-order).
 
     Raises:
-        ValueError: the tensors do not fit each other, or the model was quantized with act-order, which needs x permuted.
+        ValueError: the tensors do not fit each other, or the model was quantized with act-order, which permutes x.
     """
     _expect_words(qweight, "qweight")
     _expect_words(qzeros, "qzeros")

@@ -160,13 +160,10 @@ def pack(
     """
     load()
     if isinstance(codes, Tensor):
-        whole = codes
-        if whole.ndim != 2 or whole.dtype != torch.uint8:
-            raise ValueError(f"codes is {whole.dtype} {list(whole.shape)}, expected uint8 [n, k]")
-        n, k = whole.shape
-
-        def channels(first: int, last: int) -> Tensor:
-            return whole[first:last]
+        if codes.ndim != 2 or codes.dtype != torch.uint8:
+            raise ValueError(f"codes is {codes.dtype} {list(codes.shape)}, expected uint8 [n, k]")
+        n, k = codes.shape
+        channels = _rows_of(codes)
     else:
         if shape is None:
             raise ValueError("codes is a function, so shape=(n, k) is needed")
@@ -199,6 +196,10 @@ def pack(
         k,
         group_size,
     )
+
+
+def _rows_of(codes: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda first, last: codes[first:last]
 
 
 def _packed(channels: Callable[[int, int], Tensor], bits: int, n: int, group_size: int) -> Tensor:
@@ -267,5 +268,6 @@ def _checked_csr(
     if nnz and not (int(cols.min()) >= 0 and int(cols.max()) < k):
         raise ValueError(f"cols holds {int(cols.min())}..{int(cols.max())}, expected 0..{k - 1} (in_features {k})")
     stored = cols.to(torch.int64)
-    stored = stored // shape.group * shape.group_padded + stored % shape.group
+    if cols.device.type == "cpu":  # whose kernels read x with every group padded; the GPU's read it as it is
+        stored = stored // shape.group * shape.group_padded + stored % shape.group
     return rows.to(torch.int32).contiguous(), stored.to(torch.int32).contiguous(), vals.to(torch.float32).contiguous()

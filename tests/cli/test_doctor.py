@@ -1,0 +1,121 @@
+"""What `quantserve doctor` says about the kernels: as they are here, and where they are missing or slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import quantserve_kernels
+from quantserve.cli import doctor_command
+from quantserve.cli.main import run
+from quantserve.target import known_targets
+
+NAME = f"quantserve-kernels {version('quantserve-kernels')}"
+
+
+def kernels_row(output: str) -> dict[str, str]:
+    row: dict[str, str]
+    (row,) = [row for row in json.loads(output) if row["what"] == "kernels"]
+    return row
+
+
+def elsewhere(before: str = "", **environment: str) -> dict[str, str]:
+    """The row a process of its own prints, after some code, as on a CPU; fails if it imported torch."""
+    code = f"""
+import sys
+{before}
+from quantserve.cli import doctor_command
+from quantserve.cli.main import run
+from quantserve.target import this_cpu
+doctor_command.find_target = lambda name: this_cpu()
+run(["doctor", "--quick", "--json"])
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, **environment},
+    )
+    return kernels_row(done.stdout)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A folder with the real package but for its compiled part."""
+    source = Path(quantserve_kernels.__file__).parent
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("_C.*", "*.txt", "__pycache__"))
+    return tmp_path
+
+
+def test_the_installed_kernels_are_named_with_their_instruction_set() -> None:
+    found = quantserve_kernels.status()
+    if not found.native or found.instruction_set == "portable":
+        pytest.skip("the kernels of this machine are not fast")
+    row = elsewhere()
+    assert (row["status"], row["detail"], row["fix"]) == ("ok", f"{NAME}, {found.instruction_set}", "")
+
+
+def test_missing_kernels_are_a_warning() -> None:
+    row = elsewhere("sys.modules['quantserve_kernels'] = None")
+    assert row["status"] == "warning"
+    assert row["detail"].startswith("not installed: SqueezeLLM cannot be served")
+    assert "pip install --no-build-isolation 'quantserve[kernels]'" in row["fix"]
+
+
+@pytest.mark.parametrize("note", ["no C++ compiler found (looked for g++)", ""])
+def test_kernels_that_were_not_compiled_are_a_warning_with_the_reason(stand_in: Path, note: str) -> None:
+    if note:
+        (stand_in / "quantserve_kernels" / "build-failure.txt").write_text(f"{note}\nmore about it\n")
+    row = elsewhere(PYTHONPATH=str(stand_in))
+    assert row["status"] == "warning"
+    assert "plain torch, many times slower" in row["detail"]
+    assert row["detail"].endswith(note or "built without a compiler")
+    assert "g++" in row["fix"]
+
+
+@pytest.mark.skipif(not quantserve_kernels.status().native, reason="the operators are not compiled here")
+def test_portable_kernels_are_a_warning() -> None:
+    row = elsewhere(QUANTSERVE_KERNELS_ISA="portable")
+    assert row["status"] == "warning"
+    assert row["detail"].startswith(f"{NAME}, portable")
+    assert "AVX2" in row["fix"]
+
+
+def test_a_gpu_runs_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor_command, "find_target", lambda name: known_targets()["h100"])
+    run(["doctor", "--quick", "--json"])
+    row = kernels_row(capsys.readouterr().out)
+    assert (row["status"], row["detail"]) == ("ok", f"{NAME}, Triton")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "detail"),
+    [
+        ("", "ok", "works"),
+        ("raise OSError('no library\\n  fix: build it')", "fail", "OSError: no library"),
+        ("import sys; sys.exit(3)", "fail", "exit 3"),
+    ],
+)
+def test_an_import_that_fails_says_why(code: str, status: str, detail: str) -> None:
+    row = doctor_command._imports("kernels import", code, "make setup")
+    assert (row.status, row.detail, row.fix) == (status, detail, "" if status == "ok" else "make setup")
+
+
+@pytest.mark.slow
+def test_without_quick_the_kernels_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor_command, "_installed", lambda *names: "quantserve-kernels" in names)  # no engine: quick
+    run(["doctor", "--json"])
+    (row,) = [row for row in json.loads(capsys.readouterr().out) if row["what"] == "kernels import"]
+    assert row["status"] == "ok"

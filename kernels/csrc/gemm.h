@@ -2,8 +2,9 @@
 // templates compiled for two instruction sets must not be merged by the linker.
 //
 // S gives: Element (of prepared x and decoded tiles), Acc (float32 accumulator), Vec (decoded weights), PARTS (Vecs per
-// vector of 32), LANES (elements per Vec), ROWS (rows of x in the register block), Table<bits>, Codes<bits>, and the
-// functions used below.
+// vector of 32), LANES (elements per Vec), HEIGHT and ROWS (rows of x in a register block, beside weights that are decoded
+// there and beside stored ones), DIRECT (rows of x up to which weights are not stored), AHEAD (bytes fetched ahead),
+// Table<bits>, Codes<bits>, and the functions used below.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -102,13 +103,7 @@ inline INLINE void unrolled(Body&& body) {
   unrolled<N>(std::forward<Body>(body), std::make_integer_sequence<int, N>{});
 }
 
-// How many vectors share one scale at most, so that a unit never crosses a group or a block: 1, 2 or 4.
-inline int unit_of(const Weight& w) {
-  const int64_t both = (w.group_padded / VECTOR) | block_vectors(w.bits);
-  return both % 4 == 0 ? 4 : both % 2 == 0 ? 2 : 1;
-}
-
-// Converts `count` scales or zeros to float32.
+// Converts `count` values to float32.
 inline void widen(const void* from, Float type, int64_t first, int64_t count, float* to) {
   if (type == Float::f32) {
     std::copy_n(static_cast<const float*>(from) + first, count, to);
@@ -130,16 +125,6 @@ inline void widen(const void* from, Float type, int64_t first, int64_t count, fl
   }
 #endif
   for (; i < count; ++i) to[i] = load_float(from, type, first + i);
-}
-
-// Spreads one value per group to one per unit, in place; the padding up to a whole block becomes 0, as x is there.
-inline void spread(float* values, int64_t groups, int64_t per_group, int64_t units) {
-  std::fill(values + std::min(groups * per_group, units), values + units, 0.0f);
-  if (per_group == 1) return;
-  for (int64_t g = groups - 1; g >= 0; --g) {
-    const float value = values[g];
-    std::fill(values + std::min(g * per_group, units), values + std::min((g + 1) * per_group, units), value);
-  }
 }
 
 // Sum of a few values, in partial sums. Rows of a sparse part are short, and of every length: no branch on the length up
@@ -164,16 +149,70 @@ inline float total(const float* values, int64_t count) {
 #endif
 }
 
-// Sum of -scale * zero * sum of x over the groups, in sixteen partial sums.
-inline float zero_correction(const float* scales, const float* zeros, const float* sums, int64_t groups) {
-  float part[16] = {};
-  int64_t g = 0;
-  for (; g + 16 <= groups; g += 16) {
-    for (int i = 0; i < 16; ++i) part[i] -= scales[g + i] * zeros[g + i] * sums[g + i];
+typedef float Four __attribute__((vector_size(16)));  // a value for each channel of a tile
+
+// Four scales or zeros, those of a tile in one group.
+inline void widen_four(const void* from, Float type, int64_t first, float* to) {
+#ifdef __F16C__
+  if (type == Float::f16) {
+    const auto* half = static_cast<const uint16_t*>(from) + first;
+    _mm_storeu_ps(to, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(half))));
+    return;
   }
-  for (; g < groups; ++g) part[g % 16] -= scales[g] * zeros[g] * sums[g];
-  return total(part, 16);
+#endif
+  widen(from, type, first, TILE, to);
 }
+
+// Walks along the groups of a tile, one unit of vectors at a time.
+class Groups {
+ public:
+  Groups(const Weight& w, int64_t tile, int unit, int64_t first_unit)
+      : w_(w), per_group_(w.group_padded / VECTOR / unit), base_(tile * w.groups * TILE),
+        group(first_unit / per_group_ - 1), left_(first_unit % per_group_ ? 0 : 1) {
+    if (left_ == 0) {  // within a group
+      left_ = per_group_ - first_unit % per_group_ + 1;
+      ++group;
+      load();
+    }
+  }
+
+  // True where a group begins. `scale` holds its scales then, and `offset` -zero * scale.
+  INLINE bool step() {
+    if (--left_ > 0) return false;
+    left_ = per_group_;
+    ++group;
+    load();
+    return true;
+  }
+
+ private:
+  const Weight& w_;
+  const int64_t per_group_, base_;
+
+ public:
+  int64_t group;
+  float scale[TILE] = {};
+  Four offset = {};
+
+ private:
+  int64_t left_;
+
+  INLINE void load() {
+    if (!w_.scales || group >= w_.groups) {  // beyond them is padding up to a whole block, where x is zero
+      std::fill_n(scale, TILE, 0.0f);
+      offset = Four{};
+      return;
+    }
+    widen_four(w_.scales, w_.scale_type, base_ + group * TILE, scale);
+    if (!w_.zeros) return;
+    float zero[TILE];
+    widen_four(w_.zeros, w_.scale_type, base_ + group * TILE, zero);
+    Four scales, zeros;
+    std::memcpy(&scales, scale, sizeof scales);
+    std::memcpy(&zeros, zero, sizeof zeros);
+    offset = -scales * zeros;
+  }
+};
 
 inline const float* table_of(const Weight& w, int64_t row) {
   return w.per_channel ? w.table + (row << w.bits) : w.table;
@@ -191,9 +230,9 @@ void prefetch_side_data(const Weight& w, int64_t tile) {
     for (int64_t at = begin; at < end; at += 64) S::prefetch(from + at);
   };
   if (w.per_channel) range(w.table, first << w.bits << 2, last << w.bits << 2);
-  const int64_t size = w.scale_type == Float::f32 ? 4 : 2;
-  if (w.scales) range(w.scales, first * w.groups * size, last * w.groups * size);
-  if (w.zeros) range(w.zeros, first * w.groups * size, last * w.groups * size);
+  const int64_t size = (w.scale_type == Float::f32 ? 4 : 2) * w.groups;
+  if (w.scales) range(w.scales, first * size, (first + TILE) * size);
+  if (w.zeros) range(w.zeros, first * size, (first + TILE) * size);
 }
 
 // Vector J's share of fetching the tile's codes that come AHEAD bytes later: all at once they would block other loads.
@@ -205,118 +244,114 @@ inline INLINE void prefetch_share(const uint8_t* codes) {
   });
 }
 
-// c[m * width + r] += x[m] . W[tile * TILE + r] without the sparse part; UNIT 0: no scales. `scales` holds
-// TILE * k_padded / VECTOR floats, `zeros` as many.
+// c[m * width + r] += x[m] . W[tile * TILE + r] for `rows` <= M rows of x, without the sparse part; UNIT 0: no scales.
+// The sum over a group is scaled, not the weights, and zero points are taken off with the sums of x: nothing is rounded.
 template <class S, int BITS, int UNIT, int M>
-void small_tile(const Weight& w, const Input& in, int64_t tile, float* scales, float* zeros, float* c, int64_t width) {
+void small_tile(const Weight& w, const Input& in, int64_t row, int64_t rows, int64_t tile, float* c, int64_t width) {
   using Acc = typename S::Acc;
   constexpr int V = block_vectors(BITS);
   constexpr int U = UNIT ? UNIT : V;
-  const int64_t blocks = w.k_padded / (V * VECTOR), units = blocks * (V / U), stride = w.k_padded;
+  constexpr int R = UNIT != 0 && M > 2 ? TILE / 2 : TILE;  // channels whose sums over a group fit the registers
+  const int64_t blocks = w.k_padded / (V * VECTOR);
   typename S::template Table<BITS> table[TILE];
-  float correction[TILE][M] = {};
-  for (int r = 0; r < TILE; ++r) {
-    const int64_t channel = std::min(tile * TILE + r, w.n - 1);
-    table[r].set(table_of(w, channel));
-    if constexpr (UNIT != 0) {
-      widen(w.scales, w.scale_type, channel * w.groups, w.groups, scales + r * units);
-      if (w.zeros) {
-        widen(w.zeros, w.scale_type, channel * w.groups, w.groups, zeros);
-        for (int m = 0; m < M; ++m) {
-          correction[r][m] = zero_correction(scales + r * units, zeros, in.sums + m * w.groups, w.groups);
-        }
-      }
-      spread(scales + r * units, w.groups, w.group_padded / VECTOR / UNIT, units);
-    }
+  for (int r = 0; r < TILE; ++r) table[r].set(table_of(w, std::min(tile * TILE + r, w.n - 1)));
+  const typename S::Element* x[M];
+  const float* sums[M];
+  for (int m = 0; m < M; ++m) {
+    const int64_t at = row + std::min<int64_t>(m, rows - 1);
+    x[m] = static_cast<const typename S::Element*>(in.x) + at * w.k_padded;
+    sums[m] = in.sums + at * w.groups;
   }
-  const auto* x = static_cast<const typename S::Element*>(in.x);
   const uint8_t* codes = w.codes + tile * TILE * blocks * block_bytes(BITS);
+  Four correction[M] = {};
   Acc acc[TILE][M];
   unrolled<TILE * M>([&](auto i) INLINE { acc[i / M][i % M] = S::zero(); });
-  for (int64_t b = 0; b < blocks; ++b, codes += TILE * block_bytes(BITS), x += V * VECTOR) {
+  Groups groups(w, tile, UNIT ? UNIT : 1, 0);
+  for (int64_t b = 0; b < blocks; ++b, codes += TILE * block_bytes(BITS)) {
     using Codes = typename S::template Codes<BITS>;
     constexpr int64_t NEXT = block_bytes(BITS);
+    const int64_t at = b * V * VECTOR;
     const Codes code[TILE] = {Codes(codes), Codes(codes + NEXT), Codes(codes + 2 * NEXT), Codes(codes + 3 * NEXT)};
     unrolled<V / U>([&](auto u) INLINE {
-      Acc part[TILE][M];
-      unrolled<TILE * M>([&](auto i) INLINE { part[i / M][i % M] = UNIT ? S::zero() : acc[i / M][i % M]; });
-      unrolled<U * S::PARTS>([&](auto i) INLINE {
-        constexpr int j = u * U + i / S::PARTS, p = i % S::PARTS;
-        if constexpr (p == 0) prefetch_share<S, BITS, j>(codes);
-        typename S::Vec input[M];
-        unrolled<M>([&](auto m) INLINE { input[m] = S::load(x + m * stride + j * VECTOR + p * S::LANES); });
-        // The channels alternate: each is a chain of additions of its own, and a load of x serves all.
-        unrolled<TILE>([&](auto r) INLINE {
-          const auto weights = code[r].template get<j, p>(table[r]);
-          unrolled<M>([&](auto m) INLINE { part[r][m] = S::mac(part[r][m], weights, input[m]); });
+      if (UNIT != 0 && groups.step() && w.zeros && groups.group < w.groups) {
+        unrolled<M>([&](auto m) INLINE { correction[m] += groups.offset * sums[m][groups.group]; });
+      }
+      unrolled<TILE / R>([&](auto half) INLINE {
+        Acc part[R][M];
+        unrolled<R * M>([&](auto i) INLINE {
+          part[i / M][i % M] = UNIT ? S::zero() : acc[half * R + i / M][i % M];
         });
-      });
-      unrolled<TILE * M>([&](auto i) INLINE {
-        constexpr int r = i / M, m = i % M;
-        acc[r][m] = UNIT ? S::scale(part[r][m], scales[r * units + b * (V / U) + u], acc[r][m]) : part[r][m];
+        unrolled<U * S::PARTS>([&](auto i) INLINE {
+          constexpr int j = u * U + i / S::PARTS, p = i % S::PARTS;
+          if constexpr (p == 0 && half == 0) prefetch_share<S, BITS, j>(codes);
+          typename S::Vec input[M];
+          unrolled<M>([&](auto m) INLINE { input[m] = S::load(x[m] + at + j * VECTOR + p * S::LANES); });
+          // The channels alternate: each is a chain of additions of its own, and a load of x serves all.
+          unrolled<R>([&](auto r) INLINE {
+            const auto weights = code[half * R + r].template get<j, p>(table[half * R + r]);
+            unrolled<M>([&](auto m) INLINE { part[r][m] = S::mac(part[r][m], weights, input[m]); });
+          });
+        });
+        unrolled<R * M>([&](auto i) INLINE {
+          constexpr int r = i / M, m = i % M;
+          Acc& total = acc[half * R + r][m];
+          total = UNIT ? S::scale(part[r][m], groups.scale[half * R + r], total) : part[r][m];
+        });
       });
     });
   }
-  for (int m = 0; m < M; ++m) {
-    for (int r = 0; r < TILE; ++r) c[m * width + r] += correction[r][m];
-  }
-  unrolled<M>([&](auto m) INLINE { S::add_sums(acc[0][m], acc[1][m], acc[2][m], acc[3][m], c + m * width); });
+  unrolled<M>([&](auto m) INLINE {
+    if (m >= rows) return;
+    for (int r = 0; UNIT && r < TILE; ++r) c[m * width + r] += correction[m][r];
+    S::add_sums(acc[0][m], acc[1][m], acc[2][m], acc[3][m], c + m * width);
+  });
+}
+
+// A panel of three rows is computed as one of four.
+template <class S, int BITS, int UNIT>
+void small_rows(const Weight& w, const Input& in, int64_t row, int64_t rows, int64_t tile, float* c, int64_t width) {
+  if (rows == 1) return small_tile<S, BITS, UNIT, 1>(w, in, row, rows, tile, c, width);
+  if (rows == 2) return small_tile<S, BITS, UNIT, 2>(w, in, row, rows, tile, c, width);
+  if constexpr (S::HEIGHT > 2) small_tile<S, BITS, UNIT, 4>(w, in, row, rows, tile, c, width);
 }
 
 // --- many rows of x: a decoded tile is reused by all of them ----------------------------------------------------------
 
-// Decodes blocks [begin, end) of a tile to out[features / LANES, TILE, LANES]; `scales` and `offsets` are expanded.
+// Decodes blocks [begin, end) of a tile to out[features / LANES, TILE, LANES].
 template <class S, int BITS, int UNIT>
-void decode_tile(const Weight& w, int64_t tile, int64_t begin, int64_t end, const float* scales, const float* offsets,
-                 typename S::Element* out) {
+void decode_tile(const Weight& w, int64_t tile, int64_t begin, int64_t end, typename S::Element* out) {
   constexpr int V = block_vectors(BITS);
   constexpr int U = UNIT ? UNIT : V;
-  const int64_t blocks = w.k_padded / (V * VECTOR), units = blocks * (V / U);
+  const int64_t blocks = w.k_padded / (V * VECTOR);
   const float* entries[TILE];
   typename S::template Table<BITS> table[TILE];
   for (int r = 0; r < TILE; ++r) {
     entries[r] = table_of(w, std::min(tile * TILE + r, w.n - 1));
     table[r].set(entries[r]);
   }
+  Groups groups(w, tile, UNIT ? UNIT : 1, begin * (V / U));
+  if constexpr (UNIT != 0 && S::SCALES_TABLE) {
+    for (int r = 0; r < TILE; ++r) table[r].set_scaled(entries[r], groups.scale[r], groups.offset[int(r)]);
+  }
   const uint8_t* codes = w.codes + (tile * blocks + begin) * TILE * block_bytes(BITS);
   for (int64_t b = begin; b < end; ++b, codes += TILE * block_bytes(BITS), out += TILE * V * VECTOR) {
-    unrolled<TILE>([&](auto r) INLINE {
-      for (int line = 0; line < block_bytes(BITS); line += 64) {
-        S::prefetch(codes + r * block_bytes(BITS) + line + S::AHEAD);
-      }
-      const typename S::template Codes<BITS> code(codes + r * block_bytes(BITS));
-      unrolled<V / U>([&](auto u) INLINE {
-        float scale = 1.0f, offset = 0.0f;
-        if constexpr (UNIT != 0) {
-          scale = scales[r * units + b * (V / U) + u];
-          offset = offsets[r * units + b * (V / U) + u];
-          if constexpr (S::SCALES_TABLE) table[r].set_scaled(entries[r], scale, offset);
+    unrolled<V / U>([&](auto u) INLINE {
+      if (UNIT != 0 && groups.step()) {
+        if constexpr (S::SCALES_TABLE) {
+          unrolled<TILE>([&](auto r) INLINE { table[r].set_scaled(entries[r], groups.scale[r], groups.offset[int(r)]); });
         }
+      }
+      unrolled<TILE>([&](auto r) INLINE {
+        const typename S::template Codes<BITS> code(codes + r * block_bytes(BITS));
         unrolled<U * S::PARTS>([&](auto i) INLINE {
           constexpr int j = u * U + i / S::PARTS, p = i % S::PARTS;
+          if constexpr (p == 0 && r == 0) prefetch_share<S, BITS, j>(codes);
           auto weights = code.template get<j, p>(table[r]);
-          if constexpr (UNIT != 0 && !S::SCALES_TABLE) weights = S::affine(weights, scale, offset);
+          if constexpr (UNIT != 0 && !S::SCALES_TABLE) weights = S::affine(weights, groups.scale[r], groups.offset[int(r)]);
           S::store(out + ((j * S::PARTS + p) * TILE + r) * S::LANES, weights);
         });
       });
     });
-  }
-}
-
-// The scales of a tile's channels, and -zero * scale, one per unit.
-inline void expand(const Weight& w, int64_t tile, int unit, float* scales, float* offsets) {
-  const int64_t units = w.k_padded / VECTOR / unit, per_group = w.group_padded / VECTOR / unit;
-  for (int r = 0; r < TILE; ++r, scales += units, offsets += units) {
-    const int64_t channel = std::min(tile * TILE + r, w.n - 1);
-    widen(w.scales, w.scale_type, channel * w.groups, w.groups, scales);
-    if (w.zeros) {
-      widen(w.zeros, w.scale_type, channel * w.groups, w.groups, offsets);
-      for (int64_t g = 0; g < w.groups; ++g) offsets[g] *= -scales[g];
-    } else {
-      std::fill_n(offsets, w.groups, 0.0f);
-    }
-    spread(scales, w.groups, per_group, units);
-    spread(offsets, w.groups, per_group, units);
   }
 }
 
@@ -374,54 +409,61 @@ template <class S>
 struct Gemm {
   using Element = typename S::Element;
 
-  static constexpr int64_t SMALL = 2;     // rows of x up to which small_tile is used
-  static constexpr int64_t RUN = 64;      // tiles finished at once then
-  static constexpr int64_t WIDE = 32;     // rows of x from which a strip is several tiles, so that x is read less often
-  static constexpr int64_t DEPTH = 2048;  // input features decoded at once: a tile and some rows of x fit the L1 cache
+  static constexpr int64_t RUN = 64;      // tiles finished at once where weights go from registers into the products
+  static constexpr int64_t WIDE = 128;    // rows of x from which strips are wide, so that x is read less often
+  static constexpr int64_t DEPTH = 2048;  // input features decoded at once: a tile and a panel of x fit the L1 cache
 
-  static int64_t strip(int64_t m) { return m < WIDE ? TILE : 16 * TILE; }
+  // Whether each panel of x decodes the weights anew: better than storing them up to some rows, fewer with a sparse
+  // part, which is then added to the stored weights once for all rows.
+  static bool direct(const Weight& w, int64_t m) { return m <= (w.rows ? 2 : w.scales ? S::HEIGHT : S::DIRECT); }
+
+  static int64_t strip(const Weight& w, int64_t m) {
+    return direct(w, m) ? TILE : m < WIDE / 4 ? TILE : m < WIDE ? 16 * TILE : 32 * TILE;
+  }
 
   static int64_t depth(const Weight& w) {
     const int64_t block = block_vectors(w.bits) * VECTOR;
     return std::min(w.k_padded, DEPTH / block * block);
   }
 
-  static size_t scale_floats(const Weight& w) { return w.scales ? size_t(TILE * w.k_padded / VECTOR) : 0; }
+  static int64_t results(const Weight& w, int64_t m) { return (direct(w, m) ? RUN * TILE : strip(w, m)) * m; }
 
   static size_t scratch(const Weight& w, int64_t m) {
-    const size_t tiles = size_t(strip(m) / TILE), results = size_t((m <= SMALL ? RUN * TILE : strip(m)) * m);
-    const size_t floats = 2 * tiles * scale_floats(w) + results;
-    return floats * sizeof(float) + size_t(strip(m) * depth(w)) * sizeof(Element) + 192;
+    const size_t decoded = direct(w, m) ? 0 : size_t(strip(w, m) * depth(w)) * sizeof(Element);
+    return size_t(results(w, m)) * sizeof(float) + decoded + 128;
   }
 
-  // Rows of x are stored in panels of nearly equal height, ROWS at most; few rows one by one.
-  static int64_t panels(int64_t m) { return m <= SMALL ? m : (m + S::ROWS - 1) / S::ROWS; }
-  static int64_t panel_begin(int64_t m, int64_t panel) { return m * panel / panels(m); }
+  // Rows of x are handled in panels of nearly equal height. Prepared, the rows of a panel alternate, but for `direct` they
+  // stay whole: each is prepared as a panel of its own.
+  static int64_t count_panels(int64_t m, int64_t height) { return (m + height - 1) / height; }
+  static int64_t panels(const Weight& w, int64_t m) { return direct(w, m) ? m : count_panels(m, S::ROWS); }
+  static int64_t panel_begin(int64_t m, int64_t panel, int64_t count) { return m * panel / count; }
 
   static void prepare(const Weight& w, const Source& source, int64_t panel, void* out, float* sums, float* plain) {
-    const int64_t begin = panel_begin(source.m, panel), rows = panel_begin(source.m, panel + 1) - begin;
+    const int64_t count = panels(w, source.m), begin = panel_begin(source.m, panel, count);
+    const int64_t rows = panel_begin(source.m, panel + 1, count) - begin;
     const int64_t vectors = w.k_padded / VECTOR, per_group = w.group_padded / VECTOR;
     for (int64_t r = 0; r < rows; ++r) {
       auto* to = static_cast<Element*>(out) + begin * w.k_padded + r * S::LANES;
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t g = v / per_group, offset = v % per_group * VECTOR;
-        const int64_t count = g < w.groups ? std::clamp<int64_t>(w.group - offset, 0, VECTOR) : 0;
-        if (S::same(source.type) && count == VECTOR && !sums && !plain) {
+        const int64_t filled = g < w.groups ? std::clamp<int64_t>(w.group - offset, 0, VECTOR) : 0;
+        if (S::same(source.type) && filled == VECTOR && !sums && !plain) {
           const auto* from = static_cast<const Element*>(source.x) + (begin + r) * w.k + g * w.group + offset;
           std::memcpy(to, from, sizeof(Element) * VECTOR);
           to += rows * VECTOR;
           continue;
         }
         float values[VECTOR];
-        if (count < VECTOR) std::fill_n(values, VECTOR, 0.0f);
-        widen(source.x, source.type, (begin + r) * w.k + g * w.group + offset, count, values);
+        if (filled < VECTOR) std::fill_n(values, VECTOR, 0.0f);
+        widen(source.x, source.type, (begin + r) * w.k + g * w.group + offset, filled, values);
         Element ordered[VECTOR];
         S::order(values, ordered);
         for (int p = 0; p < S::PARTS; ++p, to += rows * S::LANES) {
           std::memcpy(to, ordered + p * S::LANES, sizeof(Element) * S::LANES);
         }
         if (plain) std::memcpy(plain + (begin + r) * w.k_padded + v * VECTOR, values, sizeof values);
-        if (sums && count) {
+        if (sums && filled) {
           float& sum = sums[(begin + r) * w.groups + g];
           sum = total(values, VECTOR) + (offset ? sum : 0.0f);
         }
@@ -440,40 +482,34 @@ struct Gemm {
 
   template <int BITS>
   static bool run_bits(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, char* scratch) {
+    // Vectors that share a scale: those of 128 input features where groups allow (64 with 8 bits), else each has its own.
+    constexpr int UNIT = BITS == 8 ? 2 : 4;
     if (!w.scales) return run_unit<BITS, 0>(w, in, out, begin, end, scratch);
-    switch (unit_of(w)) {
-      case 1: return run_unit<BITS, 1>(w, in, out, begin, end, scratch);
-      case 2: return run_unit<BITS, 2>(w, in, out, begin, end, scratch);
-      default:
-        if constexpr (BITS != 8) return run_unit<BITS, 4>(w, in, out, begin, end, scratch);
-        return false;  // a block of 8-bit codes has two vectors
-    }
+    if (w.group_padded / VECTOR % UNIT == 0) return run_unit<BITS, UNIT>(w, in, out, begin, end, scratch);
+    return run_unit<BITS, 1>(w, in, out, begin, end, scratch);
   }
 
   template <int BITS, int UNIT>
   static bool run_unit(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, char* scratch) {
-    const int64_t tiles = strip(in.m) / TILE;
-    auto* scales = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
-    float* offsets = scales + tiles * scale_floats(w);
-    float* c = offsets + tiles * scale_floats(w);
-    float* after = c + (in.m <= SMALL ? RUN * TILE : strip(in.m)) * in.m;
+    auto* c = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
+    float* after = c + results(w, in.m);
     auto* decoded = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(after) + 63) & ~uintptr_t(63));
     bool fine = true;
-    if (in.m <= SMALL) {
+    if (direct(w, in.m)) {
       for (int64_t tile = begin; tile < end; tile += RUN) {
-        fine &= small_run<BITS, UNIT>(w, in, out, tile, std::min(tile + RUN, end), scales, offsets, c);
+        fine &= direct_run<BITS, UNIT>(w, in, out, tile, std::min(tile + RUN, end), c);
       }
     } else {
-      for (int64_t s = begin; s < end; ++s) fine &= large_strip<BITS, UNIT>(w, in, out, s, scales, offsets, c, decoded);
+      for (int64_t s = begin; s < end; ++s) fine &= decoded_strip<BITS, UNIT>(w, in, out, s, c, decoded);
     }
     return fine;
   }
 
   // The tiles [begin, end), after the sparse part of all their channels: the two read memory in different ways.
   template <int BITS, int UNIT>
-  static bool small_run(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, float* scales,
-                        float* offsets, float* c) {
+  static bool direct_run(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, float* c) {
     const int64_t first = begin * TILE, channels = std::min(end * TILE, w.n) - first, width = (end - begin) * TILE;
+    const int64_t panels = count_panels(in.m, S::HEIGHT);
     bool fine = true;
     std::fill_n(c, in.m * width, 0.0f);
     for (int64_t m = 0; w.rows && m < in.m; ++m) {
@@ -489,41 +525,41 @@ struct Gemm {
         S::prefetch(w.cols + next + (tile - begin) * slice + i);
         S::prefetch(w.vals + next + (tile - begin) * slice + i);
       }
-      float* to = c + (tile - begin) * TILE;
-      if (in.m == 1) small_tile<S, BITS, UNIT, 1>(w, in, tile, scales, offsets, to, width);
-      else small_tile<S, BITS, UNIT, 2>(w, in, tile, scales, offsets, to, width);
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t m = panel_begin(in.m, p, panels), rows = panel_begin(in.m, p + 1, panels) - m;
+        small_rows<S, BITS, UNIT>(w, in, m, rows, tile, c + m * width + (tile - begin) * TILE, width);
+      }
     }
     finish(w, out, in.m, first, width, c);
     return fine;
   }
 
   template <int BITS, int UNIT>
-  static bool large_strip(const Weight& w, const Input& in, const Output& out, int64_t index, float* scales,
-                          float* offsets, float* c, Element* decoded) {
+  static bool decoded_strip(const Weight& w, const Input& in, const Output& out, int64_t index, float* c,
+                            Element* decoded) {
     constexpr int64_t BLOCK = block_vectors(BITS) * VECTOR;
-    const int64_t width = strip(in.m), tiles = std::min(width, w.n - index * width + TILE - 1) / TILE;
-    const int64_t blocks = w.k_padded / BLOCK, step = depth(w) / BLOCK, expanded = scale_floats(w);
+    const int64_t width = strip(w, in.m), tiles = std::min(width, w.n - index * width + TILE - 1) / TILE;
+    const int64_t blocks = w.k_padded / BLOCK, step = depth(w) / BLOCK, panels = count_panels(in.m, S::ROWS);
     bool fine = true;
     std::fill_n(c, in.m * width, 0.0f);
-    for (int64_t t = 0; UNIT && t < tiles; ++t) {
-      expand(w, index * (width / TILE) + t, UNIT ? UNIT : 1, scales + t * expanded, offsets + t * expanded);
-    }
     for (int64_t b = 0; b < blocks; b += step) {
       const int64_t end = std::min(b + step, blocks), features = (end - b) * BLOCK;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t tile = index * (width / TILE) + t;
         auto* to = decoded + t * TILE * features;
-        decode_tile<S, BITS, UNIT>(w, tile, b, end, scales + t * expanded, offsets + t * expanded, to);
+        decode_tile<S, BITS, UNIT>(w, tile, b, end, to);
         if (w.rows) fine &= add_sparse<S>(w, tile, b * BLOCK, features, to);
       }
-      for (int64_t p = 0; p < panels(in.m); ++p) {
-        const int64_t m = panel_begin(in.m, p), rows = panel_begin(in.m, p + 1) - m;
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t m = panel_begin(in.m, p, panels), rows = panel_begin(in.m, p + 1, panels) - m;
         const auto* x = static_cast<const Element*>(in.x) + m * w.k_padded + b * BLOCK * rows;
         const int64_t share = features * rows / tiles;
         for (int64_t t = 0; t < tiles; ++t) {
           // A part of the next panel for every tile: it comes from the third cache level while this one is multiplied.
           const auto* next = x + rows * w.k_padded + t * share;
-          for (int64_t i = 0; tiles > 1 && i < share; i += 64 / int64_t(sizeof(Element))) __builtin_prefetch(next + i, 0, 2);
+          for (int64_t i = 0; tiles > 1 && i < share; i += 64 / int64_t(sizeof(Element))) {
+            __builtin_prefetch(next + i, 0, 2);
+          }
           multiply_rows<S>(decoded + t * TILE * features, x, features, c + m * width + t * TILE, width, rows);
         }
       }
@@ -571,7 +607,7 @@ struct Gemm {
   }
 
   static constexpr Kernel kernel(const char* name) {
-    return {name, sizeof(Element), SMALL, panels, prepare, scratch, strip, run};
+    return {name, sizeof(Element), direct, panels, prepare, scratch, strip, run};
   }
 };
 

@@ -11,7 +11,7 @@ struct Avx2 {
   using Element = float;
   using Acc = __m256;
   using Vec = __m256;
-  static constexpr int PARTS = 4, LANES = 8, ROWS = 2, AHEAD = 2048;
+  static constexpr int PARTS = 4, LANES = 8, ROWS = 2, HEIGHT = 2, DIRECT = 2, AHEAD = 2048;
   static constexpr bool SCALES_TABLE = false;
 
   template <int BITS>

@@ -12,7 +12,7 @@ struct Avx512 {
   using Element = float;
   using Acc = __m512;
   using Vec = __m512;
-  static constexpr int PARTS = 2, LANES = 16, ROWS = 6, AHEAD = 4096;
+  static constexpr int PARTS = 2, LANES = 16, ROWS = 6, HEIGHT = 4, DIRECT = 8, AHEAD = 4096;
   static constexpr bool SCALES_TABLE = false;
 
   template <int BITS>

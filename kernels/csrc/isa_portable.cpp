@@ -12,7 +12,7 @@ struct Portable {
   using Element = float;
   using Acc = Lanes;
   using Vec = Lanes;
-  static constexpr int PARTS = 4, LANES = 8, ROWS = 1, AHEAD = 0;
+  static constexpr int PARTS = 4, LANES = 8, ROWS = 1, HEIGHT = 2, DIRECT = 2, AHEAD = 0;
   static constexpr bool SCALES_TABLE = false;
 
   template <int BITS>

@@ -13,7 +13,7 @@
 //
 // One shift brings a vector's codes down to bit 0. What stands above them needs no mask: a table of 32 entries is
 // indexed by 5 bits, and shorter tables repeat. Four output channels form a *tile* whose blocks alternate, so that a
-// thread reads one sequential stream: [n / 4, blocks, 4, bytes]. Where the group size is no multiple of 32, every group
+// thread reads one sequential stream: [n / 4, blocks, 4, bytes]; scales and zeros are [n / 4, groups, 4]. Where the group size is no multiple of 32, every group
 // is padded to one; x is spread the same way, with zeros in the gaps.
 #pragma once
 #include <cstddef>
@@ -36,7 +36,7 @@ struct Weight {
   int64_t group, group_padded, groups;
   const float* table;  // [n or 1, 2^bits]
   bool per_channel;
-  const void* scales;  // [n, groups] of scale_type, or null
+  const void* scales;  // [n / 4, groups, 4] of scale_type, or null
   const void* zeros;   // the same, or null
   Float scale_type;
   const int32_t* rows;  // CSR [n, k_padded], or null
@@ -53,8 +53,8 @@ struct Source {
 
 struct Input {
   const void* x;       // prepared: [m, k_padded] of the kernel's element, in panels
-  const float* sums;   // [m, groups] sums of x, where the weight has zeros and m is small
-  const float* plain;  // [m, k_padded] in float32 and natural order, where the weight is sparse and m is small
+  const float* sums;   // [m, groups] sums of x, where the weight has zeros and `direct`
+  const float* plain;  // [m, k_padded] in float32 and natural order, where the weight is sparse and `direct`
   int64_t m;
 };
 
@@ -68,14 +68,15 @@ struct Output {
 struct Kernel {
   const char* name;
   size_t element;      // bytes of a prepared x
-  int64_t small;       // up to this many rows, decoded weights go from registers straight into the products
-  int64_t (*panels)(int64_t m);
+  // Whether m rows take decoded weights from registers; else weights are decoded to memory once for all rows.
+  bool (*direct)(const Weight& w, int64_t m);
+  int64_t (*panels)(const Weight& w, int64_t m);
   // Spread, convert and order one panel of x; also fills `sums` and `plain` where they are not null.
   void (*prepare)(const Weight& w, const Source& x, int64_t panel, void* out, float* sums, float* plain);
   // Bytes of scratch a thread needs for `run`.
   size_t (*scratch)(const Weight& w, int64_t m);
   // Output channels computed at once for m rows.
-  int64_t (*strip)(int64_t m);
+  int64_t (*strip)(const Weight& w, int64_t m);
   // Compute strips begin to end. False: a sparse index was out of range (nothing outside was read).
   bool (*run)(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, char* scratch);
 };

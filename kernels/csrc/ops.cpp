@@ -14,6 +14,7 @@
 #include "kernel.h"
 
 #if defined(__linux__)
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 
@@ -104,7 +105,7 @@ Weight shape_of(int64_t bits, int64_t n, int64_t k, int64_t group_size) {
   w.k = k;
   w.group = group;
   w.groups = k / group;
-  w.group_padded = w.groups == 1 ? round_up(group, VECTOR) : round_up(group, VECTOR);
+  w.group_padded = round_up(group, VECTOR);
   w.k_padded = round_up(w.groups * w.group_padded, block_vectors(w.bits) * VECTOR);
   return w;
 }
@@ -163,6 +164,9 @@ Tensor pack_codes(const Tensor& codes, int64_t bits, int64_t group_size) {
 Tensor allocate_codes(int64_t bytes) {
   constexpr size_t HUGE_PAGE = size_t(1) << 21;
   TORCH_CHECK_VALUE(bytes >= 0, "cannot allocate ", bytes, " bytes");
+#if defined(__GLIBC__)
+  malloc_trim(0);  // the tensors of the layer packed before this one are free now: give their pages back first
+#endif
   const auto options = at::TensorOptions().dtype(at::kByte).device(at::kCPU);
   void* memory = nullptr;
   if (size_t(bytes) < HUGE_PAGE || posix_memalign(&memory, HUGE_PAGE, size_t(bytes)) != 0) {
@@ -200,11 +204,11 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
   TORCH_CHECK_VALUE(scales.has_value() || !zeros.has_value(), "zeros need scales");
   if (scales) {
     w.scale_type = float_type(*scales, "scales");
-    check(*scales, "scales", {n, w.groups});
+    check(*scales, "scales", {round_up(n, TILE) / TILE, w.groups, TILE});
     w.scales = scales->const_data_ptr();
   }
   if (zeros) {
-    check(*zeros, "zeros", {n, w.groups}, scales->scalar_type());
+    check(*zeros, "zeros", {round_up(n, TILE) / TILE, w.groups, TILE}, scales->scalar_type());
     w.zeros = zeros->const_data_ptr();
   }
   if (rows) {
@@ -235,23 +239,23 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
   std::atomic<bool> fine{true};
   for (int64_t first = 0; first < total; first += ROWS_AT_ONCE) {
     const int64_t m = std::min(ROWS_AT_ONCE, total - first);
-    const bool small = m <= kernel.small;
+    const bool direct = kernel.direct(w, m), with_sums = direct && w.zeros, with_plain = direct && w.rows;
     const char* from = static_cast<const char*>(input.const_data_ptr()) + first * k * width;
     // bfloat16 in whole blocks is what the bfloat16 kernel reads: no copy.
     const bool ready = kernel.element == 2 && w.k_padded == k && w.group == w.group_padded &&
-                       small && !w.zeros && !w.rows;
+                       direct && !with_sums && !with_plain;
     Tensor prepared, sums, plain;
     Input in{from, nullptr, nullptr, m};
     if (!ready) {
       prepared = at::empty({m, int64_t(w.k_padded * kernel.element)}, codes.options());
-      if (small && w.zeros) sums = at::empty({m, w.groups}, table.options());
-      if (small && w.rows) plain = at::empty({m, w.k_padded}, table.options());
+      if (with_sums) sums = at::empty({m, w.groups}, table.options());
+      if (with_plain) plain = at::empty({m, w.k_padded}, table.options());
       auto* to = prepared.mutable_data_ptr<uint8_t>();
       in.x = to;
       in.sums = sums.defined() ? sums.const_data_ptr<float>() : nullptr;
       in.plain = plain.defined() ? plain.const_data_ptr<float>() : nullptr;
       const Source source{from, type, m};
-      at::parallel_for(0, kernel.panels(m), std::max<int64_t>(1, (1 << 14) / k), [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, kernel.panels(w, m), std::max<int64_t>(1, (1 << 14) / k), [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
           kernel.prepare(w, source, panel, to, sums.defined() ? sums.mutable_data_ptr<float>() : nullptr,
                          plain.defined() ? plain.mutable_data_ptr<float>() : nullptr);
@@ -260,7 +264,7 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
     }
     const Output out{static_cast<char*>(y.mutable_data_ptr()) + first * n * width, type,
                      bias32.defined() ? bias32.const_data_ptr<float>() : nullptr};
-    const int64_t strip = kernel.strip(m), strips = (n + strip - 1) / strip;
+    const int64_t strip = kernel.strip(w, m), strips = (n + strip - 1) / strip;
     const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_TASK / (strip * k * m));
     at::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
       if (!kernel.run(w, in, out, begin, end, scratch_of_this_thread(kernel.scratch(w, m)))) fine = false;

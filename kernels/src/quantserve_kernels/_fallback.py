@@ -85,6 +85,18 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int, group_size: int) -> 
     return groups[:, :, : shape.group].reshape(n, k)
 
 
+def interleave(values: Tensor) -> Tensor:
+    """Scales or zeros [n, groups] in the order of the CPU kernels: [n/4, groups, 4], the last channel repeated."""
+    n, groups = values.shape
+    padded = torch.cat([values, values[-1:].expand(-n % TILE, groups)]) if n % TILE else values
+    return padded.view(-1, TILE, groups).transpose(1, 2).contiguous()
+
+
+def plain(values: Tensor, n: int) -> Tensor:
+    """Undo `interleave`: [n, groups]."""
+    return values.transpose(1, 2).reshape(-1, values.shape[1])[:n]
+
+
 def decode(
     codes: Tensor, table: Tensor, scales: Tensor | None, zeros: Tensor | None, group_size: int, dtype: torch.dtype
 ) -> Tensor:
@@ -136,8 +148,8 @@ def codebook_linear(
         weight = decode(
             unpack_codes(tiles, bits, last - first, k, group_size),
             table if table.shape[0] == 1 else table[part],
-            None if scales is None else scales[part],
-            None if zeros is None else zeros[part],
+            None if scales is None else plain(scales, n)[part],
+            None if zeros is None else plain(zeros, n)[part],
             group_size,
             torch.float32,
         )

@@ -26,7 +26,7 @@ class PackedWeight:
     Attributes:
         codes: uint8 (CPU) or int32 (GPU), in the layout of the device's kernel.
         table: float32 [n, 2**bits], a codebook per channel, or [1, 2**bits].
-        scales: [n, k / group_size], float16, bfloat16 or float32; None for none.
+        scales: float16, bfloat16 or float32; [n/4, k/group_size, 4] (CPU) or [n, k/group_size] (GPU); None for none.
         zeros: the same shape and dtype; None for none.
         rows, cols, vals: int32 [n + 1], int32 [nnz], float32 [nnz]; a CSR matrix, or None.
         bits: 2, 3, 4 or 8.
@@ -58,7 +58,8 @@ class PackedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [n, k]: what the kernels multiply with, before any rounding of theirs. CPU weights only."""
         codes = _fallback.unpack_codes(self.codes, self.bits, self.n, self.k, self.group_size)
-        weight = _fallback.decode(codes, self.table, self.scales, self.zeros, self.group_size, dtype)
+        scales, zeros = (None if t is None else _fallback.plain(t, self.n) for t in (self.scales, self.zeros))
+        weight = _fallback.decode(codes, self.table, scales, zeros, self.group_size, dtype)
         if self.rows is not None and self.cols is not None and self.vals is not None:
             channel, feature, values = _fallback.sparse_of(self.rows, self.cols, self.vals, self.k, self.group_size)
             weight.index_put_((channel, feature), values.to(dtype), accumulate=True)
@@ -181,6 +182,9 @@ def pack(
             zeros = _checked(zeros, "zeros", [(n, numbers.groups)]).to(scales.dtype).contiguous()
         if table.shape[0] == 1:
             table, scales, zeros = _suited_to_bfloat16(table, scales, zeros)
+        if table.device.type == "cpu":
+            scales = _fallback.interleave(scales)
+            zeros = None if zeros is None else _fallback.interleave(zeros)
     packed = _packed(channels, bits, n, group_size)
     rows, cols, vals = (None, None, None) if sparse is None else _checked_csr(*sparse, n=n, k=k, shape=numbers)
     return PackedWeight(

@@ -410,7 +410,8 @@ struct Gemm {
   using Element = typename S::Element;
 
   static constexpr int64_t RUN = 64;      // tiles finished at once where weights go from registers into the products
-  static constexpr int64_t WIDE = 128;    // rows of x from which strips are wide, so that x is read less often
+  static constexpr int64_t BROAD = 64;    // rows of x from which strips are broad, so that x is read less often
+  static constexpr int64_t WIDE = 128;    // rows of x from which they are wide, and x comes from the third cache level
   static constexpr int64_t DEPTH = 2048;  // input features decoded at once: a tile and a panel of x fit the L1 cache
 
   // Whether each panel of x decodes the weights anew: better than storing them up to some rows, fewer with a sparse
@@ -418,7 +419,7 @@ struct Gemm {
   static bool direct(const Weight& w, int64_t m) { return m <= (w.rows ? 2 : w.scales ? S::HEIGHT : S::DIRECT); }
 
   static int64_t strip(const Weight& w, int64_t m) {
-    return direct(w, m) ? TILE : m < WIDE / 4 ? TILE : m < WIDE ? 16 * TILE : 32 * TILE;
+    return direct(w, m) || m < BROAD ? TILE : m < WIDE ? 16 * TILE : 32 * TILE;
   }
 
   static int64_t depth(const Weight& w) {
@@ -555,9 +556,9 @@ struct Gemm {
         const auto* x = static_cast<const Element*>(in.x) + m * w.k_padded + b * BLOCK * rows;
         const int64_t share = features * rows / tiles;
         for (int64_t t = 0; t < tiles; ++t) {
-          // A part of the next panel for every tile: it comes from the third cache level while this one is multiplied.
+          // A part of the next panel for every tile, while this one is multiplied.
           const auto* next = x + rows * w.k_padded + t * share;
-          for (int64_t i = 0; tiles > 1 && i < share; i += 64 / int64_t(sizeof(Element))) {
+          for (int64_t i = 0; in.m >= WIDE && i < share; i += 64 / int64_t(sizeof(Element))) {
             __builtin_prefetch(next + i, 0, 2);
           }
           multiply_rows<S>(decoded + t * TILE * features, x, features, c + m * width + t * TILE, width, rows);

@@ -10,7 +10,7 @@ struct Avx512Bf16 {
   using Element = uint16_t;
   using Acc = __m512;
   using Vec = __m512i;
-  static constexpr int PARTS = 1, LANES = 32, ROWS = 6, HEIGHT = 4, DIRECT = 8, AHEAD = 8192;
+  static constexpr int PARTS = 1, LANES = 32, ROWS = 6, HEIGHT = 4, DIRECT = 16, AHEAD = 8192;
   static constexpr bool SCALES_TABLE = true;  // 16 entries are scaled sooner than 128 weights
 
   template <int BITS>

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 import click
 from rich.markup import escape
 
 from quantserve.cli.output import console, print_json, table
 from quantserve.method import Method
 from quantserve.registry import Registry
+
+ALIASES_WIDTH = 21  # leaves room for the rest on 80 columns
 
 
 @click.command("list")
@@ -31,7 +35,7 @@ def _print(registry: Registry) -> None:
         method = plugin.method
         names = f"[bold]{escape(method.name)}[/]" if method else f"[dim]{escape(plugin.name)} (no method)[/]"
         if method and method.aliases:
-            names += f"\n[dim]{escape(', '.join(method.aliases))}[/]"
+            names += f"\n[dim]{escape(fill(', '.join(method.aliases), ALIASES_WIDTH))}[/]"
         origin = f"[dim]{escape(f'{plugin.distribution} {plugin.version}')}[/]"
         rows.append(
             (

@@ -10,7 +10,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Make `quantization="quantserve_awq"` known to the vLLM of this process, on CPUs. Safe to call any number of times."""
+    """Make `quantization="quantserve_awq"` known to the vLLM of this process, on CPUs; safe to call again."""
     from importlib.util import find_spec
 
     if find_spec("quantserve_kernels") is None:

@@ -42,7 +42,7 @@ class KernelAWQConfig(AutoAWQConfig):
         return KERNEL_METHOD if user_quant == KERNEL_METHOD and declared in ("awq", "") else None
 
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
-        """Our method wherever vLLM would use its linear one. (Symmetric files, whose zeros mean nothing, stay vLLM's.)"""
+        """Our method wherever vLLM would use its linear one; symmetric files, whose zeros mean nothing, stay vLLM's."""
         theirs: QuantizeMethodBase | None = super().get_quant_method(layer, prefix)
         if isinstance(theirs, AutoAWQMarlinLinearMethod) and self.zero_point:
             return KernelAWQLinearMethod(self, prefix)
@@ -67,7 +67,7 @@ class KernelAWQLinearMethod(BaseAWQLinearMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register `qweight` and `qzeros` int32 and `scales`, in float32 so that no scale is rounded to the model's dtype.
+        """Register `qweight` and `qzeros` int32 and `scales` float32, which no scale has to be rounded for.
 
         Raises:
             ValueError: this rank's share splits a group or a word.

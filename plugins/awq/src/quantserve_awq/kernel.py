@@ -39,7 +39,7 @@ def kernel_finding(model: ModelConfig, target: Target) -> list[Finding]:
             "awq-slow-kernel",
             f"{missing()}, so vLLM's own AWQ kernel for CPUs is used, which is slower than an unquantized model",
             ["engine_kwargs.quantization"],
-            f"install a C++ compiler and then 'quantserve-awq[engine]', or set quantization to {VLLM_ALIAS} to say that "
-            "vLLM's is meant",
+            "install a C++ compiler and then 'quantserve-awq[engine]'; or set engine_kwargs.quantization to "
+            f"{VLLM_ALIAS} if vLLM's is meant",
         )
     ]

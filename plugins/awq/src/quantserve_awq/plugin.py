@@ -32,7 +32,7 @@ def quantserve_method() -> Method:
     """Describe AWQ as vLLM serves it."""
     return Method(
         name="awq",
-        summary="activation-aware 4-bit weights (AutoAWQ gemm files), on Marlin and Machete or quantserve's CPU kernels",
+        summary="activation-aware 4-bit weights (AutoAWQ gemm files), on Marlin, Machete or our CPU kernels",
         bits=(4,),
         # On CPU vLLM refuses its other names (auto_awq, awq_marlin) for the same files.
         vllm_name=METHOD,
@@ -104,8 +104,8 @@ def dtype_finding(checkpoint: Checkpoint, model: ModelConfig, target: Target) ->
     return [
         Finding.info(
             "awq-dtype",
-            f"the model is {checkpoint.torch_dtype or 'of unknown dtype'}; its activations will be bfloat16, which this "
-            "CPU multiplies itself. The weights keep their precision",
+            f"the model is {checkpoint.torch_dtype or 'of unknown dtype'}; its activations will be bfloat16, which "
+            "this CPU multiplies itself",
             ["engine_kwargs.dtype"],
             "set engine_kwargs.dtype to float16 to keep all bits of the activations, more slowly",
         )

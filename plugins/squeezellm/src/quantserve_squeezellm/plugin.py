@@ -136,8 +136,8 @@ def dtype_finding(checkpoint: Checkpoint, model: ModelConfig, target: Target) ->
     return [
         Finding.info(
             "squeezellm-dtype",
-            f"the model is {checkpoint.torch_dtype or 'of unknown dtype'}; its activations will be bfloat16, which this "
-            "CPU multiplies itself",
+            f"the model is {checkpoint.torch_dtype or 'of unknown dtype'}; its activations will be bfloat16, which "
+            "this CPU multiplies itself",
             ["engine_kwargs.dtype"],
             "set engine_kwargs.dtype to float16 or float32 to keep more bits, more slowly",
         )

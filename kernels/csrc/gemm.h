@@ -371,10 +371,15 @@ bool add_sparse(const Weight& w, int64_t tile, int64_t from, int64_t width, type
       fine = false;
       continue;
     }
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t k = w.cols[i];
-      if (k < 0 || k >= w.k_padded) fine = false;
-      else if (k >= from && k < from + width) S::add(decoded + interleaved<S>(S::position(k - from), r, TILE), w.vals[i]);
+    if (begin == end) continue;
+    if (w.cols[begin] < 0 || w.cols[end - 1] >= w.k_padded) {
+      fine = false;
+      continue;
+    }
+    // Columns rise within a row.
+    int64_t i = std::lower_bound(w.cols + begin, w.cols + end, int32_t(from)) - w.cols;
+    for (; i < end && w.cols[i] >= from && w.cols[i] < from + width; ++i) {
+      S::add(decoded + interleaved<S>(S::position(w.cols[i] - from), r, TILE), w.vals[i]);
     }
   }
   return fine;
@@ -540,7 +545,8 @@ struct Gemm {
                             Element* decoded) {
     constexpr int64_t BLOCK = block_vectors(BITS) * VECTOR;
     const int64_t width = strip(w, in.m), tiles = std::min(width, w.n - index * width + TILE - 1) / TILE;
-    const int64_t blocks = w.k_padded / BLOCK, step = depth(w) / BLOCK, panels = count_panels(in.m, S::ROWS);
+    const int64_t blocks = w.k_padded / BLOCK, rounds = (w.k_padded + depth(w) - 1) / depth(w);
+    const int64_t step = (blocks + rounds - 1) / rounds, panels = count_panels(in.m, S::ROWS);
     bool fine = true;
     std::fill_n(c, in.m * width, 0.0f);
     for (int64_t b = 0; b < blocks; b += step) {

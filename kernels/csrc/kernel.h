@@ -39,7 +39,7 @@ struct Weight {
   const void* scales;  // [n / 4, groups, 4] of scale_type, or null
   const void* zeros;   // the same, or null
   Float scale_type;
-  const int32_t* rows;  // CSR [n, k_padded], or null
+  const int32_t* rows;  // CSR [n, k_padded], columns rising within a row, or null
   const int32_t* cols;
   const float* vals;
   int64_t nnz;

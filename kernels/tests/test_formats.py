@@ -84,6 +84,17 @@ def test_gptq(bits: int, offset: int) -> None:
     assert torch.equal(weight.dequantize(torch.float64), expected)
 
 
+def test_the_order_of_sparse_entries_does_not_matter() -> None:
+    codes, table = torch.zeros(2, 4096, dtype=torch.uint8), torch.zeros(2, 16)
+    rows, cols = torch.tensor([0, 3, 4]), torch.tensor([4095, 0, 2050, 7])
+    weight = kernels.pack(codes, table, bits=4, sparse=(rows, cols, torch.tensor([1.0, 2.0, 3.0, 4.0])))
+    expected = torch.zeros(2, 4096)
+    expected[0, 4095], expected[0, 0], expected[0, 2050], expected[1, 7] = 1, 2, 3, 4
+    for m in (1, 5):
+        x = torch.randn(m, 4096)
+        assert torch.allclose(kernels.linear(x, weight), x @ expected.t(), atol=1e-5)
+
+
 def test_fp4_through_the_same_door() -> None:
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     codes = _random(5, 64, 4, 6)

@@ -28,7 +28,7 @@ class PackedWeight:
         table: float32 [n, 2**bits], a codebook per channel, or [1, 2**bits].
         scales: float16, bfloat16 or float32; [n/4, k/group_size, 4] (CPU) or [n, k/group_size] (GPU); None for none.
         zeros: the same shape and dtype; None for none.
-        rows, cols, vals: int32 [n + 1], int32 [nnz], float32 [nnz]; a CSR matrix, or None.
+        rows, cols, vals: int32 [n + 1], int32 [nnz], float32 [nnz]; a CSR matrix, columns rising in each row; or None.
         bits: 2, 3, 4 or 8.
         group_size: input features that share a scale; -1 is all of them.
     """
@@ -274,4 +274,7 @@ def _checked_csr(
     stored = cols.to(torch.int64)
     if cols.device.type == "cpu":  # whose kernels read x with every group padded; the GPU's read it as it is
         stored = stored // shape.group * shape.group_padded + stored % shape.group
+    channel = torch.repeat_interleave(torch.arange(n, device=rows.device), rows.diff().to(torch.int64))
+    order = (channel * int(shape.k_padded) + stored).argsort()  # the kernels look columns up
+    stored, vals = stored[order], vals[order]
     return rows.to(torch.int32).contiguous(), stored.to(torch.int32).contiguous(), vals.to(torch.float32).contiguous()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny_squeezellm import projections, write_llama
 from quantserve.errors import CheckpointError, UsageError
+from quantserve_kernels import unpack_stream
 from quantserve_squeezellm import _format
 from quantserve_squeezellm._files import ShardWriter
 from quantserve_squeezellm._kmeans import codebooks, encode
@@ -67,7 +68,7 @@ def test_a_channel_with_few_values_survives_exactly(bits: int, n: int, blocks: i
 def test_every_code_is_the_nearest_codebook_entry_and_every_entry_the_mean_of_its_weights() -> None:
     weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(2))
     tensors = quantize_matrix(weight, 4)
-    codes, table = _format.unpack(tensors["qweight"], 4).long(), tensors["lookup_table"]
+    codes, table = unpack_stream(tensors["qweight"], 4).long(), tensors["lookup_table"]
     assert torch.equal((weight[:, :, None] - table[:, None]).abs().argmin(2), codes)
     for entry in range(16):
         mine = codes == entry

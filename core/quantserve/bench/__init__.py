@@ -1,0 +1,30 @@
+"""Load generator, metrics and reports for servers with OpenAI's API.
+
+from quantserve.bench import Closed, Request, Target, run, run_blocking
+
+requests = [Request(messages=[{"role": "user", "content": "Hello"}], max_tokens=64) for _ in range(100)]
+results = run_blocking(run(Target("http://127.0.0.1:8000", "demo-awq"), requests, Closed(concurrency=16)))
+"""
+
+from quantserve.bench.client import Client, Event, Failure, Kind, Live, Request, Result, Target, Usage
+from quantserve.bench.load import Closed, Load, Open, Rounds, Run, Timed, run, run_blocking
+
+__all__ = [
+    "Client",
+    "Closed",
+    "Event",
+    "Failure",
+    "Kind",
+    "Live",
+    "Load",
+    "Open",
+    "Request",
+    "Result",
+    "Rounds",
+    "Run",
+    "Target",
+    "Timed",
+    "Usage",
+    "run",
+    "run_blocking",
+]

@@ -12,7 +12,7 @@ from quantserve.checks.linear import Expected, check_fused_groups, check_linears
 from quantserve.finding import Finding, Severity
 from quantserve.hookspecs import hookimpl
 from quantserve.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
-from quantserve.method import Method, PerformanceProfile
+from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.published import PublishedRun, published_profile
 from quantserve.target import Target
 
@@ -23,11 +23,13 @@ __all__ = [
     "Checkpoint",
     "Expected",
     "Finding",
+    "KernelProfile",
     "Linear",
     "Method",
     "ModelConfig",
     "PerformanceProfile",
     "PublishedRun",
+    "QualityNote",
     "Severity",
     "Target",
     "Tensor",

@@ -13,6 +13,7 @@ from quantserve.checks import check_model
 from quantserve.config import ModelConfig
 from quantserve.contract import findings_breach, kwargs_breach
 from quantserve.errors import PluginError, unknown_name
+from quantserve.expectation import EXPECTED_WORKLOAD, as_profile, expectation
 from quantserve.finding import Finding, Severity
 from quantserve.memory import MemoryEstimate, estimate
 from quantserve.method import Method, PerformanceProfile
@@ -44,7 +45,7 @@ class Composition:
         engine_kwargs: merged engine arguments with their provenance.
         findings: core's and the plugins', in that order.
         memory: what it will need; None when the config is too broken to tell.
-        expected: the performance the method plugin promises.
+        expected: what the method plugin knows was measured of exactly this, else what is predicted; None when neither.
         vllm_plugins: value of ``VLLM_PLUGINS`` for this model's processes.
     """
 
@@ -100,6 +101,8 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
 
     memory, said = estimate(checkpoint, effective, target)
     expected = _expected(hooks, method_plugin, checkpoint, model, target)
+    if expected is None and method_plugin and memory and memory.fits:
+        expected = _predicted(hooks, method_plugin, checkpoint, effective, target, memory)
     return Composition(
         model=model,
         checkpoint=checkpoint,
@@ -250,3 +253,10 @@ def _expected(
     if profile is not None:
         _must_be_json(plugin, hook, profile.to_json())
     return profile
+
+
+def _predicted(
+    hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target, memory: MemoryEstimate
+) -> PerformanceProfile | None:
+    made = expectation(plugin, checkpoint, model, target, memory, hooks=hooks)
+    return as_profile(made, made.predict(EXPECTED_WORKLOAD), target) if made else None

@@ -13,7 +13,7 @@ from types import ModuleType
 from quantserve import hookspecs
 from quantserve.errors import unknown_name
 from quantserve.finding import Finding, Severity
-from quantserve.method import Method
+from quantserve.method import KernelProfile, Method, QualityNote
 
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("quantserve_")}
 DEVICES = ("cuda", "rocm", "cpu")
@@ -113,6 +113,43 @@ def kwargs_breach(kwargs: object, reserved: frozenset[str]) -> str:
     if taken := sorted(reserved & set(kwargs)):
         return f"sets {', '.join(taken)}, which belong to the core"
     return ""
+
+
+def kernel_breach(profile: object) -> str:
+    """What is wrong with the value of ``quantserve_kernel``."""
+    if not isinstance(profile, KernelProfile):
+        return f"returned {_kind(profile)}, not KernelProfile or None"
+    for name in ("name", "source", "benchmark"):
+        if not isinstance(value := getattr(profile, name), str):
+            return f"KernelProfile.{name} is {_kind(value)}, not text"
+    for name in ("bits_per_weight", "uncertainty"):
+        if not _is_share(value := getattr(profile, name), 64):
+            return f"KernelProfile.{name} must be a positive number, at most 64: {value!r:.60}"
+    for name in ("bandwidth_share", "flops_share"):
+        table = getattr(profile, name)
+        if not isinstance(table, tuple) or not table or not all(isinstance(p, tuple) and len(p) == 2 for p in table):
+            return f"KernelProfile.{name} must be a tuple of (rows, share): {table!r:.80}"
+        rows = [point[0] for point in table]
+        if any(type(row) is not int or row < 1 for row in rows) or rows != sorted(set(rows)):
+            return f"KernelProfile.{name}: rows must be positive integers that rise: {rows!r:.80}"
+        if not all(_is_share(point[1], 1.5) for point in table):
+            return f"KernelProfile.{name}: shares must be above 0 and at most 1.5: {table!r:.80}"
+    return ""
+
+
+def quality_breach(note: object) -> str:
+    """What is wrong with the value of ``quantserve_quality``."""
+    if not isinstance(note, QualityNote):
+        return f"returned {_kind(note)}, not QualityNote or None"
+    if not (_is_share(note.perplexity, 1e6) and _is_share(note.baseline, 1e6)):
+        return f"QualityNote: perplexities must be positive numbers: {note.perplexity!r:.40}, {note.baseline!r:.40}"
+    if not all(isinstance(text, str) and text for text in (note.measured_on, note.source)):
+        return "QualityNote: measured_on and source must be text"
+    return ""
+
+
+def _is_share(value: object, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
 
 
 def _kind(value: object) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
     from quantserve.config import ModelConfig
     from quantserve.finding import Finding
-    from quantserve.method import Method, PerformanceProfile
+    from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
     from quantserve.target import Target
 
 PROJECT = "quantserve"
@@ -84,8 +84,26 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
     """Give the performance to expect of this model on this target.
 
-    Fires once per plan for the method plugin only. None means that nothing is known, which is better
-    than a number nobody measured.
+    Fires once per plan for the method plugin only. None means that nobody measured this; the core then predicts
+    it from `quantserve_kernel`, and labels it so.
+    """
+
+
+@hookspec
+def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
+    """Say what the kernel of this method reaches on this kind of device, as shares of its roofline.
+
+    Fires in ``profile``, ``recommend``, ``plan`` and ``calibrate``, for the method plugin only. ``bits`` is one of
+    the method's widths. ``engine`` is ``vllm-0.32``, the engine quantserve serves with, or ``vllm-0.2.2``, that of
+    the 2023 tables. None means that nothing is predicted.
+    """
+
+
+@hookspec
+def quantserve_quality(bits: int) -> QualityNote | None:
+    """Give the published cost in quality of so many bits.
+
+    Fires in ``recommend``. None means unknown, which is what is then shown.
     """
 
 

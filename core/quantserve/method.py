@@ -67,3 +67,60 @@ class PerformanceProfile:
     def to_json(self) -> dict[str, object]:
         """Plain data for ``--json``, the plan and ``/v1/models``."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelProfile:
+    """What the linears of a method reach on one kind of device, as ``quantserve_kernel`` returns it.
+
+    A share is given for some numbers of rows of x (tokens computed at once) and interpolated between them, both on
+    logarithmic scales; outside it stays what it is at the ends. A linear then takes the longer of
+    ``packed bytes / (bandwidth x share)`` and ``2 x rows x n x k / (FLOP/s x share)``.
+
+    Attributes:
+        name: the kernel, for people: ``Marlin (vLLM)``.
+        bits_per_weight: stored bits of a weight, scales and zeros included; the files' own number wins over it.
+        bandwidth_share: (rows, share of the device's memory bandwidth), rising rows.
+        flops_share: (rows, share of the device's dense 16-bit rate), rising rows.
+        source: where the shares come from: a paper, a table, or that they are assumed.
+        uncertainty: how far the time of a linear may be off, as a share of it.
+        benchmark: ``module:callable`` that `quantserve calibrate` calls as ``callable(n, k, bits)`` for a function of
+            x [rows, k] in bfloat16 and the bytes of weight it reads; "" when there is none.
+    """
+
+    name: str
+    bits_per_weight: float
+    bandwidth_share: tuple[tuple[int, float], ...]
+    flops_share: tuple[tuple[int, float], ...]
+    source: str
+    uncertainty: float = 0.35
+    benchmark: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class QualityNote:
+    """What quantizing costs in quality, as published for one model.
+
+    Attributes:
+        perplexity, baseline: of the quantized and of the 16-bit model on the same text.
+        measured_on: model and text, ``Llama-2 7B, WikiText-2``.
+        source: where it was published.
+    """
+
+    perplexity: float
+    baseline: float
+    measured_on: str
+    source: str
+
+    @property
+    def increase(self) -> float:
+        """By how much the perplexity rises, as a share of the baseline."""
+        return self.perplexity / self.baseline - 1
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data for ``--json``."""
+        return {**asdict(self), "increase": round(self.increase, 4)}

@@ -33,6 +33,7 @@ class Target:
         flops_per_s: dense bfloat16 (float16 where there is none) per device, None when unknown.
         cores: CPU cores this process may use; 0 when the target is not a CPU.
         features: CPU instruction sets that matter here: avx2, avx512f, avx512_bf16, amx_bf16.
+        interconnect_bytes_per_s: between two devices of one machine, per direction; None when unknown.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Target:
     flops_per_s: float | None = None
     cores: int = 0
     features: tuple[str, ...] = ()
+    interconnect_bytes_per_s: float | None = None
 
     @property
     def prefers_bfloat16(self) -> bool:
@@ -63,30 +65,35 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def _gpu(name: str, gib: float, capability: int | None, gb_per_s: float, tflops: float) -> Target:
+def _gpu(name: str, gib: float, capability: int | None, gb_per_s: float, tflops: float, link_gb_per_s: float) -> Target:
     device: Device = "cuda" if capability is not None else "rocm"
-    return Target(name, device, int(gib * GIB), 0, capability, gb_per_s * 1e9, tflops * 1e12)
+    link = link_gb_per_s * 1e9
+    return Target(
+        name, device, int(gib * GIB), 0, capability, gb_per_s * 1e9, tflops * 1e12, interconnect_bytes_per_s=link
+    )
 
 
 # Memory, bandwidth and dense (no sparsity) tensor rates from the vendors' data sheets: NVIDIA T4, V100
 # (SXM2 32 GB), L4, A10G (AWS g5: 70 TFLOP/s measured dense float16), L40S, A100 (PCIe 40 GB, SXM 80 GB),
 # H100 SXM, H200 SXM, B200 (HGX, per GPU); AMD Instinct MI300X. T4 and V100 have float16 only.
-# The memory is what a driver reports, which is a little below the marketing number.
+# The memory is what a driver reports, which is a little below the marketing number. The last number is the link
+# between two devices in one direction, in GB/s: half of NVLink's or Infinity Fabric's total, else PCIe x16 (version
+# 3: 16, version 4: 32).
 _KNOWN: Mapping[str, Target] = MappingProxyType(
     {
         target.name: target
         for target in (
-            _gpu("t4", 15.0, 75, 320, 65),
-            _gpu("v100", 32, 70, 900, 125),
-            _gpu("l4", 22.5, 89, 300, 121),
-            _gpu("a10g", 22.5, 86, 600, 70),
-            _gpu("l40s", 45.0, 89, 864, 362),
-            _gpu("a100-40g", 40, 80, 1555, 312),
-            _gpu("a100-80g", 80, 80, 2039, 312),
-            _gpu("h100", 79.6, 90, 3350, 989),
-            _gpu("h200", 140.4, 90, 4800, 989),
-            _gpu("b200", 179.0, 100, 8000, 2250),
-            _gpu("mi300x", 192, None, 5300, 1307),
+            _gpu("t4", 15.0, 75, 320, 65, 16),
+            _gpu("v100", 32, 70, 900, 125, 150),
+            _gpu("l4", 22.5, 89, 300, 121, 32),
+            _gpu("a10g", 22.5, 86, 600, 70, 32),
+            _gpu("l40s", 45.0, 89, 864, 362, 32),
+            _gpu("a100-40g", 40, 80, 1555, 312, 300),
+            _gpu("a100-80g", 80, 80, 2039, 312, 300),
+            _gpu("h100", 79.6, 90, 3350, 989, 450),
+            _gpu("h200", 140.4, 90, 4800, 989, 450),
+            _gpu("b200", 179.0, 100, 8000, 2250, 900),
+            _gpu("mi300x", 192, None, 5300, 1307, 448),
         )
     }
 )
@@ -168,6 +175,7 @@ def this_gpu() -> Target | None:
         capability=capability,
         bandwidth_bytes_per_s=data.bandwidth_bytes_per_s if data else None,
         flops_per_s=data.flops_per_s if data else None,
+        interconnect_bytes_per_s=data.interconnect_bytes_per_s if data else None,
     )
 
 

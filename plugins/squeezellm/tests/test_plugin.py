@@ -206,7 +206,9 @@ def test_published_performance(tmp_path: Path) -> None:
     expected = composed(folder, "a100-80g").expected
     assert expected is not None
     assert (expected.e2e_ms, expected.output_tokens_per_s) == (42372, 9.13)
-    assert composed(folder, "a100-80g", 2).expected is None
+    predicted = composed(folder, "a100-80g", 2).expected
+    assert predicted is not None
+    assert predicted.source == "roofline"
 
 
 def test_light_module_imports_nothing_heavy() -> None:

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from quantserve.api import Checkpoint, Finding, Method, PerformanceProfile, Target, hookimpl
+from quantserve.api import (
+    Checkpoint,
+    Finding,
+    KernelProfile,
+    Method,
+    PerformanceProfile,
+    QualityNote,
+    Target,
+    hookimpl,
+)
+from quantserve_awq import speed
 from quantserve_awq.config import Written, config_findings, written_config
 from quantserve_awq.kernel import KERNEL_METHOD, METHOD, VLLM_ALIAS, kernel_finding, uses_own_kernel
 from quantserve_awq.reference import published
@@ -78,6 +88,18 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
     """RayLLM's published numbers, for exactly what they were measured on."""
     return published(checkpoint, model, target)
+
+
+@hookimpl
+def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
+    """What the kernel of the target reaches."""
+    return speed.kernel(target, bits, engine)
+
+
+@hookimpl
+def quantserve_quality(bits: int) -> QualityNote | None:
+    """The perplexity of the method's paper."""
+    return speed.quality(bits)
 
 
 @hookimpl

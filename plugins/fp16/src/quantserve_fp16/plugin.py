@@ -14,6 +14,7 @@ from quantserve.api import (
     Checkpoint,
     Expected,
     Finding,
+    KernelProfile,
     Linear,
     Method,
     PerformanceProfile,
@@ -21,6 +22,7 @@ from quantserve.api import (
     check_linears,
     hookimpl,
 )
+from quantserve_fp16 import speed
 from quantserve_fp16.reference import published
 
 if TYPE_CHECKING:
@@ -88,8 +90,14 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 
 @hookimpl
 def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
-    """Give the performance to expect; None where nothing is known."""
+    """Give what somebody measured of exactly this; None where nobody did."""
     return published(checkpoint, model, target)
+
+
+@hookimpl
+def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
+    """Say what the kernel reaches, so that the core can predict the rest."""
+    return speed.kernel(target, bits, engine)
 
 
 # --- our own rules ------------------------------------------------------------------------------------

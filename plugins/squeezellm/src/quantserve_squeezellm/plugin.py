@@ -9,7 +9,17 @@ from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from quantserve.api import Checkpoint, Finding, Method, PerformanceProfile, Target, hookimpl
+from quantserve.api import (
+    Checkpoint,
+    Finding,
+    KernelProfile,
+    Method,
+    PerformanceProfile,
+    QualityNote,
+    Target,
+    hookimpl,
+)
+from quantserve_squeezellm import speed
 from quantserve_squeezellm.config import config_findings, read_settings
 from quantserve_squeezellm.reference import published
 from quantserve_squeezellm.tensors import tensor_findings
@@ -86,6 +96,18 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
     """RayLLM's published numbers, for exactly what they were measured on."""
     return published(checkpoint, model, target)
+
+
+@hookimpl
+def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
+    """What the kernel of the target reaches."""
+    return speed.kernel(target, bits, engine)
+
+
+@hookimpl
+def quantserve_quality(bits: int) -> QualityNote | None:
+    """The perplexity of the method's paper."""
+    return speed.quality(bits)
 
 
 @hookimpl

@@ -1,0 +1,346 @@
+"""Which method to choose: one model, all methods that could serve it on a target, and what to expect of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from quantserve.checkpoint import Checkpoint, open_checkpoint
+from quantserve.compose import compose
+from quantserve.config import ModelConfig
+from quantserve.errors import CheckpointError, PluginError, UsageError
+from quantserve.expectation import Expectation, expectation, kernel_key, kernel_of, quality_of, width_of
+from quantserve.finding import Severity
+from quantserve.memory import MemoryEstimate, estimate
+from quantserve.method import Method, PerformanceProfile, QualityNote
+from quantserve.performance import ENGINE_NOW, Prediction, Workload
+from quantserve.performance.imagine import imagined
+from quantserve.performance.shape import stored_bits_per_weight
+from quantserve.registry import Hooks, Plugin, Registry
+from quantserve.target import Target, gib
+
+RANKS = (1, 2, 4, 8)
+# Methods that have a plugin in this project, named when they are not installed.
+OURS = ("fp16", "awq", "squeezellm")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method at one width for one model on one target.
+
+    Attributes:
+        key: ``awq-4``; the calibration uses the same names.
+        plugin, method, bits: who serves it, and how wide.
+        label: for people: the method's name, with the width where it has several.
+        model: the config it would have, tensor parallel size included.
+        checkpoint: the model's files where they are in this method, else imagined ones.
+        in_files: whether it is the files' own method.
+        memory: the estimate; None when sizes are unknown.
+        refusal: why it cannot be served on this target; "" when it can.
+        made: what predictions rest on; None when nothing can be predicted.
+        published: the row of a published table for exactly this, at whatever tensor parallel size.
+        quality: the published cost in quality; None when unknown.
+    """
+
+    key: str
+    plugin: Plugin
+    method: Method
+    bits: int
+    label: str
+    model: ModelConfig
+    checkpoint: Checkpoint
+    in_files: bool
+    memory: MemoryEstimate | None
+    refusal: str
+    made: Expectation | None
+    published: PerformanceProfile | None
+    quality: QualityNote | None
+
+    @property
+    def ranks(self) -> int:
+        """Tensor parallel size."""
+        return self.model.tensor_parallel_size
+
+    def predict(self, workload: Workload) -> Prediction | None:
+        """The prediction for a workload; None when the method cannot be served or predicted."""
+        return self.made.predict(workload) if self.made and not self.refusal else None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """All methods for one model.
+
+    Attributes:
+        model: as it was given.
+        checkpoint: its files.
+        target: the hardware.
+        candidates: one per method and width.
+        notes: what is missing or was left out.
+        installable: methods of this project that are not installed.
+    """
+
+    model: ModelConfig
+    checkpoint: Checkpoint
+    target: Target
+    candidates: Sequence[Candidate]
+    notes: Sequence[str] = ()
+    installable: Sequence[str] = field(default=())
+
+
+def advise(
+    model: ModelConfig,
+    registry: Registry,
+    target: Target,
+    *,
+    methods: Sequence[str] = (),
+    ranks: int | None = None,
+    engine: str = ENGINE_NOW,
+    as_published: bool = False,
+) -> Advice:
+    """Look at every installed method (or those named) for a model.
+
+    Args:
+        model: config of a folder with or without weights, or of a hub id.
+        methods: names or aliases; all by default.
+        ranks: tensor parallel size; by default the target's count where it was given (``4xa100-80g``), else the
+            smallest at which the method fits.
+        engine: which engine to predict for.
+        as_published: where nothing else decides the tensor parallel size, take that of the published row.
+
+    Raises:
+        UsageError: an unknown method, or a model whose shape nobody here knows.
+        CheckpointError: there is nothing to read.
+    """
+    checkpoint = open_checkpoint(model.source, revision=model.revision, allow_pickle=model.allow_pickle)
+    if not checkpoint.config:
+        why = next((f.message for f in checkpoint.problems if f.severity is Severity.ERROR), "config.json is missing")
+        raise CheckpointError(f"{model.source}: {why}\n  fix: name a folder or hub id with a config.json")
+    plugins = [registry.find_method(name) for name in methods] or [p for p in registry.plugins.values() if p.method]
+    own = _own_method(model, registry, target, checkpoint)
+    candidates = [
+        candidate
+        for plugin in dict.fromkeys(plugins)
+        for candidate in _candidates(plugin, model, checkpoint, target, own, ranks, engine, as_published)
+    ]
+    if not any(candidate.made for candidate in candidates):
+        kind = checkpoint.text_config.get("model_type") or "without model_type"
+        from quantserve.architecture import FAMILIES
+
+        raise UsageError(
+            f"{model.source}: nothing can be predicted for a model of type {str(kind)[:40]!r} "
+            f"(known families: {', '.join(sorted(FAMILIES))})"
+        )
+    notes = list(dict.fromkeys(note for candidate in candidates if candidate.made for note in candidate.made.notes))
+    if not checkpoint.tensors:
+        notes.append("no weights here: sizes follow from config.json and the method's bits")
+    installable = [name for name in OURS if not methods and name not in registry.methods]
+    return Advice(model, checkpoint, target, candidates, notes, installable)
+
+
+def _own_method(model: ModelConfig, registry: Registry, target: Target, checkpoint: Checkpoint) -> Plugin | None:
+    """The plugin that serves the files as they are; None for a bare config.json or files nobody claims."""
+    if not checkpoint.tensors:
+        return None
+    composition = compose(model, registry, target)
+    return composition.method_plugin
+
+
+def _candidates(
+    plugin: Plugin,
+    model: ModelConfig,
+    checkpoint: Checkpoint,
+    target: Target,
+    own: Plugin | None,
+    ranks: int | None,
+    engine: str,
+    as_published: bool,
+) -> Iterator[Candidate]:
+    method = plugin.method
+    assert method is not None
+    in_files = plugin is own
+    widths = (width_of(method, stored_bits_per_weight(checkpoint)),) if in_files else tuple(sorted(method.bits)[::-1])
+    for bits in widths:
+        kernel = kernel_of(plugin, target, bits, engine)
+        files = checkpoint if in_files else imagined(checkpoint, kernel.bits_per_weight if kernel else bits + 0.1)
+        config = _with(model, method, ranks=1) if not in_files else model
+        published, published_ranks = None, 0
+        if bits == max(method.bits):
+            published, published_ranks = _published(plugin, files, config, target)
+        given = target.count > 1 or model.tensor_parallel_size > 1
+        chosen = ranks or (published_ranks if as_published and not given else 0) or _ranks(config, files, target)
+        config = _with(config, None if in_files else method, ranks=chosen)
+        memory, findings = estimate(files, config, target)
+        said = next((f.message for f in findings if f.severity is Severity.ERROR), "")
+        refusal = _unsupported(method, target) or said
+        made = None
+        if kernel is not None:
+            made = expectation(plugin, files, config, target, memory, bits=bits, engine=engine)
+        yield Candidate(
+            key=kernel_key(method, bits),
+            plugin=plugin,
+            method=method,
+            bits=bits,
+            label=method.name if len(method.bits) == 1 else f"{method.name} {bits}-bit",
+            model=config,
+            checkpoint=files,
+            in_files=in_files,
+            memory=memory,
+            refusal=refusal,
+            made=made,
+            published=published,
+            quality=quality_of(plugin, bits),
+        )
+
+
+def _with(model: ModelConfig, method: Method | None, ranks: int) -> ModelConfig:
+    """The model served with another method and tensor parallel size; its engine arguments stay."""
+    kwargs: dict[str, Any] = {**model.engine_kwargs, **({"quantization": method.name} if method else {})}
+    return model.model_copy(
+        update={
+            "engine_config": model.engine_config.model_copy(update={"engine_kwargs": kwargs}),
+            "scaling_config": model.scaling_config.model_copy(update={"num_workers": ranks}),
+        }
+    )
+
+
+def _ranks(model: ModelConfig, checkpoint: Checkpoint, target: Target) -> int:
+    """The target's count, else the smallest tensor parallel size that fits, else one."""
+    if model.tensor_parallel_size > 1:
+        return model.tensor_parallel_size
+    if target.device == "cpu":
+        return 1
+    if target.count > 1:
+        return target.count
+    for ranks in RANKS if target.count == 0 else (1,):
+        memory, findings = estimate(checkpoint, _with(model, None, ranks), target)
+        if memory and memory.fits and not any(finding.severity is Severity.ERROR for finding in findings):
+            return ranks
+    return 1
+
+
+def _unsupported(method: Method, target: Target) -> str:
+    if target.device not in method.devices:
+        return f"{method.name} runs on {', '.join(method.devices)}, not on {target.device}"
+    lowest = method.minimum_capability
+    if target.device == "cuda" and target.capability is not None and target.capability < lowest:
+        return (
+            f"{method.name} needs compute capability {lowest / 10:.1f}, {target.name} has {target.capability / 10:.1f}"
+        )
+    return ""
+
+
+def _published(
+    plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target
+) -> tuple[PerformanceProfile | None, int]:
+    """The published row at this tensor parallel size, else at another one, and that size."""
+    hooks = Hooks([plugin])
+    hook = "quantserve_performance"
+    for ranks in dict.fromkeys((model.tensor_parallel_size, *RANKS)):
+        config = _with(model, None, ranks)
+        profile = hooks.call(plugin, hook, checkpoint=checkpoint, model=config, target=target)
+        if profile is not None and not isinstance(profile, PerformanceProfile):
+            raise PluginError(
+                plugin.name,
+                plugin.distribution,
+                plugin.version,
+                hook,
+                f"returned {type(profile).__name__}, not PerformanceProfile or None",
+            )
+        if profile is not None:
+            return profile, ranks
+    return None, 0
+
+
+def capacity(memory: MemoryEstimate | None) -> str:
+    """What is left for the KV cache, for people."""
+    if memory is None:
+        return "unknown"
+    return f"{gib(memory.kv_cache_bytes)}, {memory.kv_tokens:,} tokens"
+
+
+# --- ranking ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate with its prediction for the workload in question."""
+
+    candidate: Candidate
+    prediction: Prediction
+
+
+ORDERS = ("throughput", "latency", "memory", "quality")
+
+
+def ranked(advice: Advice, workload: Workload, order: str = "throughput") -> list[Ranked]:
+    """The candidates that can be served, best first.
+
+    Args:
+        order: ``throughput`` (output tokens per second of the server), ``latency`` (E2E), ``memory`` (weights) or
+            ``quality`` (published rise of perplexity; unknown last, 16 bits first).
+    """
+    usable = [
+        Ranked(candidate, prediction)
+        for candidate in advice.candidates
+        if (prediction := candidate.predict(workload)) is not None
+    ]
+    keys: dict[str, Any] = {
+        "throughput": lambda item: -item.prediction.tokens_per_s,
+        "latency": lambda item: item.prediction.e2e_ms,
+        "memory": lambda item: item.candidate.memory.weights_bytes if item.candidate.memory else 0,
+        "quality": lambda item: loss_of(item.candidate),
+    }
+    return sorted(usable, key=lambda item: (keys[order](item), item.candidate.key))
+
+
+def loss_of(candidate: Candidate) -> float:
+    """Published rise of perplexity as a share; 0 at 16 bits, infinite when unknown."""
+    if candidate.bits >= 16:
+        return 0.0
+    return candidate.quality.increase if candidate.quality else float("inf")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Concurrencies from `first` to `last` at which one method gives the most tokens per second."""
+
+    first: int
+    last: int
+    label: str
+
+
+def concurrencies(most: int) -> list[int]:
+    """1, 2, 4, ... up to ``most``, which is always the last."""
+    points = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return [*points, most]
+
+
+def leaders(advice: Advice, workload: Workload, most: int) -> list[Stretch]:
+    """Who gives the most tokens per second at which concurrency, each change found to the client.
+
+    Between two powers of two that have different leaders the change is searched by halving; a leader that only holds
+    between them may be missed.
+    """
+    known: dict[int, str] = {}
+
+    def leader(users: int) -> str:
+        if users not in known:
+            order = ranked(advice, workload.at(users))
+            known[users] = order[0].candidate.label if order else ""
+        return known[users]
+
+    points = concurrencies(most)
+    stretches = [Stretch(points[0], points[0], leader(points[0]))]
+    for low, high in pairwise(points):
+        after = leader(high)
+        if after != stretches[-1].label:
+            before = stretches[-1].label
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if leader(middle) == before else (low, middle)
+            stretches[-1] = replace(stretches[-1], last=high - 1)
+            stretches.append(Stretch(high, high, after))
+    stretches[-1] = replace(stretches[-1], last=most)
+    return stretches

@@ -1,0 +1,27 @@
+"""Expected performance: a roofline per engine step, the scheduler's steps in order, and what was measured before.
+
+`predict` turns the shape of a model, the numbers of a machine and a workload into latencies. Everything here is plain
+arithmetic on headers; nothing imports torch.
+"""
+
+from quantserve.performance.calibration import Calibration, find_calibration
+from quantserve.performance.machine import ENGINE_2023, ENGINE_NOW, Machine, machine_of
+from quantserve.performance.predict import Prediction, predict
+from quantserve.performance.shape import Shape, read_shape
+from quantserve.performance.workload import WORKLOADS, Workload, find_workload
+
+__all__ = [
+    "ENGINE_2023",
+    "ENGINE_NOW",
+    "WORKLOADS",
+    "Calibration",
+    "Machine",
+    "Prediction",
+    "Shape",
+    "Workload",
+    "find_calibration",
+    "find_workload",
+    "machine_of",
+    "predict",
+    "read_shape",
+]

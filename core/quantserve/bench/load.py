@@ -16,7 +16,9 @@ from math import inf, sqrt
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
-from quantserve.bench.client import Client, Live, Request, Result, Target
+from quantserve.bench.client import Client, Live
+from quantserve.bench.request import Request, Target
+from quantserve.bench.result import Result
 
 T = TypeVar("T")
 RAW_LIMIT: Final = 256 << 20
@@ -80,6 +82,20 @@ class Timed:
 
 
 Load = Closed | Rounds | Open | Timed
+
+
+def describe(load: Load) -> str:
+    """A load in a few words, for headings and file names."""
+    match load:
+        case Closed():
+            return f"{load.concurrency} users" if load.concurrency != 1 else "1 user"
+        case Rounds():
+            return f"rounds of {load.concurrency}"
+        case Open():
+            to = "" if load.rate_end is None else f" to {load.rate_end:g}"
+            return f"{load.rate:g}{to} req/s" + (" Poisson" if load.poisson else "")
+        case Timed():
+            return "trace"
 
 
 @dataclass

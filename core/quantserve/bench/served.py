@@ -1,0 +1,97 @@
+"""What a server says about its models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantserve.bench.request import Target
+from quantserve.bench.tokens import Session
+from quantserve.errors import EngineError, UsageError, unknown_name
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as its server describes it.
+
+    Attributes:
+        id: in requests.
+        method, bits: quantization, empty and None where the server does not say.
+        max_model_len: in tokens, None when unknown.
+        expected: performance profile as JSON.
+        server: what versions the server names.
+    """
+
+    id: str
+    method: str = ""
+    bits: Any = None
+    max_model_len: int | None = None
+    expected: Mapping[str, Any] | None = None
+    server: Mapping[str, str] = field(default_factory=dict)
+
+
+def served_models(target: Target) -> list[Served]:
+    """The models of a server, from its ``/v1/models``.
+
+    Raises:
+        EngineError: it does not answer.
+        UsageError: it refuses, or is no server of models.
+    """
+    session = Session(target)
+    try:
+        status, answer = session.ask("GET", "/v1/models")
+        if status in (401, 403):
+            raise UsageError(f"{target.url} answers {status}: {_words(answer)}\n  fix: give its key with --api-key")
+        if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
+            raise UsageError(
+                f"{target.url}/v1/models answers {status}\n  fix: give the address of an OpenAI-compatible API"
+            )
+        version = _version(session)
+    finally:
+        session.close()
+    return [_served(card, version) for card in answer["data"] if isinstance(card, dict) and "id" in card]
+
+
+def _version(session: Session) -> dict[str, str]:
+    try:
+        status, answer = session.ask("GET", "/version")
+    except EngineError:
+        return {}
+    known = status == 200 and isinstance(answer, dict)
+    return {str(key): str(value) for key, value in answer.items()} if known else {}
+
+
+def _served(card: Mapping[str, Any], server: Mapping[str, str]) -> Served:
+    metadata = card.get("metadata") if isinstance(card.get("metadata"), dict) else {}
+    assert metadata is not None
+    length = card.get("max_model_len") or metadata.get("max_model_len")
+    return Served(
+        id=str(card["id"]),
+        method=str(metadata.get("method") or ""),
+        bits=metadata.get("bits"),
+        max_model_len=length if isinstance(length, int) else None,
+        expected=metadata.get("expected_performance") or None,
+        server=server,
+    )
+
+
+def _words(answer: object) -> str:
+    error = answer.get("error") if isinstance(answer, dict) else answer
+    return str(error.get("message")) if isinstance(error, dict) else str(error)
+
+
+def choose_models(served: Sequence[Served], names: Sequence[str]) -> list[Served]:
+    """The named models, or all.
+
+    Raises:
+        UsageError: the server has no model of that name, or none at all.
+    """
+    by_id = {model.id: model for model in served}
+    for name in names:
+        if name not in by_id:
+            raise UsageError(unknown_name("model", name, by_id))
+    chosen = [by_id[name] for name in names] if names else list(served)
+    if not chosen:
+        raise UsageError("the server names no models\n  fix: name one with --model")
+    return chosen

@@ -1,0 +1,155 @@
+"""A server for the time of a benchmark: ``quantserve serve`` as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from quantserve.bench.request import Target
+from quantserve.bench.tokens import Session
+from quantserve.config import ModelConfig
+from quantserve.errors import EngineError, UsageError, unknown_name
+
+START_S: Final = 900.0
+POLL_S: Final = 0.5
+STOP_S: Final = 60.0
+KILL_S: Final = 10.0
+LINES_SHOWN: Final = 12
+
+
+class Server:
+    """Serves models from the moment it is entered until it is left, whatever happens in between.
+
+    Args:
+        models: what to serve.
+        folder: for its config and its log.
+        waiting: called while it starts, with the seconds so far.
+    """
+
+    def __init__(
+        self, models: Sequence[ModelConfig], folder: Path, waiting: Callable[[float], None] | None = None
+    ) -> None:
+        self._models = models
+        self._waiting = waiting or (lambda seconds: None)
+        self._config = folder / "models.json"
+        self.log = folder / "serve.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Target:
+        """Start it and wait until every model answers.
+
+        Raises:
+            EngineError: it ended, or did not get ready in time; the message holds its last lines.
+        """
+        models = [json.loads(model.model_dump_json(exclude_unset=True)) for model in self._models]
+        self._config.write_text(json.dumps({"models": models}))
+        port = free_port()
+        command = [sys.executable, "-m", "quantserve", "serve", str(self._config), "--port", str(port)]
+        environment = {key: value for key, value in os.environ.items() if key != "QUANTSERVE_API_KEYS"}
+        with self.log.open("wb") as log:
+            # A session of its own: Ctrl-C reaches this process only, which then stops the server in order.
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        target = Target(f"http://127.0.0.1:{port}", "")
+        try:
+            self._wait(target)
+        except BaseException:
+            self.stop()
+            raise
+        return target
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop it."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop it: first as Ctrl-C does, then by force."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        try:
+            for number, patience in ((signal.SIGINT, STOP_S), (signal.SIGTERM, KILL_S)):
+                process.send_signal(number)
+                try:
+                    process.wait(patience)
+                    return
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            if process.poll() is None:  # also when a second Ctrl-C cut the waiting short
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def _wait(self, target: Target) -> None:
+        assert self._process is not None
+        began = time.monotonic()
+        while (passed := time.monotonic() - began) < START_S:
+            if (code := self._process.poll()) is not None:
+                raise EngineError(f"the server ended with exit code {code} before it was ready:\n{self._last_lines()}")
+            if is_healthy(target):
+                return
+            self._waiting(passed)
+            time.sleep(POLL_S)
+        raise EngineError(f"the server was not ready after {START_S:.0f} s:\n{self._last_lines()}")
+
+    def _last_lines(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
+        return "\n".join(f"  | {line}" for line in lines)
+
+
+def is_healthy(target: Target) -> bool:
+    """Whether ``/health`` answers 200."""
+    session = Session(target, timeout_s=5)
+    try:
+        return session.ask("GET", "/health")[0] == 200
+    except EngineError:
+        return False
+    finally:
+        session.close()
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def choose(models: Sequence[ModelConfig], names: Sequence[str], methods: dict[str, str]) -> list[ModelConfig]:
+    """The models of a config with these ids or methods, in the order of the names.
+
+    Args:
+        models: of the config.
+        names: ids or methods; empty takes all.
+        methods: model id -> method.
+
+    Raises:
+        UsageError: a name is neither, or a method is that of several models.
+    """
+    if not names:
+        return list(models)
+    chosen = []
+    for name in names:
+        found = [model for model in models if name == model.model_id] or [
+            model for model in models if name == methods.get(model.model_id)
+        ]
+        if not found:
+            known = {model.model_id for model in models} | set(methods.values())
+            raise UsageError(unknown_name("model or method", name, known))
+        if len(found) > 1:
+            ids = ", ".join(model.model_id for model in found)
+            raise UsageError(f"{name} is the method of several models: {ids}\n  fix: name them by id")
+        chosen += found
+    return chosen

@@ -1,0 +1,161 @@
+"""Counting tokens as the served model does: by its own server, or by its tokenizer file."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, Protocol, cast
+
+from quantserve.bench.request import Target
+from quantserve.bench.result import error_message
+from quantserve.errors import EngineError, UsageError, one_line
+
+TIMEOUT_S: Final = 30.0
+CHARACTERS_PER_TOKEN: Final = 4.0
+"""English text with the tokenizers of large models; a guess where nothing can count."""
+
+
+class Tokenizer(Protocol):
+    """What workloads need of a tokenizer; special tokens are left out."""
+
+    name: str
+    """For the report: who counted."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+
+
+class Session:
+    """Small JSON requests to a server, over one connection; not for measuring.
+
+    Args:
+        target: the server; its model is not used.
+        timeout_s: per request.
+    """
+
+    def __init__(self, target: Target, timeout_s: float = TIMEOUT_S) -> None:
+        self._target = target
+        cls = http.client.HTTPSConnection if target.tls else http.client.HTTPConnection
+        self._connection = cls(target.host, target.port, timeout=timeout_s)
+
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+        """Status and body of a request; the body is JSON, or text where it is none.
+
+        Raises:
+            EngineError: no answer.
+        """
+        headers = {"Content-Type": "application/json", **self._target.headers}
+        if self._target.api_key:
+            headers["Authorization"] = f"Bearer {self._target.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            self._connection.request(method, self._target.root + path, data, headers)
+            response = self._connection.getresponse()
+            raw = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            raise EngineError(
+                f"no answer from {self._target.url}: {one_line(error)}\n  fix: start the server, or correct --url"
+            ) from None
+        try:
+            return response.status, json.loads(raw)
+        except ValueError:
+            return response.status, error_message(raw)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+class ServerTokenizer:
+    """vLLM's ``/tokenize`` and ``/detokenize``."""
+
+    def __init__(self, target: Target) -> None:
+        self.name = "the server's /tokenize"
+        self._model = target.model
+        self._session = Session(target)
+        self.encode = lru_cache(4096)(self._encode)
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            EngineError: the server does not tokenize.
+        """
+        body = {"model": self._model, "prompt": text, "add_special_tokens": False}
+        status, answer = self._session.ask("POST", "/tokenize", body)
+        if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
+            raise EngineError(f"/tokenize answered {status}: {answer}")
+        return cast("list[int]", answer["tokens"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids.
+
+        Raises:
+            EngineError: the server does not detokenize.
+        """
+        status, answer = self._session.ask("POST", "/detokenize", {"model": self._model, "tokens": list(ids)})
+        if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("prompt"), str):
+            raise EngineError(f"/detokenize answered {status}: {answer}")
+        return cast("str", answer["prompt"])
+
+
+class FileTokenizer:
+    """A ``tokenizer.json``, read by the ``tokenizers`` library.
+
+    Args:
+        path: the file, or a folder with it.
+
+    Raises:
+        UsageError: the library is missing, or the file is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            from tokenizers import Tokenizer as Fast
+        except ImportError:
+            raise UsageError("--tokenizer needs the tokenizers package\n  fix: pip install tokenizers") from None
+        file = Path(path).expanduser()
+        file = file / "tokenizer.json" if file.is_dir() else file
+        try:
+            self._tokenizer = Fast.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise UsageError(f"--tokenizer {path}: {one_line(error)}\n  fix: name a tokenizer.json") from None
+        self.name = file.name
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def find_tokenizer(target: Target, file: str | None) -> Tokenizer | None:
+    """The tokenizer file when one is named, else the server's own tokenizer, else None.
+
+    Raises:
+        UsageError: the file cannot be used.
+        EngineError: the server does not answer at all.
+    """
+    if file:
+        return FileTokenizer(file)
+    session = Session(target)
+    try:
+        status, answer = session.ask("POST", "/tokenize", {"model": target.model, "prompt": "a"})
+    finally:
+        session.close()
+    usable = status == 200 and isinstance(answer, dict) and "tokens" in answer
+    return ServerTokenizer(target) if usable else None
+
+
+def count_tokens(tokenizer: Tokenizer | None, text: str) -> int:
+    """Tokens of a text; estimated from its length without a tokenizer."""
+    return len(tokenizer.encode(text)) if tokenizer else max(1, round(len(text) / CHARACTERS_PER_TOKEN))

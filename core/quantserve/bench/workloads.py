@@ -1,0 +1,181 @@
+"""The workloads by name: what is asked, how often, in which shape."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Final
+
+from quantserve.bench.load import Closed, Load, Open, Rounds, Timed
+from quantserve.bench.prompts import (
+    POEM_TOKENS,
+    Lengths,
+    Maker,
+    llmperf_request,
+    random_request,
+    rayllm_request,
+    sonnet_request,
+)
+from quantserve.bench.request import Request
+from quantserve.bench.tokens import Tokenizer
+from quantserve.errors import UsageError, unknown_name
+
+WARMUP_TOKENS: Final = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How requests are made and sent.
+
+    Attributes:
+        name: as on the command line.
+        summary: one line.
+        requests: how many.
+        concurrency: users, or the size of a round.
+        input_tokens, output_tokens: lengths; the output's is a cap, or exact with `ignore_eos`.
+        rounds: barrier rounds instead of a closed loop.
+        ignore_eos: answers have exactly the length asked for.
+        temperature: None leaves it to the server.
+        prefix_tokens: beginning that all prompts share.
+        make: makes a request; for a trace only those of the warm-up.
+    """
+
+    name: str
+    summary: str
+    requests: int
+    concurrency: int
+    input_tokens: Lengths
+    output_tokens: Lengths
+    make: Callable[[Maker], Request]
+    rounds: bool = False
+    ignore_eos: bool = False
+    temperature: float | None = None
+    prefix_tokens: int = 0
+
+
+WORKLOADS: Final[Mapping[str, Workload]] = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            "rayllm-2023",
+            "the RayLLM quantization tables: legacy llmperf, 300 requests in rounds of 10, about 500 tokens in, at "
+            "most 384 out, temperature 0",
+            requests=300,
+            concurrency=10,
+            input_tokens=Lengths(POEM_TOKENS),
+            output_tokens=Lengths(384),
+            make=rayllm_request,
+            rounds=True,
+            temperature=0.0,
+        ),
+        Workload(
+            "llmperf",
+            "llmperf since December 2023: 550 sd 150 tokens in, 150 sd 80 out at most, 10 users",
+            requests=100,
+            concurrency=10,
+            input_tokens=Lengths(550, 150),
+            output_tokens=Lengths(150, 80),
+            make=llmperf_request,
+        ),
+        Workload(
+            "random",
+            "random tokens, exact lengths: 512 in, 128 out, end of text ignored (vllm bench serve's random)",
+            requests=100,
+            concurrency=10,
+            input_tokens=Lengths(512),
+            output_tokens=Lengths(128),
+            make=random_request,
+            ignore_eos=True,
+            temperature=0.0,
+        ),
+        Workload(
+            "sonnet",
+            "lines of poetry after a beginning of 200 tokens that all prompts share: 550 in, 150 out at most",
+            requests=100,
+            concurrency=10,
+            input_tokens=Lengths(550),
+            output_tokens=Lengths(150),
+            make=sonnet_request,
+            prefix_tokens=200,
+        ),
+        Workload(
+            "trace",
+            "a file of JSON lines with timestamps and lengths or prompts, sent at its times (--trace FILE)",
+            requests=0,
+            concurrency=10,
+            input_tokens=Lengths(64),
+            output_tokens=Lengths(16),
+            make=llmperf_request,
+            temperature=0.0,
+        ),
+    )
+}
+
+
+def find_workload(name: str) -> Workload:
+    """A workload by name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in WORKLOADS:
+        raise UsageError(unknown_name("workload", name, WORKLOADS))
+    return WORKLOADS[name]
+
+
+def requests(
+    workload: Workload, tokenizer: Tokenizer | None, seed: int, nonce: str = "", first: int = 0
+) -> Iterator[Request]:
+    """Endless requests of a workload; the same seed, nonce and tokenizer give the same ones.
+
+    Args:
+        workload: any but a trace.
+        tokenizer: None estimates lengths.
+        seed: of all that is drawn.
+        nonce: begins every prompt, so that none was seen before; empty for none.
+        first: number of the first request.
+    """
+    maker = Maker(workload, random.Random(f"{seed}/{first}"), tokenizer, nonce)
+    maker.number = first
+    while True:
+        yield workload.make(maker)
+        maker.number += 1
+
+
+def warmup_requests(workload: Workload, tokenizer: Tokenizer | None, count: int, nonce: str) -> list[Request]:
+    """Requests like the workload's, but with short answers and prompts of their own."""
+    made = islice(requests(workload, tokenizer, seed=-1, nonce=nonce and nonce + "w", first=10**6), count)
+    return [replace(request, max_tokens=min(WARMUP_TOKENS, request.max_tokens or WARMUP_TOKENS)) for request in made]
+
+
+def shape(
+    workload: Workload,
+    concurrency: int,
+    *,
+    rate: float | None = None,
+    rate_end: float | None = None,
+    ramp_s: float = 0.0,
+    poisson: bool = True,
+    rounds: bool | None = None,
+    times: Sequence[float] | None = None,
+    max_concurrency: int | None = None,
+    seed: int = 0,
+) -> Load:
+    """The load shape that the options ask for.
+
+    Args:
+        workload: gives the shape where nothing else is said.
+        concurrency: users of a closed load, or size of a round.
+        rate, rate_end, ramp_s, poisson, max_concurrency, seed: as for `Open`.
+        rounds: barrier rounds, or a closed load although the workload has rounds.
+        times: of a trace.
+    """
+    if rate is not None:
+        return Open(rate, rate_end, ramp_s, poisson, max_concurrency, seed)
+    if times is not None:
+        return Timed(times, max_concurrency)
+    if workload.rounds if rounds is None else rounds:
+        return Rounds(concurrency)
+    return Closed(concurrency, ramp_s)

@@ -1,0 +1,175 @@
+"""The options of ``quantserve bench``: their types, and settings from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantserve.bench.measured import SLO_KEYS
+from quantserve.bench.prompts import Lengths
+from quantserve.bench.session import Settings, scaled
+from quantserve.bench.workloads import find_workload
+from quantserve.errors import UsageError, unknown_name
+
+
+class Commas(click.ParamType[Any]):
+    """A list with commas of numbers above 0."""
+
+    def __init__(self, number: type[int] | type[float]) -> None:
+        self.name = "A,B,..."
+        self._number = number
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Parse it."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(self._number(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(0 < number < float("inf") for number in numbers):
+            kind = "whole numbers" if self._number is int else "numbers"
+            self.fail(f"{value!r} is no list of {kind} above 0, like 1,4,16", param, ctx)
+        return numbers
+
+
+class LengthType(click.ParamType[Any]):
+    """``MEAN`` or ``MEAN/SD`` in tokens."""
+
+    name = "MEAN[/SD]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lengths:
+        """Parse it."""
+        if isinstance(value, Lengths):
+            return value
+        mean, _, deviation = str(value).partition("/")
+        try:
+            lengths = Lengths(float(mean), float(deviation or 0))
+        except ValueError:
+            lengths = Lengths(0)
+        if not (1 <= lengths.mean < 1e7 and 0 <= lengths.stddev < 1e7):
+            self.fail(f"{value!r} is not MEAN or MEAN/SD in tokens, like 512 or 550/150", param, ctx)
+        return lengths
+
+
+def make_settings(
+    workload_name: str,
+    count: int | None,
+    concurrency: tuple[int, ...] | None,
+    rate: tuple[float, ...] | None,
+    input_tokens: Lengths | None,
+    output_tokens: Lengths | None,
+    prefix_tokens: int | None,
+    scale: float | None,
+    ignore_eos: bool | None,
+    temperature: float | None,
+    extra: str | None,
+    slo: str | None,
+    trace: Path | None,
+    arrival: str,
+    ramp: float,
+    max_duration: float | None,
+    timeout: float,
+    stall: float | None,
+    **same: Any,
+) -> Settings:
+    """Settings from the options.
+
+    Raises:
+        UsageError: options that contradict each other, or a value that is wrong.
+    """
+    workload = find_workload("trace" if trace else workload_name)
+    if workload.name == "trace" and not trace:
+        raise UsageError("the workload trace needs a file\n  fix: name it with --trace FILE")
+    if rate and (concurrency or same["rounds"]):
+        raise UsageError("--rate is an open load, --concurrency and --rounds are closed ones\n  fix: give one of them")
+    if same["rate_end"] is not None and not (rate and ramp):
+        raise UsageError("--rate-end needs --rate and --ramp")
+    if same["max_concurrency"] and not (rate or trace):
+        raise UsageError("--max-concurrency limits an open load\n  fix: for a closed load give --concurrency")
+    given: dict[str, Any] = {
+        "requests": count if count or not trace else 0,
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "prefix_tokens": prefix_tokens,
+        "ignore_eos": ignore_eos,
+        "temperature": temperature,
+    }
+    workload = replace(workload, **{key: value for key, value in given.items() if value is not None})
+    if scale:
+        workload = scaled(workload, scale)
+    if not same["unique"] and workload.prefix_tokens >= workload.input_tokens.mean:
+        raise UsageError("--prefix-tokens must be less than --input-tokens")
+    return Settings(
+        workload,
+        concurrencies=concurrency or (workload.concurrency,),
+        rates=rate or (),
+        ramp_s=ramp,
+        poisson=arrival == "poisson",
+        max_duration_s=max_duration,
+        timeout_s=timeout,
+        stall_s=stall,
+        slo=limits(slo),
+        extra=json_object("--extra", extra),
+        trace=trace,
+        **same,
+    )
+
+
+def split(text: str | None) -> list[str]:
+    """A comma list."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def pairs(option: str, text: str | None) -> dict[str, str]:
+    """``a=b,c=d``.
+
+    Raises:
+        UsageError: a part is none.
+    """
+    out = {}
+    for part in split(text):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{option}: {part!r} is not NAME=VALUE")
+        out[key.strip()] = value.strip()
+    return out
+
+
+def limits(text: str | None) -> dict[str, float]:
+    """Limits in ms.
+
+    Raises:
+        UsageError: an unknown name, or no number.
+    """
+    out = {}
+    for key, value in pairs("--slo", text).items():
+        if key not in SLO_KEYS:
+            raise UsageError(f"--slo: {unknown_name('limit', key, SLO_KEYS)}")
+        try:
+            out[key] = float(value)
+        except ValueError:
+            raise UsageError(f"--slo: {key}={value}: {value!r} is not a number of milliseconds") from None
+    return out
+
+
+def json_object(option: str, text: str | None) -> Mapping[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f'{option}: {text} is no JSON object, like {{"top_p": 0.9}}')
+    return value

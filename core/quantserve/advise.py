@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import log
 from typing import Any
 
+from quantserve.architecture import FAMILIES, read_architecture
 from quantserve.checkpoint import Checkpoint, open_checkpoint
 from quantserve.compose import compose
 from quantserve.config import ModelConfig
@@ -14,7 +16,7 @@ from quantserve.errors import CheckpointError, PluginError, UsageError
 from quantserve.expectation import Expectation, expectation, kernel_key, kernel_of, quality_of, width_of
 from quantserve.finding import Severity
 from quantserve.memory import MemoryEstimate, estimate
-from quantserve.method import Method, PerformanceProfile, QualityNote
+from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.performance import ENGINE_NOW, Prediction, Workload
 from quantserve.performance.imagine import imagined
 from quantserve.performance.shape import stored_bits_per_weight
@@ -62,6 +64,11 @@ class Candidate:
     def ranks(self) -> int:
         """Tensor parallel size."""
         return self.model.tensor_parallel_size
+
+    @property
+    def weights_bytes(self) -> int:
+        """Weights on all devices; 0 when unknown."""
+        return self.memory.weights_bytes * self.ranks if self.memory else 0
 
     def predict(self, workload: Workload) -> Prediction | None:
         """The prediction for a workload; None when the method cannot be served or predicted."""
@@ -126,8 +133,6 @@ def advise(
     ]
     if not any(candidate.made for candidate in candidates):
         kind = checkpoint.text_config.get("model_type") or "without model_type"
-        from quantserve.architecture import FAMILIES
-
         raise UsageError(
             f"{model.source}: nothing can be predicted for a model of type {str(kind)[:40]!r} "
             f"(known families: {', '.join(sorted(FAMILIES))})"
@@ -163,17 +168,19 @@ def _candidates(
     widths = (width_of(method, stored_bits_per_weight(checkpoint)),) if in_files else tuple(sorted(method.bits)[::-1])
     for bits in widths:
         kernel = kernel_of(plugin, target, bits, engine)
+        refusal = _unsupported(method, kernel, checkpoint, target)
         files = checkpoint if in_files else imagined(checkpoint, kernel.bits_per_weight if kernel else bits + 0.1)
         config = _with(model, method, ranks=1) if not in_files else model
         published, published_ranks = None, 0
         if bits == max(method.bits):
             published, published_ranks = _published(plugin, files, config, target)
         given = target.count > 1 or model.tensor_parallel_size > 1
-        chosen = ranks or (published_ranks if as_published and not given else 0) or _ranks(config, files, target)
+        chosen = ranks or (published_ranks if as_published and not given else 0)
+        if not chosen:
+            chosen = 1 if refusal else _ranks(config, files, target)
         config = _with(config, None if in_files else method, ranks=chosen)
         memory, findings = estimate(files, config, target)
-        said = next((f.message for f in findings if f.severity is Severity.ERROR), "")
-        refusal = _unsupported(method, target) or said
+        refusal = refusal or next((f.message for f in findings if f.severity is Severity.ERROR), "")
         made = None
         if kernel is not None:
             made = expectation(plugin, files, config, target, memory, bits=bits, engine=engine)
@@ -213,14 +220,20 @@ def _ranks(model: ModelConfig, checkpoint: Checkpoint, target: Target) -> int:
         return 1
     if target.count > 1:
         return target.count
+    least = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     for ranks in RANKS if target.count == 0 else (1,):
+        if least > ranks * target.memory_bytes:
+            continue  # an estimate would look for what is larger, which takes time
         memory, findings = estimate(checkpoint, _with(model, None, ranks), target)
         if memory and memory.fits and not any(finding.severity is Severity.ERROR for finding in findings):
             return ranks
     return 1
 
 
-def _unsupported(method: Method, target: Target) -> str:
+def _unsupported(method: Method, kernel: KernelProfile | None, checkpoint: Checkpoint, target: Target) -> str:
+    architecture, _ = read_architecture(checkpoint)
+    if kernel and not kernel.experts and architecture and architecture.experts:
+        return f"{method.name} does not serve mixtures of experts"
     if target.device not in method.devices:
         return f"{method.name} runs on {', '.join(method.devices)}, not on {target.device}"
     lowest = method.minimum_capability
@@ -270,6 +283,11 @@ class Ranked:
     candidate: Candidate
     prediction: Prediction
 
+    @property
+    def per_device(self) -> float:
+        """Output tokens per second of the server, divided by its devices."""
+        return self.prediction.tokens_per_s / self.candidate.ranks
+
 
 ORDERS = ("throughput", "latency", "memory", "quality")
 
@@ -278,21 +296,31 @@ def ranked(advice: Advice, workload: Workload, order: str = "throughput") -> lis
     """The candidates that can be served, best first.
 
     Args:
-        order: ``throughput`` (output tokens per second of the server), ``latency`` (E2E), ``memory`` (weights) or
-            ``quality`` (published rise of perplexity; unknown last, 16 bits first).
+        order: ``throughput`` (output tokens per second and device), ``latency`` (E2E), ``memory`` (weights on all
+            devices) or ``quality`` (published rise of perplexity; unknown last, 16 bits first). What is within 2 %
+            counts as equal, and the smaller loss of quality comes first.
     """
     usable = [
         Ranked(candidate, prediction)
         for candidate in advice.candidates
         if (prediction := candidate.predict(workload)) is not None
     ]
-    keys: dict[str, Any] = {
-        "throughput": lambda item: -item.prediction.tokens_per_s,
-        "latency": lambda item: item.prediction.e2e_ms,
-        "memory": lambda item: item.candidate.memory.weights_bytes if item.candidate.memory else 0,
+    keys: dict[str, Callable[[Ranked], float]] = {
+        "throughput": lambda item: -_level(item.per_device),
+        "latency": lambda item: _level(item.prediction.e2e_ms),
+        "memory": lambda item: _level(item.candidate.weights_bytes),
         "quality": lambda item: loss_of(item.candidate),
     }
-    return sorted(usable, key=lambda item: (keys[order](item), item.candidate.key))
+
+    def key(item: Ranked) -> tuple[float, float, float, str]:
+        return keys[order](item), loss_of(item.candidate), -item.per_device, item.candidate.key
+
+    return sorted(usable, key=key)
+
+
+def _level(value: float) -> int:
+    """Steps of 2 %, so that differences below any model's accuracy do not decide."""
+    return round(log(max(value, 1e-9)) / log(1.02))
 
 
 def loss_of(candidate: Candidate) -> float:
@@ -304,7 +332,7 @@ def loss_of(candidate: Candidate) -> float:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Concurrencies from `first` to `last` at which one method gives the most tokens per second."""
+    """Concurrencies from `first` to `last` at which one method comes first by throughput."""
 
     first: int
     last: int
@@ -318,7 +346,7 @@ def concurrencies(most: int) -> list[int]:
 
 
 def leaders(advice: Advice, workload: Workload, most: int) -> list[Stretch]:
-    """Who gives the most tokens per second at which concurrency, each change found to the client.
+    """Who gives the most tokens per second and device at which concurrency, each change found to the client.
 
     Between two powers of two that have different leaders the change is searched by halving; a leader that only holds
     between them may be missed.

@@ -122,6 +122,8 @@ def kernel_breach(profile: object) -> str:
     for name in ("name", "source", "benchmark"):
         if not isinstance(value := getattr(profile, name), str):
             return f"KernelProfile.{name} is {_kind(value)}, not text"
+    if not isinstance(profile.experts, bool):
+        return f"KernelProfile.experts is {_kind(profile.experts)}, not True or False"
     for name in ("bits_per_weight", "uncertainty"):
         if not _is_share(value := getattr(profile, name), 64):
             return f"KernelProfile.{name} must be a positive number, at most 64: {value!r:.60}"

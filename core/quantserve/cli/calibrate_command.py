@@ -1,0 +1,84 @@
+"""``quantserve calibrate``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from quantserve.cli.output import console, print_json, table
+from quantserve.errors import UsageError
+from quantserve.performance.calibration import Calibration, default_path, save
+from quantserve.registry import Registry
+from quantserve.target import this_cpu
+
+
+@click.command("calibrate")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File; default: where predictions look.")
+@click.option("--quick", is_flag=True, help="Fewer batch sizes.")
+@click.option("--engine", "with_engine", is_flag=True, help="Measure vLLM's own costs as well: some minutes.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+def command(out: Path | None, quick: bool, with_engine: bool, as_json: bool) -> None:
+    """Measure this machine's CPU, so that predictions for it rest on measurements.
+
+    Memory bandwidth, bfloat16 products, and the kernel of every installed method at several batch sizes, with as many
+    threads as vLLM would use. Under a minute; keep the machine quiet meanwhile.
+    """
+    if find_spec("torch") is None:
+        raise UsageError(
+            "torch is not installed, which the measurement needs\n"
+            "  fix: install the engine, `pip install 'quantserve[cpu]'`"
+        )
+    from quantserve.calibrate.measure import calibrate
+
+    path = out or default_path()
+    err = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        measured = calibrate(Registry.load(), this_cpu(), quick=quick, progress=progress)
+        if with_engine:
+            from quantserve.calibrate.engine import engine_cost
+
+            progress("vLLM: its own costs", 0, 1)
+            measured = replace(measured, engine=engine_cost(measured, progress))
+    save(measured, path)
+    if as_json:
+        print_json(measured.to_json())
+    else:
+        show(measured, path)
+
+
+def show(measured: Calibration, path: Path) -> None:
+    """A table of the kernels, and the rest in lines."""
+    out = console()
+    out.print(f"[bold]{escape(str(measured.machine['cpu']))}[/], {measured.threads} compute threads")
+    out.print(
+        f"  reads {measured.read_bytes_per_s / 1e9:.1f} GB/s, "
+        f"multiplies {measured.matmul_flops_per_s / 1e9:.0f} GFLOP/s"
+    )
+    counts = sorted({rows for kernel in measured.kernels.values() for rows, _ in kernel})
+    rows = [
+        (key, escape(measured.about.get(key, "")), *(f"{1e12 * dict(kernel)[count]:.1f}" for count in counts))
+        for key, kernel in measured.kernels.items()
+    ]
+    columns = ("kernel", "which", *(str(count) for count in counts))
+    out.print(table("Picoseconds per weight, by rows of x", columns, rows, wrap=("which",)))
+    if engine := measured.engine:
+        out.print(
+            f"  vLLM: {1e3 * engine.step_s:.2f} ms a step, {1e6 * engine.layer_s:.0f} us a layer, "
+            f"{1e3 * engine.request_s:.2f} ms a sequence and step, {1e9 * engine.element_s:.2f} ns an activation"
+        )
+    else:
+        out.print("  vLLM's own costs were not measured (--engine does); defaults are used")
+    for note in measured.notes:
+        out.print(f"  [yellow]left out[/] {escape(note)}", soft_wrap=True)
+    out.print(f"  {measured.seconds:.0f} s; written to {escape(str(path))}")

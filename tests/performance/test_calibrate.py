@@ -1,0 +1,73 @@
+"""What `quantserve calibrate` finds in known measurements, and that it measures the installed kernels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from performance.test_calibration import calibration
+from quantserve.calibrate.engine import DECODES, LAYERS, PROMPTS, Point, fit, shape_of
+from quantserve.calibrate.measure import kernels_of
+from quantserve.cli.main import run
+from quantserve.performance import machine_of
+from quantserve.performance.calibration import load
+from quantserve.performance.machine import EngineCost, linear_cost
+from quantserve.performance.predict import PLAIN
+from quantserve.performance.step import batch_of, step_cost
+from quantserve.registry import Registry
+from quantserve.target import this_cpu
+
+
+def points(costs: EngineCost) -> list[Point]:
+    """What an engine with these costs would take, by the formulas themselves."""
+    machine = replace(machine_of(this_cpu(), calibration()), engine=costs)
+    plain = linear_cost(machine, PLAIN, "fp16-16")
+    batches = [batch_of([(1, 76, True)] * count) for count in DECODES]
+    batches += [batch_of([(tokens, 0, True)]) for tokens in PROMPTS]
+    return [
+        Point(layers, batch, step_cost(shape_of(layers), machine, plain, plain, batch).total)
+        for layers in LAYERS
+        for batch in batches
+    ]
+
+
+def test_the_fit_finds_the_costs_that_were_put_in() -> None:
+    costs = EngineCost(2e-3, 7e-5, 3e-4, 1.2e-9, 0.0, 0.0, 0.0)
+    found = fit(calibration(engine=None), points(costs))
+    assert found.step_s == pytest.approx(costs.step_s, rel=1e-6)
+    assert found.layer_s == pytest.approx(costs.layer_s, rel=1e-6)
+    assert found.request_s == pytest.approx(costs.request_s, rel=1e-6)
+    assert found.element_s == pytest.approx(costs.element_s, rel=1e-6)
+
+
+def test_the_fit_gives_no_negative_costs() -> None:
+    faster = [replace(point, seconds=0.9 * point.seconds) for point in points(EngineCost(0, 0, 0, 1e-15, 0, 0, 0))]
+    found = fit(calibration(engine=None), faster)
+    assert min(found.step_s, found.layer_s, found.request_s, found.element_s) >= 0
+
+
+def test_every_installed_method_names_a_kernel_of_this_cpu() -> None:
+    kernels, _ = kernels_of(Registry.load(), this_cpu())
+    assert {"fp16-16", "awq-4", "squeezellm-4", "squeezellm-3"} <= {kernel.key for kernel in kernels}
+
+
+@pytest.mark.slow
+def test_calibrate_writes_what_predictions_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "calibration.json"
+    monkeypatch.setenv("QUANTSERVE_CALIBRATION", str(path))
+    assert run(["calibrate", "--quick", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = load(path)
+    assert printed["seconds"] == found.seconds < 60
+    assert {"fp16-16", "awq-4", "squeezellm-4"} <= set(found.kernels)
+    for table in found.kernels.values():
+        assert [rows for rows, _ in table] == [1, 4, 16, 64, 512]
+        assert table[-1][1] > table[0][1]
+    assert 1e9 < found.read_bytes_per_s < 1e13
+    # 4-bit weights are read in less time than 16-bit ones.
+    assert dict(found.kernels["awq-4"])[1] < dict(found.kernels["fp16-16"])[1]

@@ -1,0 +1,215 @@
+"""`quantserve profile` and `recommend` as a person meets them."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.test_cli import light, refusal
+from helpers.checkpoints import make_llama
+from helpers.predicted import LLAMA_7B, LLAMA_70B, MISTRAL, MIXTRAL, QWEN
+from quantserve.advise import advise, concurrencies, leaders, ranked
+from quantserve.cli.main import run
+from quantserve.config import model_from_source
+from quantserve.performance import WORKLOADS
+from quantserve.registry import Registry
+from quantserve.target import find_target, known_targets
+
+Bare = Callable[[dict[str, Any]], Path]
+
+
+@pytest.fixture(autouse=True)
+def uncalibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTSERVE_CALIBRATION", str(tmp_path / "none.json"))
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Bare:
+    """A folder with a config.json and nothing else."""
+
+    def made(config: dict[str, Any]) -> Path:
+        folder = tmp_path / "bare"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return made
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    assert run([str(word) for word in arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_published_rows_stand_beside_predictions(bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "profile", bare(LLAMA_70B), "--target", "a100-80g", "--json")
+    methods = {method["key"]: method for method in found["methods"]}
+    assert methods["fp16-16"]["published"]["e2e_ms"] == 8048
+    assert methods["fp16-16"]["tensor_parallel_size"] == 4
+    assert methods["awq-4"]["published"]["ttft_ms"] == 2174
+    assert methods["squeezellm-4"]["published"] is None
+    now = methods["fp16-16"]["predicted_2023_workload"]
+    assert now["e2e_ms"] == pytest.approx(now["ttft_ms"] + 139 * now["tpot_ms"], rel=0.01)
+    assert now["itl_ms"] == pytest.approx(now["e2e_ms"] / 140, rel=0.01)
+    assert now["e2e_ms"] < 8048
+
+
+def test_profile_prints_the_table_of_2023(bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["profile", str(bare(LLAMA_7B)), "--target", "a100-80g", "--explain"]) == 0
+    out = capsys.readouterr().out
+    for words in ("Mean E2E", "Mean TTFT", "Mean ITL", "published 2023", "42372", "18.81", "roofline", "lm_head"):
+        assert words in out
+    assert "one request after the other" in out
+    assert max(map(len, out.splitlines())) <= 250
+
+
+@pytest.mark.parametrize("config", [LLAMA_7B, MISTRAL, QWEN, MIXTRAL], ids=lambda config: str(config["model_type"]))
+@pytest.mark.parametrize("target", [name for name in known_targets() if name not in ("t4", "v100", "a10g", "l4")])
+def test_every_family_on_every_target(
+    config: dict[str, Any], target: str, bare: Bare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = ("--concurrency", "1,16", "--input-tokens", "100", "--output-tokens", "20")
+    found = printed(capsys, "profile", bare(config), "--target", target, *load, "--json")
+    for method in found["methods"]:
+        if method["refusal"]:
+            continue
+        one, many = method["predicted"]
+        assert one["source"] == "roofline"
+        assert many["tokens_per_s"] > one["tokens_per_s"] > 0
+        assert many["ttft_ms"] > one["ttft_ms"] > 0
+        assert one["tokens_per_s"] == pytest.approx(one["tokens_per_s_per_user"], rel=1e-3)
+
+
+def test_files_give_the_method_and_its_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_llama(tmp_path / "m", "squeezellm", hidden=512, intermediate=1024, bits=3)
+    found = printed(capsys, "profile", folder, "--target", "cpu", "--json")
+    mine = [method for method in found["methods"] if method["in_files"]]
+    assert [method["key"] for method in mine] == ["squeezellm-3"]
+
+
+def test_the_config_file_itself_is_as_good_as_its_folder(bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bare(LLAMA_7B)
+    options = ("--target", "l4", "--method", "awq", "--json")
+    of_folder = printed(capsys, "recommend", folder, *options)
+    of_file = printed(capsys, "recommend", folder / "config.json", *options)
+    assert of_folder["methods"] == of_file["methods"]
+
+
+def test_quantization_wins_alone_and_loses_its_lead_in_crowds(bare: Bare) -> None:
+    """A100: weights are read 4 times as fast with AWQ; from some number of clients on arithmetic decides."""
+    model = model_from_source(str(bare(LLAMA_7B)))
+    advice = advise(model, Registry.load({}), find_target("a100-80g"), methods=["fp16", "awq"])
+    stretches = leaders(advice, WORKLOADS["chat"], 256)
+    assert [stretch.label for stretch in stretches] == ["awq", "fp16"]
+    assert (stretches[0].first, stretches[-1].last) == (1, 256)
+    change = stretches[1].first
+    assert stretches[0].last == change - 1
+    for users, label in ((change - 1, "awq"), (change, "fp16")):
+        assert ranked(advice, WORKLOADS["chat"].at(users))[0].candidate.label == label
+
+
+def test_what_does_not_fit_says_why(bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "recommend", bare(LLAMA_70B), "--target", "1xa100-80g", "--json")
+    refused = {method["key"]: method["refusal"] for method in found["methods"]}
+    assert "128.5 GiB" in refused["fp16-16"]
+    assert refused["awq-4"] is None
+    text = refusal(capsys, ["recommend", str(bare(LLAMA_70B)), "--target", "1xl4"], 1)
+    assert "nothing serves" in text
+    assert "22.5 GiB" in text
+
+
+def test_squeezellm_serves_no_experts(bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "recommend", bare(MIXTRAL), "--target", "h200", "--json")
+    refused = {method["key"]: method["refusal"] for method in found["methods"]}
+    assert "mixtures of experts" in refused["squeezellm-4"]
+    assert refused["awq-4"] is refused["fp16-16"] is None
+
+
+@pytest.mark.parametrize("order", ["throughput", "latency", "memory", "quality"])
+def test_orders(order: str, bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "recommend", bare(LLAMA_7B), "--target", "a100-80g", "--by", order, "--json")
+    first = min(found["methods"], key=lambda method: method["place"])
+    wanted = {"throughput": "awq-4", "latency": "awq-4", "memory": "squeezellm-3", "quality": "fp16-16"}
+    assert first["key"] == wanted[order]
+
+
+def test_quality_is_published_or_unknown(bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recommend", str(bare(LLAMA_7B)), "--target", "a100-80g"]) == 0
+    out = capsys.readouterr().out
+    assert "+2.4%" in out
+    assert "arXiv 2306.00978" in out
+
+
+def test_the_plot_is_an_svg_with_a_line_for_each_method(bare: Bare, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.svg"
+    assert run(["recommend", str(bare(LLAMA_7B)), "--target", "a100-80g", "--plot", str(plot)]) == 0
+    root = ET.parse(plot).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    assert len(root.findall(f"{space}polyline")) == 4
+    texts = [text.text for text in root.iter(f"{space}text")]
+    assert {"awq", "fp16", "squeezellm 4-bit", "squeezellm 3-bit", "clients"} <= set(texts)
+    for line in root.findall(f"{space}polyline"):
+        points = [tuple(map(float, point.split(","))) for point in line.get("points", "").split()]
+        assert len(points) == len(concurrencies(256))
+        assert all(0 <= x <= 760 and 0 <= y <= 440 for x, y in points)
+
+
+@pytest.mark.parametrize("method", ["fp16", "awq", "squeezellm"])
+@pytest.mark.parametrize("target", ["cpu", "2xa100-80g"])
+def test_the_written_config_is_accepted(
+    method: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_llama(tmp_path / "m", method, hidden=512, intermediate=1024)
+    config = tmp_path / "model.yaml"
+    assert run(["recommend", str(folder), "--target", target, "--write", str(config)]) == 0
+    assert f"# {method}" in config.read_text()
+    assert run(["check", str(config), "--target", target]) == 0
+    capsys.readouterr()
+    assert "exists already" in refusal(capsys, ["recommend", str(folder), "--write", str(config)], 2)
+
+
+def test_methods_that_are_not_installed_are_named(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QUANTSERVE_DISABLE", "awq")
+    assert run(["recommend", str(bare(LLAMA_7B)), "--target", "l40s"]) == 0
+    assert "quantserve[awq]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["profile", "MODEL", "--target", "a100"], "a100-80g"),
+        (["profile", "MODEL", "--method", "awqq"], "did you mean 'awq'?"),
+        (["profile", "MODEL", "--concurrency", "1,x"], "1,4,16"),
+        (["profile", "MODEL", "--concurrency", "0"], "1 to 4096"),
+        (["profile", "no/such/folder/at/all"], "no/such/folder"),
+        (["recommend", "MODEL", "--workload", "chatt"], "did you mean 'chat'?"),
+        (["recommend", "MODEL", "--plot", "no/such/folder/plot.svg"], "does not exist"),
+        (["recommend", "STRANGE"], "known families"),
+        (["profile", "BROKEN"], "config.json"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], says: str, bare: Bare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strange, broken = tmp_path / "strange", tmp_path / "broken"
+    strange.mkdir()
+    broken.mkdir()
+    (strange / "config.json").write_text(json.dumps(LLAMA_7B | {"model_type": "mamba", "architectures": ["Mamba"]}))
+    (broken / "config.json").write_text("{")
+    names = {"MODEL": str(bare(LLAMA_7B)), "STRANGE": str(strange), "BROKEN": str(broken)}
+    assert says in refusal(capsys, [names.get(word, word) for word in arguments], 2)
+
+
+def test_both_are_light(bare: Bare) -> None:
+    folder = str(bare(LLAMA_70B))
+    for command in ("profile", "recommend"):
+        report = light([command, folder, "--target", "a100-80g"])
+        # Under a second on a quiet machine; the limit here only catches what became slow.
+        assert report["seconds"] < 4

@@ -164,6 +164,7 @@ def test_a_plugin_no_model_names_is_never_called(site: Site, make: Make) -> None
         ("engine_kwargs(checkpoint): yield 'seed'", "returned list, not a mapping"),
         ("performance(checkpoint): return 7", "returned int, not PerformanceProfile"),
         ("performance(checkpoint): return PerformanceProfile('reference', {1})", "not JSON"),
+        ("kernel(target): return 7", "returned int, not KernelProfile"),
         ("detect(checkpoint): return 'yes'", "returned str, not True, False or None"),
     ],
 )

@@ -1,10 +1,10 @@
 """Load generator, metrics and reports for servers with OpenAI's API.
 
-    from quantserve.bench import Closed, Request, Target, run, run_blocking
+from quantserve.bench import Closed, Request, Target, run, run_blocking
 
-    requests = [Request(messages=[{"role": "user", "content": "Hello"}], max_tokens=64) for _ in range(100)]
-    results = run_blocking(run(Target("http://127.0.0.1:8000", "demo-awq"), requests, Closed(concurrency=16)))
-    print(measure(results).mean("ttft"))
+requests = [Request(messages=[{"role": "user", "content": "Hello"}], max_tokens=64) for _ in range(100)]
+results = run_blocking(run(Target("http://127.0.0.1:8000", "demo-awq"), requests, Closed(concurrency=16)))
+print(measure(results).mean("ttft"))
 """
 
 from quantserve.bench.client import Client, Live

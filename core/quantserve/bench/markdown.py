@@ -74,7 +74,7 @@ def verdict_rows(measurements: Sequence[Measurement]) -> list[list[str]]:
         [
             m.served.id,
             m.load_label,
-            f"{METRICS[v.key].label} ({METRICS[v.key].unit})",
+            f"{v.label} ({v.unit})" if v.unit not in v.label else v.label,
             number(v.expected),
             number(v.measured),
             f"{v.ratio:.2f}x",
@@ -90,11 +90,12 @@ VERDICT_COLUMNS: Final = ("Model", "Load", "Metric", "Expected", "Measured", "Me
 
 def expected_note(measurement: Measurement) -> str:
     """Where the expected numbers of a model come from, with their caveats; empty when there are none."""
-    expected = measurement.served.expected
+    expected = measurement.expected
     if not expected:
         return ""
     caveats = "".join(f"; {caveat}" for caveat in expected.get("caveats") or ())
-    return f"{measurement.served.id}: {expected.get('source')}, {expected.get('conditions')}{caveats}"
+    source = f"{expected.get('source')}, {expected.get('conditions')}"
+    return f"{measurement.served.id}, {measurement.load_label}: {source}{caveats}"
 
 
 def metric_rows(measurements: Sequence[Measurement]) -> list[list[str]]:

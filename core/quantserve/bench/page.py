@@ -9,7 +9,7 @@ from typing import Any, Final
 from quantserve import __version__
 from quantserve.bench import markdown
 from quantserve.bench.metrics import TOTALS
-from quantserve.bench.plots import FIX, Plot
+from quantserve.bench.plots import FIX, Plot, can_plot
 from quantserve.bench.session import Measurement
 
 CSS: Final = """
@@ -53,7 +53,7 @@ def page(measurements: Sequence[Measurement], settings: dict[str, Any], machine:
         parts.append(_list(list(notes), "conditions"))
     for plot in plots:
         parts += [f"<h2>{escape(plot.title)}</h2>", f"<figure>{plot.svg}</figure>"]
-    if not plots:
+    if not plots and not can_plot():
         parts.append(f'<p class="warning">{escape(FIX)}</p>')
     labels = [f"{m.served.id}, {m.load_label}" for m in measurements]
     totals = [[row[0].replace("`", ""), *row[1:]] for row in markdown.total_rows(measurements)]

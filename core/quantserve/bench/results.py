@@ -51,7 +51,12 @@ def check_folder(out: Path, overwrite: bool) -> None:
 
 
 def write(
-    out: Path, measurements: Sequence[Measurement], settings: Settings, metadata: Mapping[str, str] | None = None
+    out: Path,
+    measurements: Sequence[Measurement],
+    settings: Settings,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    plots: bool = True,
 ) -> dict[str, Any]:
     """Write all files; returns what ``results.json`` holds.
 
@@ -63,22 +68,23 @@ def write(
         measurements: at least one.
         settings: what was measured.
         metadata: the user's own, kept in every JSON file.
+        plots: draw them, where matplotlib is installed.
     """
     metadata = metadata or {}
     values = document(measurements, settings, metadata)
-    plots = draw(measurements)
+    drawn = draw(measurements) if plots else []
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / "whole"
         folder.mkdir()
         _json(folder / "results.json", values)
         (folder / "summary.csv").write_text(summary_csv(measurements))
         (folder / "requests.csv").write_text(requests_csv(measurements))
-        for plot in plots:
+        for plot in drawn:
             (folder / f"{plot.name}.svg").write_text(plot.svg)
             (folder / f"{plot.name}.png").write_bytes(plot.png)
-        shown = [(plot.title, f"{plot.name}.svg") for plot in plots]
+        shown = [(plot.title, f"{plot.name}.svg") for plot in drawn]
         (folder / "report.md").write_text(markdown.report(measurements, values["settings"], shown))
-        (folder / "report.html").write_text(_page(measurements, values, plots))
+        (folder / "report.html").write_text(_page(measurements, values, drawn))
         for name, measurement in zip(folder_names(measurements), measurements, strict=True):
             (folder / name).mkdir()
             base = folder / name / llmperf.base_name(measurement.served.id, settings)
@@ -133,7 +139,7 @@ def _measurement(measurement: Measurement) -> dict[str, Any]:
         "warnings": list(measurement.warnings),
         **measurement.measured.to_json(),
         "vllm_bench_serve": vllm_result(measurement.run),
-        "expected": served.expected,
+        "expected": measurement.expected,
         "verdicts": [verdict.to_json() for verdict in measurement.verdicts],
     }
 

@@ -33,12 +33,18 @@ class Server:
         models: what to serve.
         folder: for its config and its log.
         waiting: called while it starts, with the seconds so far.
+        command: what serves; the config and ``--port N`` are appended.
     """
 
     def __init__(
-        self, models: Sequence[ModelConfig], folder: Path, waiting: Callable[[float], None] | None = None
+        self,
+        models: Sequence[ModelConfig],
+        folder: Path,
+        waiting: Callable[[float], None] | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "quantserve", "serve"),
     ) -> None:
         self._models = models
+        self._command = command
         self._waiting = waiting or (lambda seconds: None)
         self._config = folder / "models.json"
         self.log = folder / "serve.log"
@@ -53,7 +59,7 @@ class Server:
         models = [json.loads(model.model_dump_json(exclude_unset=True)) for model in self._models]
         self._config.write_text(json.dumps({"models": models}))
         port = free_port()
-        command = [sys.executable, "-m", "quantserve", "serve", str(self._config), "--port", str(port)]
+        command = [*self._command, str(self._config), "--port", str(port)]
         environment = {key: value for key, value in os.environ.items() if key != "QUANTSERVE_API_KEYS"}
         with self.log.open("wb") as log:
             # A session of its own: Ctrl-C reaches this process only, which then stops the server in order.

@@ -89,6 +89,7 @@ class Measurement:
         served: the model.
         load: the shape.
         run, measured: raw and in numbers.
+        expected: performance profile as JSON, None when nobody expects anything.
         verdicts: against the expected performance.
         tokenizer: who counted prompt lengths; empty when they were estimated.
         warnings: what a reader must know before believing the numbers.
@@ -98,6 +99,7 @@ class Measurement:
     load: Load
     run: Run
     measured: Measured
+    expected: Mapping[str, Any] | None
     verdicts: Sequence[Verdict]
     tokenizer: str
     warnings: Sequence[str]
@@ -121,6 +123,8 @@ class Measurement:
 
 Show = Callable[[Served, Load, Live, int | None], None]
 """Called a few times a second with the model, the load, its counters and how many requests are planned."""
+Expect = Callable[[Served, Load, Measured], Mapping[str, Any] | None]
+"""What was to be expected of a model under the load that was measured; asked afterwards, when lengths are known."""
 
 
 def measure_models(
@@ -128,6 +132,7 @@ def measure_models(
     models: Sequence[Served],
     settings: Settings,
     show: Show | None = None,
+    expect: Expect | None = None,
     done: list[Measurement] | None = None,
 ) -> list[Measurement]:
     """Measure each model at each level.
@@ -137,6 +142,7 @@ def measure_models(
         models: in this order.
         settings: what to measure.
         show: for a display.
+        expect: by default what the server says of the model.
         done: results are appended here as they come, so that an interrupted caller keeps them.
 
     Raises:
@@ -148,12 +154,19 @@ def measure_models(
         aimed = replace(target, model=served.id)
         tokenizer = find_tokenizer(aimed, settings.tokenizer)
         for level in settings.rates or settings.concurrencies:
-            done.append(_measure(aimed, served, settings, level, tokenizer, show))
+            measurement = _measure(aimed, served, settings, level, tokenizer, show, expect or _as_served)
+            done.append(measurement)
     return done
 
 
 def _measure(
-    target: Target, served: Served, settings: Settings, level: float, tokenizer: Tokenizer | None, show: Show | None
+    target: Target,
+    served: Served,
+    settings: Settings,
+    level: float,
+    tokenizer: Tokenizer | None,
+    show: Show | None,
+    expect: Expect,
 ) -> Measurement:
     nonce = secrets.token_hex(4) if settings.unique else ""
     made, load = _plan(settings, level, tokenizer, nonce)
@@ -178,9 +191,21 @@ def _measure(
     )
     result = run_blocking(_shown(work, lambda: show(served, load, live, planned)) if show else work)
     measured = measure(result, settings.slo, _counter(tokenizer))
-    verdicts = compare(served.expected, measured)
-    warnings = _warnings(result, measured, tokenizer)
-    return Measurement(served, load, result, measured, verdicts, tokenizer.name if tokenizer else "", warnings)
+    expected = expect(served, load, measured) if measured.timings else None
+    return Measurement(
+        served,
+        load,
+        result,
+        measured,
+        expected,
+        compare(expected, measured),
+        tokenizer.name if tokenizer else "",
+        _warnings(result, measured, tokenizer),
+    )
+
+
+def _as_served(served: Served, load: Load, measured: Measured) -> Mapping[str, Any] | None:
+    return served.expected
 
 
 def _counter(tokenizer: Tokenizer | None) -> Callable[[str], int] | None:

@@ -18,7 +18,8 @@ class Verdict:
     """One metric, expected and measured.
 
     Attributes:
-        key: of `METRICS`.
+        key: of `METRICS` or `TOTALS`.
+        label, unit: for people.
         expected, measured: means, in the metric's unit.
         ratio: measured / expected.
         score: above 1 is better than expected: the ratio, or its inverse where lower is better.
@@ -26,6 +27,8 @@ class Verdict:
     """
 
     key: str
+    label: str
+    unit: str
     expected: float
     measured: float
     ratio: float
@@ -41,31 +44,38 @@ def compare(expected: Mapping[str, Any] | None, measured: Measured) -> list[Verd
     """Verdicts for each metric that has both numbers.
 
     Args:
-        expected: a performance profile as JSON, as under ``metadata.expected_performance`` in ``/v1/models``.
+        expected: a performance profile as JSON, as under ``metadata.expected_performance`` in ``/v1/models``; it may
+            hold ``tpot_ms`` and ``all_users_tokens_per_s`` as well.
         measured: the run.
     """
     verdicts = []
     for name, key in _keys(expected or {}).items():
         wanted = (expected or {}).get(name)
-        found = measured.mean(key)
+        if key in METRICS:
+            metric = METRICS[key]
+            found, label, unit, higher = measured.mean(key), metric.label, metric.unit, metric.higher_is_better
+        else:
+            found, label, unit, higher = measured.totals.get(key), "tok/s of all users", "tok/s", True
         if not isinstance(wanted, int | float) or wanted <= 0 or not found:
             continue
         ratio = found / wanted
-        score = ratio if METRICS[key].higher_is_better else 1 / ratio
+        score = ratio if higher else 1 / ratio
         low, high = AS_EXPECTED
         word = "worse" if score < low else "better" if score > high else "as expected"
-        verdicts.append(Verdict(key, float(wanted), found, ratio, score, word))
+        verdicts.append(Verdict(key, label, unit, float(wanted), found, ratio, score, word))
     return verdicts
 
 
 def _keys(expected: Mapping[str, Any]) -> dict[str, str]:
-    """Keys of a performance profile -> of `METRICS`; what its ITL is it says itself."""
+    """Keys of a performance profile -> of `METRICS` or `TOTALS`; what its ITL is it says itself."""
     with_ttft = "E2E" in str(expected.get("itl_definition", "E2E"))
     return {
         "e2e_ms": "e2e",
         "ttft_ms": "ttft",
         "itl_ms": "normalized" if with_ttft else "tpot",
+        **({"tpot_ms": "tpot"} if with_ttft else {}),
         "output_tokens_per_s": "tokens_per_s",
+        "all_users_tokens_per_s": "output_tokens_per_s",
     }
 
 

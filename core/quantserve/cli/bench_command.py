@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import gmtime, strftime
@@ -16,19 +16,23 @@ from rich.console import Console
 from rich.markup import escape
 
 from quantserve.bench import markdown
-from quantserve.bench.measured import SLO_KEYS
+from quantserve.bench.load import Closed, Load, Rounds
+from quantserve.bench.measured import SLO_KEYS, Measured
 from quantserve.bench.request import Target
 from quantserve.bench.results import check_folder, write
-from quantserve.bench.served import choose_models, served_models
+from quantserve.bench.served import Served, choose_models, served_models
 from quantserve.bench.server import Server, choose
-from quantserve.bench.session import Measurement, Settings, measure_models
+from quantserve.bench.session import Expect, Measurement, Settings, measure_models
 from quantserve.bench.verdicts import lowest
 from quantserve.bench.workloads import WORKLOADS
 from quantserve.cli.bench_display import Display, print_results
 from quantserve.cli.bench_options import Commas, LengthType, make_settings, pairs, split
 from quantserve.cli.output import console, print_json
 from quantserve.cli.sources import choose_target, load_sources, outcomes
+from quantserve.compose import Composition
 from quantserve.errors import QuantserveError, UsageError
+from quantserve.expectation import as_profile, expectation
+from quantserve.performance import Workload
 from quantserve.plan import refusal
 from quantserve.registry import Registry
 
@@ -77,6 +81,7 @@ WARMUP: Final = 10
 @click.option("--metadata", metavar="K=V,...", help="Kept in the result files.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: bench-results/TIME-WORKLOAD.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
+@click.option("--plots/--no-plots", default=True, help="Draw plots where matplotlib is installed.")
 @click.option("--fail-under", type=click.FloatRange(min=0, min_open=True), metavar="RATIO",
               help="Exit 1 when a metric reaches less than this share of the expected, or requests fail.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -91,6 +96,7 @@ def command(
     out: Path | None,
     overwrite: bool,
     metadata: str | None,
+    plots: bool,
     fail_under: float | None,
     as_json: bool,
     **options: Any,
@@ -114,14 +120,14 @@ def command(
             if url:
                 target = Target(url, "", api_key)
                 models = choose_models(served_models(target), split(names))
-                measure_models(target, models, settings, display.show, done)
+                measure_models(target, models, settings, display.show, done=done)
             else:
                 _measure_own(sources, split(compare), together, settings, display, done)
         except (QuantserveError, KeyboardInterrupt) as error:
             if not done:
                 raise
             failed = error  # what was measured before is worth keeping
-    values = write(out, done, settings, notes)
+    values = write(out, done, settings, notes, plots=plots)
     if as_json:
         print_json(values)
     else:
@@ -166,6 +172,7 @@ def _measure_own(
     refused = {r.model.model_id: list(r.composition.errors) for r in results if r.model in chosen and r.composition}
     if any(refused.values()):
         raise refusal({model: findings for model, findings in refused.items() if findings})
+    expect = expected_of({r.model.model_id: r.composition for r in results if r.composition})
     groups = [chosen] if together else [[model] for model in chosen]
     for group in groups:
         with tempfile.TemporaryDirectory(prefix="quantserve-bench-") as folder, _terminated_as_interrupted():
@@ -173,7 +180,45 @@ def _measure_own(
             with Server(group, Path(folder), display.waiting(label)) as target:
                 display.started(label)
                 ids = [model.model_id for model in group]
-                measure_models(target, choose_models(served_models(target), ids), settings, display.show, done)
+                models = choose_models(served_models(target), ids)
+                measure_models(target, models, settings, display.show, expect, done)
+
+
+def expected_of(compositions: Mapping[str, Composition]) -> Expect:
+    """What to expect of our own models: numbers published of exactly this, else a prediction for what was measured."""
+
+    def expect(served: Served, load: Load, measured: Measured) -> Mapping[str, Any] | None:
+        composition = compositions.get(served.id)
+        published = (served.expected or {}).get("source") == "reference"
+        if composition is None or published or not isinstance(load, Closed | Rounds):
+            return served.expected
+        return predicted(composition, load, measured) or served.expected
+
+    return expect
+
+
+def predicted(composition: Composition, load: Closed | Rounds, measured: Measured) -> dict[str, Any] | None:
+    """A prediction for the concurrency and the token counts that were measured; None when nothing can be predicted."""
+    plugin, model = composition.method_plugin, composition.model
+    if plugin is None:
+        return None
+    made = expectation(plugin, composition.checkpoint, model, composition.target, composition.memory)
+    if made is None:
+        return None
+    tokens_in, tokens_out = (measured.summaries[key] for key in ("input_tokens", "output_tokens"))
+    workload = Workload(
+        "measured",
+        max(1, round(tokens_in.mean)),
+        max(1, round(tokens_out.mean)),
+        load.concurrency,
+        requests=int(measured.totals["requests"]),
+        rounds=isinstance(load, Rounds),
+        input_spread=tokens_in.stddev,
+        output_spread=tokens_out.stddev,
+    )
+    prediction = made.predict(workload)
+    profile = as_profile(made, prediction, composition.target).to_json()
+    return {**profile, "tpot_ms": prediction.tpot_ms, "all_users_tokens_per_s": prediction.tokens_per_s}
 
 
 @contextmanager

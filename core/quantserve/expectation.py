@@ -97,7 +97,7 @@ def expectation(
     if kernel is None:
         return None
     found = find_calibration(target)
-    machine = machine_of(target, found.calibration, engine)
+    machine = machine_of(target, found.calibration, engine, eager=model.engine_kwargs.get("enforce_eager") is True)
     length = context_length(checkpoint, model) or 0
     old = engine == ENGINE_2023
     limits = Limits(

@@ -75,6 +75,22 @@ def test_a_kernel_that_was_not_measured_stays_a_roofline(path: Path) -> None:
     assert any("not in the calibration" in note for note in made.notes)
 
 
+def test_an_eager_model_has_costs_of_its_own(path: Path) -> None:
+    save(calibration(eager=replace(ENGINE, layer_s=9e-4)), path)
+    target = this_cpu()
+    found = find_calibration(target).calibration
+    assert machine_of(target, found).engine.layer_s == ENGINE.layer_s
+    assert machine_of(target, found, eager=True).engine.layer_s == 9e-4
+    assert machine_of(target, eager=True).engine.layer_s > machine_of(target).engine.layer_s
+
+
+def test_a_disturbed_one_says_so(path: Path) -> None:
+    save(calibration(disturbed=0.3), path)
+    found = find_calibration(this_cpu()).calibration
+    assert found is not None
+    assert any("30%" in note for note in found.notes)
+
+
 def test_other_targets_do_not_use_it(path: Path) -> None:
     save(calibration(), path)
     assert find_calibration(find_target("a100-80g")).calibration is None

@@ -1,7 +1,7 @@
 """What vLLM takes beside the matrices: two small models of random weights, and what remains of their steps.
 
-Run as a module it is the child that holds the engine: ``python -m quantserve.calibrate.engine FOLDER``. Models are
-compiled, as quantserve serves them.
+Run as a module it is the child that holds the engine: ``python -m quantserve.calibrate.engine FOLDER``. It is
+compiled, as quantserve serves models, or eager.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from quantserve.calibrate.measure import Progress
 from quantserve.checkpoint import Checkpoint
 from quantserve.config import load_object
 from quantserve.errors import EngineError, UsageError
@@ -71,8 +72,8 @@ def config_of(layers: int) -> dict[str, Any]:
     }
 
 
-def engine_cost(calibration: Calibration, progress: Any) -> EngineCost:
-    """Start vLLM on the small models and find its costs.
+def with_engine(calibration: Calibration, progress: Progress) -> Calibration:
+    """The calibration with vLLM's costs, compiled and not: vLLM is started on two small models for each.
 
     Raises:
         UsageError: vLLM is not installed.
@@ -80,20 +81,22 @@ def engine_cost(calibration: Calibration, progress: Any) -> EngineCost:
     """
     if importlib.util.find_spec("vllm") is None:
         raise UsageError("vLLM is not installed\n  fix: leave out --engine, or `pip install 'quantserve[cpu]'`")
-    points: list[Point] = []
-    for index, layers in enumerate(LAYERS):
-        progress(f"vLLM with {layers} layers of random weights", index, len(LAYERS))
-        points += measured(layers, calibration.threads)
-    return fit(calibration, points)
+    runs = [(eager, layers) for eager in (False, True) for layers in LAYERS]
+    points: dict[bool, list[Point]] = {False: [], True: []}
+    for index, (eager, layers) in enumerate(runs):
+        kind = "not compiled" if eager else "compiled"
+        progress(f"vLLM, {layers} layers of random weights, {kind}", index, len(runs))
+        points[eager] += measured(layers, calibration.threads, eager)
+    return replace(calibration, engine=fit(calibration, points[False]), eager=fit(calibration, points[True]))
 
 
-def measured(layers: int, threads: int) -> list[Point]:
+def measured(layers: int, threads: int, eager: bool) -> list[Point]:
     """The steps of one small model, from an engine in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="quantserve-calibrate-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_of(layers)))
         log = Path(folder) / "engine.log"
         with log.open("w") as errors:
-            line = [sys.executable, "-m", "quantserve.calibrate.engine", folder]
+            line = [sys.executable, "-m", "quantserve.calibrate.engine", folder, *(["eager"] if eager else [])]
             try:
                 done = subprocess.run(
                     line, env=environment(threads), stdout=subprocess.PIPE, stderr=errors, timeout=_START_S, check=False
@@ -185,7 +188,7 @@ def shape_of(layers: int) -> Shape:
 # --- the child: holds the engine ------------------------------------------------------------------------
 
 
-def child(folder: str) -> dict[str, dict[int, float]]:
+def child(folder: str, eager: bool) -> dict[str, dict[int, float]]:
     """Seconds of decode steps by batch and of prompts by tokens."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -198,6 +201,7 @@ def child(folder: str) -> dict[str, dict[int, float]]:
         max_num_batched_tokens=2048,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
+        enforce_eager=eager,
         disable_log_stats=True,
         seed=0,
     )
@@ -248,4 +252,4 @@ def child(folder: str) -> dict[str, dict[int, float]]:
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(child(sys.argv[1])), flush=True)
+    print("\n" + json.dumps(child(sys.argv[1], "eager" in sys.argv[2:])), flush=True)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from statistics import median
+from statistics import quantiles
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ def calibrate(
     rows = QUICK_ROWS if quick else ROWS
     total = 2 + len(kernels)
     say = progress or (lambda what, done, of: None)
+    watch = _Watch()
     threads, before = threads_of(target.cores), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -108,7 +110,7 @@ def calibrate(
             for index, kernel in enumerate(kernels):
                 say(f"{kernel.key}: {kernel.about}", 2 + index, total)
                 try:
-                    tables[kernel.key] = kernel_table(kernel, rows)
+                    tables[kernel.key] = kernel_table(kernel, rows, watch)
                 except (RuntimeError, ValueError, ImportError, AttributeError) as error:
                     left_out.append(f"{kernel.key}: {type(error).__name__}: {str(error).splitlines()[0]}")
             say("done", total, total)
@@ -124,8 +126,34 @@ def calibrate(
         kernels=tables,
         about={kernel.key: kernel.about for kernel in kernels if kernel.key in tables},
         seconds=round(time.monotonic() - began, 1),
+        disturbed=round(watch.lost(threads), 3),
         notes=tuple(left_out),
     )
+
+
+class _Watch:
+    """Wall and processor time of timed calls: what they differ by went to others."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        cpu, started = time.process_time(), time.perf_counter()
+        call()
+        spent = time.perf_counter() - started
+        self.wall += spent
+        self.cpu += time.process_time() - cpu
+        return spent
+
+    def lost(self, threads: int) -> float:
+        """Share of the threads' time in which they did not run."""
+        return max(0.0, 1 - self.cpu / (threads * self.wall)) if self.wall else 0.0
+
+
+def typical(taken: Sequence[float]) -> float:
+    """The lower quartile: other processes only ever make a call longer."""
+    return quantiles(taken, n=4, method="inclusive")[0]
 
 
 def read_bandwidth() -> float:
@@ -148,7 +176,7 @@ def read_bandwidth() -> float:
             started = time.perf_counter()
             read(pieces[number % len(pieces)])
             taken.append(time.perf_counter() - started)
-        best = max(best, size / median(taken[2:]))
+        best = max(best, size / typical(taken[2:]))
     return best
 
 
@@ -161,11 +189,11 @@ def matmul_rate() -> float:
         started = time.perf_counter()
         torch.nn.functional.linear(x, weight)
         taken.append(time.perf_counter() - started)
-    return 2 * m * n * k / median(taken[2:])
+    return 2 * m * n * k / typical(taken[2:])
 
 
-def kernel_table(kernel: Kernel, rows: Sequence[int]) -> tuple[tuple[int, float], ...]:
-    """Seconds per weight by rows of x: medians of calls on copies of the weight that take turns."""
+def kernel_table(kernel: Kernel, rows: Sequence[int], watch: _Watch) -> tuple[tuple[int, float], ...]:
+    """Seconds per weight by rows of x: typical times of calls on copies of the weight that take turns."""
     calls = list(_copies(kernel))
     table = []
     for count in rows:
@@ -176,14 +204,11 @@ def kernel_table(kernel: Kernel, rows: Sequence[int]) -> tuple[tuple[int, float]
         began = time.monotonic()
         number = 0
         while number < _ROUNDS or (number < 60 and time.monotonic() - began < _CELL_SECONDS / 3):
-            call = calls[number % len(calls)]
-            started = time.perf_counter()
-            call(x)
-            taken.append(time.perf_counter() - started)
+            taken.append(watch.timed(partial(calls[number % len(calls)], x)))
             number += 1
             if time.monotonic() - began > _CELL_SECONDS and number >= 3:
                 break
-        table.append((count, median(taken) / (N * K)))
+        table.append((count, typical(taken) / (N * K)))
     return tuple(table)
 
 

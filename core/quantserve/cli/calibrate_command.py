@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from quantserve.cli.output import console, print_json, table
 from quantserve.errors import UsageError
-from quantserve.performance.calibration import Calibration, default_path, save
+from quantserve.performance.calibration import DISTURBED, Calibration, default_path, disturbance, save
 from quantserve.registry import Registry
 from quantserve.target import this_cpu
 
@@ -20,9 +19,9 @@ from quantserve.target import this_cpu
 @click.command("calibrate")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File; default: where predictions look.")
 @click.option("--quick", is_flag=True, help="Fewer batch sizes.")
-@click.option("--engine", "with_engine", is_flag=True, help="Measure vLLM's own costs as well: some minutes.")
+@click.option("--engine", "engine", is_flag=True, help="Measure vLLM's own costs as well: some minutes.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
-def command(out: Path | None, quick: bool, with_engine: bool, as_json: bool) -> None:
+def command(out: Path | None, quick: bool, engine: bool, as_json: bool) -> None:
     """Measure this machine's CPU, so that predictions for it rest on measurements.
 
     Memory bandwidth, bfloat16 products, and the kernel of every installed method at several batch sizes, with as many
@@ -45,11 +44,10 @@ def command(out: Path | None, quick: bool, with_engine: bool, as_json: bool) -> 
             bar.update(task, description=what, completed=done, total=total)
 
         measured = calibrate(Registry.load(), this_cpu(), quick=quick, progress=progress)
-        if with_engine:
-            from quantserve.calibrate.engine import engine_cost
+        if engine:
+            from quantserve.calibrate.engine import with_engine
 
-            progress("vLLM: its own costs", 0, 1)
-            measured = replace(measured, engine=engine_cost(measured, progress))
+            measured = with_engine(measured, progress)
     save(measured, path)
     if as_json:
         print_json(measured.to_json())
@@ -72,13 +70,17 @@ def show(measured: Calibration, path: Path) -> None:
     ]
     columns = ("kernel", "which", *(str(count) for count in counts))
     out.print(table("Picoseconds per weight, by rows of x", columns, rows, wrap=("which",)))
-    if engine := measured.engine:
+    for kind, costs in (("compiled", measured.engine), ("not compiled", measured.eager)):
+        if costs is None:
+            continue
         out.print(
-            f"  vLLM: {1e3 * engine.step_s:.2f} ms a step, {1e6 * engine.layer_s:.0f} us a layer, "
-            f"{1e3 * engine.request_s:.2f} ms a sequence and step, {1e9 * engine.element_s:.2f} ns an activation"
+            f"  vLLM, {kind}: {1e3 * costs.step_s:.2f} ms a step, {1e6 * costs.layer_s:.0f} us a layer, "
+            f"{1e3 * costs.request_s:.2f} ms a sequence and step, {1e9 * costs.element_s:.2f} ns an activation"
         )
-    else:
+    if measured.engine is None:
         out.print("  vLLM's own costs were not measured (--engine does); defaults are used")
+    if measured.disturbed > DISTURBED:
+        out.print(f"  [yellow]note[/] {disturbance(measured)}", soft_wrap=True)
     for note in measured.notes:
         out.print(f"  [yellow]left out[/] {escape(note)}", soft_wrap=True)
     out.print(f"  {measured.seconds:.0f} s; written to {escape(str(path))}")

@@ -21,6 +21,7 @@ from quantserve.target import Target
 VARIABLE = "QUANTSERVE_CALIBRATION"
 VERSION = 1
 STALE_DAYS = 90
+DISTURBED = 0.1
 _FIELDS = ("cpu", "cores", "features")
 
 
@@ -37,7 +38,9 @@ class Calibration:
         kernels: method and bits -> (rows, seconds per weight), rising rows.
         about: method and bits -> the kernel that was measured.
         engine: costs of the engine; None when they were not measured and defaults hold.
+        eager: the same for a model that is not compiled.
         seconds: the whole measurement took.
+        disturbed: share of the threads' time that went to other processes meanwhile.
         notes: remarks, such as that it is old.
     """
 
@@ -50,7 +53,9 @@ class Calibration:
     kernels: Mapping[str, tuple[tuple[int, float], ...]]
     about: Mapping[str, str] = field(default_factory=dict)
     engine: EngineCost | None = None
+    eager: EngineCost | None = None
     seconds: float = 0.0
+    disturbed: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -76,7 +81,7 @@ class Calibration:
             raise ValueError(f"no calibration of version {VERSION}")
         try:
             created = datetime.fromisoformat(data["created"])
-            engine = EngineCost(**data["engine"]) if data.get("engine") else None
+            engine, eager = (EngineCost(**data[key]) if data.get(key) else None for key in ("engine", "eager"))
             made = cls(
                 created=(created if created.tzinfo else created.replace(tzinfo=UTC)).isoformat(),
                 machine=dict(data["machine"]),
@@ -91,12 +96,13 @@ class Calibration:
                 },
                 about={str(key): str(value) for key, value in data.get("about", {}).items()},
                 engine=engine,
+                eager=eager,
                 seconds=float(data.get("seconds", 0.0)),
+                disturbed=float(data.get("disturbed", 0.0)),
             )
-            if engine:
-                for value in asdict(engine).values():
-                    if isinstance(value, int | float) and not 0 <= value < 1e3:
-                        raise ValueError(f"engine cost {value!r}")
+            for value in [value for costs in (engine, eager) if costs for value in asdict(costs).values()]:
+                if isinstance(value, int | float) and not 0 <= value < 1e3:
+                    raise ValueError(f"engine cost {value!r}")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not as written by `quantserve calibrate`: {error!r}") from None
         return made
@@ -107,6 +113,14 @@ def _positive(value: object) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{value!r} is not a positive number")
     return number
+
+
+def disturbance(calibration: Calibration) -> str:
+    """What to say of a measurement that other processes disturbed."""
+    return (
+        f"other processes took {calibration.disturbed:.0%} of the threads' time during the calibration: run "
+        "`quantserve calibrate` again when the machine is quiet"
+    )
 
 
 def default_path() -> Path:
@@ -208,6 +222,8 @@ def find_calibration(target: Target) -> Found:
             f"the calibration is {calibration.age_days:.0f} days old (of {calibration.date}): run `quantserve "
             "calibrate` again"
         )
+    if calibration.disturbed > DISTURBED:
+        notes.append(disturbance(calibration))
     if calibration.engine is None:
         notes.append("the engine's own cost is a default, not measured here: `quantserve calibrate --engine` does")
     return Found(replace(calibration, notes=tuple(notes)))

@@ -7,7 +7,7 @@ kept so that the formulas can be held against them; nothing is predicted for tod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import exp, log
 from typing import TYPE_CHECKING, Literal
@@ -58,6 +58,11 @@ _GPU = EngineCost(1.0e-3, 15e-6, 10e-6, 0.0, 0.3e-3, 20e-6, 6e-3, source="assume
 _CPU = EngineCost(
     2.5e-3, 50e-6, 0.3e-3, 0.8e-9, 2e-3, 60e-6, 8e-3, source="default, from one AMD EPYC with vLLM 0.32 on one thread"
 )
+# Without torch.compile each operator of a layer is a call from Python.
+_GPU_EAGER = replace(_GPU, layer_s=120e-6, source="assumed for vLLM 0.32 without CUDA graphs")
+_CPU_EAGER = replace(
+    _CPU, layer_s=250e-6, element_s=1.2e-9, source="assumed for vLLM 0.32 on a CPU without torch.compile"
+)
 # Eager Python and Ray between the ranks. step_s, layer_s and rank_step_s are fitted to the three FP16 rows of RayLLM's
 # table, so those rows test the rest of the formulas, not these constants.
 _OLD = EngineCost(
@@ -98,15 +103,18 @@ class Machine:
     notes: tuple[str, ...] = ()
 
 
-def machine_of(target: Target, calibration: Calibration | None = None, engine: str = ENGINE_NOW) -> Machine:
+def machine_of(
+    target: Target, calibration: Calibration | None = None, engine: str = ENGINE_NOW, *, eager: bool = False
+) -> Machine:
     """The numbers of a target: measured ones for this machine when it was calibrated, else the table's.
 
     Args:
         calibration: used for a CPU target; None without one.
         engine: ``vllm-0.32`` or ``vllm-0.2.2``.
+        eager: whether the model is served without torch.compile and CUDA graphs (``enforce_eager``).
     """
     if target.device == "cpu":
-        return _cpu(target, calibration)
+        return _cpu(target, calibration, eager)
     notes = []
     bandwidth, flops = target.bandwidth_bytes_per_s, target.flops_per_s
     uncertainty = 0.35
@@ -119,21 +127,23 @@ def machine_of(target: Target, calibration: Calibration | None = None, engine: s
         link=target.interconnect_bytes_per_s or 32e9,
         attention_bandwidth=0.6,
         attention_flops=0.35,
-        engine=_OLD if engine == ENGINE_2023 else _GPU,
+        engine=_OLD if engine == ENGINE_2023 else _GPU_EAGER if eager else _GPU,
         uncertainty=uncertainty,
         notes=tuple(notes),
     )
 
 
-def _cpu(target: Target, calibration: Calibration | None) -> Machine:
+def _cpu(target: Target, calibration: Calibration | None, eager: bool) -> Machine:
+    assumed = _CPU_EAGER if eager else _CPU
     if calibration is not None:
+        measured = calibration.eager if eager else calibration.engine
         return Machine(
             bandwidth=calibration.read_bytes_per_s,
             flops=calibration.matmul_flops_per_s,
             link=10e9,
             attention_bandwidth=0.7,
             attention_flops=0.3,
-            engine=calibration.engine or _CPU,
+            engine=measured or assumed,
             kernels=calibration.kernels,
             source="calibration",
             uncertainty=0.2,
@@ -147,7 +157,7 @@ def _cpu(target: Target, calibration: Calibration | None) -> Machine:
         link=10e9,
         attention_bandwidth=0.7,
         attention_flops=0.3,
-        engine=_CPU,
+        engine=assumed,
         uncertainty=1.0,
         notes=("this processor was not measured, its bandwidth and rate are guesses: run `quantserve calibrate`",),
     )

@@ -56,12 +56,12 @@ _GPU = EngineCost(1.0e-3, 15e-6, 10e-6, 0.0, 0.3e-3, 20e-6, 6e-3, source="assume
 # From docs/performance.md: a compiled Llama of 15 layers on one thread of an AMD EPYC (Zen 5), what remains of its
 # steps and prefills when the measured kernels are taken off.
 _CPU = EngineCost(
-    2.5e-3, 50e-6, 0.3e-3, 0.8e-9, 2e-3, 60e-6, 8e-3, source="default, from one AMD EPYC with vLLM 0.32 on one thread"
+    1.6e-3, 50e-6, 0.3e-3, 0.35e-9, 2e-3, 60e-6, 8e-3, source="default, from one AMD EPYC with vLLM 0.32 on one thread"
 )
 # Without torch.compile each operator of a layer is a call from Python.
 _GPU_EAGER = replace(_GPU, layer_s=120e-6, source="assumed for vLLM 0.32 without CUDA graphs")
 _CPU_EAGER = replace(
-    _CPU, layer_s=250e-6, element_s=1.2e-9, source="assumed for vLLM 0.32 on a CPU without torch.compile"
+    _CPU, layer_s=250e-6, element_s=0.7e-9, source="assumed for vLLM 0.32 on a CPU without torch.compile"
 )
 # Eager Python and Ray between the ranks. step_s, layer_s and rank_step_s are fitted to the three FP16 rows of RayLLM's
 # table, so those rows test the rest of the formulas, not these constants.

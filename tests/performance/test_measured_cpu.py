@@ -1,8 +1,9 @@
 """The formulas against a measured CPU: kernels measured alone, then models measured through vLLM.
 
-Both are of docs/performance.md (2026-11-25, AMD EPYC, one thread): the kernels' times are averages over the four linears
-of Llama-2 7B, the models the synthetic Llama of 0.84 billion parameters, compiled. The engine's default costs were fitted
-to these fifteen cells, so this shows that three numbers explain them, and fails when a formula changes.
+Both on 2026-11-25 on one thread of an AMD EPYC, by `make bench-kernels` and `make bench-decode`: the kernels' times are
+averages over the four linears of Llama-2 7B, the model is the synthetic Llama of 0.84 billion parameters, compiled. The
+engine's default costs were fitted to these fifteen cells, so this shows that four numbers explain them, and fails when
+a formula changes.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ PACKAGES := core/quantserve kernels/src/quantserve_kernels plugins/fp16/src/quan
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick lint format docs bench-decode bench-kernels clean
+.PHONY: help setup dev prepare serve test test-quick lint format docs bench bench-load bench-decode bench-kernels clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,13 @@ format: dev ## format the code
 
 docs: dev ## write the generated parts of docs/ anew
 	@$(BIN)/python scripts/update_docs.py
+
+bench: dev ## the demo model under load, three ways, into docs/benchmarks.md; about 10 minutes
+	@$(BIN)/python examples/prepare.py
+	@exec $(BIN)/python -m benchmarks.load demo $(ARGS)
+
+bench-load: dev ## the load generator's own cost (ARGS=--quick)
+	@exec $(BIN)/python -m benchmarks.load cost $(ARGS)
 
 bench-decode: dev ## end-to-end speed through vLLM, llama.cpp beside it; about 20 minutes (ARGS=--quick)
 	@exec $(BIN)/python -m benchmarks.decode $(ARGS)

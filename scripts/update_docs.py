@@ -16,6 +16,8 @@ from typing import Any
 
 from click.testing import CliRunner
 
+from quantserve.bench.markdown import DEFINITION_COLUMNS, definitions, table
+from quantserve.bench.metrics import TOTALS
 from quantserve.cli.main import cli
 from quantserve.config import json_schema
 
@@ -68,7 +70,19 @@ def default(key: str, spec: Mapping[str, Any], section: Mapping[str, Any]) -> st
     return "" if value is None else f"`{json.dumps(value)}`"
 
 
-KINDS: Mapping[str, Callable[[str], str]] = {"help": command_help, "config": config_keys}
+def bench_definitions(name: str) -> str:
+    """A table of what `quantserve bench` measures: per request, or of the whole run."""
+    if name == "requests":
+        return f"{table(DEFINITION_COLUMNS, definitions(), left=4)}\n"
+    rows = [[f"`{key}`", unit, text] for key, (unit, text) in TOTALS.items()]
+    return f"{table(('key', 'unit', 'definition'), rows, left=3)}\n"
+
+
+KINDS: Mapping[str, Callable[[str], str]] = {
+    "help": command_help,
+    "config": config_keys,
+    "bench": bench_definitions,
+}
 
 
 def updated(text: str) -> str:

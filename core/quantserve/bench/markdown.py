@@ -18,6 +18,8 @@ SEED_COLUMNS: Final = (
 )
 SEED_KEYS: Final = ("e2e", "ttft", "normalized", "tokens_per_s")
 DASH: Final = "-"
+WIDEST: Final = 150
+"""Characters of a row up to which a table is padded."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -32,9 +34,11 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first `left` columns to the left, the others to the right."""
+    """A Markdown table; the first `left` columns to the left, the others to the right; padded unless it is too wide."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    if sum(widths) > WIDEST:
+        widths = [3] * len(header)
 
     def line(row: Sequence[str]) -> str:
         padded = (row[i].ljust(widths[i]) if i < left else row[i].rjust(widths[i]) for i in range(len(row)))

@@ -1,0 +1,71 @@
+"""The command line: `python -m benchmarks.load demo|cost|agree`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import benchmarks.load as package
+from benchmarks.load import agree, cost, demo
+from benchmarks.report import machine, machine_line
+from quantserve.bench.served import choose_models, served_models
+from quantserve.bench.server import Server
+from quantserve.cli.sources import load_sources
+from quantserve.errors import QuantserveError
+
+BUILD = demo.ROOT / "build" / "bench" / "load"
+STREAMS = ((16, 20.0), (64, 20.0), (64, 50.0), (256, 20.0))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    out = argparse.ArgumentParser(prog="python -m benchmarks.load", description=package.__doc__)
+    out.add_argument("what", choices=["demo", "cost", "agree"])
+    out.add_argument("--quick", action="store_true", help="few requests: the figures mean nothing")
+    out.add_argument("--out", type=Path, default=BUILD, help="default build/bench/load")
+    return out
+
+
+def main() -> int:
+    """Run one of the three; results as JSON in OUT, tables on the terminal."""
+    options = parser().parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        if options.what == "demo":
+            demo.run(options.out / "demo", options.quick)
+        elif options.what == "cost":
+            rows = [cost.measure_cost(streams, rate, 3.0 if options.quick else 20.0) for streams, rate in STREAMS]
+            keep(options.out / "cost.json", rows, cost.show(rows))
+        else:
+            compared = agreement(options.quick)
+            keep(options.out / "agree.json", compared, agree.show(compared))
+    except (QuantserveError, agree.PeerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def agreement(quick: bool) -> dict[str, object]:
+    """Serve the demo's fp16 model and measure it with both."""
+    app = load_sources([str(demo.ROOT / "models" / "demo.yaml")], None, None, None, False)
+    model = next(model for model in app.models if model.model_id == "demo-fp16")
+    load = agree.Load(prompts=32) if quick else agree.Load(prompts=320)
+    tokenizer = demo.ROOT / "examples" / "demo-model" / "checkpoint"
+    with tempfile.TemporaryDirectory() as folder, Server([model], Path(folder)) as target:
+        served = choose_models(served_models(target), [model.model_id])[0]
+        aimed = type(target)(target.url, served.id)
+        return agree.compare(aimed, load, tokenizer, Path(folder), rounds=1 if quick else 3)
+
+
+def keep(path: Path, value: object, text: str) -> None:
+    """Print a table, keep its numbers."""
+    about = machine()
+    path.write_text(json.dumps({"machine": about, "results": value}, indent=2) + "\n")
+    print(f"{machine_line(about)}\n\n{text}\n\n{path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

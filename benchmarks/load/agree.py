@@ -1,0 +1,121 @@
+"""`quantserve bench` and ``vllm bench serve``, alternating against one server with prompts of one kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from quantserve.bench import Closed, Request, Target, run, run_blocking
+from quantserve.bench.markdown import number, table
+from quantserve.bench.peers import vllm_result
+from quantserve.bench.prompts import Lengths
+from quantserve.bench.tokens import ServerTokenizer
+from quantserve.bench.workloads import WORKLOADS, requests
+
+WITHIN: Final = 0.05
+METRICS: Final = (
+    "request_throughput", "output_throughput", "total_token_throughput", "mean_ttft_ms", "median_ttft_ms",
+    "mean_tpot_ms", "median_tpot_ms", "mean_itl_ms", "median_itl_ms", "mean_e2el_ms", "median_e2el_ms",
+)  # fmt: skip
+COUNTS: Final = ("completed", "failed", "total_input_tokens", "total_output_tokens")
+
+
+class PeerError(Exception):
+    """vLLM's benchmark did not run; str(error) says why."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What both send: completions with text prompts, answers of exact length, a closed loop."""
+
+    prompts: int = 160
+    concurrency: int = 16
+    input_tokens: int = 100
+    output_tokens: int = 64
+
+
+def prompts(target: Target, load: Load, nonce: str) -> list[str]:
+    """Texts of the sonnet workload that no run has sent before."""
+    workload = WORKLOADS["sonnet"]
+    sized = replace(workload, input_tokens=Lengths(load.input_tokens), prefix_tokens=0)
+    made = islice(requests(sized, ServerTokenizer(target), seed=0, nonce=nonce), load.prompts)
+    return [f"[{i}] {request.messages[0]['content']}" for i, request in enumerate(made) if request.messages]
+
+
+def ours(target: Target, load: Load, texts: Sequence[str]) -> dict[str, float]:
+    """One run of our load generator, under vLLM's names."""
+    asked = [Request(prompt=text, max_tokens=load.output_tokens, ignore_eos=True, temperature=0.0) for text in texts]
+    done = run_blocking(run(target, asked, Closed(load.concurrency)))
+    return {**vllm_result(done), "client_share": done.client_share}
+
+
+def theirs(target: Target, load: Load, texts: Sequence[str], tokenizer: Path, folder: Path) -> dict[str, float]:
+    """One run of ``vllm bench serve``.
+
+    Raises:
+        PeerError: it failed.
+    """
+    data = folder / "prompts.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    result = folder / "vllm.json"
+    result.unlink(missing_ok=True)
+    options = {
+        "--backend": "openai", "--base-url": target.url, "--endpoint": "/v1/completions", "--model": target.model,
+        "--tokenizer": str(tokenizer), "--dataset-name": "custom", "--dataset-path": str(data),
+        "--custom-output-len": str(load.output_tokens), "--num-prompts": str(len(texts)),
+        "--max-concurrency": str(load.concurrency), "--percentile-metrics": "ttft,tpot,itl,e2el",
+        "--metric-percentiles": "50,99", "--result-dir": str(folder), "--result-filename": result.name,
+    }  # fmt: skip
+    flags = ["--skip-chat-template", "--disable-shuffle", "--ignore-eos", "--save-result", "--disable-tqdm"]
+    words = [word for pair in options.items() for word in pair]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *words, *flags]
+    command += ["--temperature", "0"]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode or not result.exists():
+        raise PeerError("\n".join((done.stderr or done.stdout).splitlines()[-15:]))
+    values: dict[str, float] = json.loads(result.read_text())
+    return values
+
+
+def compare(target: Target, load: Load, tokenizer: Path, folder: Path, rounds: int = 3) -> dict[str, Any]:
+    """Run both in turns, who begins alternates; medians over the rounds.
+
+    Raises:
+        PeerError: vLLM's benchmark did not run.
+    """
+    runs: dict[str, list[Mapping[str, float]]] = {"ours": [], "theirs": []}
+    ours(target, load, prompts(target, load, "warm")[: load.concurrency])
+    for number_ in range(rounds):
+        for who in ("ours", "theirs") if number_ % 2 == 0 else ("theirs", "ours"):
+            texts = prompts(target, load, f"{who}{number_}")
+            one = ours(target, load, texts) if who == "ours" else theirs(target, load, texts, tokenizer, folder)
+            runs[who].append({key: one[key] for key in (*METRICS, *COUNTS)})
+    return {"load": vars(load), "runs": runs}
+
+
+def median(runs: Sequence[Mapping[str, float]], key: str) -> float:
+    """Of one metric."""
+    return statistics.median(run[key] for run in runs)
+
+
+def show(compared: Mapping[str, Any]) -> str:
+    """Medians beside each other."""
+    runs = compared["runs"]
+    rows = []
+    for key in (*METRICS, *COUNTS):
+        mine, peer = median(runs["ours"], key), median(runs["theirs"], key)
+        spread = [max(r[key] for r in runs[who]) / max(1e-9, min(r[key] for r in runs[who])) - 1 for who in runs]
+        off = mine / peer - 1 if peer else 0.0
+        mark = "" if abs(off) <= WITHIN else " ✗"
+        rows.append([key, number(mine), number(peer), f"{off:+.1%}{mark}", f"{spread[0]:.0%}", f"{spread[1]:.0%}"])
+    header = ("vLLM's name", "quantserve bench", "vllm bench serve", "difference", "spread of ours", "of theirs")
+    return table(header, rows)

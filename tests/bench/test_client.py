@@ -254,3 +254,8 @@ def test_usage_only_and_done_in_separate_reads_end_the_answer() -> None:
 def test_a_url_must_be_one(url: str) -> None:
     with pytest.raises(UsageError, match="fix: write it as http"):
         Target(url, "m")
+
+
+def test_a_key_that_no_header_can_hold() -> None:
+    with pytest.raises(UsageError, match="the API key"):
+        Target("http://x", "m", api_key="a\r\nX-Evil: 1")

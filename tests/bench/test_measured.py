@@ -133,6 +133,7 @@ def test_windows() -> None:
     assert steady_window(made_run(results, Rounds(3))) == (0.0, 1.4)
     assert steady_window(made_run(results, Open(5.0))) == (0.0, 0.9)
     assert steady_window(made_run(results, Closed(99))) == (0.9, 0.9)
+    assert steady_window(made_run(results, Closed(2, ramp_s=1.0))) == (0.5, 0.9)  # the second user joins at 0.5
     only_errors = measure(made_run([refusal(500)]))
     assert only_errors.totals["completed"] == 0
     assert only_errors.summaries == {}

@@ -187,7 +187,7 @@ async def run(
 
 
 def run_blocking(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, on uvloop where it is installed: it halves the cost of a read."""
+    """Run a coroutine to its end, on uvloop where it is installed: it costs less per read."""
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if find_spec("uvloop"):
         import uvloop

@@ -151,7 +151,7 @@ def conditions(measurements: Sequence[Measurement], settings: dict[str, Any]) ->
     """What the numbers hold for, a line each."""
     workload = settings["workload"]
     first = measurements[0]
-    versions = ", ".join(f"{key} {value}" for key, value in first.served.server.items()) or "not named"
+    versions = ", ".join(first.served.server.values()) or "not named"
 
     def lengths(name: str) -> str:
         spread = f" sd {workload[name]['stddev']:g}" if workload[name]["stddev"] else ""

@@ -151,7 +151,9 @@ def steady_window(run: Run) -> tuple[float, float]:
         return run.began, run.ended
     if isinstance(run.load, Closed):
         users = min(run.load.concurrency, len(run))
-        begin = run.results[users - 1].start
+        # Early users may have sent several requests before the last one joins.
+        joined = run.began + run.load.ramp_s * (run.load.concurrency - 1) / run.load.concurrency
+        begin = max(run.results[users - 1].start, joined)
         return begin, max(begin, run.last_launch)
     return run.results[0].start, run.last_launch
 

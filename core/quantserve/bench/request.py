@@ -23,7 +23,7 @@ class Target:
         headers: further headers of every request.
 
     Raises:
-        UsageError: the URL is none.
+        UsageError: the URL is none, or the key cannot be sent.
     """
 
     url: str
@@ -39,6 +39,8 @@ class Target:
             usable = False
         if not usable:
             raise UsageError(f"{self.url!r} is not a URL\n  fix: write it as http://HOST:PORT or https://HOST/PATH/v1")
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UsageError("the API key holds characters that no header can\n  fix: copy it again, without line ends")
 
     @property
     def host(self) -> str:

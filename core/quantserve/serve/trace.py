@@ -1,0 +1,163 @@
+"""What became of one request: a record that every layer may write to and that observers get when it is over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quantserve.serve.asgi import header
+
+KEY: Final = "quantserve"
+"""Where an ASGI scope holds its `Trace`."""
+ID_HEADER: Final = b"x-request-id"
+LONGEST_ID: Final = 128
+_LONGEST_ERROR: Final = 1 << 16
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Trace:
+    """A request, from its first byte to its last; times in seconds.
+
+    Attributes:
+        id: the client's ``x-request-id``, or one made here.
+        method: HTTP method.
+        path: as the client sent it, without the query.
+        began: `time.perf_counter` when the request's head was read.
+        model: id of the model that was asked; empty while not known.
+        quant_method: its quantization method.
+        replica: which replica answered.
+        queued_s: time spent waiting for a place in a replica.
+        attempts: replicas that were tried.
+        stream: whether the client asked for a stream.
+        status: HTTP status; 0 when nothing was answered.
+        first_byte_s: from `began` to the first bytes of the answer's body.
+        total_s: from `began` to the end.
+        chunks: pieces of the answer's body.
+        bytes_in: length of the request's body as far as it was read.
+        bytes_out: length of the answer's body.
+        error_code: ``error.code`` of an answer with status 400 and above, if it has one.
+        client_left: the client closed the connection before the answer was complete.
+    """
+
+    id: str
+    method: str
+    path: str
+    began: float = field(default_factory=perf_counter)
+    model: str = ""
+    quant_method: str = ""
+    replica: str = ""
+    queued_s: float = 0.0
+    attempts: int = 0
+    stream: bool = False
+    status: int = 0
+    first_byte_s: float | None = None
+    total_s: float | None = None
+    chunks: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    error_code: str = ""
+    client_left: bool = False
+
+
+Observer = Callable[[Trace], None]
+"""Called once per request, when it is over; it must not block."""
+
+
+def trace_of(scope: Scope) -> Trace:
+    """The record of a request; a throwaway where no `Traced` layer made one."""
+    trace = scope.get(KEY)
+    return trace if isinstance(trace, Trace) else Trace("", scope.get("method", ""), scope.get("path", ""))
+
+
+class Traced:
+    """Pure ASGI layer that gives every request an id and a `Trace`.
+
+    The id is the request header ``x-request-id`` where that is 1 to 128 printable ASCII characters. It goes on to the
+    app in that header and back to the client in the same. WebSockets get id and record, but are not observed.
+
+    Args:
+        app: what is observed.
+        observers: called in order with the finished record; one that raises is logged and harms nothing.
+    """
+
+    def __init__(self, app: ASGIApp, observers: Sequence[Observer] = ()) -> None:
+        self.app = app
+        self.observers = tuple(observers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app on a scope with id and record, and watch what it sends."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        given = header(scope, ID_HEADER)
+        name = given.decode() if usable(given) else uuid.uuid4().hex
+        trace = Trace(name, scope.get("method", "WEBSOCKET"), scope["path"])
+        id_header = (ID_HEADER, name.encode())
+        headers = [pair for pair in scope["headers"] if pair[0] != ID_HEADER]
+        scope = {**scope, KEY: trace, "headers": [*headers, id_header]}
+        if scope["type"] == "websocket":
+            await self.app(scope, receive, send)
+            return
+        over = False
+
+        async def watched_receive() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                trace.client_left |= not over
+            else:
+                trace.bytes_in += len(message.get("body", b""))
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal over
+            kind = message["type"]
+            if kind == "http.response.body":
+                size = len(message.get("body", b""))
+                if size:
+                    if trace.first_byte_s is None:
+                        trace.first_byte_s = perf_counter() - trace.began
+                        if trace.status >= 400 and not trace.error_code:
+                            trace.error_code = _error_code(message["body"])
+                    trace.chunks += 1
+                    trace.bytes_out += size
+                over = not message.get("more_body")
+            elif kind == "http.response.start":
+                trace.status = message["status"]
+                kept = [pair for pair in message.get("headers", ()) if pair[0] != ID_HEADER]
+                message = {**message, "headers": [*kept, id_header]}
+            await send(message)
+
+        try:
+            await self.app(scope, watched_receive, watched_send)
+        finally:
+            trace.total_s = perf_counter() - trace.began
+            for observer in self.observers:
+                try:
+                    observer(trace)
+                except Exception:
+                    logger.exception("an observer of requests failed")
+
+
+def usable(name: bytes) -> bool:
+    """Whether a client's request id is taken: 1 to 128 characters of printable ASCII."""
+    return 0 < len(name) <= LONGEST_ID and name.isascii() and name.decode("ascii").isprintable()
+
+
+def _error_code(body: bytes) -> str:
+    """``error.code`` of an answer in OpenAI's envelope."""
+    if len(body) > _LONGEST_ERROR or not body.startswith(b"{"):
+        return ""
+    try:
+        error = json.loads(body)["error"]
+        return str(error["code"] or "")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from quantserve.bench import Target
 from quantserve.cli.main import run
+from quantserve.config import ModelConfig
 
 from .fake_server import Exchange, FakeServer, Step, stream, whole
 
@@ -270,6 +272,95 @@ def test_a_used_folder_is_refused_before_anything_is_measured(
     (tmp_path / "out" / "precious").write_text("")
     assert bench("-n", "2") == 2
     assert server.exchanges == []
+
+
+class Started:
+    """Takes the place of a server process: the fake server, with the models it was asked to serve."""
+
+    running: ModelServer
+    groups: list[list[str]]
+
+    def __init__(self, models: Sequence[ModelConfig], folder: Path, waiting: Callable[[float], None]) -> None:
+        self._ids = [model.model_id for model in models]
+
+    def __enter__(self) -> Target:
+        self.groups.append(self._ids)
+        self.running.models = {f"{name}": PROFILE for name in self._ids}
+        return Target(self.running.url, "")
+
+    def __exit__(self, *_: object) -> None:
+        self.running.models = {}
+
+
+@pytest.fixture
+def own(server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Two models of one checkpoint, and a command that serves them by the fake server."""
+    checkpoint = Path(__file__).parents[2] / "examples" / "demo-model" / "checkpoint"
+    models = [
+        {
+            "engine_config": {
+                "model_id": name,
+                "hf_model_id": str(checkpoint),
+                "max_total_tokens": 512,
+                "engine_kwargs": {"quantization": "fp16"},
+            },
+            "scaling_config": {"num_gpus_per_worker": 0},
+        }
+        for name in ("demo-one", "demo-two")
+    ]
+    (tmp_path / "models.yaml").write_text(json.dumps({"models": models}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("quantserve.cli.bench_command.Server", Started)
+    monkeypatch.setattr(Started, "running", server, raising=False)
+    monkeypatch.setattr(Started, "groups", [], raising=False)
+    server.max_model_len = 512
+
+    def call(*arguments: str) -> int:
+        fixed = ("--warmup", "0", "--no-plots", "--out", "out", "--scale", "0.3", "-n", "4", "-c", "2")
+        return run(["bench", "models.yaml", *fixed, *arguments])
+
+    return call
+
+
+def test_our_own_models_are_compared_with_a_prediction_for_what_was_measured(
+    own: Callable[..., int], tmp_path: Path
+) -> None:
+    assert own() == 0
+    assert Started.groups == [["demo-one"], ["demo-two"]]
+    first, second = results(tmp_path)["measurements"]
+    assert (first["model"], second["model"]) == ("demo-one", "demo-two")
+    # The fake server counts 64 tokens in and 4 out, and that is what was predicted: not what /v1/models says.
+    assert "predicted for 64 in, 4 out, 2 at once, closed loop" in first["expected"]["conditions"]
+    keys = [verdict["key"] for verdict in first["verdicts"]]
+    assert keys == ["e2e", "ttft", "normalized", "tpot", "tokens_per_s", "output_tokens_per_s"]
+
+
+def test_an_open_load_is_compared_with_what_the_server_says(own: Callable[..., int], tmp_path: Path) -> None:
+    fixed = ("--warmup", "0", "--no-plots", "--out", "out", "--scale", "0.3", "-n", "3", "--rate", "50")
+    assert run(["bench", "models.yaml", "--compare", "demo-two", *fixed]) == 0
+    (only,) = results(tmp_path)["measurements"]
+    assert (only["model"], only["expected"]["conditions"]) == ("demo-two", "64 in, 4 out")
+
+
+def test_together_and_compare(own: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert own("--together", "--compare", "demo-two,demo-one") == 0
+    assert Started.groups == [["demo-two", "demo-one"]]
+    assert own("--compare", "fp16", "--overwrite") == 2
+    assert "fp16 is the method of several models" in capsys.readouterr().err
+    assert own("--compare", "demo-tow", "--overwrite") == 2
+    assert "did you mean 'demo-two'" in capsys.readouterr().err
+
+
+def test_a_model_that_check_refuses_is_not_started(
+    own: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((tmp_path / "models.yaml").read_text())
+    config["models"][0]["engine_config"]["max_total_tokens"] = 10**7
+    (tmp_path / "models.yaml").write_text(json.dumps(config))
+    code = own()
+    assert code == 1
+    assert "demo-one" in capsys.readouterr().err
+    assert Started.groups == []
 
 
 def test_ctrl_c_keeps_what_was_complete(server: ModelServer, tmp_path: Path) -> None:

@@ -397,6 +397,19 @@ def test_context(check: Check) -> None:
     assert serious(check(tokens=5000, engine=allowed)) == []
 
 
+def test_queue(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(make_llama(tmp_path / "m")))
+
+    def found(**deployment: int) -> list[Finding]:
+        model = ModelConfig.model_validate({"engine_config": {"model_id": "m"}, "deployment_config": deployment})
+        return check_model(checkpoint, model, find_target("a100-80g"), FP16)
+
+    finding = the(found(max_queued_requests=-1, max_ongoing_requests=48), "queue-unbounded")
+    assert finding.severity is Severity.WARNING
+    assert "max_ongoing_requests (48)" in finding.fix
+    assert serious(found()) == serious(found(max_queued_requests=0)) == []
+
+
 @pytest.mark.parametrize(
     ("rope", "longest"),
     [

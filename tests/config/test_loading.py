@@ -113,7 +113,7 @@ def test_app_file_with_everything(write: Write, checkpoint: Path) -> None:
         - "engine_config: {model_id: four}"
         - "{engine_config: {model_id: five}}"
         - org/six
-        http: {host: 0.0.0.0, port: 0, api_keys_file: keys.txt}
+        http: {host: 0.0.0.0, port: 0, api_keys_file: keys.txt, access_log: logs/access.jsonl}
         """,
         "app.yaml",
     )
@@ -121,6 +121,7 @@ def test_app_file_with_everything(write: Write, checkpoint: Path) -> None:
     assert [model.model_id for model in app.models] == ["two", "one", "three", "four", "five", "org/six"]
     assert app.models[2].where == f"{path}:4"
     assert (app.http.host, app.http.port, app.http.api_keys_file) == ("0.0.0.0", 0, str(path.parent / "keys.txt"))
+    assert app.http.access_log == str(path.parent / "logs/access.jsonl")
     assert load([path, path]).models == app.models
 
 
@@ -147,6 +148,11 @@ def test_models_need_no_list(write: Write, form: str) -> None:
         ("models:\n- notes.txt", "notes.txt: not a config file (.yaml, .yml, .json)"),
         ("models: [one.yaml]\nhttp: {port: 70000}", "app.yaml:2: http.port: must be less than or equal to 65535, got the"),
         ("models: [one.yaml]\nhttp: {prot: 1}", "app.yaml:2: http.prot: unknown key `prot`; did you mean `port`?"),
+        ("models: [one.yaml]\nhttp:\n  cors_origins:\n  - https://a.example\n  - https://b.example/chat",
+         "app.yaml:5: http.cors_origins[1]: 'https://b.example/chat' is no origin: scheme and host, perhaps a port, and"),
+        ("models: [one.yaml]\nhttp: {cors_origins: ['*', 'http://localhost:3000']}",
+         "app.yaml:2: http.cors_origins: \"*\" allows every origin, so the others say nothing"),
+        ("models: [one.yaml]\nhttp: {max_body_mb: 0}", "app.yaml:2: http.max_body_mb: must be greater than or equal to 1"),
         ("models: [one.yaml]\nmodel: x", "app.yaml:2: model: unknown key `model`; did you mean `models`? (known: http, m"),
         ("models: [one.yaml, {engine_config: {model_id: one}}]", "app.yaml:1: 'one' has the id of another model, at "),
         ("models: [{engine_config: {model_id: a/b}}, {engine_config: {model_id: a--b}}]", "'a--b' has the route /a--b of 'a/b', at "),

@@ -106,6 +106,8 @@ def test_complete_schema_loads_and_keeps_its_meaning(load_model: LoadModel) -> N
             "metrics_interval_s": 10.0,
         },
         "max_ongoing_requests": 64,
+        "max_queued_requests": 64,
+        "backpressure_config": {"status_code": 429},
         "ray_actor_options": {"num_cpus": 1.0, "num_gpus": 0.0, "resources": {"accelerator_type:A10G": 0.01}},
     }
     assert model.engine_kwargs == {

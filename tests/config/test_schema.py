@@ -18,7 +18,10 @@ ENGINE = "engine_config: {model_id: a/b}\n"
 
 def test_defaults_scale_and_fit_together(load_model: LoadModel) -> None:
     model = load_model(ENGINE)
-    assert model.deployment_config.serve_options() == {"max_ongoing_requests": 256, "num_replicas": 1}
+    refused = {"backpressure_config": {"status_code": 429}}
+    assert model.deployment_config.serve_options() == {
+        "max_ongoing_requests": 256, "max_queued_requests": 256, "num_replicas": 1, **refused
+    }  # fmt: skip
     assert (model.source, model.route, model.tensor_parallel_size) == ("a/b", "/a--b", 1)
     assert (model.max_model_len, model.quantization, model.dtype, model.chat_template) == (None, None, None, None)
     assert (model.request_defaults, model.allow_pickle, model.plugins, model.chat_enabled) == ({}, False, [], True)
@@ -30,7 +33,11 @@ def test_defaults_scale_and_fit_together(load_model: LoadModel) -> None:
     assert scaled.deployment_config.serve_options() == {
         "autoscaling_config": {"min_replicas": 0, "max_replicas": 10, "target_ongoing_requests": 24.0},
         "max_ongoing_requests": 48,
+        "max_queued_requests": 48,
+        **refused,
     }
+    unbounded = load_model(ENGINE + "deployment_config: {max_queued_requests: -1}").deployment_config
+    assert unbounded.serve_options()["max_queued_requests"] == -1
 
 
 def test_normalised_values(load_model: LoadModel) -> None:

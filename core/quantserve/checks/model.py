@@ -45,6 +45,7 @@ def check_model(
     findings += _check_context(checkpoint, model)
     findings += _check_tokenizer(checkpoint, model)
     findings += check_size(checkpoint, method)
+    findings += _check_queue(model)
     return findings
 
 
@@ -88,6 +89,18 @@ def _check_context(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Findi
         ["max_total_tokens"],
         f"set max_total_tokens to at most {longest}",
     )
+
+
+def _check_queue(model: ModelConfig) -> Iterator[Finding]:
+    deployment = model.deployment_config
+    if deployment.max_queued_requests == -1:
+        yield Finding.warning(
+            "queue-unbounded",
+            "max_queued_requests is -1: under more load than the model can take, requests wait longer and longer "
+            "instead of being refused, and every waiting one holds memory",
+            ["max_queued_requests"],
+            f"remove it; the default is max_ongoing_requests ({deployment.max_ongoing_requests})",
+        )
 
 
 def _environment(model: ModelConfig) -> dict[str, object]:

@@ -300,6 +300,8 @@ class _Loader:
             return
         if http.api_keys_file:
             http.api_keys_file = resolved("./" + http.api_keys_file, doc.folder)
+        if http.access_log not in ("off", "stderr"):
+            http.access_log = resolved("./" + http.access_log, doc.folder)
         if self.http and self.http[0] != http:
             self.report.problem(doc, (), f"differs from `http` at {self.http[1].where()}", "keep one")
         self.http = (http, doc)

@@ -177,6 +177,8 @@ class ModelConfig(Section):
             )
         limit = deployment.max_ongoing_requests or kwargs.get("max_num_seqs") or DEFAULT_MAX_ONGOING_REQUESTS
         deployment.max_ongoing_requests = limit
+        if deployment.max_queued_requests is None:
+            deployment.max_queued_requests = limit
         scaling = deployment.autoscaling_config
         if scaling and scaling.target_ongoing_requests is None:
             scaling.target_ongoing_requests = float(max(1, limit // 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -105,7 +106,7 @@ class RayActorOptions(Section):
 class BackpressureConfig(Section):
     """The answer to requests that find the queue full."""
 
-    status_code: Literal[429, 503] = Field(default=503, description="HTTP status of the refusal.")
+    status_code: Literal[429, 503] = Field(default=429, description="HTTP status of the refusal.")
     retry_after_s: float | None = Field(default=None, ge=0, description="Value of the Retry-After header, in seconds.")
 
 
@@ -124,10 +125,11 @@ class DeploymentConfig(Section):
     max_queued_requests: int | None = Field(
         default=None,
         ge=-1,
-        description="Most requests waiting for a replica before new ones are refused; default -1, no limit.",
+        description="Most requests waiting for a replica before new ones are refused; -1 for no limit. "
+        "Default: max_ongoing_requests.",
     )
-    backpressure_config: BackpressureConfig | None = Field(
-        default=None, description="How requests beyond the queue are refused."
+    backpressure_config: BackpressureConfig = Field(
+        default_factory=lambda: BackpressureConfig(), description="How requests beyond the queue are refused."
     )
     ray_actor_options: RayActorOptions | None = Field(default=None, description="Resources of the replica itself.")
     health_check_period_s: float | None = Field(
@@ -226,13 +228,52 @@ class ScalingConfig(Section):
 
 
 class HttpConfig(Section):
-    """Where the API listens."""
+    """Where the API listens, who may use it and how much one request may ask for."""
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to bind; 0.0.0.0 for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 picks a free one.")
     api_keys_file: str | None = Field(
-        default=None, description="File with one API key per line; relative to this file."
+        default=None,
+        description="File with one API key per line; relative to this file. Changes are taken over while serving.",
     )
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description='Origins whose web pages may call the API, e.g. https://chat.example.org; ["*"] for every origin.',
+    )
+    max_body_mb: int = Field(default=64, ge=1, le=1024, description="Longest request body in MiB; beyond it 413.")
+    max_messages: int = Field(default=2048, ge=1, description="Most messages of one chat.")
+    max_prompts: int = Field(default=2048, ge=1, description="Most prompts or inputs of one request.")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens a request may ask for, and what a chat gets that names no number; default the model's "
+        "length.",
+    )
+    max_choices: int = Field(default=128, ge=1, description="Largest `n` and `best_of`.")
+    max_stops: int = Field(default=64, ge=1, description="Most stop texts or stop token ids of one request.")
+    request_timeout_s: float = Field(default=600, gt=0, description="Seconds a request may take; beyond them 504.")
+    queue_timeout_s: float = Field(
+        default=30, ge=0, description="Seconds a request may wait for a replica; beyond them it is refused."
+    )
+    access_log: str = Field(
+        default="stderr",
+        min_length=1,
+        description="One JSON line per request: off, stderr, or a file relative to this file.",
+    )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        for index, origin in enumerate(origins):
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#*@]+", origin):
+                raise fault(
+                    f"{origin[:80]!r} is no origin: scheme and host, perhaps a port, and nothing after it",
+                    at=(index,),
+                    fix='write e.g. https://chat.example.org, or "*" alone for every origin',
+                )
+        if "*" in origins and len(origins) > 1:
+            raise fault('"*" allows every origin, so the others say nothing', fix='keep "*" or the others')
+        return origins
 
 
 def check_runtime_env(env: dict[str, Any]) -> dict[str, Any]:

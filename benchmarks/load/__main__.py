@@ -11,9 +11,6 @@ from pathlib import Path
 import benchmarks.load as package
 from benchmarks.load import agree, cost, demo
 from benchmarks.report import machine, machine_line
-from quantserve.bench.served import choose_models, served_models
-from quantserve.bench.server import Server
-from quantserve.cli.sources import load_sources
 from quantserve.errors import QuantserveError
 
 BUILD = demo.ROOT / "build" / "bench" / "load"
@@ -49,15 +46,11 @@ def main() -> int:
 
 
 def agreement(quick: bool) -> dict[str, object]:
-    """Serve the demo's fp16 model and measure it with both."""
-    app = load_sources([str(demo.ROOT / "models" / "demo.yaml")], None, None, None, False)
-    model = next(model for model in app.models if model.model_id == "demo-fp16")
+    """Serve the demo's checkpoint with vLLM's own server and measure it with both."""
+    checkpoint = demo.ROOT / "examples" / "demo-model" / "checkpoint"
     load = agree.Load(prompts=32) if quick else agree.Load(prompts=320)
-    tokenizer = demo.ROOT / "examples" / "demo-model" / "checkpoint"
-    with tempfile.TemporaryDirectory() as folder, Server([model], Path(folder)) as target:
-        served = choose_models(served_models(target), [model.model_id])[0]
-        aimed = type(target)(target.url, served.id)
-        return agree.compare(aimed, load, tokenizer, Path(folder), rounds=1 if quick else 3)
+    with tempfile.TemporaryDirectory() as folder, agree.serve(checkpoint, Path(folder)) as target:
+        return agree.compare(target, load, checkpoint, Path(folder), rounds=1 if quick else 3)
 
 
 def keep(path: Path, value: object, text: str) -> None:

@@ -7,7 +7,9 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +19,7 @@ from quantserve.bench import Closed, Request, Target, run, run_blocking
 from quantserve.bench.markdown import number, table
 from quantserve.bench.peers import vllm_result
 from quantserve.bench.prompts import Lengths
+from quantserve.bench.server import free_port, is_healthy
 from quantserve.bench.tokens import ServerTokenizer
 from quantserve.bench.workloads import WORKLOADS, requests
 
@@ -25,6 +28,8 @@ METRICS: Final = (
     "request_throughput", "output_throughput", "total_token_throughput", "mean_ttft_ms", "median_ttft_ms",
     "mean_tpot_ms", "median_tpot_ms", "mean_itl_ms", "median_itl_ms", "mean_e2el_ms", "median_e2el_ms",
 )  # fmt: skip
+MODEL: Final = "demo"
+QUIET: Final = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 COUNTS: Final = ("completed", "failed", "total_input_tokens", "total_output_tokens")
 
 
@@ -40,6 +45,31 @@ class Load:
     concurrency: int = 16
     input_tokens: int = 100
     output_tokens: int = 64
+
+
+@contextmanager
+def serve(checkpoint: Path, folder: Path) -> Iterator[Target]:
+    """``vllm serve`` of a checkpoint, so that nothing of ours lies between the two and the engine."""
+    port = free_port()
+    options = ["--served-model-name", MODEL, "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "16"]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *options, "--enforce-eager"]
+    environment = {**os.environ, **QUIET, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    target = Target(f"http://127.0.0.1:{port}", MODEL)
+    log = folder / "vllm.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    try:
+        while not is_healthy(target):
+            if process.poll() is not None:
+                raise PeerError(log.read_text()[-2000:])
+            time.sleep(1)
+        yield target
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def prompts(target: Target, load: Load, nonce: str) -> list[str]:
@@ -78,7 +108,7 @@ def theirs(target: Target, load: Load, texts: Sequence[str], tokenizer: Path, fo
     words = [word for pair in options.items() for word in pair]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *words, *flags]
     command += ["--temperature", "0"]
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **QUIET}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode or not result.exists():
         raise PeerError("\n".join((done.stderr or done.stdout).splitlines()[-15:]))

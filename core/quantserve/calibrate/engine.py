@@ -17,12 +17,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from quantserve.calibrate.measure import Progress
+from quantserve.calibrate.measure import Progress, typical
 from quantserve.checkpoint import Checkpoint
 from quantserve.config import load_object
 from quantserve.errors import EngineError, UsageError
@@ -226,27 +225,27 @@ def child(folder: str, eager: bool) -> dict[str, dict[int, float]]:
 
     def prompt(tokens: int) -> float:
         taken = []
-        for _ in range(5):
+        for _ in range(9):
             add(1, tokens, 1)
             began = time.perf_counter()
             while engine.has_unfinished_requests():
                 engine.step()
             taken.append(time.perf_counter() - began)
-        return median(taken[1:])
+        return typical(taken[1:])
 
-    def decode(batch: int) -> float:
+    def decode(batch: int) -> list[float]:
         waiting = set(add(batch, CONTEXT, STEPS + 2))
         while waiting:
             waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
         taken = [step() for _ in range(STEPS)]
         while engine.has_unfinished_requests():
             engine.step()
-        return median(taken)
+        return taken
 
     for warm in (1, 16):
         decode(warm)
     return {
-        "decode": {batch: median(decode(batch) for _ in range(3)) for batch in DECODES},
+        "decode": {batch: typical([*decode(batch), *decode(batch), *decode(batch)]) for batch in DECODES},
         "prompt": {tokens: prompt(tokens) for tokens in PROMPTS},
     }
 

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from quantserve.errors import UsageError
-from quantserve.serve.keys import VARIABLE, ApiKeys, load_keys
+from quantserve.serve import keys
+from quantserve.serve.asgi import Refused
+from quantserve.serve.keys import VARIABLE, ApiKeys, KeyFile, KeySet, load_key_set
 
 from .asgi_client import Answer, Upstream, request
 
 
 @pytest.fixture
-def digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def key_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KeySet:
     path = tmp_path / "keys"
     path.write_text("# ours\nkey-number-one\n\n  key-number-two  \n")
     monkeypatch.setenv(VARIABLE, "key-number-three, key-number-four\nkey-number-one")
-    return load_keys(str(path))
+    return load_key_set(str(path))
 
 
-def ask(digests: list[str], path: str, key: str | None, method: str = "GET", **kwargs: Any) -> Answer:
+def ask(key_set: KeySet | ApiKeys, path: str, key: str | None, method: str = "GET", **kwargs: Any) -> Answer:
     headers = {} if key is None else {"authorization": key}
-    return asyncio.run(request(ApiKeys(Upstream("m"), digests), method, path, headers=headers, **kwargs))
+    app = key_set if isinstance(key_set, ApiKeys) else ApiKeys(Upstream("m"), key_set)
+    return asyncio.run(request(app, method, path, headers=headers, **kwargs))
 
 
-def test_keys_are_kept_as_digests(digests: list[str]) -> None:
-    assert len(digests) == 4
-    assert all(len(digest) == 64 and "key" not in digest for digest in digests)
+def test_keys_are_kept_as_digests(key_set: KeySet) -> None:
+    assert len(key_set.digests) == 4
+    assert all(len(digest) == 64 and "key" not in digest for digest in key_set.digests)
+    assert KeySet.model_validate(json.loads(key_set.model_dump_json())) == key_set
 
 
 @pytest.mark.parametrize("number", ["one", "two", "three", "four"])
-def test_every_key_opens(digests: list[str], number: str) -> None:
-    assert ask(digests, "/v1/models", f"Bearer key-number-{number}").status == 200
-    assert ask(digests, "/v1/models", f"bearer  key-number-{number}").status == 200
+def test_every_key_opens(key_set: KeySet, number: str) -> None:
+    assert ask(key_set, "/v1/models", f"Bearer key-number-{number}").status == 200
+    assert ask(key_set, "/v1/models", f"bearer  key-number-{number}").status == 200
 
 
 @pytest.mark.parametrize(
@@ -43,23 +52,23 @@ def test_every_key_opens(digests: list[str], number: str) -> None:
             "Bearer key-number-on", "Bearer key-number-one2"]
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/metrics", "/", "/health/", "/healthx"])
-def test_nothing_else_does(digests: list[str], key: str | None, path: str) -> None:
-    answer = ask(digests, path, key)
+def test_nothing_else_does(key_set: KeySet, key: str | None, path: str) -> None:
+    answer = ask(key_set, path, key)
     assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
     assert answer.headers["www-authenticate"] == "Bearer"
     assert "number" not in answer.body.decode()
 
 
-def test_health_is_open(digests: list[str]) -> None:
-    assert ask(digests, "/health", None).status == 200
-    assert ask(digests, "/demo/health", None, root_path="/demo").status == 200
-    assert ask(digests, "/health", None, method="POST").status == 401
+def test_health_is_open(key_set: KeySet) -> None:
+    assert ask(key_set, "/health", None).status == 200
+    assert ask(key_set, "/demo/health", None, root_path="/demo").status == 200
+    assert ask(key_set, "/health", None, method="POST").status == 401
 
 
 def test_without_keys_everything_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert load_keys(None) == []
-    assert ask([], "/v1/models", None).status == 200
+    assert load_key_set(None).digests == []
+    assert ask(KeySet(), "/v1/models", None).status == 200
 
 
 @pytest.mark.parametrize(
@@ -70,13 +79,124 @@ def test_without_keys_everything_is_open(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_unusable_files(tmp_path: Path, text: bytes, said: str) -> None:
     (tmp_path / "keys").write_bytes(text)
     with pytest.raises(UsageError, match=said):
-        load_keys(str(tmp_path / "keys"))
+        load_key_set(str(tmp_path / "keys"))
     with pytest.raises(UsageError, match="No such file"):
-        load_keys(str(tmp_path / "absent"))
+        load_key_set(str(tmp_path / "absent"))
 
 
 def test_a_bad_key_is_not_printed(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("s3cret\n")
     with pytest.raises(UsageError) as caught:
-        load_keys(str(tmp_path / "keys"))
+        load_key_set(str(tmp_path / "keys"))
     assert "s3cret" not in str(caught.value)
+
+
+MODELS = {"status": "degraded", "models": {"secret-model": "unavailable"}}
+
+
+@pytest.mark.parametrize("body", [json.dumps(MODELS), "[]", "secret-model", '{"status": ["secret-model"]}'])
+@pytest.mark.parametrize("status", [200, 503])
+def test_health_without_a_key_names_no_model(key_set: KeySet, body: str, status: int) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": [(b"x-model", b"secret-model")]})
+        await send({"type": "http.response.body", "body": body.encode()})
+
+    answer = ask(ApiKeys(app, key_set), "/health", None)
+    assert answer.status == status
+    assert list(answer.json) == ["status"]
+    assert "secret-model" not in f"{answer.headers} {answer.body!r}"
+    assert answer.json["status"] == ("degraded" if "degraded" in body else "ok" if status == 200 else "unavailable")
+    assert ask(ApiKeys(app, key_set), "/health", "Bearer key-number-one").body == body.encode()
+    assert ask(ApiKeys(app, KeySet()), "/health", None).body == body.encode()
+
+
+def test_health_that_is_refused(key_set: KeySet) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise Refused(503, "secret-model is away")
+
+    answer = ask(ApiKeys(app, key_set), "/health", None)
+    assert (answer.status, answer.json) == (503, {"status": "unavailable"})
+
+
+def test_websockets_need_a_key(key_set: KeySet) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+    asyncio.run(ApiKeys(Upstream("m"), key_set)(scope, None, send))  # type: ignore[arg-type]
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+class Reloading:
+    """Keys whose file changes while they are used; every request looks at it."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keys, "LOOK_S", 0.0)
+        monkeypatch.setenv(VARIABLE, "key-of-environment")
+        self.path = path
+        self.write("key-number-one\n")
+        self.app = ApiKeys(Upstream("m"), load_key_set(str(path)))
+
+    def write(self, text: str) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(text)
+        os.replace(new, self.path)
+
+    def opens(self, key: str) -> bool:
+        return ask(self.app, "/v1/models", f"Bearer {key}").status == 200
+
+
+@pytest.fixture
+def reloading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reloading:
+    return Reloading(tmp_path / "keys", monkeypatch)
+
+
+def test_keys_are_added_and_withdrawn_while_serving(reloading: Reloading) -> None:
+    assert reloading.opens("key-number-one")
+    reloading.write("key-number-one\nkey-number-two\n")
+    assert reloading.opens("key-number-two")
+    reloading.write("key-number-two\n")
+    assert not reloading.opens("key-number-one")
+    assert reloading.opens("key-number-two")
+    assert reloading.opens("key-of-environment")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "short\n", "key-number-two\nwith a space in it\n", None])
+def test_a_broken_file_keeps_the_keys(reloading: Reloading, text: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        if text is None:
+            reloading.path.unlink()
+        else:
+            reloading.write(text)
+        for _ in range(3):
+            assert reloading.opens("key-number-one")
+            assert not reloading.opens("key-number-two")
+            assert not reloading.opens("")
+    assert len(caplog.records) == 1  # not once per look
+    assert "the keys stay as they were" in caplog.text
+    assert "number" not in caplog.text.replace("key number 1", "").replace("key number 2", "")
+    reloading.write("key-number-two\n")
+    assert reloading.opens("key-number-two")
+    assert not reloading.opens("key-number-one")
+
+
+def test_a_change_before_the_first_request_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reloading = Reloading(tmp_path / "keys", monkeypatch)
+    reloading.write("key-number-two\n")
+    assert reloading.opens("key-number-two")
+    assert not reloading.opens("key-number-one")
+
+
+def test_the_file_is_looked_at_once_a_second(key_set: KeySet, tmp_path: Path) -> None:
+    now = [100.0]
+    known = KeyFile(key_set, lambda: now[0])
+    assert len(known.digests()) == 4
+    (tmp_path / "keys").write_text("key-number-five\n")
+    now[0] += 0.9
+    assert len(known.digests()) == 4
+    now[0] += 0.2
+    assert len(known.digests()) == 4  # three of the environment and this one
+    assert sha256(b"key-number-five").digest() in known.digests()
+    assert sha256(b"key-number-two").digest() not in known.digests()

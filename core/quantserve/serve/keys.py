@@ -1,54 +1,100 @@
-"""API keys: read from a file or the environment, kept as hashes, compared in constant time."""
+"""API keys: read from a file or the environment, kept as hashes, compared in constant time.
+
+The file is looked at again while serving, so that keys can be added and withdrawn without a restart.
+"""
 
 from __future__ import annotations
 
 import hmac
+import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantserve.errors import UsageError
 from quantserve.serve.asgi import Refused, header
 
 VARIABLE: Final = "QUANTSERVE_API_KEYS"
 OPEN_PATHS: Final = ("/health",)
-"""What load balancers ask without a key; it says nothing but up or down per model."""
+"""What load balancers ask without a key; they get the bare status then."""
+LOOK_S: Final = 1.0
+"""The keys file is looked at so often, at most."""
 _SHORTEST: Final = 8
 
+logger = logging.getLogger(__name__)
 
-def load_keys(file: str | None) -> list[str]:
-    """SHA-256 digests (hex) of the API keys in `file` and in ``QUANTSERVE_API_KEYS``; empty means no keys.
+
+class KeySet(BaseModel):
+    """SHA-256 digests (hex) of API keys.
+
+    Attributes:
+        fixed: of keys that stay as they are, such as those from the environment.
+        file: where further keys are, one per line; None when there is no such file.
+        from_file: of the keys it held when it was read.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fixed: tuple[str, ...] = ()
+    file: str | None = None
+    from_file: tuple[str, ...] = ()
+
+    @property
+    def digests(self) -> list[str]:
+        """All of them; empty means that no key is needed."""
+        return sorted({*self.fixed, *self.from_file})
+
+
+def load_key_set(file: str | None) -> KeySet:
+    """The API keys in `file` and in ``QUANTSERVE_API_KEYS``.
 
     The file has one key per line; empty lines and lines that begin with ``#`` are skipped. The variable has keys
-    separated by commas or whitespace. Only the digests leave this function, so Ray never stores a key.
+    separated by commas or whitespace. Only digests leave this function, so Ray never stores a key.
 
     Raises:
         UsageError: the file cannot be read or holds no key, or a key is unusable.
     """
-    keys: list[str] = []
-    if file is not None:
-        try:
-            lines = Path(file).expanduser().read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise UsageError(f"API keys file {file}: {reason}") from None
-        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if not keys:
-            raise UsageError(
-                f"API keys file {file} holds no key, which would leave the server open\n"
-                "  fix: write one key per line, or remove api_keys_file"
-            )
-        if wrong := [number for number, key in enumerate(keys, 1) if len(key) < _SHORTEST or not _usable(key)]:
-            raise UsageError(_complaint(f"API keys file {file}", wrong))
+    found = read_file(file) if file is not None else []
     given = [key for key in re.split(r"[,\s]+", os.environ.get(VARIABLE, "")) if key]
     if wrong := [number for number, key in enumerate(given, 1) if len(key) < _SHORTEST or not _usable(key)]:
         raise UsageError(_complaint(VARIABLE, wrong))
-    return sorted({sha256(key.encode()).hexdigest() for key in (*keys, *given)})
+    path = str(Path(file).expanduser().absolute()) if file is not None else None
+    return KeySet(fixed=tuple(_digests(given)), file=path, from_file=tuple(found))
+
+
+def read_file(file: str) -> list[str]:
+    """Digests of the keys in a file.
+
+    Raises:
+        UsageError: it cannot be read or holds no key, or a key is unusable.
+    """
+    try:
+        lines = Path(file).expanduser().read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"API keys file {file}: {reason}") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise UsageError(
+            f"API keys file {file} holds no key, which would leave the server open\n"
+            "  fix: write one key per line, or remove api_keys_file"
+        )
+    if wrong := [number for number, key in enumerate(keys, 1) if len(key) < _SHORTEST or not _usable(key)]:
+        raise UsageError(_complaint(f"API keys file {file}", wrong))
+    return _digests(keys)
+
+
+def _digests(keys: Sequence[str]) -> list[str]:
+    return sorted({sha256(key.encode()).hexdigest() for key in keys})
 
 
 def _usable(key: str) -> bool:
@@ -60,22 +106,74 @@ def _complaint(where: str, numbers: list[int]) -> str:
     return f"{where}: key number {listed} is shorter than {_SHORTEST} characters or not printable ASCII without spaces"
 
 
+class KeyFile:
+    """The keys as they are now: those that stay, and those of a file that is read again when it has changed.
+
+    A file that is gone, broken or empty leaves the keys as they were; the log says so once.
+
+    Args:
+        keys: as they were loaded.
+        clock: seconds, never going back.
+    """
+
+    def __init__(self, keys: KeySet, clock: Callable[[], float] = time.monotonic) -> None:
+        self.keys = keys
+        self._clock = clock
+        self._digests = [bytes.fromhex(digest) for digest in keys.digests]
+        self._looked = float("-inf")
+        self._seen: tuple[int, ...] | str | None = None
+
+    def digests(self) -> Sequence[bytes]:
+        """Digests of the keys that count now."""
+        if self.keys.file is not None and self._clock() - self._looked >= LOOK_S:
+            self._looked = self._clock()
+            self._look(self.keys.file)
+        return self._digests
+
+    def _look(self, file: str) -> None:
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            if self._seen != (reason := str(error.strerror)):
+                logger.warning("API keys file %s: %s; the keys stay as they were", file, reason)
+                self._seen = reason
+            return
+        seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            found = tuple(read_file(file))
+        except UsageError as error:
+            logger.warning("%s; the keys stay as they were", str(error).partition("\n")[0])
+            return
+        if found != self.keys.from_file:
+            self.keys = self.keys.model_copy(update={"from_file": found})
+            self._digests = [bytes.fromhex(digest) for digest in self.keys.digests]
+            logger.warning("API keys file %s: %d keys are now known", file, len(found))
+
+
 class ApiKeys:
     """Pure ASGI layer that lets only requests with a known key through, as ``Authorization: Bearer KEY``.
 
+    ``/health`` is answered without a key as well, but then with nothing but the status: no names of models.
+
     Args:
-        app: what is protected; everything but ``/health``.
-        digests: from `load_keys`; empty lets everything through.
+        app: what is protected.
+        keys: from `load_key_set`; without any, everything is let through.
     """
 
-    def __init__(self, app: ASGIApp, digests: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeySet) -> None:
         self.app = app
-        self.digests = [bytes.fromhex(digest) for digest in digests]
+        self.known = KeyFile(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the key of HTTP and WebSocket requests."""
-        if not self.digests or scope["type"] == "lifespan" or self._open(scope) or self._known(scope):
+        digests = self.known.digests()
+        if not digests or scope["type"] == "lifespan" or self._known(scope, digests):
             await self.app(scope, receive, send)
+        elif self._open(scope):
+            await _bare(self.app, scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -91,12 +189,33 @@ class ApiKeys:
         path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
         return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and path in OPEN_PATHS
 
-    def _known(self, scope: Scope) -> bool:
+    def _known(self, scope: Scope, digests: Sequence[bytes]) -> bool:
         scheme, _, key = header(scope, b"authorization").partition(b" ")
         if scheme.lower() != b"bearer":
             return False
         given = sha256(key.strip()).digest()
         known = False
-        for digest in self.digests:  # all of them, so that the time says nothing
+        for digest in digests:  # all of them, so that the time says nothing
             known |= hmac.compare_digest(given, digest)
         return known
+
+
+async def _bare(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run an app that answers about health and pass on the status, not the names in the body."""
+    code, parts = 500, []
+
+    async def collect(message: Message) -> None:
+        nonlocal code
+        code = message.get("status", code)
+        parts.append(message.get("body", b""))
+
+    try:
+        await app(scope, receive, collect)
+    except Refused as refused:
+        code = refused.status
+    status = "ok" if code == 200 else "unavailable"
+    try:
+        said = json.loads(b"".join(parts))["status"]
+    except (ValueError, KeyError, TypeError):
+        said = status
+    await JSONResponse({"status": said if isinstance(said, str) else status}, code)(scope, receive, send)

@@ -12,9 +12,17 @@ from typing import Any, Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.serve.asgi import is_json, parse_object, read_body, replay
+from quantserve.serve.asgi import header, is_json, parse_object, read_body, replay
 
 PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
+MAX_TOKENS_HEADER: Final = b"x-quantserve-max-tokens"
+"""From the front door: the most tokens a request gets that names no number."""
+CAPPED: Final = {
+    "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+}
+"""By path, the fields that say how many tokens are wanted."""
 UNITED: Final = ("stop", "stop_token_ids")
 """Fields where the client's values and the model's both count."""
 LENGTH_HEADERS: Final = (b"content-length", b"transfer-encoding")
@@ -29,22 +37,43 @@ class RequestDefaults:
         app: the model's app.
         defaults: values by request field; ``stop`` a list of texts, ``stop_token_ids`` a list of ids. Without any,
             bodies are not read.
+        max_model_len: the model's length in tokens, which a cap of the front door must not exceed: vLLM refuses a
+            request for more, but shortens a request for less to what the prompt leaves.
     """
 
-    def __init__(self, app: ASGIApp, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, app: ASGIApp, defaults: Mapping[str, Any], max_model_len: int | None = None) -> None:
         self.app = app
+        self.max_model_len = max_model_len
         self.defaults = {key: value for key, value in defaults.items() if value is not None and value != []}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Complete the body of a completion request, leave everything else alone."""
-        if self.defaults and scope["type"] == "http" and scope["method"] == "POST" and _route(scope) in PATHS:
+        if scope["type"] != "http" or scope["method"] != "POST" or (route := _route(scope)) not in CAPPED:
+            await self.app(scope, receive, send)
+            return
+        cap = self._cap(scope)
+        if cap is not None or (self.defaults and route in PATHS):
             body = await read_body(receive)
-            if is_json(scope) and (completed := self.complete(parse_object(body))) is not None:
+            if is_json(scope) and (completed := self._completed(route, parse_object(body), cap)) is not None:
                 body = json.dumps(completed, separators=(",", ":")).encode()
                 headers = [pair for pair in scope["headers"] if pair[0] not in LENGTH_HEADERS]
                 scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
             receive = replay(body, receive)
         await self.app(scope, receive, send)
+
+    def _cap(self, scope: Scope) -> int | None:
+        """The front door's cap, where it is below the model's length."""
+        value = header(scope, MAX_TOKENS_HEADER)
+        if not value.isdigit() or self.max_model_len is None or int(value) >= self.max_model_len:
+            return None
+        return int(value)
+
+    def _completed(self, route: str, body: dict[str, Any], cap: int | None) -> dict[str, Any] | None:
+        """The body with defaults and within the cap, or None when it is that already."""
+        completed = self.complete(body) if route in PATHS else None
+        if cap is None:
+            return completed
+        return capped(route, body if completed is None else completed, cap) or completed
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any] | None:
         """The body with defaults in it, or None when it needs none."""
@@ -62,6 +91,21 @@ class RequestDefaults:
         if "min_tokens" in missing:
             _keep_below_limit(missing, body)
         return {**body, **missing} if missing else None
+
+
+def capped(route: str, body: Mapping[str, Any], cap: int) -> dict[str, Any] | None:
+    """The body with a number of tokens in it, or None when it has one that is small enough.
+
+    A completion without the field gets vLLM's 16, with null as many as the model can hold.
+    """
+    fields = CAPPED[route]
+    asked = [body[field] for field in fields if isinstance(body.get(field), int)]
+    if route == "/v1/completions" and "max_tokens" not in body:
+        return None
+    if asked:
+        large = {field: cap for field in fields if isinstance(body.get(field), int) and body[field] > cap}
+        return {**body, **large} if large else None
+    return {**body, fields[0]: cap}
 
 
 def union(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:

@@ -32,6 +32,7 @@ class Trace:
         method: HTTP method.
         path: as the client sent it, without the query.
         began: `time.perf_counter` when the request's head was read.
+        client: address the connection came from.
         model: id of the model that was asked; empty while not known.
         quant_method: its quantization method.
         replica: which replica answered.
@@ -52,6 +53,7 @@ class Trace:
     method: str
     path: str
     began: float = field(default_factory=perf_counter)
+    client: str = ""
     model: str = ""
     quant_method: str = ""
     replica: str = ""
@@ -101,6 +103,7 @@ class Traced:
         given = header(scope, ID_HEADER)
         name = given.decode() if usable(given) else uuid.uuid4().hex
         trace = Trace(name, scope.get("method", "WEBSOCKET"), scope["path"])
+        trace.client = (scope.get("client") or ("",))[0]
         id_header = (ID_HEADER, name.encode())
         headers = [pair for pair in scope["headers"] if pair[0] != ID_HEADER]
         scope = {**scope, KEY: trace, "headers": [*headers, id_header]}

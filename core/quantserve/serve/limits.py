@@ -1,0 +1,240 @@
+"""What the server lets requests do: the policy as plain data, limits on each request, and all layers in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel, ConfigDict
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quantserve.serve.access_log import AccessLog, check_destination
+from quantserve.serve.asgi import Guard, Refused, header, is_json, parse_object, read_body, replay
+from quantserve.serve.cors import Cors
+from quantserve.serve.keys import ApiKeys, KeySet, load_key_set
+from quantserve.serve.request_defaults import MAX_TOKENS_HEADER
+from quantserve.serve.trace import Observer, Traced, trace_of
+
+if TYPE_CHECKING:
+    from quantserve.config import HttpConfig
+
+MIB: Final = 1 << 20
+JSON_KEY: Final = "quantserve.json"
+"""Where an ASGI scope holds the JSON object of its body, so that no later layer parses it again."""
+TOKEN_FIELDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+CHOICE_FIELDS: Final = ("n", "best_of")
+STOP_FIELDS: Final = ("stop", "stop_sequences", "stop_token_ids")
+PROMPT_FIELDS: Final = ("prompt", "input", "documents")
+_WITH_BODY: Final = ("POST", "PUT", "PATCH", "DELETE")
+
+
+class Policy(BaseModel):
+    """The part of `HttpConfig` that acts on requests; plain data that goes to other processes as JSON.
+
+    Attributes:
+        keys: digests of the API keys and where they came from.
+        max_body_bytes: longest request body.
+        max_messages: most messages of one chat.
+        max_prompts: most prompts or inputs of one request, times its choices.
+        max_tokens: most tokens a request may ask for; None leaves it to the model's length.
+        max_choices: largest ``n`` and ``best_of``.
+        max_stops: most stop texts or stop token ids.
+        cors_origins: origins whose pages may call the API; ``*`` is every origin.
+        request_timeout_s: seconds a request may take.
+        queue_timeout_s: seconds a request may wait for a replica.
+        access_log: ``off``, ``stderr`` or a file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: KeySet = KeySet()
+    max_body_bytes: int = 64 * MIB
+    max_messages: int = 2048
+    max_prompts: int = 2048
+    max_tokens: int | None = None
+    max_choices: int = 128
+    max_stops: int = 64
+    cors_origins: tuple[str, ...] = ()
+    request_timeout_s: float = 600.0
+    queue_timeout_s: float = 30.0
+    access_log: str = "off"
+
+    @classmethod
+    def of(cls, http: HttpConfig) -> Policy:
+        """The policy of a config, with the API keys of its file and of the environment.
+
+        Raises:
+            UsageError: the API keys cannot be used, or the access log cannot be written.
+        """
+        check_destination(http.access_log)
+        return cls(
+            keys=load_key_set(http.api_keys_file),
+            max_body_bytes=http.max_body_mb * MIB,
+            max_messages=http.max_messages,
+            max_prompts=http.max_prompts,
+            max_tokens=http.max_tokens,
+            max_choices=http.max_choices,
+            max_stops=http.max_stops,
+            cors_origins=tuple(http.cors_origins),
+            request_timeout_s=http.request_timeout_s,
+            queue_timeout_s=http.queue_timeout_s,
+            access_log=http.access_log,
+        )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests need a key."""
+        return bool(self.keys.digests)
+
+
+def layers(app: ASGIApp, policy: Policy, observers: Sequence[Observer] = ()) -> ASGIApp:
+    """The app behind everything a public address needs: id and record, CORS, errors in the envelope, keys, limits.
+
+    CORS is outside of the errors, so that a page's script can read them.
+
+    Args:
+        app: answers the requests that are let through; its `Refused` become answers.
+        policy: what is let through.
+        observers: get the record of every request, beside the access log.
+    """
+    app = Guard(ApiKeys(Limits(app, policy), policy.keys))
+    if policy.cors_origins:
+        app = Cors(app, policy.cors_origins)
+    if policy.access_log != "off":
+        observers = [*observers, AccessLog(policy.access_log)]
+    return Traced(app, observers)
+
+
+class Limits:
+    """Pure ASGI layer that refuses requests beyond the policy: 413 for the body, 400 for a field of it.
+
+    A JSON body is read whole and parsed once; the object is left at ``scope["quantserve.json"]``. Other bodies pass
+    through and are counted. A cap on tokens goes to the replica in a header, because only there it is known what a
+    request gets that names no number.
+
+    Args:
+        app: what is protected.
+        policy: the limits.
+    """
+
+    def __init__(self, app: ASGIApp, policy: Policy) -> None:
+        self.app = app
+        self.policy = policy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check an HTTP request and hand it on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = self.policy.max_body_bytes
+        declared = header(scope, b"content-length")
+        if declared.isdigit() and int(declared[:20]) > limit:
+            raise _too_large(f"has {int(declared[:20])} bytes", limit)
+        scope = self._with_cap(scope)
+        if scope["method"] not in _WITH_BODY:
+            await self.app(scope, receive, send)
+        elif scope["method"] == "POST" and is_json(scope):
+            body = await self._read(receive)
+            if (parsed := _parse(scope, body)) is not None:
+                self.check(parsed)
+                trace_of(scope).stream = parsed.get("stream") is True
+                scope[JSON_KEY] = parsed
+            await self.app(scope, replay(body, receive), send)
+        else:
+            await self.app(scope, _counted(receive, limit), send)
+
+    def check(self, body: Mapping[str, Any]) -> None:
+        """Check the fields of a body; what has the wrong type is left to the model's server.
+
+        Raises:
+            Refused: 400, naming the field, its number and the limit.
+        """
+        policy = self.policy
+        messages = body.get("messages")
+        if isinstance(messages, list) and len(messages) > policy.max_messages:
+            raise _too_many("messages", f"has {len(messages)} messages", policy.max_messages)
+        for field in STOP_FIELDS:
+            if isinstance(stops := body.get(field), list) and len(stops) > policy.max_stops:
+                raise _too_many(field, f"has {len(stops)} items", policy.max_stops)
+        if policy.max_tokens is not None:
+            for field in TOKEN_FIELDS:
+                if _number(asked := body.get(field)) > policy.max_tokens:
+                    raise _too_much(field, asked, policy.max_tokens)
+        choices = 1
+        for field in CHOICE_FIELDS:
+            if _number(asked := body.get(field)) > policy.max_choices:
+                raise _too_much(field, asked, policy.max_choices)
+            choices = max(choices, int(_number(asked)))
+        for field in PROMPT_FIELDS:
+            count = _prompts(body.get(field))
+            if count > policy.max_prompts:
+                raise _too_many(field, f"has {count} items", policy.max_prompts)
+            if count * choices > policy.max_prompts:
+                raise _too_many(field, f"has {count} items, {choices} times each", policy.max_prompts)
+
+    async def _read(self, receive: Receive) -> bytes:
+        limit = self.policy.max_body_bytes
+        try:
+            return await read_body(receive, limit)
+        except Refused as refused:
+            raise _too_large("is longer than that", limit) from refused
+
+    def _with_cap(self, scope: Scope) -> Scope:
+        """The scope with our cap on tokens in its headers, and never with a client's."""
+        headers = [pair for pair in scope["headers"] if pair[0] != MAX_TOKENS_HEADER]
+        if self.policy.max_tokens is not None:
+            headers.append((MAX_TOKENS_HEADER, str(self.policy.max_tokens).encode()))
+        return {**scope, "headers": headers}
+
+
+def _parse(scope: Scope, body: bytes) -> dict[str, Any] | None:
+    """The JSON object of a body; None for no body and for what nobody said was JSON."""
+    if not body:
+        return None
+    try:
+        return parse_object(body)
+    except Refused:
+        if header(scope, b"content-type"):
+            raise
+        return None
+
+
+def _counted(receive: Receive, limit: int) -> Receive:
+    """A receive channel that raises when the body becomes too long."""
+    size = 0
+
+    async def channel() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise _too_large("is longer than that", limit)
+        return message
+
+    return channel
+
+
+def _prompts(value: object) -> int:
+    """How many prompts a ``prompt`` or ``input`` holds: a list of token ids is one, a list of texts several."""
+    if not isinstance(value, list):
+        return 1
+    return 1 if value and isinstance(value[0], int) else len(value)
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+
+
+def _too_much(field: str, asked: object, limit: int) -> Refused:
+    message = f"`{field}` is {str(asked)[:40]}; this server allows at most {limit}"
+    return Refused(400, message, param=field, code="value_above_maximum")
+
+
+def _too_many(field: str, has: str, limit: int) -> Refused:
+    message = f"`{field}` {has}; this server allows at most {limit}"
+    return Refused(400, message, param=field, code="array_above_max_length")
+
+
+def _too_large(has: str, limit: int) -> Refused:
+    message = f"this server takes request bodies of at most {limit} bytes ({limit / MIB:g} MiB); this one {has}"
+    return Refused(413, message, code="request_too_large")

@@ -1,0 +1,212 @@
+"""The policy, the limits on one request, and all layers together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from quantserve.config import HttpConfig
+from quantserve.errors import UsageError
+from quantserve.serve.asgi import Refused
+from quantserve.serve.limits import JSON_KEY, Limits, Policy, layers
+from quantserve.serve.request_defaults import MAX_TOKENS_HEADER, RequestDefaults
+from quantserve.serve.trace import Trace
+
+from .asgi_client import Answer, Upstream, request
+
+CHAT = "/v1/chat/completions"
+SMALL = Policy(max_body_bytes=2000, max_messages=3, max_prompts=6, max_tokens=100, max_choices=4, max_stops=2)
+
+
+class Seen(Upstream):
+    """An upstream that keeps the scope."""
+
+    scope: Scope
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        await super().__call__(scope, receive, send)
+
+
+def ask(body: object, path: str = CHAT, app: Any = None, method: str = "POST", **kwargs: Any) -> Answer:
+    return asyncio.run(request(Limits(app or Upstream("m"), SMALL), method, path, body, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"messages": [{}] * 4}, "messages", "`messages` has 4 messages; this server allows at most 3"),
+        ({"max_tokens": 101}, "max_tokens", "`max_tokens` is 101; this server allows at most 100"),
+        ({"max_completion_tokens": 10**30}, "max_completion_tokens", f"is {10**30}; this server allows at most 100"),
+        ({"max_output_tokens": 101.5}, "max_output_tokens", "is 101.5;"),
+        ({"n": 5}, "n", "`n` is 5; this server allows at most 4"),
+        ({"n": 1, "best_of": 5}, "best_of", "`best_of` is 5; this server allows at most 4"),
+        ({"stop": ["a"] * 3}, "stop", "`stop` has 3 items; this server allows at most 2"),
+        ({"stop_token_ids": [1, 2, 3]}, "stop_token_ids", "has 3 items"),
+        ({"prompt": ["x"] * 7}, "prompt", "`prompt` has 7 items; this server allows at most 6"),
+        ({"prompt": [[1, 2]] * 7}, "prompt", "has 7 items"),
+        ({"input": ["x"] * 7}, "input", "`input` has 7 items"),
+        ({"prompt": ["x"] * 3, "n": 4}, "prompt", "`prompt` has 3 items, 4 times each; this server allows at most 6"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/org--model/v1/completions"])
+def test_too_much(body: dict[str, Any], param: str, said: str, path: str) -> None:
+    upstream = Upstream("m")
+    answer = ask({"model": "m", **body}, path, upstream)
+    assert (answer.status, answer.error["param"], answer.error["type"]) == (400, param, "invalid_request_error")
+    assert said in answer.error["message"]
+    assert upstream.bodies == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{}] * 3, "max_tokens": 100, "n": 4, "stop": ["a", "b"]},
+        {"prompt": [1] * 200, "stop": "x" * 200},
+        {"prompt": ["x"] * 3, "n": 2},
+        {"prompt": [], "messages": "no list", "n": "5", "max_tokens": None, "best_of": True, "stop": 7},
+    ],
+)
+def test_enough_and_what_is_not_ours_to_judge(body: dict[str, Any]) -> None:
+    upstream = Seen("m")
+    content = json.dumps(body).encode()
+    assert ask(content, app=upstream, parts=3).status == 200
+    assert upstream.bodies == [content]
+    assert upstream.scope[JSON_KEY] == body
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x", None])
+@pytest.mark.parametrize("declared", [True, False])
+def test_bodies_that_are_too_long(kind: str | None, declared: bool) -> None:
+    upstream = Upstream("m")
+    body = json.dumps({"prompt": "x" * 2000}).encode()
+    headers = {"content-type": kind or ""}
+    if declared:
+        headers["content-length"] = str(len(body))
+    answer = ask(body, "/v1/audio/transcriptions", upstream, parts=5, headers=headers)
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (413, "request_too_large", None)
+    assert "at most 2000 bytes" in answer.error["message"]
+    assert (f"has {len(body)} bytes" in answer.error["message"]) == declared
+    assert upstream.bodies == []
+    fits = b"x" * 2000
+    assert ask(fits, "/upload", upstream, parts=5, headers={"content-type": "text/plain"}).status == 200
+    assert upstream.bodies == [fits]
+
+
+def test_bodies_that_are_no_json() -> None:
+    assert ask(b"{", headers={"content-type": "application/json"}).error["code"] == "invalid_json"
+    assert ask(b"[1]").status == 400
+    assert ask(b"", "/reset_prefix_cache").status == 200
+    assert ask(b"{", headers={"content-type": ""}).status == 200  # vLLM says what it makes of it
+    assert ask(None, "/v1/models", method="GET").status == 200
+
+
+def test_a_stream_is_noted() -> None:
+    seen: list[Trace] = []
+    app = layers(Upstream("m"), Policy(), [seen.append])
+    for body in ({"stream": True}, {"stream": False}, {}):
+        asyncio.run(request(app, "POST", CHAT, body))
+    assert [trace.stream for trace in seen] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "becomes"),
+    [
+        (CHAT, {}, {"max_tokens": 100}),
+        (CHAT, {"max_tokens": None}, {"max_tokens": 100}),
+        (CHAT, {"max_tokens": 7}, {"max_tokens": 7}),
+        (CHAT, {"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
+        ("/v1/completions", {}, {}),  # vLLM's default is 16
+        ("/v1/completions", {"max_tokens": None}, {"max_tokens": 100}),
+        ("/v1/responses", {}, {"max_output_tokens": 100}),
+        ("/v1/embeddings", {}, {}),
+    ],
+)
+def test_the_cap_holds_for_requests_that_name_no_number(
+    path: str, given: dict[str, Any], becomes: dict[str, Any]
+) -> None:
+    upstream = Seen("m")
+    app = RequestDefaults(upstream, {}, max_model_len=4096)
+    headers = {MAX_TOKENS_HEADER.decode(): "3000"}  # a client's own means nothing
+    assert ask({"model": "m", **given}, path, app, headers=headers).status == 200
+    assert json.loads(upstream.bodies[0]) == {"model": "m", **becomes}
+    assert [value for key, value in upstream.scope["headers"] if key == MAX_TOKENS_HEADER] == [b"100"]
+    lengths = [value for key, value in upstream.scope["headers"] if key == b"content-length"]
+    assert lengths in ([], [str(len(upstream.bodies[0])).encode()])
+
+
+def test_the_cap_and_a_models_own_defaults() -> None:
+    for default, length, expected in ((9, 4096, 9), (500, 4096, 100), (None, 64, None), (None, None, None)):
+        upstream = Upstream("m")
+        ask({"model": "m"}, app=RequestDefaults(upstream, {"max_tokens": default}, length))
+        assert json.loads(upstream.bodies[0]).get("max_tokens") == expected
+
+
+def test_without_a_cap_a_clients_header_is_dropped() -> None:
+    upstream = Seen("m")
+    headers = {MAX_TOKENS_HEADER.decode(): "3"}
+    asyncio.run(request(Limits(upstream, Policy()), "POST", CHAT, {"model": "m"}, headers=headers))
+    assert MAX_TOKENS_HEADER not in dict(upstream.scope["headers"])
+
+
+def test_a_policy_is_plain_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTSERVE_API_KEYS", "key-of-the-environment")
+    (tmp_path / "keys").write_text("key-of-the-file\n")
+    http = HttpConfig(
+        api_keys_file=str(tmp_path / "keys"), max_body_mb=3, max_tokens=50, cors_origins=["https://a.example"],
+        request_timeout_s=5, access_log="off",
+    )  # fmt: skip
+    policy = Policy.of(http)
+    text = json.dumps(policy.model_dump(mode="json"))
+    assert Policy.model_validate(json.loads(text)) == policy
+    assert "key-of" not in text
+    assert (policy.has_keys, len(policy.keys.digests), policy.max_body_bytes) == (True, 2, 3 << 20)
+    assert (policy.max_tokens, policy.request_timeout_s, policy.queue_timeout_s) == (50, 5, 30)
+
+
+def test_defaults_of_policy_and_config_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QUANTSERVE_API_KEYS", raising=False)
+    assert Policy.of(HttpConfig()) == Policy(access_log="stderr")
+
+
+def test_an_access_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"access log .*file/log: .*\n  fix"):
+        Policy.of(HttpConfig(access_log=str(tmp_path / "file" / "log")))
+
+
+def test_all_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTSERVE_API_KEYS", "key-number-one")
+    seen: list[Trace] = []
+    http = HttpConfig(cors_origins=["https://a.example"], access_log=str(tmp_path / "log"), max_messages=2)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/bug":
+            raise RuntimeError("secret text")
+        if scope["path"] == "/refused":
+            raise Refused(429, "busy", headers={"retry-after": "3"})
+        await Upstream("m")(scope, receive, send)
+
+    stack = layers(app, Policy.of(http), [seen.append])
+    key = {"authorization": "Bearer key-number-one", "origin": "https://a.example", "x-request-id": "mine"}
+    cases: list[tuple[str, dict[str, str], object, int]] = [
+        (CHAT, key, {"messages": []}, 200),
+        (CHAT, key, {"messages": [1, 2, 3]}, 400),
+        (CHAT, {**key, "authorization": "Bearer key-number-two"}, {}, 401),
+        ("/bug", key, {}, 500),
+        ("/refused", key, {}, 429),
+    ]
+    for path, headers, body, status in cases:
+        answer = asyncio.run(request(stack, "POST", path, body, headers=headers))
+        assert answer.status == status
+        assert answer.headers["x-request-id"] == "mine"
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        assert b"secret" not in answer.body
+        if status >= 400:
+            assert answer.error["message"]
+    assert [trace.status for trace in seen] == [status for *_, status in cases]

@@ -6,7 +6,7 @@ PACKAGES := core/quantserve kernels/src/quantserve_kernels plugins/fp16/src/quan
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick lint format docs bench bench-load bench-decode bench-kernels clean
+.PHONY: help setup dev prepare serve test test-quick lint format docs bench bench-load bench-serving bench-decode bench-kernels clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,6 +50,10 @@ bench: dev ## the demo model under load, three ways, into docs/benchmarks.md; ab
 
 bench-load: dev ## the load generator's own cost (ARGS=--quick)
 	@exec $(BIN)/python -m benchmarks.load cost $(ARGS)
+
+bench-serving: dev ## the serving path beside vLLM's own server and Ray Serve LLM; about 40 minutes (ARGS=--quick)
+	@$(BIN)/python examples/prepare.py
+	@exec $(BIN)/python -m benchmarks.serving $(ARGS)
 
 bench-decode: dev ## end-to-end speed through vLLM, llama.cpp beside it; about 20 minutes (ARGS=--quick)
 	@exec $(BIN)/python -m benchmarks.decode $(ARGS)

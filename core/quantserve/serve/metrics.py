@@ -36,6 +36,7 @@ BUCKETS: Final = (
 """Upper bounds of the histograms in seconds: from a cached first byte to the longest answer."""
 PATHS: Final = frozenset({
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/models",
+    "/v1/chat/completions/batch", "/v2/embed", "/generative_scoring",
     "/v1/score", "/v1/rerank", "/v2/rerank", "/v1/audio/transcriptions", "/v1/audio/translations",
     "/v1/chat/completions/render", "/v1/completions/render", "/v1/messages/count_tokens",
     "/score", "/rerank", "/pooling", "/classify", "/tokenize", "/detokenize", "/invocations",
@@ -127,7 +128,7 @@ class Observed:
     NAMES: Final = tuple(sorted({name for pair in RATIOS.values() for name in pair}))
 
     def __init__(self, window_s: float = WINDOW_S, clock: Callable[[], float] = time.monotonic) -> None:
-        self._window_s = window_s
+        self.window_s = window_s
         self._clock = clock
         self._last: dict[tuple[str, str], dict[str, float]] = {}
         self._sums: dict[str, dict[str, float]] = {}
@@ -150,10 +151,10 @@ class Observed:
         now = self._clock()
         for model, sums in self._sums.items():
             marks = self._marks.setdefault(model, deque())
-            if len(marks) > 1 and now - marks[-2][0] < self._window_s / _MOST_MARKS:
+            if len(marks) > 1 and now - marks[-2][0] < self.window_s / _MOST_MARKS:
                 marks.pop()
             marks.append((now, dict(sums)))
-            while len(marks) > 1 and marks[1][0] <= now - self._window_s:
+            while len(marks) > 1 and marks[1][0] <= now - self.window_s:
                 marks.popleft()
 
     def means(self, model: str) -> dict[str, float]:
@@ -279,9 +280,12 @@ class GatewayMetrics(Collector):
             "tpot_seconds": "time per output token after the first",
             "output_tokens_per_second": "output tokens per second of one request",
         }
+        window = f"{self.observed.window_s / 60:g}"
         for name, meaning in meanings.items():
             expected = _gauge(f"expected_{name}", f"Mean {meaning} that was expected.", ["model", "method", "source"])
-            seen = _gauge(f"observed_{name}", f"Mean {meaning} in the engines, last 5 minutes.", ["model", "method"])
+            seen = _gauge(
+                f"observed_{name}", f"Mean {meaning} in the engines, last {window} minutes.", ["model", "method"]
+            )
             for model in self._models.values():
                 if name in model.expected:
                     expected.add_metric([model.id, model.method, model.source], model.expected[name])

@@ -1,0 +1,263 @@
+"""Errors of vLLM's server in OpenAI's envelope: one shape, OpenAI's types and codes, the field by its own name.
+
+vLLM 0.32 answers in an envelope of almost that shape, but with the HTTP status as ``code``, phrases of HTTP as
+``type``, reprs of pydantic's errors (with the client's input in them) as ``message``, paths such as
+``body.messages.0`` as ``param``, and the text of its exceptions for what is its own fault.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quantserve.serve.asgi import Refused, internal_error
+
+KEPT_HEADERS: Final = (b"allow", b"retry-after", b"www-authenticate")
+PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
+PROMPTS: Final = {"completions": "prompt", "embeddings": "input", "responses": "input", "messages": "messages"}
+"""By the last part of a path, the field with the prompt."""
+PROMPT_NAMES: Final = frozenset({"input_text", "input_tokens", "prompt_token_ids", "prompt_tokens"})
+"""What vLLM calls the prompt when it is too long."""
+_LONGEST_BODY: Final = 1 << 20
+_LONGEST_MESSAGE: Final = 1000
+_LOGGED: Final = 4000
+_EVENTS: Final = (b'data: {"error"', b"event: error")
+_DETAILS: Final = re.compile(r"\s*\((?:parameter=[^\s,()]*(?:, value=.*)?|value=.*)\)\s*$", re.DOTALL)
+_TOO_LONG: Final = re.compile(r"maximum context length|longer than the maximum model length", re.IGNORECASE)
+
+logger = logging.getLogger(__name__)
+
+
+class Envelope:
+    """Pure ASGI layer around vLLM's app: answers with status 400 and above get OpenAI's envelope.
+
+    Errors of the server, 500 and above, lose their text, which the log gets. Errors inside a stream that has begun are
+    treated alike.
+
+    Args:
+        app: vLLM's app.
+        is_down: whether the engine is beyond repair; its errors are then said to be a passing 503.
+    """
+
+    def __init__(self, app: ASGIApp, is_down: Callable[[], bool] = lambda: False) -> None:
+        self.app = app
+        self.is_down = is_down
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app and put its errors into the envelope."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start: Message | None = None
+        parts: list[bytes] = []
+        size = 0
+        events = False
+
+        async def enveloped(message: Message) -> None:
+            nonlocal start, size, events
+            if start is None:
+                if message["type"] == "http.response.start":
+                    if message["status"] >= 400:
+                        start = message
+                        return
+                    events = _header(message, b"content-type").startswith(b"text/event-stream")
+                elif events and (body := message.get("body", b"")).startswith(_EVENTS):
+                    message = {**message, "body": self._event(scope, body)}
+                await send(message)
+            elif message["type"] == "http.response.body":
+                body = message.get("body", b"")
+                size += len(body)
+                if size <= _LONGEST_BODY:
+                    parts.append(body)
+                if not message.get("more_body"):
+                    await self._refusal(scope, start, b"".join(parts))(scope, receive, send)
+
+        await self.app(scope, receive, enveloped)
+
+    def _refusal(self, scope: Scope, start: Message, body: bytes) -> Response:
+        status = start["status"]
+        if status >= 500:
+            return self._hidden(scope, status, body).response
+        refused = refusal(status, scope["method"], scope["path"], body)
+        kept = [(key, value) for key, value in start["headers"] if key in KEPT_HEADERS]
+        refused.headers = {key.decode(): value.decode("latin-1") for key, value in kept} | (refused.headers or {})
+        return refused.response
+
+    def _hidden(self, scope: Scope, status: int, body: bytes) -> Refused:
+        text = body[:_LOGGED].decode(errors="replace")
+        logger.error("%s %s answered an error (status %d): %s", scope["method"], scope["path"], status, text)
+        return internal_error(503 if self.is_down() else status)
+
+    def _event(self, scope: Scope, body: bytes) -> bytes:
+        """An error event of a stream; what the client did wrong stays, the rest is hidden."""
+        head, _, data = body.partition(b"data: ")
+        try:
+            found = json.loads(data.split(b"\n", 1)[0])
+            error = found["error"]
+            status = error.get("code")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            found, error, status = {}, {}, 500
+        if not isinstance(status, int):  # Anthropic's events have no status
+            status = 400 if error.get("type") == "invalid_request_error" else 500
+        if 400 <= status < 500:
+            refused = refusal(status, scope["method"], scope["path"], data.split(b"\n", 1)[0])
+        else:
+            refused = self._hidden(scope, status, data)
+        return head + b"data: " + json.dumps({**found, "error": refused.error}).encode() + b"\n\n"
+
+
+def install(app: Any) -> None:
+    """Have a FastAPI app answer requests that it cannot read with `invalid_request`; before its first request."""
+    from fastapi.exceptions import RequestValidationError
+
+    async def handler(request: Request, error: RequestValidationError) -> Response:
+        return invalid_request(error.errors(), error.body).response
+
+    app.add_exception_handler(RequestValidationError, handler)
+
+
+def refusal(status: int, method: str, path: str, body: bytes) -> Refused:
+    """An error of vLLM's server, status 400 to 499, in OpenAI's words.
+
+    Args:
+        status: what the server answered.
+        method: of the request.
+        path: of the request.
+        body: what the server answered.
+    """
+    message, param, code = _said(body)
+    if status == 404 and message in ("", "Not Found"):
+        return Refused(404, f"nothing at {path[:200]}", code="unknown_url")
+    if status == 405:
+        return Refused(405, f"{method} is not possible at {path[:200]}", code="method_not_allowed")
+    message = _DETAILS.sub("", message)
+    if not message:
+        message = PHRASES.get(status, f"the request was refused with status {status}")
+    if param:
+        param = param.removeprefix("body.")
+    if status == 404 and message.startswith("The model "):
+        param, code = "model", "model_not_found"
+    elif param in PROMPT_NAMES or (not param and _TOO_LONG.search(message)):
+        param, code = PROMPTS.get(path.rpartition("/")[2], "prompt"), "context_length_exceeded"
+        if "chat/" in path:
+            param = "messages"
+    elif param and not code:
+        code = "invalid_value"
+    return Refused(status, _shortened(message), param=param or None, code=code)
+
+
+def invalid_request(errors: Sequence[Any], body: object = None) -> Refused:
+    """What FastAPI says about a request that does not fit its model, in OpenAI's words and without the input.
+
+    Args:
+        errors: pydantic's, or plain texts.
+        body: what the client sent, parsed.
+    """
+    problems: dict[str, list[str]] = {}
+    codes: dict[str, str] = {}
+    for error in errors:
+        if not isinstance(error, Mapping):
+            if "media type" in (text := str(error)).lower():
+                message = "the body must be declared as JSON: `Content-Type: application/json`"
+                return Refused(415, message, code="unsupported_media_type")
+            problems.setdefault("", []).append(text)
+            continue
+        if error["type"] == "json_invalid":
+            reason = (error.get("ctx") or {}).get("error", "it cannot be decoded")
+            where = next((f" at character {part}" for part in error["loc"] if isinstance(part, int)), "")
+            return Refused(400, f"the request body is not valid JSON: {reason}{where}", code="invalid_json")
+        param, text, code = _problem(error, body)
+        if text not in (found := problems.setdefault(param, [])):
+            found.append(text)
+        codes.setdefault(param, code)
+    if not problems:
+        return Refused(400, "the request is invalid", code="invalid_value")
+    # Of a union pydantic tells what every branch would have liked; deep inside a branch is the likeliest mistake.
+    said = [_sentence(param, texts) for param, texts in list(problems.items())[:5]]
+    more = f"; and {len(problems) - 5} more fields" if len(problems) > 5 else ""
+    first = next(iter(problems))
+    return Refused(400, _shortened("; ".join(said) + more), param=first or None, code=codes.get(first, "invalid_value"))
+
+
+def _problem(error: Mapping[str, Any], body: object) -> tuple[str, str, str]:
+    """The field, what is wrong with it and OpenAI's code, of one of pydantic's errors."""
+    missing = error["type"] == "missing"
+    path = _field(error["loc"], body, missing)
+    cause = (error.get("ctx") or {}).get("error")
+    if missing:
+        return path or "body", "is missing", "missing_required_parameter"
+    if error["type"] == "extra_forbidden":
+        return path, "is not known", "unknown_parameter"
+    if own := getattr(cause, "parameter", None):
+        path = str(own)
+    text = _DETAILS.sub("", str(cause)) if isinstance(cause, Exception) else str(error.get("msg", "is invalid"))
+    text = text.removeprefix("Value error, ").replace("Input should be", "must be").replace("Input ", "value ")
+    wrong_type = error["type"].endswith(("_type", "_parsing", "_instance_of")) or error["type"] == "int_from_float"
+    return path, text, "invalid_type" if wrong_type else "invalid_value"
+
+
+def _field(location: Iterable[object], body: object, missing: bool) -> str:
+    """The path to a field as a client would write it: ``messages[0].role``.
+
+    pydantic's locations also name the branches of unions and validators. What is a key or an index of the client's
+    body belongs to the path; a field that is missing is none, and comes last.
+    """
+    path = ""
+    value = body
+    parts = [part for part in location if part != "body"]
+    for index, part in enumerate(parts):
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            path += f"[{part}]"
+            value = value[part]
+        elif isinstance(part, str) and isinstance(value, Mapping):
+            last = missing and index == len(parts) - 1
+            if part not in value and not last:
+                continue
+            path += f".{part}" if path else part
+            value = value.get(part)
+    return path
+
+
+def _sentence(param: str, texts: Sequence[str]) -> str:
+    text = " or ".join(texts[:4]) + (" or ..." if len(texts) > 4 else "")
+    if not param:
+        return text
+    return f"`{param}` {text}" if text.startswith(("is ", "must ")) else f"`{param}`: {text}"
+
+
+def _said(body: bytes) -> tuple[str, str | None, str | None]:
+    """Message, param and code of an error in any of the forms that vLLM's routes use."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        # Only short plain text is meant for people; HTML and the like is not.
+        text = body[:_LONGEST_MESSAGE].decode(errors="replace").strip()
+        return ("" if text.startswith(("<", "{", "[")) else text), None, None
+    if isinstance(found, str):
+        return found, None, None
+    if not isinstance(found, Mapping):
+        return "", None, None
+    error = found.get("error", found)
+    if isinstance(error, str):
+        return error, None, None
+    if not isinstance(error, Mapping):
+        return "", None, None
+    message = next((value for key in ("message", "detail") if isinstance(value := error.get(key), str)), "")
+    param, code = error.get("param"), error.get("code")
+    return message, param if isinstance(param, str) else None, code if isinstance(code, str) else None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + "..."
+
+
+def _header(message: Message, name: bytes) -> bytes:
+    return next((bytes(value) for key, value in message.get("headers", ()) if key.lower() == name), b"")

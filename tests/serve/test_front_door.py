@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from quantserve.serve.asgi import MAX_BODY_BYTES
 from quantserve.serve.front_door import FrontDoor, ServedModel
 
 from .asgi_client import Answer, Upstream, request
@@ -87,13 +86,6 @@ def test_mistakes(door: FrontDoor, body: object, status: int, code: str, param: 
 
 def test_long_name_is_not_echoed(door: FrontDoor) -> None:
     assert len(ask(door, "POST", "/v1/completions", {"model": "m" * 100_000}).body) < 1000
-
-
-def test_body_is_bounded(door: FrontDoor, upstreams: dict[str, Upstream]) -> None:
-    answer = ask(door, "POST", "/v1/completions", b" " * (MAX_BODY_BYTES + 1), parts=9)
-    assert answer.status == 413
-    assert "64 MiB" in answer.error["message"]
-    assert not upstreams["demo-fp16"].bodies
 
 
 def test_not_json(door: FrontDoor) -> None:

@@ -7,7 +7,6 @@ every field can have one. A field that is absent or null gets the default; stops
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -54,7 +53,7 @@ class RequestDefaults:
             return
         cap = self._cap(scope)
         if cap is not None or (self.defaults and route in PATHS):
-            body = await read_body(receive, sys.maxsize)  # the front door has measured it
+            body = await read_body(receive)
             if is_json(scope) and (completed := self._completed(route, parse_object(body), cap)) is not None:
                 body = json.dumps(completed, separators=(",", ":")).encode()
                 headers = [pair for pair in scope["headers"] if pair[0] not in LENGTH_HEADERS]

@@ -18,6 +18,8 @@ from quantserve.finding import Finding
 
 # Ray asks for whole CPUs by default, which would keep three small models from sharing a laptop.
 DEFAULT_CPUS_PER_CPU_REPLICA = 0.1
+OWN_ENGINE_PLUGIN = "quantserve"
+"""Our own general plugin in vLLM's processes on a CPU: `quantserve.serve.engine_wait`."""
 
 
 class Plan(BaseModel):
@@ -36,6 +38,7 @@ class Plan(BaseModel):
         request_defaults: fields a request gets when the client leaves them out.
         app_name, route_prefix: the Ray Serve application.
         deployment: options of the Ray Serve deployment.
+        affinity: what keeps requests together on a replica: ``none``, ``session`` or ``prefix``.
         runtime_env: Ray runtime environment of the replica and everything it starts.
         memory: the estimate behind "it fits", bytes per device.
         expected: expected performance, or None.
@@ -59,6 +62,7 @@ class Plan(BaseModel):
     app_name: str
     route_prefix: str
     deployment: dict[str, Any]
+    affinity: str = "none"
     runtime_env: dict[str, Any]
     memory: dict[str, Any] | None = None
     expected: dict[str, Any] | None = None
@@ -97,6 +101,7 @@ def make_plan(composition: Composition) -> Plan:
         app_name=model.route.strip("/"),
         route_prefix=model.route,
         deployment=_deployment(composition),
+        affinity=model.deployment_config.affinity,
         runtime_env=_runtime_env(composition),
         memory=composition.memory.to_json() if composition.memory else None,
         expected=composition.expected.to_json() if composition.expected else None,
@@ -195,6 +200,8 @@ def _runtime_env(composition: Composition) -> dict[str, Any]:
     model, target = composition.model, composition.target
     given = dict(model.engine_config.runtime_env or {})
     env_vars = {"VLLM_PLUGINS": composition.vllm_plugins, "VLLM_NO_USAGE_STATS": "1"}
+    if target.device == "cpu":
+        env_vars["VLLM_PLUGINS"] = ",".join(sorted({OWN_ENGINE_PLUGIN, *composition.vllm_plugins.split(",")} - {""}))
     if target.device == "cpu" and composition.memory:
         env_vars["VLLM_CPU_KVCACHE_SPACE"] = str(composition.memory.cpu_kv_cache_gib)
     return {**given, "env_vars": {**env_vars, **given.get("env_vars", {})}}

@@ -131,6 +131,11 @@ class DeploymentConfig(Section):
     backpressure_config: BackpressureConfig = Field(
         default_factory=lambda: BackpressureConfig(), description="How requests beyond the queue are refused."
     )
+    affinity: Literal["none", "session", "prefix"] = Field(
+        default="none",
+        description="What keeps requests on one of several replicas, where its cache knows them: the session "
+        "(header x-session-id, `user` or `prompt_cache_key`), or also the beginning of the prompt.",
+    )
     ray_actor_options: RayActorOptions | None = Field(default=None, description="Resources of the replica itself.")
     health_check_period_s: float | None = Field(
         default=None, gt=0, description="Seconds between health checks; default 10."
@@ -178,7 +183,7 @@ class DeploymentConfig(Section):
 
     def serve_options(self) -> dict[str, Any]:
         """Options for ``ray.serve.deployment``, without what the plan computes (placement groups)."""
-        options: dict[str, Any] = self.model_dump(exclude_none=True)
+        options: dict[str, Any] = self.model_dump(exclude_none=True, exclude={"affinity"})
         if not self.autoscaling_config:
             options.setdefault("num_replicas", 1)
         return options

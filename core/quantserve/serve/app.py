@@ -13,7 +13,6 @@ For `serve run`, `serve deploy` and KubeRay:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,20 +24,20 @@ from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
 from quantserve.plan import Plan, make_plans, refusal
 from quantserve.registry import Registry
+from quantserve.serve.cluster import cluster_secret
 from quantserve.serve.engine import front_door_application, model_application
 from quantserve.serve.front_door import RESERVED
-from quantserve.serve.keys import load_keys
+from quantserve.serve.limits import Policy
+from quantserve.serve.served import describe_models
 from quantserve.target import Target, find_target
 
 
 def build(args: dict[str, Any]) -> Application:
     """Check and plan the models in `args` and build one application for all of them.
 
-    A single model answers by itself; several get a front door that leads to them, each also at ``/MODEL_ID/v1``.
-
     Args:
         args: an app config (``models``, ``http``), and ``target``: the hardware to check for. The address comes
-            from Ray Serve; of ``http`` only ``api_keys_file`` counts.
+            from Ray Serve; everything else in ``http`` counts.
 
     Raises:
         QuantserveError: as `quantserve check` would say it, with every error finding.
@@ -49,12 +48,11 @@ def build(args: dict[str, Any]) -> Application:
         raise ConfigError(f"serve args: target must be text, got {target!r}")
     config = load_object(args, "serve args")
     plans = plan_all(config, find_target(target))
-    keys = load_keys(config.http.api_keys_file)
-    created = int(time.time())
-    if len(plans) == 1:
-        return model_application(plans[0], created, keys)
-    children = {plan.model_id: model_application(plan, created, keys, ingress=False) for plan in plans}
-    return front_door_application(plans, created, keys, children)
+    policy = Policy.of(config.http)
+    token, created = cluster_secret()
+    children = {plan.model_id: model_application(plan, token, loopback=False) for plan in plans}
+    models = describe_models(plans, created, policy)
+    return front_door_application(models, children, token, policy.model_dump(mode="json"))
 
 
 def plan_all(config: AppConfig, target: Target) -> list[Plan]:

@@ -11,9 +11,6 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY_BYTES = 64 << 20
-"""Largest request body; room for images in base64, none for filling the memory."""
-
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -67,8 +64,12 @@ def error_type(status: int) -> str:
     return TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
-async def read_body(receive: Receive, limit: int = MAX_BODY_BYTES) -> bytes:
+async def read_body(receive: Receive, limit: int | None = None) -> bytes:
     """Read a request body.
+
+    Args:
+        receive: where it comes from.
+        limit: most bytes; None behind the `Limits` layer, which has measured it.
 
     Raises:
         Refused: 413, it is longer than `limit` bytes.
@@ -82,8 +83,8 @@ async def read_body(receive: Receive, limit: int = MAX_BODY_BYTES) -> bytes:
             raise Disconnected
         chunk = message.get("body", b"")
         size += len(chunk)
-        if size > limit:
-            raise Refused(413, f"the request body is larger than {limit >> 20} MiB", code="request_too_large")
+        if limit is not None and size > limit:
+            raise Refused(413, f"the request body is longer than {limit} bytes", code="request_too_large")
         chunks.append(chunk)
         if not message.get("more_body"):
             return b"".join(chunks) if len(chunks) > 1 else chunks[0]
@@ -240,53 +241,6 @@ class HideInternals:
             logger.error("%s %s answered an error: %s", scope["method"], scope["path"], text)
 
 
-class DisconnectOnCancel:
-    """Tells an app that is being cancelled that its client has left, and lets it finish by itself.
-
-    Ray Serve cancels the request of a client that leaves. vLLM runs a non-streaming request in a task of its own and
-    ends that task when it *receives* a disconnect; merely cancelled, it would generate to the end for nobody.
-    """
-
-    patience_s = 2.0
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app; when cancelled, disconnect it first."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        gone = asyncio.Event()
-        pending: asyncio.Future[Message] | None = None
-
-        async def receive_or_gone() -> Message:
-            nonlocal pending
-            pending = pending or asyncio.ensure_future(receive())
-            leaving = asyncio.ensure_future(gone.wait())
-            either: set[asyncio.Future[Any]] = {pending, leaving}
-            try:
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                leaving.cancel()
-            if not pending.done():
-                return {"type": "http.disconnect"}
-            message, pending = pending.result(), None
-            return message
-
-        task: asyncio.Task[None] = asyncio.ensure_future(self.app(scope, receive_or_gone, send))
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            gone.set()
-            await asyncio.wait({task}, timeout=self.patience_s)
-            task.cancel()
-            raise
-        finally:
-            if pending is not None:
-                pending.cancel()
-
-
 def internal_error(status: int) -> Refused:
     """The error for what is our fault; it says nothing about the inside."""
     messages = {
@@ -305,9 +259,3 @@ async def answer_lifespan(receive: Receive, send: Send) -> None:
         await send({"type": f"{message['type']}.complete"})
         if message["type"] == "lifespan.shutdown":
             return
-
-
-async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

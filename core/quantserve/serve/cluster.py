@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -17,12 +19,14 @@ import psutil  # type: ignore[import-untyped]
 from quantserve.errors import EngineError, UsageError, one_line
 
 KILL_AFTER_S: Final = 10.0
+BACKLOG: Final = 2048
+SECRET: Final = b"quantserve-secret"
 OBJECT_STORE_BYTES: Final = 512 << 20
 """Ray's shared memory; only requests and answers pass through it."""
 
 
-def choose_port(host: str, port: int) -> int:
-    """The port to listen on: `port`, or a free one for 0.
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket on `port`, or on a free one for 0.
 
     Raises:
         EngineError: the port is taken.
@@ -32,22 +36,24 @@ def choose_port(host: str, port: int) -> int:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise UsageError(f"--host {host}: {error.strerror}") from None
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except PermissionError:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if isinstance(error, PermissionError):
             raise UsageError(f"port {port} needs privileges\n  fix: choose one above 1023 with --port") from None
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                fix = "stop what listens there, or choose another with --port (0 picks a free one)"
-                raise EngineError(f"port {port} on {host} is already in use\n  fix: {fix}") from None
-            raise UsageError(f"--host {host}: {error.strerror}") from None
-        return int(probe.getsockname()[1])
+        if error.errno == errno.EADDRINUSE:
+            fix = "stop what listens there, or choose another with --port (0 picks a free one)"
+            raise EngineError(f"port {port} on {host} is already in use\n  fix: {fix}") from None
+        raise UsageError(f"--host {host}: {error.strerror}") from None
+    return listener
 
 
-def start_ray(host: str, port: int) -> None:
-    """Start Ray and Ray Serve's HTTP proxy in processes of our own, whatever ``RAY_ADDRESS`` says.
+def start_ray() -> None:
+    """Start Ray and Ray Serve in processes of our own, whatever ``RAY_ADDRESS`` says; clients come in by our gateway.
 
     Raises:
         EngineError: Ray did not start.
@@ -67,11 +73,28 @@ def start_ray(host: str, port: int) -> None:
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        serve.start(proxy_location="Disabled")
     except Exception as error:
         raise EngineError(f"Ray did not start: {one_line(error)}") from error
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def cluster_secret() -> tuple[str, int]:
+    """What the front door shows to replicas, and when models were first deployed here (Unix time).
+
+    Both stay the same while the cluster lives, so that deploying a config anew restarts only what has changed.
+    """
+    import ray
+    from ray.experimental import internal_kv
+
+    fresh = json.dumps([secrets.token_hex(32), int(time.time())]).encode()
+    if not ray.is_initialized():
+        token, created = json.loads(fresh)
+        return token, created
+    internal_kv._internal_kv_put(SECRET, fresh, overwrite=False)
+    token, created = json.loads(internal_kv._internal_kv_get(SECRET) or fresh)
+    return token, created
 
 
 def log_folder() -> str:

@@ -1,166 +1,239 @@
-"""The Ray Serve deployments: a model with its engine inside the replica, and the front door."""
+"""The Ray Serve deployments: a model with its engine inside the replica, and the front door for plain Ray."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Final
+import socket
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
+import ray
+import uvloop
 from ray import serve
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.plan import Plan
-from quantserve.serve.asgi import Guard, Refused
-from quantserve.serve.front_door import FrontDoor, ServedModel, model_aliases, model_card
-from quantserve.serve.keys import ApiKeys
-from quantserve.serve.relay import Head, RemoteModel, Request, answer
+from quantserve.serve.asgi import Guard, Refused, header
+from quantserve.serve.directory import Directory, follow
+from quantserve.serve.limits import Policy
+from quantserve.serve.remote import DRAINING
 from quantserve.serve.request_defaults import RequestDefaults
+from quantserve.serve.served import public_app
+from quantserve.serve.server import http_server
 
 FRONT_DOOR: Final = "_front-door"
-"""Name of the front door's application; model ids cannot begin with an underscore."""
+"""Name of the front door's deployment; model ids cannot begin with an underscore."""
+TOKEN: Final = b"x-quantserve-token"
 WATCH_S: Final = 1.0
 LAST_WORDS_S: Final = 2.0
+HANGS: Final = 4
+"""An engine that does not answer for so many health check timeouts hangs; a long prefill takes its time, too."""
+POLICY: Final = "quantserve.serve.scaling:replicas_for_load"
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
 class ModelServer:
-    """One replica of a model: vLLM's engine and its OpenAI server behind keys, checks and request defaults.
+    """One replica of a model: vLLM's engine and its OpenAI server behind request defaults, on a port of its own.
+
+    The front door talks to that port directly. Ray Serve starts, checks, scales and stops the replica and is not in
+    the way of a single token.
 
     Args:
         plan: the plan as JSON.
-        card: entry in ``/v1/models``.
-        keys: digests of the API keys.
+        token: what the front door sends with every request; nobody else is answered.
+        loopback: whether the port is for this machine only.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, plan: dict[str, Any], card: dict[str, Any], keys: Sequence[str]
+        self, plan: dict[str, Any], token: str, loopback: bool
     ) -> None:
+        self._plan = Plan.model_validate(plan)
+        self._door = Doorkeeper(token)
+        self._host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
+        self._loop = _LoopThread()
+        self._hung = False
+        await self._loop.run(self._start())
+
+    async def _start(self) -> None:
         from quantserve.serve import vllm_app
 
-        self._plan = Plan.model_validate(plan)
         self._engine = await vllm_app.start(self._plan)
-        self._app = RequestDefaults(self._engine.app, self._plan.request_defaults)
-        self._card = card
-        self._keys = keys
+        length = self._engine.engine.model_config.max_model_len
+        self._door.app = Guard(RequestDefaults(self._engine.app, self._plan.request_defaults, length))
+        listener = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
+        listener.bind((self._host, 0))
+        self._port = int(listener.getsockname()[1])
+        self._server = http_server(self._door)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started:
+            await asyncio.sleep(0.01)
         self._watch = asyncio.create_task(self._exit_with_engine())
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        """The app for requests that come straight to this model, called by Serve once the engine runs."""
-        model = ServedModel(self._card, self._app, self._plan.route_prefix, model_aliases(self._plan))
-        return Guard(ApiKeys(FrontDoor([model]), self._keys))
-
-    async def relay(self, request: Request) -> AsyncIterator[Head | bytes]:
-        """Answer a request that the front door has checked and routed."""
-        async for part in answer(Guard(self._app), request):
-            yield part
+    async def describe(self) -> dict[str, Any]:
+        """Where this replica listens and what it is doing; asked by the front door."""
+        return {
+            "id": serve.get_replica_context().replica_id.unique_id,
+            "host": self._host,
+            "port": self._port,
+            "draining": self._door.draining,
+            "ongoing": self._door.ongoing,
+        }
 
     async def check_health(self) -> None:
-        """Called by Serve; raises when the engine is dead."""
-        await self._engine.check_health()
+        """Called by Serve; raises when the engine is dead or hangs."""
+        await self._loop.run(self._engine.check_health())
+        if self._hung:
+            raise RuntimeError("the engine does not answer")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve: requests in progress, which it does not see, for `scaling.replicas_for_load`."""
+        return {"ongoing": float(self._door.ongoing)}
 
     async def _exit_with_engine(self) -> None:
-        """Leave when the engine has died: it cannot be revived in this process, and Serve replaces a dead replica
-        at once but asks an unhealthy one three times.
+        """Leave when the engine has died or hangs: it cannot be revived in this process, and Serve replaces a dead
+        replica at once but asks an unhealthy one three times.
         """
+        patience = HANGS * float(self._plan.deployment.get("health_check_timeout_s") or 30)
+        asked = asyncio.get_running_loop().time()
+        question: asyncio.Task[None] | None = None
         while not self._engine.dead:
             await asyncio.sleep(WATCH_S)
-        logger.error("the engine of %s has died; the replica exits to be replaced", self._plan.model_id)
+            now = asyncio.get_running_loop().time()
+            if question is None or question.done():
+                if question is None or not question.exception():
+                    question, asked = asyncio.create_task(self._engine.ping()), now
+            elif now - asked > patience:
+                self._hung = self._door.hung = True
+                logger.error("the engine of %s did not answer for %.0f s", self._plan.model_id, patience)
+                break
+        logger.error("the engine of %s is lost; the replica exits to be replaced", self._plan.model_id)
         await asyncio.sleep(LAST_WORDS_S)  # for the errors of requests in flight to reach their clients
         os._exit(1)
 
-    def __del__(self) -> None:
-        """Called by Serve when it stops the replica."""
-        if watch := getattr(self, "_watch", None):
-            watch.cancel()
-        if engine := getattr(self, "_engine", None):
-            engine.shutdown()
+    async def __del__(self) -> None:
+        """Called by Serve when it stops the replica: what has begun is finished, what comes goes elsewhere."""
+        if hasattr(self, "_watch"):
+            await self._loop.run(self._stop())
+
+    async def _stop(self) -> None:
+        self._watch.cancel()
+        given = self._plan.deployment.get("graceful_shutdown_timeout_s")
+        patience = max(0.5, (20.0 if given is None else float(given)) - 1.0)
+        await self._door.drain(patience)
+        self._server.should_exit = True
+        self._server.force_exit = True
+        await asyncio.wait({self._serving}, timeout=1.0)
+        self._engine.shutdown()
+
+
+class Doorkeeper:
+    """The outermost layer of a replica: who may ask, how many are asking, and whether new ones are taken.
+
+    Args:
+        token: what requests must carry.
+    """
+
+    def __init__(self, token: str) -> None:
+        self.app: ASGIApp | None = None
+        self.ongoing = 0
+        self.draining = False
+        self.hung = False
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request of the front door in."""
+        if scope["type"] == "lifespan" and self.app is not None:
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http" or self.app is None:
+            return
+        if not hmac.compare_digest(header(scope, TOKEN), self._token):
+            refused = Refused(403, "this port is for quantserve's front door only", code="not_the_front_door")
+            await refused.response(scope, receive, send)
+        elif self.hung and scope["path"] == "/health":
+            await Refused(503, "the engine does not answer").response(scope, receive, send)
+        elif self.draining:
+            headers = {DRAINING.decode(): "1", "connection": "close"}
+            await Refused(503, "this replica is being stopped", headers=headers).response(scope, receive, send)
+        else:
+            counted = scope["method"] == "POST"
+            self.ongoing += counted
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.ongoing -= counted
+
+    async def drain(self, patience: float) -> None:
+        """Take no more requests; return when those in progress are finished, or after `patience` seconds."""
+        self.draining = True
+        deadline = asyncio.get_running_loop().time() + patience
+        while self.ongoing and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+
+
+class _LoopThread:
+    """uvloop in a thread: Serve runs user code on asyncio's own loop, which is slower per token."""
+
+    def __init__(self) -> None:
+        self.loop = uvloop.new_event_loop()
+        threading.Thread(target=self._run, daemon=True, name="quantserve").start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
 
 class FrontDoorServer:
-    """The front door as a deployment.
+    """The front door as a deployment, for `serve run`, `serve deploy` and KubeRay.
 
     Args:
-        models: for each model its card, its route, its aliases, and its application or a handle.
-        keys: digests of the API keys.
+        models: as from `served.describe_models`, each with a handle of its deployment.
+        token: see `ModelServer`.
+        policy: limits, keys and logging, as JSON.
     """
 
-    def __init__(self, models: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
-        served = [
-            ServedModel(model["card"], _remote(model), model["route"], model["aliases"])  # one line per model
-            for model in models
-        ]
-        self._app = Guard(ApiKeys(FrontDoor(served), keys))
+    def __init__(self, models: Sequence[Mapping[str, Any]], token: str, policy: Mapping[str, Any]) -> None:
+        settings = Policy.model_validate(policy)
+        self._directory = Directory(models, token)
+        self._app = public_app(models, self._directory, settings)
+        handles = {str(model["card"]["id"]): model["handle"] for model in models}
+        self._following = asyncio.get_running_loop().create_task(follow(self._directory, handles))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The app Serve sends requests to."""
         return self._app
 
 
-class LazyRemote:
-    """A model in an application of its own, looked up when it is first asked: it may still be starting."""
-
-    def __init__(self, model_id: str, application: str) -> None:
-        self._model_id = model_id
-        self._application = application
-        self._remote: RemoteModel | None = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Forward one request."""
-        if self._remote is None:
-            try:
-                handle: DeploymentHandle[Any] = await asyncio.to_thread(serve.get_app_handle, self._application)
-            except RayServeException:
-                message = f"the model `{self._model_id}` is not deployed"
-                raise Refused(503, message, code="model_unavailable", headers={"retry-after": "5"}) from None
-            self._remote = RemoteModel(self._model_id, handle)
-        await self._remote(scope, receive, send)
-
-
-def _remote(model: Mapping[str, Any]) -> ASGIApp:
-    model_id = str(model["card"]["id"])
-    handle = model.get("handle")
-    return RemoteModel(model_id, handle) if handle is not None else LazyRemote(model_id, model["application"])
-
-
-def model_application(plan: Plan, created: int, keys: Sequence[str], *, ingress: bool = True) -> Application:
-    """The Ray Serve application of one model; without `ingress` only a front door reaches it."""
+def model_application(plan: Plan, token: str, *, loopback: bool) -> Application:
+    """The Ray Serve application of one model, for a front door to reach."""
     options = dict(plan.deployment)
     actor = dict(options.pop("ray_actor_options", None) or {})
     actor["runtime_env"] = plan.runtime_env
-    cls = serve.ingress()(ModelServer) if ingress else ModelServer
-    deployment = serve.deployment(cls).options(name=plan.app_name, ray_actor_options=actor, **options)
-    return deployment.bind(plan.model_dump(mode="json"), model_card(plan, created), list(keys))
+    if scaling := options.get("autoscaling_config"):
+        options["autoscaling_config"] = {**scaling, "policy": {"policy_function": POLICY}}
+    deployment = serve.deployment(ModelServer).options(name=plan.app_name, ray_actor_options=actor, **options)
+    return deployment.bind(plan.model_dump(mode="json"), token, loopback)
 
 
 def front_door_application(
-    plans: Sequence[Plan], created: int, keys: Sequence[str], children: Mapping[str, Application] | None = None
+    models: Sequence[Mapping[str, Any]], children: Mapping[str, Application], token: str, policy: Mapping[str, Any]
 ) -> Application:
-    """The application of the front door.
-
-    Args:
-        plans: the models it leads to.
-        created: Unix time for ``/v1/models``.
-        keys: digests of the API keys.
-        children: the models' applications by model id, to be deployed as parts of this one; None when each is an
-            application of its own.
-    """
-    models: list[dict[str, Any]] = []
-    for plan in plans:
-        model = {"card": model_card(plan, created), "route": plan.route_prefix, "aliases": model_aliases(plan)}
-        if children is None:
-            model["application"] = plan.app_name
-        else:
-            model["handle"] = children[plan.model_id]
-        models.append(model)
-    cls = serve.ingress()(FrontDoorServer)
-    options = {"num_cpus": 0.1}
-    deployment = serve.deployment(cls).options(
-        name=FRONT_DOOR, ray_actor_options=options, max_ongoing_requests=100_000, health_check_timeout_s=30
+    """The front door and all models as one application."""
+    bound = [{**model, "handle": children[str(model["card"]["id"])]} for model in models]
+    deployment = serve.deployment(serve.ingress()(FrontDoorServer)).options(
+        name=FRONT_DOOR,
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=100_000,
+        health_check_timeout_s=30,
     )
-    return deployment.bind(models, list(keys))
+    return deployment.bind(bound, token, dict(policy))

@@ -1,6 +1,7 @@
 """The front door: one OpenAI-compatible API for all models, routed by ``model`` in the request body.
 
-It looks at a request only as far as it needs to find the model; what passes in either direction is not touched.
+It looks at a request only as far as it needs to find the model; what passes in either direction is not touched. Each
+model is reached under its own route, too.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ import asyncio
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.plan import Plan
 from quantserve.serve.asgi import Refused, answer_lifespan, ask, is_json, parse_object, read_body, replay
+from quantserve.serve.limits import JSON_KEY
+from quantserve.serve.trace import trace_of
+
+if TYPE_CHECKING:
+    from quantserve.plan import Plan
 
 HEALTH_TIMEOUT_S: Final = 5.0
 OWNER: Final = "quantserve"
@@ -32,7 +37,7 @@ class ServedModel:
 
     Attributes:
         card: its entry in ``/v1/models``.
-        app: answers its requests: the engine's own app, or one that forwards to a replica.
+        app: answers its requests; where it has a coroutine function ``healthy`` that says whether it can.
         route: prefix of its own route.
         aliases: further names clients may call it by, such as LoRA adapters.
     """
@@ -82,9 +87,11 @@ class FrontDoor:
 
     Args:
         models: at least one; ids differ.
+        metrics: answers ``GET /metrics``; without it that path is like any other.
     """
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
+    def __init__(self, models: Sequence[ServedModel], metrics: ASGIApp | None = None) -> None:
+        self.metrics = metrics
         self.models = {model.id: model for model in models}
         self.names = {name: model for model in models for name in (model.id, *model.aliases)}
         self.routes = {model.route.strip("/"): model for model in models}
@@ -93,12 +100,17 @@ class FrontDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand the request to its model."""
         if scope["type"] == "lifespan":
-            await (self.only.app(scope, receive, send) if self.only else answer_lifespan(receive, send))
+            await answer_lifespan(receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
             return
         scope = self._without_root(scope)
         segment = scope["path"].split("/", 2)[1]
+        if scope["path"] == "/metrics" and self.metrics and scope["method"] in ("GET", "HEAD"):
+            await self.metrics(scope, receive, send)
+            return
         if model := self.routes.get(segment):
-            # A model's own route, where Ray Serve does not dispatch it by itself.
             scope = {**scope, "path": scope["path"][len(segment) + 1 :] or "/"}
             await self._one(model, scope, receive, send)
         elif self.only:
@@ -108,22 +120,21 @@ class FrontDoor:
 
     async def _one(self, model: ServedModel, scope: Scope, receive: Receive, send: Send) -> None:
         """A request to one certain model; it must not name another."""
-        if scope["type"] == "http" and (response := await self._own(scope, [model])):
+        if response := await self._own(scope, [model]):
             await response(scope, receive, send)
             return
         path = scope["path"]
-        if scope["type"] == "http" and scope["method"] == "POST" and is_json(scope) and path.startswith("/v1/"):
+        fields: Mapping[str, Any] = {}
+        if scope["method"] == "POST" and is_json(scope) and path.startswith("/v1/"):
             body = await read_body(receive)
-            name = parse_object(body).get("model")
+            fields = _fields(scope, body)
+            name = fields.get("model")
             if name is not None and (not isinstance(name, str) or self.names.get(name) is not model):
                 raise self._unknown(name, [model.id, *model.aliases])
             receive = replay(body, receive)
-        await model.app(scope, receive, send)
+        await self._hand_over(model, fields, scope, receive, send)
 
     async def _several(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
         if response := await self._own(scope, list(self.models.values())):
             await response(scope, receive, send)
         elif scope["method"] != "POST":
@@ -147,7 +158,8 @@ class FrontDoor:
             message = f"this server has several models; send what is not JSON to a model's own route, e.g. {example}/v1"
             raise Refused(415, message, code="unsupported_media_type")
         body = await read_body(receive)
-        name = parse_object(body).get("model")
+        fields = _fields(scope, body)
+        name = fields.get("model")
         if name is None:
             raise Refused(
                 400, f"`model` is missing; this server has {_listed(self.names)}", param="model", code="missing_model"
@@ -155,7 +167,16 @@ class FrontDoor:
         model = self.names.get(name) if isinstance(name, str) else None
         if model is None:
             raise self._unknown(name, self.names)
-        await model.app(scope, replay(body, receive), send)
+        await self._hand_over(model, fields, scope, replay(body, receive), send)
+
+    @staticmethod
+    async def _hand_over(
+        model: ServedModel, fields: Mapping[str, Any], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        trace = trace_of(scope)
+        trace.model, trace.stream = model.id, fields.get("stream") is True
+        trace.quant_method = str((model.card.get("metadata") or {}).get("method") or "")
+        await model.app(scope, receive, send)
 
     def _models(self, path: str, scope: Scope, known: Mapping[str, ServedModel]) -> Response:
         """``/v1/models`` and ``/v1/models/ID``; in ID slashes may be written as ``--``."""
@@ -192,6 +213,12 @@ class FrontDoor:
         return {**scope, "path": path or "/", "root_path": ""}
 
 
+def _fields(scope: Scope, body: bytes) -> Mapping[str, Any]:
+    """The object in a body, which the limits have parsed already where there are any."""
+    parsed = scope.get(JSON_KEY)
+    return parsed if isinstance(parsed, Mapping) else parse_object(body)
+
+
 async def _health(models: Sequence[ServedModel]) -> Response:
     """Asks every model's engine; 200 only when all are up."""
     found = await asyncio.gather(*(is_healthy(model.app) for model in models))
@@ -212,8 +239,10 @@ def _listed(names: Mapping[str, Any] | Sequence[str]) -> str:
 
 
 async def is_healthy(app: ASGIApp) -> bool:
-    """Whether an app answers ``GET /health`` with 200 in time."""
+    """Whether an app says it is well, or answers ``GET /health`` with 200, in time."""
     try:
+        if (healthy := getattr(app, "healthy", None)) is not None:
+            return bool(await asyncio.wait_for(healthy(), HEALTH_TIMEOUT_S))
         status, _ = await asyncio.wait_for(ask(app, "GET", "/health"), HEALTH_TIMEOUT_S)
     except Exception:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import json
@@ -16,25 +17,31 @@ from quantserve.config import HttpConfig
 from quantserve.errors import EngineError
 from quantserve.plan import Plan
 from quantserve.serve.app import check_routes
-from quantserve.serve.cluster import Processes, choose_port, log_folder, start_ray, stop_ray
-from quantserve.serve.engine import FRONT_DOOR, front_door_application, model_application
-from quantserve.serve.keys import VARIABLE, load_keys
+from quantserve.serve.cluster import Processes, cluster_secret, listen, log_folder, start_ray, stop_ray
+from quantserve.serve.directory import follow
+from quantserve.serve.engine import model_application
+from quantserve.serve.gateway_process import GatewayProcess
+from quantserve.serve.keys import VARIABLE
+from quantserve.serve.limits import Policy
 from quantserve.serve.progress import Progress
+from quantserve.serve.served import describe_models
 
 POLL_S: Final = 0.5
 WATCH_S: Final = 2.0
+DRAIN_S: Final = 20
+"""Longest time that requests in progress get at the end."""
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = False) -> int:
     """Serve the planned models behind one address until SIGINT, SIGTERM or SIGHUP; returns the exit code.
 
-    One model gets the address to itself. Several get an application each, at ``/MODEL_ID/v1``, and a front door for
-    all of them at ``/v1``.
+    Each model is a Ray Serve application; the front door at the address leads to all of them, by the ``model`` of a
+    request at ``/v1`` and by route at ``/MODEL_ID/v1``.
 
     Args:
         plans: at least one; ids differ.
-        http: address and API keys.
+        http: address, API keys and limits.
         keep_going: serve the models that start when others fail to.
 
     Raises:
@@ -42,27 +49,42 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
         UsageError: the host, the port or the API keys file cannot be used.
     """
     check_routes(plans)
-    keys = load_keys(http.api_keys_file)
-    port = choose_port(http.host, http.port)
-    if not keys and not _is_loopback(http.host):
+    policy = Policy.of(http)
+    listener = listen(http.host, http.port)
+    port = int(listener.getsockname()[1])
+    if not policy.has_keys and not _is_loopback(http.host):
         _say(f"warning: {http.host} can be reached from other machines and no API keys are set ({VARIABLE})")
     processes = Processes()
     interrupts = Interrupts()
+    gateway: GatewayProcess | None = None
     try:
         _say(f"starting Ray and {_count(plans)}")
-        start_ray(http.host, port)
+        start_ray()
         interrupts.install()  # Ray has installed handlers of its own
         processes.look()
+        token, created = cluster_secret()
         progress = Progress([plan.app_name for plan in plans], log_folder())
-        _deploy(plans, keys)
+        gateway = GatewayProcess(
+            listener,
+            {
+                "models": describe_models(plans, created, policy),
+                "token": token,
+                "policy": policy.model_dump(mode="json"),
+                "drain_s": DRAIN_S,
+            },
+            _say,
+        )
+        _deploy(plans, token)
+        _follow(plans, gateway)
         _wait_until_started(progress, processes, interrupts, keep_going)
         ready = [plan for plan in plans if plan.app_name in progress.ready]
-        _announce(ready, len(plans), http.host, port, bool(keys))
+        _announce(ready, len(plans), http.host, port, policy.has_keys)
         _watch(progress, processes, interrupts)
     except KeyboardInterrupt:
         pass
     finally:
-        _stop(processes, interrupts)
+        listener.close()
+        _stop(gateway, processes, interrupts)
     return 0
 
 
@@ -91,22 +113,25 @@ class Interrupts:
         self._stopping = True
 
 
-def _deploy(plans: Sequence[Plan], keys: Sequence[str]) -> None:
+def _deploy(plans: Sequence[Plan], token: str) -> None:
     """Start every application, without waiting for any."""
     from ray import serve
 
-    created = int(time.time())
     targets = [
         serve.RunTarget(
-            model_application(_for_one_machine(plan), created, keys),
-            name=plan.app_name,
-            route_prefix="/" if len(plans) == 1 else plan.route_prefix,
+            model_application(_for_one_machine(plan), token, loopback=True), name=plan.app_name, route_prefix=None
         )
         for plan in plans
     ]
-    if len(plans) > 1:
-        targets.append(serve.RunTarget(front_door_application(plans, created, keys), name=FRONT_DOOR, route_prefix="/"))
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _follow(plans: Sequence[Plan], gateway: GatewayProcess) -> None:
+    """Tell the gateway, from a thread of its own, where Ray Serve's replicas are."""
+    from ray import serve
+
+    handles = {plan.model_id: serve.get_app_handle(plan.app_name) for plan in plans}
+    threading.Thread(target=lambda: asyncio.run(follow(gateway, handles)), daemon=True, name="follow").start()
 
 
 def _for_one_machine(plan: Plan) -> Plan:
@@ -147,13 +172,17 @@ def _applications() -> dict[str, Any]:
         raise EngineError(f"Ray Serve has stopped answering: {type(error).__name__}") from error
 
 
-def _stop(processes: Processes, interrupts: Interrupts) -> None:
+def _stop(gateway: GatewayProcess | None, processes: Processes, interrupts: Interrupts) -> None:
     interrupts.stopping()
     _say("stopping; Ctrl-C again to stop at once")
     began = time.monotonic()
     try:
+        if gateway:
+            gateway.stop(DRAIN_S + 1)
         killed = stop_ray(processes, graceful=True)
     except KeyboardInterrupt:
+        if gateway:
+            gateway.stop(0)
         killed = stop_ray(processes, graceful=False)
     _say(f"stopped in {time.monotonic() - began:.1f} s" + (f", {killed} processes killed" if killed else ""))
 

@@ -31,8 +31,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from quantserve.errors import EngineError
 from quantserve.plan import Plan
-from quantserve.serve.asgi import DisconnectOnCancel, HideInternals, ask
+from quantserve.serve.asgi import ask
 from quantserve.serve.engine_logs import EngineLogs
+from quantserve.serve.envelope import Envelope, install
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ class EngineApp:
     async def check_health(self) -> None:
         """Raise when the engine is dead."""
         await self.engine.check_health()
+
+    async def ping(self) -> None:
+        """Return when the engine's own process has answered, which it does between two steps."""
+        await self.engine.is_sleeping()
 
     def shutdown(self) -> None:
         """Stop the engine and its processes."""
@@ -99,13 +104,14 @@ async def start(plan: Plan) -> EngineApp:
         await engine.reset_mm_cache()
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
+        install(app)
         await init_app_state(engine, app.state, args, tasks)
     except BaseException:
         engine.shutdown(timeout=0)
         raise
     # vLLM's error handlers tell the HTTP server to exit when the engine has died; here Serve's health check does that.
     app.state.server = SimpleNamespace(should_exit=False)
-    started = EngineApp(HideInternals(DisconnectOnCancel(app), lambda: engine.errored), engine, tuple(tasks))
+    started = EngineApp(Envelope(app, lambda: engine.errored), engine, tuple(tasks))
     try:
         await started.warm_up()
     except BaseException:

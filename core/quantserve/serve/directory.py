@@ -1,0 +1,88 @@
+"""Where the replicas of every model are, as Ray Serve knows them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from quantserve.serve.replicas import Limits, Pool
+
+POLL_S: Final = 0.5
+ANSWER_S: Final = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class Directory:
+    """The pools of all models.
+
+    Args:
+        models: each with its ``card`` and ``limits``.
+        token: sent to replicas with every request.
+    """
+
+    def __init__(self, models: Sequence[Mapping[str, Any]], token: str) -> None:
+        self.pools = {
+            str(model["card"]["id"]): Pool(str(model["card"]["id"]), Limits(**model["limits"]), token)
+            for model in models
+        }
+
+    def update(self, addresses: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Take in the replicas by model id; models that are not named keep what they have."""
+        for model_id, replicas in addresses.items():
+            if (pool := self.pools.get(model_id)) is not None:
+                pool.update(replicas)
+
+    @property
+    def wanted(self) -> list[str]:
+        """Models that requests wait for and that have no replica."""
+        return [model_id for model_id, pool in self.pools.items() if pool.wanted]
+
+
+class Book(Protocol):
+    """What `follow` keeps in step: a `Directory`, or the gateway that has one."""
+
+    def update(self, addresses: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Take in the replicas by model id."""
+
+    @property
+    def wanted(self) -> list[str]:
+        """Models that requests wait for and that have no replica."""
+
+
+async def follow(book: Book, handles: Mapping[str, Any]) -> None:
+    """Keep the book in step with Ray Serve, for ever."""
+    waking: dict[str, asyncio.Future[Any]] = {}
+    while True:
+        found = await asyncio.gather(*(replicas_of(handle) for handle in handles.values()))
+        book.update({name: there for name, there in zip(handles, found, strict=True) if there is not None})
+        for model_id in book.wanted:
+            wake(model_id, handles, waking)
+        await asyncio.sleep(POLL_S)
+
+
+async def replicas_of(handle: Any) -> list[dict[str, Any]] | None:
+    """Addresses of a deployment's running replicas; None when that cannot be said now."""
+    try:
+        answers = await asyncio.to_thread(
+            lambda: handle.broadcast("describe").results(timeout_s=ANSWER_S, return_exceptions=True)
+        )
+    except Exception as error:
+        logger.debug("no answer from the replicas: %s", type(error).__name__)
+        return None
+    return [answer for answer in answers if isinstance(answer, dict)]
+
+
+def wake(model_id: str, handles: Mapping[str, Any], waking: dict[str, asyncio.Future[Any]]) -> None:
+    """Ask Serve for a replica of a model that was scaled to zero, once at a time: a request that waits is one."""
+    if (pending := waking.get(model_id)) is None or pending.done():
+        waking[model_id] = asyncio.ensure_future(_ask(handles[model_id]))
+
+
+async def _ask(handle: Any) -> None:
+    try:
+        await handle.describe.remote()
+    except Exception as error:
+        logger.warning("no replica could be started: %s", type(error).__name__)

@@ -1,0 +1,71 @@
+"""The front door as a process of its own, started and fed by `quantserve serve`.
+
+`python -m quantserve.serve.gateway FD` inherits the listening socket as file descriptor FD. On standard input comes one JSON object per line: first the
+settings (`models`, `token`, `policy`), then the replicas by model id whenever they change; the end of input is the end
+of the server it belongs to, and ends this process. On standard output it names the models that requests wait for and
+that have no replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+from typing import Final
+
+import uvicorn
+import uvloop
+
+from quantserve.serve.directory import Directory
+from quantserve.serve.limits import Policy
+from quantserve.serve.served import public_app
+from quantserve.serve.server import http_server
+
+WANTED_S: Final = 0.25
+LONGEST_LINE: Final = 64 << 20
+
+
+async def serve(listener: socket.socket) -> None:
+    """Serve until SIGTERM, which lets requests in progress finish, or until the end of input."""
+    lines = asyncio.StreamReader(limit=LONGEST_LINE)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    settings = json.loads(await lines.readline())
+    policy = Policy.model_validate(settings["policy"])
+    directory = Directory(settings["models"], settings["token"])
+    app = public_app(settings["models"], directory, policy)
+    server = http_server(app, timeout_graceful_shutdown=int(settings["drain_s"]))
+    work = [asyncio.create_task(_listen(lines, directory, server)), asyncio.create_task(_tell(directory))]
+    await server.serve(sockets=[listener])
+    for task in work:
+        task.cancel()
+
+
+async def _listen(lines: asyncio.StreamReader, directory: Directory, server: uvicorn.Server) -> None:
+    while line := await lines.readline():
+        directory.update(json.loads(line))
+    server.should_exit = server.force_exit = True
+
+
+async def _tell(directory: Directory) -> None:
+    told: list[str] = []
+    while True:
+        if (wanted := directory.wanted) != told:
+            print(json.dumps({"wanted": wanted}), flush=True)
+            told = wanted
+        await asyncio.sleep(WANTED_S)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the gateway on an inherited listening socket."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the whole group; our parent decides what it means
+    listener = socket.socket(fileno=int(arguments[0]))
+    listener.setblocking(False)
+    uvloop.run(serve(listener))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

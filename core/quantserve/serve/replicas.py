@@ -1,0 +1,224 @@
+"""Which replicas a model has, which one gets the next request, and how many may wait: the front door's book.
+
+All requests pass one front door, so it knows exactly how many each replica has, and needs neither probes nor guesses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from quantserve.serve.asgi import Refused
+from quantserve.serve.upstream import ReplicaLost, Upstream
+
+BROKEN_S: Final = 1.0
+"""How long a replica that could not be reached is passed over, when there are others."""
+HEALTH_S: Final = 3.0
+SLACK: Final = 4
+"""A session or prefix stays on its replica until that has so many more requests than the least loaded one."""
+RETRY_AFTER_S: Final = (1, 60)
+
+
+@dataclass(eq=False)
+class Replica:
+    """A replica as the front door sees it.
+
+    Attributes:
+        ongoing: requests in progress that came through this front door.
+        draining: it takes no new requests.
+        broken_until: time (monotonic) until which it is passed over.
+    """
+
+    id: str
+    upstream: Upstream
+    ongoing: int = 0
+    draining: bool = False
+    broken_until: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one model takes at a time.
+
+    Attributes:
+        ongoing: requests in progress per replica.
+        queued: requests waiting for a replica; -1 is no limit.
+        queue_s: longest wait.
+        wakes: whether a model without replicas gets one when a request waits (it was scaled to zero).
+        affinity: what keeps requests together on a replica: ``none``, ``session`` or ``prefix``.
+        busy_status: HTTP status of a request that finds no place, 429 or 503.
+        retry_after_s: what such a request is told; None tells it how long the queue takes at the rate of late.
+    """
+
+    ongoing: int = 256
+    queued: int = 256
+    queue_s: float = 30.0
+    wakes: bool = False
+    affinity: str = "none"
+    busy_status: int = 429
+    retry_after_s: float | None = None
+
+
+@dataclass
+class Pool:
+    """The replicas of one model and the requests that wait for them."""
+
+    model_id: str
+    limits: Limits
+    token: str = ""
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+    _finished: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+
+    def update(self, addresses: Sequence[Mapping[str, Any]]) -> None:
+        """Take in which replicas run now: each with ``id``, ``host`` and ``port``."""
+        known = {str(address["id"]): address for address in addresses}
+        for gone in set(self.replicas) - set(known):
+            self.replicas.pop(gone).upstream.close()
+        for name, address in known.items():
+            if name not in self.replicas:
+                upstream = Upstream(str(address["host"]), int(address["port"]), self.token)
+                self.replicas[name] = Replica(name, upstream)
+            self.replicas[name].draining = bool(address.get("draining"))
+        self._wake()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether requests wait while there is no replica at all."""
+        return bool(self.waiting) and not self.replicas
+
+    @property
+    def ongoing(self) -> int:
+        """Requests in progress, on all replicas."""
+        return sum(replica.ongoing for replica in self.replicas.values())
+
+    @asynccontextmanager
+    async def slot(self, key: str | None = None, avoid: frozenset[str] = frozenset()) -> AsyncIterator[Replica]:
+        """A place on a replica for one request.
+
+        Args:
+            key: requests with the same key go to the same replica where the load allows.
+            avoid: ids of replicas that failed this request already.
+
+        Raises:
+            Refused: 429, all places and the queue are full, or the wait was too long; 503, there is no replica.
+        """
+        replica = await self._acquire(key, avoid)
+        try:
+            yield replica
+        finally:
+            replica.ongoing -= 1
+            self._finished.append(time.monotonic())
+            self._wake()
+
+    async def healthy(self) -> bool:
+        """Whether any replica answers and says that its engine is well."""
+        return any(await asyncio.gather(*(self._healthy(replica) for replica in list(self.replicas.values()))))
+
+    @staticmethod
+    async def _healthy(replica: Replica) -> bool:
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                response = await replica.upstream.request("GET", b"/health")
+                try:
+                    while await response.read():
+                        pass
+                finally:
+                    response.close()
+                return response.status == 200
+        except (ReplicaLost, TimeoutError):
+            return False
+
+    async def _acquire(self, key: str | None, avoid: frozenset[str]) -> Replica:
+        # Those who came first are served first: nobody overtakes the queue.
+        if not self.waiting and (replica := self._choose(key, avoid)):
+            replica.ongoing += 1
+            return replica
+        if not self._usable(avoid) and not self.limits.wakes:
+            raise self.unavailable()
+        if 0 <= self.limits.queued <= len(self.waiting):
+            raise self._full()
+        deadline = time.monotonic() + self.limits.queue_s
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append(place)
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                        await asyncio.shield(place)
+                except TimeoutError:
+                    raise self._too_long() from None
+                if replica := self._choose(key, avoid):
+                    replica.ongoing += 1
+                    return replica
+                if not self._usable(avoid) and not self.limits.wakes:
+                    raise self.unavailable()
+                place = asyncio.get_running_loop().create_future()
+                self.waiting.appendleft(place)
+        finally:
+            if place in self.waiting:
+                self.waiting.remove(place)
+            self._wake()
+
+    def _usable(self, avoid: frozenset[str]) -> list[Replica]:
+        return [replica for name, replica in self.replicas.items() if not replica.draining and name not in avoid]
+
+    def _choose(self, key: str | None, avoid: frozenset[str]) -> Replica | None:
+        """The replica with the fewest requests, or the key's own while that is not much busier."""
+        now = time.monotonic()
+        usable = self._usable(avoid)
+        sound = [replica for replica in usable if replica.broken_until <= now] or usable
+        free = [replica for replica in sound if replica.ongoing < self.limits.ongoing]
+        if not free:
+            return None
+        least = min(replica.ongoing for replica in free)
+        if key is not None:
+            own = max(sound, key=lambda replica: hashlib.blake2b(f"{key}\0{replica.id}".encode()).digest())
+            if own.ongoing < self.limits.ongoing and own.ongoing - least < SLACK:
+                return own
+        return random.choice([replica for replica in free if replica.ongoing == least])
+
+    def _wake(self) -> None:
+        """Let as many of those who wait try again as there are places."""
+        places = sum(max(0, self.limits.ongoing - replica.ongoing) for replica in self._usable(frozenset()))
+        if not self.replicas and not self.limits.wakes:
+            places = len(self.waiting)  # to be told that the last replica is gone
+        while self.waiting and places > 0:
+            place = self.waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                places -= 1
+
+    def unavailable(self) -> Refused:
+        """The error of a model that has no replica."""
+        message = f"the model `{self.model_id}` is not available at the moment; try again"
+        return Refused(503, message, code="model_unavailable", headers={"retry-after": "5"})
+
+    def _full(self) -> Refused:
+        load = f"{self.ongoing} requests in progress and {len(self.waiting)} waiting"
+        return self._busy(f"the model `{self.model_id}` is busy: {load}, which is all it takes", "queue_full")
+
+    def _too_long(self) -> Refused:
+        waited = f"within {self.limits.queue_s:g} s"
+        return self._busy(f"the model `{self.model_id}` had no place for this request {waited}", "queue_timeout")
+
+    def _busy(self, message: str, code: str) -> Refused:
+        given = self.limits.retry_after_s
+        retry = self._retry_after() if given is None else max(1, round(given))
+        headers = {"retry-after": str(retry)}
+        return Refused(self.limits.busy_status, f"{message}; try again in {retry} s", code=code, headers=headers)
+
+    def _retry_after(self) -> int:
+        """Seconds until those who wait now will have been served, at the rate of late."""
+        low, high = RETRY_AFTER_S
+        if len(self._finished) < 2:
+            return low
+        rate = len(self._finished) / max(1e-3, time.monotonic() - self._finished[0])
+        return int(min(high, max(low, round((len(self.waiting) + 1) / rate))))

@@ -1,0 +1,71 @@
+"""From plans to the front door's models: what it must know of each, as JSON, and the app made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import ASGIApp
+
+from quantserve.serve.directory import Directory
+from quantserve.serve.front_door import FrontDoor, ServedModel, model_aliases, model_card
+from quantserve.serve.limits import Policy, layers
+from quantserve.serve.metrics import GatewayMetrics, MetricsEndpoint
+from quantserve.serve.remote import RemoteModel
+from quantserve.serve.replicas import Limits
+
+if TYPE_CHECKING:
+    from quantserve.plan import Plan
+
+DEFAULT_ONGOING = 256
+
+
+def describe_models(plans: Sequence[Plan], created: int, policy: Policy) -> list[dict[str, Any]]:
+    """What the front door needs to know of each model, as JSON.
+
+    Args:
+        created: Unix time for ``/v1/models``.
+    """
+    return [
+        {
+            "card": model_card(plan, created),
+            "route": plan.route_prefix,
+            "aliases": model_aliases(plan),
+            "limits": asdict(limits_of(plan, policy)),
+        }
+        for plan in plans
+    ]
+
+
+def limits_of(plan: Plan, policy: Policy) -> Limits:
+    """Admission of one model, from its deployment options."""
+    options = plan.deployment
+    ongoing = int(options.get("max_ongoing_requests") or DEFAULT_ONGOING)
+    queued = options.get("max_queued_requests")
+    scaling = options.get("autoscaling_config") or {}
+    backpressure = options.get("backpressure_config") or {}
+    return Limits(
+        ongoing=ongoing,
+        queued=ongoing if queued is None else int(queued),
+        queue_s=policy.queue_timeout_s,
+        wakes=scaling.get("min_replicas") == 0,
+        affinity=plan.affinity,
+        busy_status=int(backpressure.get("status_code") or 429),
+        retry_after_s=backpressure.get("retry_after_s"),
+    )
+
+
+def public_app(models: Sequence[Mapping[str, Any]], directory: Directory, policy: Policy) -> ASGIApp:
+    """What listens at the public address: limits, keys, logs and metrics around the front door to the models' pools."""
+    metrics = GatewayMetrics([model["card"] for model in models], lambda: directory.pools.values())
+    served = [
+        ServedModel(
+            model["card"],
+            RemoteModel(directory.pools[str(model["card"]["id"])], policy.request_timeout_s),
+            model["route"],
+            model["aliases"],
+        )
+        for model in models
+    ]
+    return layers(FrontDoor(served, MetricsEndpoint(metrics)), policy, [metrics])

@@ -1,0 +1,496 @@
+"""Requests to replicas over real connections: admission, choice, retries, faults."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from quantserve.serve.asgi import Guard, read_body, request_scope
+from quantserve.serve.remote import DRAINING, RemoteModel, affinity_key
+from quantserve.serve.replicas import Limits, Pool
+from quantserve.serve.server import http_server
+from quantserve.serve.upstream import ReplicaLost, Upstream
+
+from .asgi_client import Answer, request
+
+TOKEN = "t0ken"
+
+
+@contextlib.asynccontextmanager
+async def served(app: ASGIApp) -> AsyncIterator[int]:
+    """An HTTP server in this loop; gives its port."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = http_server(app, lifespan="off")
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.005)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        await running
+
+
+class Replica:
+    """Answers as it is told; remembers what it was asked."""
+
+    def __init__(self, name: str = "r") -> None:
+        self.name = name
+        self.requests: list[tuple[str, bytes, dict[bytes, bytes]]] = []
+        self.hold: asyncio.Event | None = None
+        self.chunks = [b"data: 1\n\n", b"data: 2\n\n"]
+        self.head = (200, [(b"content-type", b"text/event-stream"), (b"x-a", b"1"), (b"x-a", b"2")])
+        self.die_after: int | None = None
+        self.cancelled = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_body(receive)
+        target = scope["raw_path"].decode() + ("?" + scope["query_string"].decode() if scope["query_string"] else "")
+        self.requests.append((target, body, dict(scope["headers"])))
+        if self.hold is not None:
+            leaving = asyncio.create_task(receive())
+            held = asyncio.create_task(self.hold.wait())
+            await asyncio.wait({leaving, held}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                self.cancelled += 1
+                held.cancel()
+                return
+            leaving.cancel()
+        if self.die_after == 0:
+            raise RuntimeError("dead")
+        await send({"type": "http.response.start", "status": self.head[0], "headers": self.head[1]})
+        for index, chunk in enumerate(self.chunks, 1):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await asyncio.sleep(0.01)
+            if index == self.die_after:
+                raise ConnectionError("dead")
+        await send({"type": "http.response.body", "body": b""})
+
+
+def run(work: Callable[[], Awaitable[Any]]) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(20):
+            return await work()
+
+    return asyncio.run(bounded())
+
+
+def pool_of(limits: Limits | None = None, **ports: int) -> Pool:
+    pool = Pool("m", limits or Limits(), TOKEN)
+    pool.update([{"id": name, "host": "127.0.0.1", "port": port} for name, port in ports.items()])
+    return pool
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def post(app: ASGIApp, body: object = None, path: str = "/v1/completions", **kwargs: Any) -> Answer:
+    return await request(app, "POST", path, body if body is not None else {"prompt": "x"}, **kwargs)
+
+
+def test_bytes_pass_untouched_in_both_directions() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.chunks = [b"\x00\xff", b"data: \xc3\xa9\n\n", b"x" * 300_000]
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(r=port))
+            body = json.dumps({"prompt": "é" * 200_000}, ensure_ascii=False).encode()
+            answer = await post(app, body, headers={"authorization": "Bearer secret", "x-request-id": "7"})
+            assert (answer.status, answer.body) == (200, b"".join(replica.chunks))
+            target, received, headers = replica.requests[0]
+            assert (target, received) == ("/v1/completions", body)
+            assert headers[b"x-quantserve-token"] == TOKEN.encode()
+            assert headers[b"x-request-id"] == b"7"
+            assert b"authorization" not in headers
+
+    run(work)
+
+
+def test_path_and_query_arrive_as_sent() -> None:
+    async def work() -> None:
+        replica = Replica()
+        async with served(replica) as port:
+            scope = request_scope("GET", "/v1/a b/é", [], b"q=%20&r=1")
+            sent: list[Any] = []
+            messages = [{"type": "http.request", "body": b"", "more_body": False}]
+
+            async def receive() -> Any:
+                if messages:
+                    return messages.pop()
+                await asyncio.sleep(60)
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            await RemoteModel(pool_of(r=port))(scope, receive, send)
+            assert replica.requests[0][0] == "/v1/a%20b/%C3%A9?q=%20&r=1"
+
+    run(work)
+
+
+def test_connections_are_kept_and_a_closed_one_is_replaced() -> None:
+    async def work() -> None:
+        replica = Replica()
+        clients: set[Any] = set()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            clients.add(scope["client"])
+            await replica(scope, receive, send)
+
+        pool = Pool("m", Limits(), TOKEN)
+        async with served(app) as port:
+            pool.update([{"id": "r", "host": "127.0.0.1", "port": port}])
+            for _ in range(5):
+                assert (await post(RemoteModel(pool))).status == 200
+            assert len(clients) == 1
+        upstream = pool.replicas["r"].upstream
+        async with served(replica) as port:  # the same replica object, another server: kept connections are dead
+            upstream.port = port
+            assert (await post(RemoteModel(pool))).status == 200
+
+    run(work)
+
+
+def test_a_full_model_refuses_at_once_and_in_order() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(Limits(ongoing=2, queued=1), r=port))
+            begun = [asyncio.create_task(post(app)) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            assert len(replica.requests) == 2
+            began = time.perf_counter()
+            refused = await post(app)
+            assert time.perf_counter() - began < 0.05
+            assert (refused.status, refused.error["code"], refused.error["type"]) == (
+                429,
+                "queue_full",
+                "rate_limit_error",
+            )
+            assert int(refused.headers["retry-after"]) >= 1
+            assert "2 requests in progress and 1 waiting" in refused.error["message"]
+            replica.hold.set()
+            assert [answer.status for answer in await asyncio.gather(*begun)] == [200, 200, 200]
+            assert (await post(app)).status == 200
+            assert app.pool.ongoing == 0
+
+    run(work)
+
+
+def test_waiting_ends() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(Limits(ongoing=1, queued=5, queue_s=0.2), r=port))
+            first = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            refused = await post(app)
+            assert (refused.status, refused.error["code"]) == (429, "queue_timeout")
+            assert not app.pool.waiting
+            replica.hold.set()
+            assert (await first).status == 200
+
+    run(work)
+
+
+def test_busy_status_and_retry_are_the_configs() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(Limits(ongoing=1, queued=0, busy_status=503, retry_after_s=7), r=port))
+            first = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            refused = await post(app)
+            assert (refused.status, refused.headers["retry-after"]) == (503, "7")
+            replica.hold.set()
+            await first
+
+    run(work)
+
+
+def test_the_least_loaded_replica_is_next() -> None:
+    async def work() -> None:
+        replicas = [Replica("a"), Replica("b")]
+        for replica in replicas:
+            replica.hold = asyncio.Event()
+        async with served(replicas[0]) as a, served(replicas[1]) as b:
+            app = RemoteModel(pool_of(a=a, b=b))
+            tasks = []
+            for _ in range(20):
+                tasks.append(asyncio.create_task(post(app)))
+                await asyncio.sleep(0.01)
+            assert [len(replica.requests) for replica in replicas] == [10, 10]
+            for replica in replicas:
+                assert replica.hold is not None
+                replica.hold.set()
+            await asyncio.gather(*tasks)
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("affinity", "bodies", "together"),
+    [
+        ("session", [{"user": "u", "prompt": str(i)} for i in range(8)], True),
+        ("prefix", [{"prompt": "x" * 600 + str(i)} for i in range(8)], True),
+        ("prefix", [{"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": str(i)}]} for i in range(8)], True),
+        ("none", [{"user": "u"}] * 8, False),
+    ],
+)  # fmt: skip
+def test_affinity(affinity: str, bodies: list[dict[str, Any]], together: bool) -> None:
+    async def work() -> None:
+        replicas = [Replica("a"), Replica("b"), Replica("c")]
+        async with served(replicas[0]) as a, served(replicas[1]) as b, served(replicas[2]) as c:
+            app = RemoteModel(pool_of(Limits(affinity=affinity), a=a, b=b, c=c))
+            for body in bodies:
+                assert (await post(app, body)).status == 200
+            counts = sorted(len(replica.requests) for replica in replicas)
+            assert (counts == [0, 0, 8]) is together
+
+    run(work)
+
+
+def test_affinity_yields_to_load() -> None:
+    async def work() -> None:
+        replicas = [Replica("a"), Replica("b")]
+        for replica in replicas:
+            replica.hold = asyncio.Event()
+        async with served(replicas[0]) as a, served(replicas[1]) as b:
+            app = RemoteModel(pool_of(Limits(affinity="session"), a=a, b=b))
+            tasks = [asyncio.create_task(post(app, {"user": "u"})) for _ in range(20)]
+            await asyncio.sleep(0.2)
+            assert min(len(replica.requests) for replica in replicas) >= 6
+            for replica in replicas:
+                assert replica.hold is not None
+                replica.hold.set()
+            await asyncio.gather(*tasks)
+
+    run(work)
+
+
+def test_affinity_key_needs_text() -> None:
+    assert affinity_key({"user": 5, "prompt": [1, 2]}, "prefix") is None
+    assert affinity_key({"messages": []}, "prefix") is None
+    assert affinity_key({"prompt": "a"}, "session") is None
+
+
+def test_a_replica_that_is_gone_is_passed_over() -> None:
+    async def work() -> None:
+        replica = Replica()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(dead=unused_port(), alive=port))
+            answers = [await post(app) for _ in range(6)]
+            assert [answer.status for answer in answers] == [200] * 6
+
+    run(work)
+
+
+def test_without_a_replica_the_answer_is_503_at_once() -> None:
+    async def work() -> None:
+        for pool in (pool_of(), pool_of(dead=unused_port())):
+            began = time.perf_counter()
+            answer = await post(RemoteModel(pool))
+            assert (answer.status, answer.error["code"]) == (503, "model_unavailable")
+            assert answer.headers["retry-after"] == "5"
+            assert time.perf_counter() - began < 1
+
+    run(work)
+
+
+def test_a_replica_that_dies_before_it_answers_has_a_successor() -> None:
+    async def work() -> None:
+        class Dying(Replica):
+            async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+                await read_body(receive)
+                self.requests.append(("", b"", {}))
+                scope["extensions"] = {}
+                transport = send.__self__.transport  # type: ignore[attr-defined]
+                transport.abort()
+
+        dying, replica = Dying(), Replica()
+        async with served(dying) as a, served(replica) as b:
+            app = RemoteModel(pool_of(dying=a, alive=b))
+            answers = [await post(app) for _ in range(4)]
+            assert [answer.status for answer in answers] == [200] * 4
+            assert len(replica.requests) == 4
+            assert len(dying.requests) >= 1
+
+    run(work)
+
+
+def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.die_after = 1
+        async with served(replica) as port:
+            answer = await post(RemoteModel(pool_of(r=port)))
+            assert answer.status == 200
+            first, last = answer.body.decode().strip().split("\n\n")
+            assert first == "data: 1"
+            assert json.loads(last.removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
+            assert len(replica.requests) == 1
+
+    run(work)
+
+
+def test_half_a_document_breaks_the_connection() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.head = (200, [(b"content-type", b"application/json")])
+        replica.die_after = 1
+        async with served(replica) as port:
+            with pytest.raises(ReplicaLost):
+                await post(RemoteModel(pool_of(r=port)))
+
+    run(work)
+
+
+def test_a_client_that_leaves_cancels_its_request() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(r=port))
+            gone = asyncio.Event()
+            messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+            async def receive() -> Any:
+                if messages:
+                    return messages.pop()
+                await gone.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                raise AssertionError("nothing was answered")
+
+            task = asyncio.create_task(Guard(app)(request_scope("POST", "/v1/completions"), receive, send))
+            await asyncio.sleep(0.1)
+            gone.set()
+            await task
+            await asyncio.sleep(0.1)
+            assert (replica.cancelled, app.pool.ongoing) == (1, 0)
+
+    run(work)
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(Limits(ongoing=1, queued=1), r=port))
+            first = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            second = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            second.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await second
+            assert not app.pool.waiting
+            third = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            replica.hold.set()
+            assert [(await task).status for task in (first, third)] == [200, 200]
+
+    run(work)
+
+
+def test_time_is_up() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            answer = await post(RemoteModel(pool_of(r=port), timeout_s=0.1))
+            assert (answer.status, answer.error["code"], answer.error["type"]) == (504, "timeout", "timeout_error")
+            await asyncio.sleep(0.05)
+            assert replica.cancelled == 1
+
+    run(work)
+
+
+def test_a_draining_replica_hands_its_requests_to_another() -> None:
+    async def work() -> None:
+        draining, replica = Replica("d"), Replica()
+        draining.head = (503, [(DRAINING, b"1"), (b"content-type", b"application/json")])
+        async with served(draining) as a, served(replica) as b:
+            app = RemoteModel(pool_of(d=a, r=b))
+            assert [(await post(app)).status for _ in range(6)] == [200] * 6
+            assert len(draining.requests) <= 1
+            app.pool.update([{"id": "d", "host": "127.0.0.1", "port": a, "draining": True}])
+            assert (await post(app)).status == 503
+
+    run(work)
+
+
+def test_a_model_at_zero_is_wanted_and_its_request_waits() -> None:
+    async def work() -> None:
+        replica = Replica()
+        async with served(replica) as port:
+            pool = pool_of(Limits(wakes=True))
+            waiting = asyncio.create_task(post(RemoteModel(pool)))
+            await asyncio.sleep(0.05)
+            assert pool.wanted
+            pool.update([{"id": "r", "host": "127.0.0.1", "port": port}])
+            assert (await waiting).status == 200
+            assert not pool.wanted
+
+    run(work)
+
+
+def test_last_replica_gone_tells_those_who_wait() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            pool = pool_of(Limits(ongoing=1, queued=5), r=port)
+            first = asyncio.create_task(post(RemoteModel(pool)))
+            await asyncio.sleep(0.05)
+            second = asyncio.create_task(post(RemoteModel(pool)))
+            await asyncio.sleep(0.05)
+            pool.update([])
+            assert (await second).status == 503
+            replica.hold.set()
+            assert (await first).status == 200  # what runs may finish
+
+    run(work)
+
+
+def test_slow_client_slows_the_replica() -> None:
+    async def work() -> None:
+        produced = 0
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal produced
+            await read_body(receive)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(400):
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+                produced += 1
+            await send({"type": "http.response.body", "body": b""})
+
+        async with served(app) as port:
+            response = await Upstream("127.0.0.1", port, TOKEN).request("POST", b"/", (), b"{}")
+            await asyncio.sleep(0.5)
+            assert produced < 200  # 25 MB in all; what is not read stays in the sockets and one buffer
+            size = 0
+            while data := await response.read():
+                size += len(data)
+            response.close()
+            assert size == 400 * 65536
+
+    run(work)

@@ -18,7 +18,11 @@ IDS = ("demo-fp16", "org/model-awq")
 
 def model(upstream: Any, model_id: str, aliases: tuple[str, ...] = ()) -> ServedModel:
     card = {"id": model_id, "object": "model", "created": 1700000000, "owned_by": "quantserve", "parent": None}
-    return ServedModel(card, upstream, "/" + model_id.replace("/", "--"), aliases)
+
+    async def healthy() -> bool:
+        return bool(getattr(upstream, "healthy", False))
+
+    return ServedModel(card, upstream, healthy, "/" + model_id.replace("/", "--"), aliases)
 
 
 @pytest.fixture

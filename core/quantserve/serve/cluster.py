@@ -59,6 +59,8 @@ def start_ray() -> None:
         EngineError: Ray did not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray lowers the priority of its workers, and with them of our engines, below everything else on the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
     from ray import serve
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
@@ -16,14 +16,13 @@ from urllib.parse import unquote
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.serve.asgi import Refused, answer_lifespan, ask, is_json, parse_object, read_body, replay
+from quantserve.serve.asgi import Refused, answer_lifespan, is_json, parse_object, read_body, replay
 from quantserve.serve.limits import JSON_KEY
 from quantserve.serve.trace import trace_of
 
 if TYPE_CHECKING:
     from quantserve.plan import Plan
 
-HEALTH_TIMEOUT_S: Final = 5.0
 OWNER: Final = "quantserve"
 LISTED: Final = 20
 """How many known ids an error names."""
@@ -37,13 +36,15 @@ class ServedModel:
 
     Attributes:
         card: its entry in ``/v1/models``.
-        app: answers its requests; where it has a coroutine function ``healthy`` that says whether it can.
+        app: answers its requests.
+        healthy: asks whether it can.
         route: prefix of its own route.
         aliases: further names clients may call it by, such as LoRA adapters.
     """
 
     card: Mapping[str, Any]
     app: ASGIApp
+    healthy: Callable[[], Awaitable[bool]]
     route: str
     aliases: Sequence[str] = ()
 
@@ -221,7 +222,7 @@ def _fields(scope: Scope, body: bytes) -> Mapping[str, Any]:
 
 async def _health(models: Sequence[ServedModel]) -> Response:
     """Asks every model's engine; 200 only when all are up."""
-    found = await asyncio.gather(*(is_healthy(model.app) for model in models))
+    found = await asyncio.gather(*(model.healthy() for model in models))
     body = {
         "status": "ok" if all(found) else "degraded" if any(found) else "down",
         "models": {model.id: "ok" if up else "unavailable" for model, up in zip(models, found, strict=True)},
@@ -236,14 +237,3 @@ def _card(name: str, model: ServedModel) -> dict[str, Any]:
 def _listed(names: Mapping[str, Any] | Sequence[str]) -> str:
     some = [f"`{name}`" for name in list(names)[:LISTED]]
     return ", ".join(some) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-
-
-async def is_healthy(app: ASGIApp) -> bool:
-    """Whether an app says it is well, or answers ``GET /health`` with 200, in time."""
-    try:
-        if (healthy := getattr(app, "healthy", None)) is not None:
-            return bool(await asyncio.wait_for(healthy(), HEALTH_TIMEOUT_S))
-        status, _ = await asyncio.wait_for(ask(app, "GET", "/health"), HEALTH_TIMEOUT_S)
-    except Exception:
-        return False
-    return status == 200

@@ -44,10 +44,6 @@ class RemoteModel:
         self.pool = pool
         self.timeout_s = timeout_s
 
-    async def healthy(self) -> bool:
-        """Whether a replica answers."""
-        return await self.pool.healthy()
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward one HTTP request. A client that leaves, or time that is up, cancels it in the replica.
 

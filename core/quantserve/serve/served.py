@@ -59,13 +59,9 @@ def limits_of(plan: Plan, policy: Policy) -> Limits:
 def public_app(models: Sequence[Mapping[str, Any]], directory: Directory, policy: Policy) -> ASGIApp:
     """What listens at the public address: limits, keys, logs and metrics around the front door to the models' pools."""
     metrics = GatewayMetrics([model["card"] for model in models], lambda: directory.pools.values())
-    served = [
-        ServedModel(
-            model["card"],
-            RemoteModel(directory.pools[str(model["card"]["id"])], policy.request_timeout_s),
-            model["route"],
-            model["aliases"],
-        )
-        for model in models
-    ]
+    served = []
+    for model in models:
+        pool = directory.pools[str(model["card"]["id"])]
+        app = RemoteModel(pool, policy.request_timeout_s)
+        served.append(ServedModel(model["card"], app, pool.healthy, model["route"], model["aliases"]))
     return layers(FrontDoor(served, MetricsEndpoint(metrics)), policy, [metrics])

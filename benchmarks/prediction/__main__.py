@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--input-tokens", type=int, default=128)
     out.add_argument("--output-tokens", type=int, default=48)
     out.add_argument("--rounds", type=int, default=3)
+    out.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of the engine's process only")
     out.add_argument("--predict", action="store_true", help="predict only, beside the measurements in --out")
     out.add_argument("--out", type=Path, default=BUILD / "prediction" / "results.json")
     return out
@@ -133,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "input_tokens": options.input_tokens,
         "output_tokens": options.output_tokens,
         "rounds": options.rounds,
+        "clock": options.clock,
     }
     results = json.loads(options.out.read_text())["results"] if options.predict else []
     try:

@@ -13,7 +13,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from quantserve.calibrate.measure import Progress, typical
+from quantserve.calibrate.measure import Progress, Watch, typical
 from quantserve.checkpoint import Checkpoint
 from quantserve.config import load_object
 from quantserve.errors import EngineError, UsageError
@@ -218,28 +217,25 @@ def child(folder: str, eager: bool) -> dict[str, dict[int, float]]:
             added.append(name)
         return added
 
-    def step() -> float:
-        began = time.perf_counter()
-        engine.step()
-        return time.perf_counter() - began
+    watch = Watch(torch.get_num_threads())
+
+    def finish() -> None:
+        while engine.has_unfinished_requests():
+            engine.step()
 
     def prompt(tokens: int) -> float:
         taken = []
         for _ in range(9):
             add(1, tokens, 1)
-            began = time.perf_counter()
-            while engine.has_unfinished_requests():
-                engine.step()
-            taken.append(time.perf_counter() - began)
+            taken.append(watch.timed(finish))
         return typical(taken[1:])
 
     def decode(batch: int) -> list[float]:
         waiting = set(add(batch, CONTEXT, STEPS + 2))
         while waiting:
             waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
-        taken = [step() for _ in range(STEPS)]
-        while engine.has_unfinished_requests():
-            engine.step()
+        taken = [watch.timed(engine.step) for _ in range(STEPS)]
+        finish()
         return taken
 
     for warm in (1, 16):

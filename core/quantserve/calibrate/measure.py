@@ -97,15 +97,15 @@ def calibrate(
     rows = QUICK_ROWS if quick else ROWS
     total = 2 + len(kernels)
     say = progress or (lambda what, done, of: None)
-    watch = _Watch()
     threads, before = threads_of(target.cores), torch.get_num_threads()
     torch.set_num_threads(threads)
+    watch = Watch(threads)
     try:
         with torch.inference_mode():
             say("memory bandwidth", 0, total)
-            bandwidth = read_bandwidth()
+            bandwidth = read_bandwidth(watch)
             say("bfloat16 products", 1, total)
-            flops = matmul_rate()
+            flops = matmul_rate(watch)
             tables: dict[str, tuple[tuple[int, float], ...]] = {}
             for index, kernel in enumerate(kernels):
                 say(f"{kernel.key}: {kernel.about}", 2 + index, total)
@@ -126,29 +126,35 @@ def calibrate(
         kernels=tables,
         about={kernel.key: kernel.about for kernel in kernels if kernel.key in tables},
         seconds=round(time.monotonic() - began, 1),
-        disturbed=round(watch.lost(threads), 3),
+        disturbed=round(watch.lost, 3),
         notes=tuple(left_out),
     )
 
 
-class _Watch:
-    """Wall and processor time of timed calls: what they differ by went to others."""
+class Watch:
+    """Times calls, and knows how much of the time went to other processes.
 
-    def __init__(self) -> None:
+    With one compute thread a call takes its processor time, which others cannot lengthen; with several, who wait for
+    each other, it takes wall time.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
         self.wall = self.cpu = 0.0
 
     def timed(self, call: Callable[[], object]) -> float:
         """Seconds of one call."""
-        cpu, started = time.process_time(), time.perf_counter()
+        began_cpu, began = time.process_time(), time.perf_counter()
         call()
-        spent = time.perf_counter() - started
-        self.wall += spent
-        self.cpu += time.process_time() - cpu
-        return spent
+        wall, cpu = time.perf_counter() - began, time.process_time() - began_cpu
+        self.wall += wall
+        self.cpu += cpu
+        return min(cpu, wall) if self.threads == 1 else wall
 
-    def lost(self, threads: int) -> float:
+    @property
+    def lost(self) -> float:
         """Share of the threads' time in which they did not run."""
-        return max(0.0, 1 - self.cpu / (threads * self.wall)) if self.wall else 0.0
+        return max(0.0, 1 - self.cpu / (self.threads * self.wall)) if self.wall else 0.0
 
 
 def typical(taken: Sequence[float]) -> float:
@@ -156,7 +162,7 @@ def typical(taken: Sequence[float]) -> float:
     return quantiles(taken, n=4, method="inclusive")[0]
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(watch: Watch) -> float:
     """Bytes per second of the fastest of several ways to read a buffer many times the cache."""
     size = 64 << 20
     words = torch.ones(8 * size // 8, dtype=torch.int64)
@@ -171,28 +177,20 @@ def read_bandwidth() -> float:
     }
     best = 0.0
     for read in loops.values():
-        taken = []
-        for number in range(10):
-            started = time.perf_counter()
-            read(pieces[number % len(pieces)])
-            taken.append(time.perf_counter() - started)
+        taken = [watch.timed(partial(read, pieces[number % len(pieces)])) for number in range(10)]
         best = max(best, size / typical(taken[2:]))
     return best
 
 
-def matmul_rate() -> float:
+def matmul_rate(watch: Watch) -> float:
     """FLOP/s of a large bfloat16 product."""
     m, n, k = 512, 4096, 4096
     x, weight = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
-    taken = []
-    for _ in range(7):
-        started = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        taken.append(time.perf_counter() - started)
+    taken = [watch.timed(partial(torch.nn.functional.linear, x, weight)) for _ in range(7)]
     return 2 * m * n * k / typical(taken[2:])
 
 
-def kernel_table(kernel: Kernel, rows: Sequence[int], watch: _Watch) -> tuple[tuple[int, float], ...]:
+def kernel_table(kernel: Kernel, rows: Sequence[int], watch: Watch) -> tuple[tuple[int, float], ...]:
     """Seconds per weight by rows of x: typical times of calls on copies of the weight that take turns."""
     calls = list(_copies(kernel))
     table = []

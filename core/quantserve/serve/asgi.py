@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -201,44 +201,6 @@ class Guard:
             if started:
                 raise
             await internal_error(500).response(scope, receive, send)
-
-
-class HideInternals:
-    """Replaces bodies of answers with status 500 and above: vLLM puts the text of its exceptions there.
-
-    The log gets what was replaced.
-
-    Args:
-        app: what is wrapped.
-        is_down: whether the app is beyond repair; its errors are then said to be a passing 503.
-    """
-
-    def __init__(self, app: ASGIApp, is_down: Callable[[], bool] = lambda: False) -> None:
-        self.app = app
-        self.is_down = is_down
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app and replace what must not be seen."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        hidden: list[bytes] | None = None
-
-        async def discreet(message: Message) -> None:
-            nonlocal hidden
-            if message["type"] == "http.response.start" and message["status"] >= 500:
-                hidden = []
-                status = 503 if self.is_down() else message["status"]
-                await internal_error(status).response(scope, receive, send)
-            elif hidden is None:
-                await send(message)
-            elif message["type"] == "http.response.body" and len(hidden) < 8:
-                hidden.append(message.get("body", b"")[:2000])
-
-        await self.app(scope, receive, discreet)
-        if hidden and any(hidden):
-            text = b"".join(hidden).decode(errors="replace")
-            logger.error("%s %s answered an error: %s", scope["method"], scope["path"], text)
 
 
 def internal_error(status: int) -> Refused:

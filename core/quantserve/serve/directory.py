@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 
 from quantserve.serve.replicas import Limits, Pool
 
-POLL_S: Final = 0.5
+POLL_S: Final = 1.0
 ANSWER_S: Final = 5.0
 
 logger = logging.getLogger(__name__)

@@ -14,16 +14,19 @@ LENGTHS: Final = ((64, 64), (512, 128))
 USERS: Final = (1, 16, 64)
 
 PATHS: Final[Mapping[str, str]] = {
-    "bare": "vLLM's own server, one process group per model",
+    "bare": "vLLM's own server",
     "one": "quantserve, one model: the root",
     "route": "quantserve, several models: the model's own route",
     "door": "quantserve, several models: the front door",
+    "bare-auto": "vLLM's own server, its processes placed and threaded as vLLM decides",
     "ray-default": "Ray Serve LLM as it comes",
     "ray-direct": "Ray Serve LLM, direct streaming behind HAProxy",
 }
 REFERENCE: Final = "bare"
 OURS: Final = ("one", "route", "door")
-PEERS: Final = ("ray-default", "ray-direct")
+PEERS: Final = ("bare-auto", "ray-default", "ray-direct")
+PEER: Final = "ray-default"
+"""What our throughput is compared with as well."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ QUIET_S: Final = 2.0
 BUILDS: Final[Mapping[str, servers.Build]] = {
     "bare": servers.bare,
     "one": servers.quantserve,
+    "bare-auto": servers.bare_auto,
     "several": servers.quantserve,
     "ray-default": servers.ray_default,
     "ray-direct": servers.ray_direct,

@@ -52,8 +52,10 @@ class Model:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of the engine's process."""
-        return dict(self.plan["runtime_env"].get("env_vars", {}))
+        """Variables of the engine's process in other servers: those of the plan, but no plugin of quantserve itself."""
+        variables = dict(self.plan["runtime_env"].get("env_vars", {}))
+        plugins = [name for name in variables.get("VLLM_PLUGINS", "").split(",") if name not in ("", "quantserve")]
+        return {**variables, "VLLM_PLUGINS": ",".join(plugins)}
 
 
 def demo_models() -> list[Model]:

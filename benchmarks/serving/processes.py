@@ -114,7 +114,7 @@ def gone(processes: Iterable[psutil.Process], patience_s: float) -> bool:
     return True
 
 
-def require_memory(models: int, each: int = 3 << 30) -> None:
+def require_memory(models: int, each: int = 2600 << 20) -> None:
     """Refuse to begin what this machine has no memory for.
 
     Raises:
@@ -122,7 +122,7 @@ def require_memory(models: int, each: int = 3 << 30) -> None:
     """
     free = psutil.virtual_memory().available
     if free < models * each:
-        wanted = f"{models * each / 2**30:.0f} GiB for {models} models"
+        wanted = f"{models * each / 2**30:.1f} GiB for {models} models"
         raise BenchError(f"{free / 2**30:.1f} GiB of memory are free, {wanted} are wanted")
 
 

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, Final
 
 from benchmarks import report
-from benchmarks.serving.cells import OURS, PATHS, PEERS, REFERENCE
+from benchmarks.serving.cells import OURS, PATHS, PEER, REFERENCE
 
 Found = Mapping[str, Any]
 GROUPS: Final = {
@@ -183,7 +183,7 @@ def against_peer(all_ratios: Sequence[Ratio], path: str) -> list[Ratio]:
 
     Both are known relative to vLLM's own server, so this is the ratio of two medians.
     """
-    peers = {r.cell: r for r in all_ratios if r.path == PEERS[0] and r.figure == "tokens_per_s"}
+    peers = {r.cell: r for r in all_ratios if r.path == PEER and r.figure == "tokens_per_s"}
     return [
         Ratio(
             r.group, path, r.cell, r.figure, (r.middle / peers[r.cell].middle,), r.value, peers[r.cell].value, r.failed
@@ -256,7 +256,7 @@ def notes(found: Found) -> str:
     lag = max((run["lag_max_ms"] for run in runs), default=0.0)
     failed = sum(run["errors"] for run in runs)
     return (
-        f"Medians of {found['rounds']} rounds, relative to `{REFERENCE}` in the same round; in brackets the worst one. "
+        f"Medians of {found['rounds']} round{'s' if found['rounds'] > 1 else ''}, relative to `{REFERENCE}` in the same round; in brackets the worst one. "
         f"The client used up to {share:.0%} of a core; its event loop was at most {lag:.0f} ms late. "
         f"{failed} of {sum(run['completed'] + run['errors'] for run in runs)} requests failed."
     )

@@ -101,6 +101,44 @@ def serve(*arguments: str | Path, **env: str) -> Server:
     return Server([str(BIN / "quantserve"), "serve", "--port", "0", *map(str, arguments)], **env)
 
 
+def gateway(server: Server) -> Any:
+    """The process of the front door."""
+    (found,) = [p for p in psutil.Process(server.process.pid).children() if "quantserve.serve.gateway" in p.cmdline()]
+    return found
+
+
+def replicas(server: Server, app: str) -> list[Any]:
+    """The processes of a model's replicas; `app` is the name of its application."""
+    return [p for p in server.descendants() if p.name().startswith("ray::") and f"ServeReplica:{app}:" in _title(p)]
+
+
+def engines(server: Server, app: str) -> list[Any]:
+    """The processes of a model's engines, engine cores before their workers."""
+    return [engine for replica in replicas(server, app) for engine in replica.children(recursive=True)
+            if engine.name().startswith("VLLM::")]  # fmt: skip
+
+
+def _title(process: Any) -> str:
+    try:
+        return str(process.cmdline()[0])
+    except (psutil.Error, IndexError):
+        return ""
+
+
+def gone(processes: list[Any]) -> bool:
+    """Whether none of them runs any more."""
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def metric(server: Server, app: str, name: str) -> float:
+    """The sum of a metric over all its labels; `app` is the model's route, or empty for the front door."""
+    answer = server.request("GET", f"/{app}/metrics" if app else "/metrics")
+    assert answer.status_code == 200
+    values = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", answer.text, re.MULTILINE)
+    assert values, f"no {name}"
+    return sum(map(float, values))
+
+
 def until(check: Callable[[], bool], seconds: float) -> None:
     """Wait until `check` holds; connection errors count as not yet."""
     deadline = time.monotonic() + seconds

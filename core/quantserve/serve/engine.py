@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import os
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
+import psutil  # type: ignore[import-untyped]
 import ray
 import uvloop
 from ray import serve
@@ -114,7 +116,11 @@ class ModelServer:
                 logger.error("the engine of %s did not answer for %.0f s", self._plan.model_id, patience)
                 break
         logger.error("the engine of %s is lost; the replica exits to be replaced", self._plan.model_id)
+        self._door.draining = True  # another replica may take what comes now
         await asyncio.sleep(LAST_WORDS_S)  # for the errors of requests in flight to reach their clients
+        for process in psutil.Process().children(recursive=True):  # a process that hangs would outlive this one
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         os._exit(1)
 
     async def __del__(self) -> None:

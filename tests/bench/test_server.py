@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_is_stopped_when_interrupted_while_it_starts(
     with pytest.raises(KeyboardInterrupt), Server(models, tmp_path, interrupt, command):
         pass
     assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_is_stopped_when_the_benchmark_is_told_to_end(
+    tmp_path: Path, models: list[ModelConfig], command: list[str], number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), Server(models, tmp_path, command=command):
+        signal.raise_signal(number)
+    assert not alive(tmp_path)
+    assert signal.getsignal(number) == before
 
 
 def test_is_killed_when_it_does_not_listen(

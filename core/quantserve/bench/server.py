@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Final
+from types import FrameType, TracebackType
+from typing import Any, Final
 
 from quantserve.bench.request import Target
 from quantserve.bench.tokens import Session
@@ -49,6 +50,7 @@ class Server:
         self._config = folder / "models.json"
         self.log = folder / "serve.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Target:
         """Start it and wait until every model answers.
@@ -61,6 +63,7 @@ class Server:
         port = free_port()
         command = [*self._command, str(self._config), "--port", str(port)]
         environment = {key: value for key, value in os.environ.items() if key != "QUANTSERVE_API_KEYS"}
+        self._take_signals()
         with self.log.open("wb") as log:
             # A session of its own: Ctrl-C reaches this process only, which then stops the server in order.
             self._process = subprocess.Popen(
@@ -70,7 +73,7 @@ class Server:
         try:
             self._wait(target)
         except BaseException:
-            self.stop()
+            self.__exit__(None, None, None)
             raise
         return target
 
@@ -78,7 +81,24 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop it."""
-        self.stop()
+        try:
+            self.stop()
+        finally:
+            self._give_signals_back()
+
+    def _take_signals(self) -> None:
+        """SIGTERM and SIGHUP act like Ctrl-C while the server runs, so that it is stopped; only the main thread can."""
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            raise KeyboardInterrupt
+
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     def stop(self) -> None:
         """Stop it: first as Ctrl-C does, then by force."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import gmtime, strftime
-from types import FrameType
 from typing import Any, Final
 
 import click
@@ -175,7 +172,7 @@ def _measure_own(
     expect = expected_of({r.model.model_id: r.composition for r in results if r.composition})
     groups = [chosen] if together else [[model] for model in chosen]
     for group in groups:
-        with tempfile.TemporaryDirectory(prefix="quantserve-bench-") as folder, _terminated_as_interrupted():
+        with tempfile.TemporaryDirectory(prefix="quantserve-bench-") as folder:
             label = ", ".join(model.model_id for model in group)
             with Server(group, Path(folder), display.waiting(label)) as target:
                 display.started(label)
@@ -219,21 +216,6 @@ def predicted(composition: Composition, load: Closed | Rounds, measured: Measure
     prediction = made.predict(workload)
     profile = as_profile(made, prediction, composition.target).to_json()
     return {**profile, "tpot_ms": prediction.tpot_ms, "all_users_tokens_per_s": prediction.tokens_per_s}
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP like Ctrl-C while a server of ours runs, so that it is stopped."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def gate(err: Console, measurements: Sequence[Measurement], fail_under: float | None) -> int:

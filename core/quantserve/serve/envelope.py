@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -22,6 +23,20 @@ from quantserve.serve.asgi import Refused, internal_error
 
 KEPT_HEADERS: Final = (b"allow", b"retry-after", b"www-authenticate")
 PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
+TOKEN_FIELDS: Final = {"messages": "max_tokens", "responses": "max_output_tokens"}
+"""By the last part of a path, what clients there call vLLM's ``max_completion_tokens``."""
+NAMED: Final = re.compile(
+    r"(n|best_of|stop|seed|(?:min|max|max_completion)_tokens|top_[pk]|min_p|temperature|\w+_penalty|logprobs|"
+    r"prompt_logprobs|stop_token_ids|bad_words|allowed_token_ids|logit_bias)\b[^.]* (?:must|cannot|can only) "
+)
+"""Messages of vLLM that begin with the field, where it gives no ``param``."""
+HINTS: Final = (
+    (re.compile("empty conversation|not a multimodal model"), "messages"),
+    (re.compile("tool choice"), "tool_choice"),
+    (re.compile("^Chat template is passed"), "chat_template"),
+    (re.compile("out of vocabulary"), "prompt"),
+)
+"""What further messages without ``param`` are about."""
 PROMPTS: Final = {"completions": "prompt", "embeddings": "input", "responses": "input", "messages": "messages"}
 """By the last part of a path, the field with the prompt."""
 PROMPT_NAMES: Final = frozenset({"input_text", "input_tokens", "prompt_token_ids", "prompt_tokens"})
@@ -143,14 +158,23 @@ def refusal(status: int, method: str, path: str, body: bytes) -> Refused:
         message = PHRASES.get(status, f"the request was refused with status {status}")
     if param:
         param = param.removeprefix("body.")
-    if status == 404 and message.startswith("The model "):
-        param, code = "model", "model_not_found"
-    elif param in PROMPT_NAMES or (not param and _TOO_LONG.search(message)):
-        param, code = PROMPTS.get(path.rpartition("/")[2], "prompt"), "context_length_exceeded"
-        if "chat/" in path:
-            param = "messages"
-    elif param and not code:
-        code = "invalid_value"
+    last = path.rpartition("/")[2]
+    prompt = "messages" if path.endswith("/chat/completions") else PROMPTS.get(last, "prompt")
+    if status == 404:
+        code = "model_not_found" if param == "model" or message.startswith("The model ") else "not_found"
+        param = "model" if code == "model_not_found" else param
+    elif status == 400:
+        param = param or _named(message)
+        if param in PROMPT_NAMES or (not param and _TOO_LONG.search(message)):
+            param, code = prompt, "context_length_exceeded"
+        elif param == "prompt":
+            param = prompt
+        elif param == "max_completion_tokens" and last in TOKEN_FIELDS:
+            param = TOKEN_FIELDS[last]
+            message = message.replace("max_completion_tokens", param)
+        if message == "There was an error parsing the body":
+            message, code = "the request body is not valid JSON: it cannot be decoded", "invalid_json"
+        code = code or ("invalid_value" if param else None)
     return Refused(status, _shortened(message), param=param or None, code=code)
 
 
@@ -161,75 +185,131 @@ def invalid_request(errors: Sequence[Any], body: object = None) -> Refused:
         errors: pydantic's, or plain texts.
         body: what the client sent, parsed.
     """
-    problems: dict[str, list[str]] = {}
-    codes: dict[str, str] = {}
+    found: list[_Problem] = []
     for error in errors:
         if not isinstance(error, Mapping):
             if "media type" in (text := str(error)).lower():
                 message = "the body must be declared as JSON: `Content-Type: application/json`"
                 return Refused(415, message, code="unsupported_media_type")
-            problems.setdefault("", []).append(text)
-            continue
-        if error["type"] == "json_invalid":
+            found.append(_Problem("", text, "invalid_value"))
+        elif error["type"] == "json_invalid":
             reason = (error.get("ctx") or {}).get("error", "it cannot be decoded")
             where = next((f" at character {part}" for part in error["loc"] if isinstance(part, int)), "")
             return Refused(400, f"the request body is not valid JSON: {reason}{where}", code="invalid_json")
-        param, text, code = _problem(error, body)
-        if text not in (found := problems.setdefault(param, [])):
-            found.append(text)
-        codes.setdefault(param, code)
+        else:
+            found.append(_problem(error, body))
+    problems: dict[str, list[_Problem]] = {}
+    for problem in _likeliest(found):
+        if problem not in (same := problems.setdefault(problem.param, [])):
+            same.append(problem)
     if not problems:
         return Refused(400, "the request is invalid", code="invalid_value")
-    # Of a union pydantic tells what every branch would have liked; deep inside a branch is the likeliest mistake.
-    said = [_sentence(param, texts) for param, texts in list(problems.items())[:5]]
+    said = [_sentence(param, list(dict.fromkeys(p.text for p in same))) for param, same in list(problems.items())[:5]]
     more = f"; and {len(problems) - 5} more fields" if len(problems) > 5 else ""
-    first = next(iter(problems))
-    return Refused(400, _shortened("; ".join(said) + more), param=first or None, code=codes.get(first, "invalid_value"))
+    param, same = next(iter(problems.items()))
+    return Refused(400, _shortened("; ".join(said) + more), param=param or None, code=same[0].code)
 
 
-def _problem(error: Mapping[str, Any], body: object) -> tuple[str, str, str]:
-    """The field, what is wrong with it and OpenAI's code, of one of pydantic's errors."""
-    missing = error["type"] == "missing"
-    path = _field(error["loc"], body, missing)
+@dataclass(frozen=True)
+class _Problem:
+    """One of pydantic's errors.
+
+    Attributes:
+        param: the field.
+        text: what is wrong with it.
+        code: OpenAI's.
+        constant: whether a constant was expected, such as a role.
+        missing: whether the field is missing.
+        branches: of the unions on the way to the field, outermost first, the path and which branch the error is of.
+    """
+
+    param: str
+    text: str
+    code: str
+    constant: bool = False
+    missing: bool = False
+    branches: tuple[tuple[str, str], ...] = ()
+
+
+def _problem(error: Mapping[str, Any], body: object) -> _Problem:
+    kind = error["type"]
+    missing = kind == "missing"
+    param, branches = _field(error["loc"], body, missing)
     cause = (error.get("ctx") or {}).get("error")
-    if missing:
-        return path or "body", "is missing", "missing_required_parameter"
-    if error["type"] == "extra_forbidden":
-        return path, "is not known", "unknown_parameter"
     if own := getattr(cause, "parameter", None):
-        path = str(own)
-    text = _DETAILS.sub("", str(cause)) if isinstance(cause, Exception) else str(error.get("msg", "is invalid"))
-    text = text.removeprefix("Value error, ").replace("Input should be", "must be").replace("Input ", "value ")
-    wrong_type = error["type"].endswith(("_type", "_parsing", "_instance_of")) or error["type"] == "int_from_float"
-    return path, text, "invalid_type" if wrong_type else "invalid_value"
+        param = str(own)
+    if missing:
+        text, code = "is missing", "missing_required_parameter"
+    elif kind == "extra_forbidden":
+        text, code = "is not known", "unknown_parameter"
+    elif kind in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
+        text, code = "must be an object", "invalid_type"
+    else:
+        text = _DETAILS.sub("", str(cause)) if isinstance(cause, Exception) else str(error.get("msg", "is invalid"))
+        text = text.removeprefix("Value error, ").replace("Input should be", "must be").replace("Input ", "value ")
+        wrong_type = kind.endswith(("_type", "_parsing", "_instance_of")) or kind == "int_from_float"
+        code = "invalid_type" if wrong_type else "invalid_value"
+    return _Problem(param, text, code, kind == "literal_error", missing, branches)
 
 
-def _field(location: Iterable[object], body: object, missing: bool) -> str:
-    """The path to a field as a client would write it: ``messages[0].role``.
+def _likeliest(found: Sequence[_Problem]) -> list[_Problem]:
+    """The errors without those of union branches that the client can hardly have meant.
+
+    Of a union pydantic tells what every branch would have liked: eleven errors for a message without a role. Meant is
+    what has the right type at all, then the right constants, then all fields, then the fewest errors.
+    """
+    left = list(found)
+    for level in range(max((len(problem.branches) for problem in found), default=0)):
+        badness: dict[object, dict[str, list[int]]] = {}
+        for problem in left:
+            if level < len(problem.branches):
+                union, branch = problem.branches[level]
+                counts = badness.setdefault((problem.branches[:level], union), {}).setdefault(branch, [0, 0, 0, 0])
+                counts[0] |= problem.code == "invalid_type" and problem.param == union
+                counts[1] += problem.constant
+                counts[2] += problem.missing
+                counts[3] += 1
+        best = {union: min(branches.values()) for union, branches in badness.items()}
+        left = [
+            problem
+            for problem in left
+            if level >= len(problem.branches)
+            or badness[key := (problem.branches[:level], problem.branches[level][0])][problem.branches[level][1]]
+            == best[key]
+        ]
+    return left
+
+
+def _field(location: Iterable[object], body: object, missing: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The path to a field as a client would write it, ``messages[0].role``, and the branches of unions on the way.
 
     pydantic's locations also name the branches of unions and validators. What is a key or an index of the client's
-    body belongs to the path; a field that is missing is none, and comes last.
+    body belongs to the path; a field that is missing is neither, and comes last.
     """
     path = ""
+    branches: list[tuple[str, str]] = []
     value = body
     parts = [part for part in location if part != "body"]
     for index, part in enumerate(parts):
         if isinstance(part, int) and isinstance(value, list) and part < len(value):
             path += f"[{part}]"
             value = value[part]
-        elif isinstance(part, str) and isinstance(value, Mapping):
-            last = missing and index == len(parts) - 1
-            if part not in value and not last:
-                continue
+        elif (
+            isinstance(part, str)
+            and isinstance(value, Mapping)
+            and (part in value or (missing and index == len(parts) - 1))
+        ):
             path += f".{part}" if path else part
             value = value.get(part)
-    return path
+        else:
+            branches.append((path, str(part)))
+    return path, tuple(branches)
 
 
 def _sentence(param: str, texts: Sequence[str]) -> str:
     text = " or ".join(texts[:4]) + (" or ..." if len(texts) > 4 else "")
     if not param:
-        return text
+        return f"the request body {text}" if text.startswith(("is ", "must ")) else text
     return f"`{param}` {text}" if text.startswith(("is ", "must ")) else f"`{param}`: {text}"
 
 
@@ -253,6 +333,13 @@ def _said(body: bytes) -> tuple[str, str | None, str | None]:
     message = next((value for key in ("message", "detail") if isinstance(value := error.get(key), str)), "")
     param, code = error.get("param"), error.get("code")
     return message, param if isinstance(param, str) else None, code if isinstance(code, str) else None
+
+
+def _named(message: str) -> str | None:
+    """The field that a message without ``param`` is about."""
+    if match := NAMED.match(message):
+        return match[1]
+    return next((param for pattern, param in HINTS if pattern.search(message)), None)
 
 
 def _shortened(text: str) -> str:

@@ -16,8 +16,9 @@ from urllib.parse import unquote
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.serve.asgi import Refused, answer_lifespan, is_json, parse_object, read_body, replay
+from quantserve.serve.asgi import Refused, answer_lifespan, ask, is_json, parse_object, read_body, replay
 from quantserve.serve.limits import JSON_KEY
+from quantserve.serve.openapi import rendered
 from quantserve.serve.trace import trace_of
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class FrontDoor:
         self.names = {name: model for model in models for name in (model.id, *model.aliases)}
         self.routes = {model.route.strip("/"): model for model in models}
         self.only = models[0] if len(models) == 1 else None
+        self._schemas: dict[str, tuple[list[bytes], bytes]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand the request to its model."""
@@ -113,15 +115,15 @@ class FrontDoor:
             return
         if model := self.routes.get(segment):
             scope = {**scope, "path": scope["path"][len(segment) + 1 :] or "/"}
-            await self._one(model, scope, receive, send)
+            await self._one(model, scope, receive, send, model.route)
         elif self.only:
             await self._one(self.only, scope, receive, send)
         else:
             await self._several(scope, receive, send)
 
-    async def _one(self, model: ServedModel, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _one(self, model: ServedModel, scope: Scope, receive: Receive, send: Send, route: str = "") -> None:
         """A request to one certain model; it must not name another."""
-        if response := await self._own(scope, [model]):
+        if response := await self._own(scope, [model], route):
             await response(scope, receive, send)
             return
         path = scope["path"]
@@ -143,14 +145,35 @@ class FrontDoor:
         else:
             await self._forward(scope, receive, send)
 
-    async def _own(self, scope: Scope, models: Sequence[ServedModel]) -> Response | None:
-        """The answer to what the front door answers itself: health and the list of models."""
+    async def _own(self, scope: Scope, models: Sequence[ServedModel], route: str = "") -> Response | None:
+        """The answer to what the front door answers itself: health, the list of models and the schema."""
         path: str = scope["path"]
         if path == "/health" and scope["method"] in ("GET", "HEAD"):
             return await _health(models)
         if path == "/v1/models" or path.startswith("/v1/models/"):
             return self._models(path, scope, {name: model for name, model in self.names.items() if model in models})
+        if path == "/openapi.json" and scope["method"] in ("GET", "HEAD"):
+            return Response(await self._schema(models, route), media_type="application/json")
         return None
+
+    async def _schema(self, models: Sequence[ServedModel], route: str) -> bytes:
+        """The OpenAPI schema of what these models' servers can do, as far as it can be reached here.
+
+        Models that are not up are left out, so that asking starts none.
+        """
+        up = [model for model in models if await model.healthy()]
+        answers = await asyncio.gather(*(ask(model.app, "GET", "/openapi.json") for model in up))
+        texts = [text for status, text in answers if status == 200]
+        if not texts:
+            raise Refused(503, "no model is available at the moment to say what it can do", code="model_unavailable")
+        known = self._schemas.get(route)
+        if known is None or known[0] != texts:
+            names = [name for name, model in self.names.items() if model in models]
+            several = len(models) > 1
+            ours = self.metrics is not None and not route
+            known = texts, rendered(texts, names, several=several, metrics=ours, route=route)
+            self._schemas[route] = known
+        return known[1]
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find the model a body names and hand the request over."""

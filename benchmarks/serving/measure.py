@@ -13,7 +13,7 @@ from benchmarks.serving import servers
 from benchmarks.serving.cells import FAST, PATHS, PEERS, REFERENCE, SLOW, Cell, Choice
 from benchmarks.serving.client import Client
 from benchmarks.serving.models import Model, demo_models, small_model
-from benchmarks.serving.processes import require_memory
+from benchmarks.serving.processes import all_cpu_s, require_memory
 from benchmarks.serving.servers import Server
 from quantserve.bench.request import Target
 
@@ -208,9 +208,11 @@ class Bench:
             time.sleep(AWAKE_S)
             client.load(warm, targets, f"wake {seed}", f"wake {path}")
             client.prepare(cell, seed, path)
-            before = server.cpu_s()
+            all_before, before, began = all_cpu_s(), server.cpu_s(), time.monotonic()
             run = client.send(targets)
-            return {**run, "server_cpu_s": server.cpu_s() - before}
+            everything, own = all_cpu_s() - all_before, server.cpu_s() - before
+            others = (everything - own - run["cpu_s"]) / (time.monotonic() - began)
+            return {**run, "server_cpu_s": own, "other_cores": max(0.0, others)}
         finally:
             server.freeze()
 

@@ -126,6 +126,12 @@ def require_memory(models: int, each: int = 2600 << 20) -> None:
         raise BenchError(f"{free / 2**30:.1f} GiB of memory are free, {wanted} are wanted")
 
 
+def all_cpu_s() -> float:
+    """Processor time that all processes of this machine used since it started, in seconds."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
+
+
 def busy_cores(seconds: float = 1.0) -> float:
     """How many cores everything on this machine keeps busy."""
     return float(psutil.cpu_percent(seconds)) / 100 * (os.cpu_count() or 1)

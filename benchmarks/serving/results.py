@@ -255,9 +255,12 @@ def notes(found: Found) -> str:
     share = max((run["client_share"] for run in runs), default=0.0)
     lag = max((run["lag_max_ms"] for run in runs), default=0.0)
     failed = sum(run["errors"] for run in runs)
+    others = [run["other_cores"] for run in runs]
     return (
-        f"Medians of {found['rounds']} round{'s' if found['rounds'] > 1 else ''}, relative to `{REFERENCE}` in the same round; in brackets the worst one. "
+        f"Medians of rounds ({found['rounds']}) relative to `{REFERENCE}` in the same round; in brackets the worst. "
         f"The client used up to {share:.0%} of a core; its event loop was at most {lag:.0f} ms late. "
+        f"Other processes used {median(others or [0.0]):.2f} cores in the median cell, "
+        f"{max(others, default=0.0):.2f} at most. "
         f"{failed} of {sum(run['completed'] + run['errors'] for run in runs)} requests failed."
     )
 

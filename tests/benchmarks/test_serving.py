@@ -186,7 +186,7 @@ def test_stopping_ends_the_whole_tree_even_when_it_is_frozen_and_stubborn(burnin
 def run(path: str, number: int, tokens: float, ttft: float = 10.0, gap: float = 5.0, **more: Any) -> dict[str, Any]:
     about = {"group": "demo", "server": "one", "cell": "demo-fp16, chat 64/64, 16 users", "path": path}
     measured = {"tokens_per_s": tokens, "ttft_ms": ttft, "gap_p99_ms": gap, "errors": 0, "completed": 4}
-    return {**about, "round": number, **measured, "client_share": 0.1, "lag_max_ms": 1.0, **more}
+    return {**about, "round": number, **measured, "client_share": 0.1, "lag_max_ms": 1.0, "other_cores": 0.0, **more}
 
 
 def found(runs: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

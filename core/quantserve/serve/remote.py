@@ -87,10 +87,12 @@ class RemoteModel:
         target = _target(scope)
         headers = [(key, value) for key, value in scope["headers"] if key not in NOT_FORWARDED]
         key = self._key(scope, body)
+        light = scope["method"] in ("GET", "HEAD")
         failed: set[str] = set()
         began = time.perf_counter()
         for attempt in range(1, ATTEMPTS + 1):
-            async with self.pool.slot(key, frozenset(failed)) as replica:
+            avoid = frozenset(failed)
+            async with self.pool.visit(avoid) if light else self.pool.slot(key, avoid) as replica:
                 trace.replica, trace.attempts = replica.id, attempt
                 trace.queued_s += time.perf_counter() - began
                 try:

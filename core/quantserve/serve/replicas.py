@@ -118,6 +118,21 @@ class Pool:
             self._finished.append(time.monotonic())
             self._wake()
 
+    @asynccontextmanager
+    async def visit(self, avoid: frozenset[str] = frozenset()) -> AsyncIterator[Replica]:
+        """A replica for a request that costs its engine nothing, such as one for metrics: it needs no place.
+
+        Args:
+            avoid: ids of replicas that failed this request already.
+
+        Raises:
+            Refused: 503, there is no replica.
+        """
+        usable = self._usable(avoid)
+        if not usable:
+            raise self.unavailable()
+        yield min(usable, key=lambda replica: (replica.broken_until > time.monotonic(), replica.ongoing))
+
     async def healthy(self) -> bool:
         """Whether any replica answers and says that its engine is well."""
         return any(await asyncio.gather(*(self._healthy(replica) for replica in list(self.replicas.values()))))

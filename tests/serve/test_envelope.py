@@ -11,7 +11,8 @@ from typing import Any, Literal
 import pytest
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import TYPES, error_type
@@ -213,11 +214,18 @@ class Body(BaseModel):
 @pytest.fixture(scope="module")
 def fastapi_app() -> FastAPI:
     app = FastAPI()
+    app.add_exception_handler(ValueError, lambda request, error: PlainTextResponse(str(error), 400))
+    app.middleware_stack = app.build_middleware_stack()  # as vLLM's app comes
     install(app)
 
     @app.post("/v1/chat/completions")
     async def chat(body: Body) -> dict[str, bool]:
         return {"ok": True}
+
+    @app.post("/later")
+    async def later(body: dict[str, Any]) -> None:
+        TypeAdapter(list[dict[str, int]]).validate_python(body["items"])
+        Body.model_validate({**GOOD, **body})
 
     @app.post("/media")
     async def media() -> None:
@@ -260,6 +268,17 @@ def test_requests_that_do_not_fit(fastapi_app: FastAPI, body: object, param: str
     assert (answer.status, answer.error["param"], answer.error["code"]) == (400, param, code)
     assert said in answer.error["message"]
     assert "(parameter" not in answer.error["message"]
+
+
+def test_parts_that_vllm_looks_at_later(fastapi_app: FastAPI) -> None:
+    """vLLM answers these with pydantic's own text, the client's input in it."""
+    app = Envelope(fastapi_app)
+    answer = asyncio.run(request(app, "POST", "/later", {"items": [{}, "x"]}))
+    assert (answer.status, answer.error["param"], answer.error["code"]) == (400, None, "invalid_type")
+    assert answer.error["message"] == "item 1 of a list in the request must be an object"
+    answer = asyncio.run(request(app, "POST", "/later", {"items": [], "n": "many"}))
+    assert (answer.status, answer.error["param"], answer.error["code"]) == (400, "n", "invalid_type")
+    assert answer.error["message"].startswith("`n` must be a valid integer")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def ask(body: object, path: str = CHAT, app: Any = None, method: str = "POST", *
         ({"prompt": [[1, 2]] * 7}, "prompt", "has 7 items"),
         ({"input": ["x"] * 7}, "input", "`input` has 7 items"),
         ({"prompt": ["x"] * 3, "n": 4}, "prompt", "`prompt` has 3 items, 4 times each; this server allows at most 6"),
+        ({"top_k": 2**64}, "top_k", "`top_k` has the number 18446744073709551616, which does not fit into 64 bits"),
+        ({"x": [{"y": [0, -(2**63) - 1]}]}, "x", "-9223372036854775809"),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/org--model/v1/completions"])
@@ -69,6 +71,7 @@ def test_too_much(body: dict[str, Any], param: str, said: str, path: str) -> Non
         {"messages": [{}] * 3, "max_tokens": 100, "n": 4, "stop": ["a", "b"]},
         {"prompt": [1] * 200, "stop": "x" * 200},
         {"prompt": ["x"] * 3, "n": 2},
+        {"user": "9" * 40, "seed": 2**64 - 1, "x": [-(2**63), {"y": 1e300}]},
         {"prompt": [], "messages": "no list", "n": "5", "max_tokens": None, "best_of": True, "stop": 7},
     ],
 )

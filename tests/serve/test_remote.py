@@ -163,6 +163,22 @@ def test_connections_are_kept_and_a_closed_one_is_replaced() -> None:
     run(work)
 
 
+def test_the_answer_to_head_is_whole_without_a_body() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.head = (405, [(b"content-length", b"18"), (b"content-type", b"text/event-stream")])
+        async with served(replica) as port:
+            pool = pool_of(r=port)
+            for path in ("/version", "/load"):
+                answer = await request(RemoteModel(pool), "HEAD", path)
+                assert (answer.status, answer.headers["content-length"], answer.body) == (405, "18", b"")
+            assert [connection.uses for connection in pool.replicas["r"].upstream._idle] == [2]
+            replica.head = (200, [])
+            assert (await request(RemoteModel(pool), "GET", "/version")).body == b"".join(replica.chunks)
+
+    run(work)
+
+
 def test_a_full_model_refuses_at_once_and_in_order() -> None:
     async def work() -> None:
         replica = Replica()

@@ -132,11 +132,17 @@ class Envelope:
 def install(app: Any) -> None:
     """Have a FastAPI app answer requests that it cannot read with `invalid_request`; before its first request."""
     from fastapi.exceptions import RequestValidationError
+    from pydantic import ValidationError
 
     async def handler(request: Request, error: RequestValidationError) -> Response:
         return invalid_request(error.errors(), error.body).response
 
+    async def later(request: Request, error: ValidationError) -> Response:
+        return invalid_part(error.errors()).response
+
     app.add_exception_handler(RequestValidationError, handler)
+    app.add_exception_handler(ValidationError, later)
+    app.middleware_stack = None  # vLLM has built it already, with the handlers of that time
 
 
 def refusal(status: int, method: str, path: str, body: bytes) -> Refused:
@@ -208,6 +214,18 @@ def invalid_request(errors: Sequence[Any], body: object = None) -> Refused:
     more = f"; and {len(problems) - 5} more fields" if len(problems) > 5 else ""
     param, same = next(iter(problems.items()))
     return Refused(400, _shortened("; ".join(said) + more), param=param or None, code=same[0].code)
+
+
+def invalid_part(errors: Sequence[Any]) -> Refused:
+    """What pydantic says about a part of a request that vLLM looks at later, when it works on it."""
+    names = {error["loc"][0] for error in errors if error["loc"] and isinstance(error["loc"][0], str)}
+    refused = invalid_request(errors, dict.fromkeys(names))
+    if not names and errors and errors[0]["loc"]:
+        text = _problem(errors[0], None).text
+        return Refused(
+            400, _shortened(f"item {errors[0]['loc'][0]} of a list in the request {text}"), code="invalid_type"
+        )
+    return refused
 
 
 @dataclass(frozen=True)

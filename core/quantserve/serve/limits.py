@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +26,7 @@ TOKEN_FIELDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens
 CHOICE_FIELDS: Final = ("n", "best_of")
 STOP_FIELDS: Final = ("stop", "stop_sequences", "stop_token_ids")
 PROMPT_FIELDS: Final = ("prompt", "input", "documents")
+_LONG_NUMBER: Final = re.compile(rb"\d{19}")
 _WITH_BODY: Final = ("POST", "PUT", "PATCH", "DELETE")
 
 
@@ -137,6 +139,8 @@ class Limits:
             body = await self._read(receive)
             if (parsed := _parse(scope, body)) is not None:
                 self.check(parsed)
+                if _LONG_NUMBER.search(body):
+                    _check_numbers(parsed)
                 trace_of(scope).stream = parsed.get("stream") is True
                 scope[JSON_KEY] = parsed
             await self.app(scope, replay(body, receive), send)
@@ -197,6 +201,21 @@ def _parse(scope: Scope, body: bytes) -> dict[str, Any] | None:
         if header(scope, b"content-type"):
             raise
         return None
+
+
+def _check_numbers(body: Mapping[str, Any]) -> None:
+    """Refuse whole numbers beyond 64 bits: vLLM cannot send them to its engine, and answers with a 500."""
+    for field, value in body.items():
+        left = [value]
+        while left:
+            found = left.pop()
+            if isinstance(found, Mapping):
+                left += found.values()
+            elif isinstance(found, list):
+                left += found
+            elif isinstance(found, int) and not -(2**63) <= found < 2**64:
+                message = f"`{field[:100]}` has the number {str(found)[:40]}, which does not fit into 64 bits"
+                raise Refused(400, message, param=field[:100], code="invalid_value")
 
 
 def _counted(receive: Receive, limit: int) -> Receive:

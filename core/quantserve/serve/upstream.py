@@ -104,11 +104,13 @@ class _Connection(asyncio.Protocol):
         self._response: Response | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._headers: Headers = []
+        self._head_only = False
         self.idle_since = 0.0
         self.uses = 0
 
-    def send(self, head: bytes, body: bytes) -> Response:
+    def send(self, head: bytes, body: bytes, head_only: bool) -> Response:
         assert self._transport is not None
+        self._head_only = head_only
         self._response = Response(self)
         self._parser = httptools.HttpResponseParser(self)
         self._headers = []
@@ -176,6 +178,7 @@ class _Connection(asyncio.Protocol):
             status = self._parser.get_status_code()
             if status >= 200:
                 self._response.status, self._response.headers = status, self._headers
+                self._response._complete = self._head_only  # the length that is announced does not come
             self._headers = []
             self._response._wake()
 
@@ -219,7 +222,7 @@ class Upstream:
         while True:
             connection = self._take() or await self._connect()
             fresh = connection.uses == 0
-            response = connection.send(head, body)
+            response = connection.send(head, body, method == "HEAD")
             try:
                 await response._head()
             except ReplicaLost:

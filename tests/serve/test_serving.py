@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -190,29 +191,35 @@ GOOD = {"model": "demo-fp16", "messages": QUESTION, "max_tokens": 2}
 
 
 @pytest.mark.parametrize(
-    ("change", "status", "said"),
+    ("change", "param", "status", "said"),
     [
-        ({"model": "demo-fp17"}, 404, "did you mean `demo-fp16`"),
-        ({"temperature": -1}, 400, "temperature"),
-        ({"temperature": "hot"}, 400, "temperature"),
-        ({"top_p": 2}, 400, "top_p"),
-        ({"n": 0}, 400, "n"),
-        ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"logprobs": False, "top_logprobs": 5}, 400, "logprobs"),
-        ({"messages": []}, 400, ""),
-        ({"messages": "hello"}, 400, "messages"),
-        ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "512"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}}, 400, ""),
-        ({"stop": 7}, 400, "stop"),
-        ({"seed": "x"}, 400, "seed"),
+        ({"model": "demo-fp17"}, "model", 404, "did you mean `demo-fp16`"),
+        ({"temperature": -1}, "temperature", 400, "temperature"),
+        ({"temperature": "hot"}, "temperature", 400, "temperature"),
+        ({"top_p": 2}, "top_p", 400, "top_p"),
+        ({"n": 0}, "n", 400, "n"),
+        ({"max_tokens": 0}, "max_tokens", 400, "max_tokens"),
+        ({"logprobs": False, "top_logprobs": 5}, "top_logprobs", 400, "logprobs"),
+        ({"messages": []}, "messages", 400, ""),
+        ({"messages": "hello"}, "messages", 400, "messages"),
+        ({"messages": [{"role": "user", "content": "word " * 600}]}, "messages", 400, "512"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}},
+         None, 400, ""),
+        ({"stop": 7}, "stop", 400, "stop"),
+        ({"seed": "x"}, "seed", 400, "seed"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("prefix", ["", "/demo-fp16"])
-def test_mistakes_are_explained(server: Server, prefix: str, change: dict[str, Any], status: int, said: str) -> None:
+def test_mistakes_are_explained(
+    server: Server, prefix: str, change: dict[str, Any], param: str | None, status: int, said: str
+) -> None:
     answer = server.request("POST", prefix + "/v1/chat/completions", {**GOOD, **change})
     assert answer.status_code == status
     error = answer.json()["error"]
-    assert {"message", "type", "param", "code"} <= set(error)
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+    assert error["param"] == param
+    assert error["code"] is None or re.fullmatch("[a-z_]+", error["code"])
     assert said in error["message"]
     assert "Traceback" not in answer.text
     assert server.request("POST", prefix + "/v1/chat/completions", GOOD).status_code == 200

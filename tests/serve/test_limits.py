@@ -54,6 +54,9 @@ def ask(body: object, path: str = CHAT, app: Any = None, method: str = "POST", *
         ({"prompt": ["x"] * 3, "n": 4}, "prompt", "`prompt` has 3 items, 4 times each; this server allows at most 6"),
         ({"top_k": 2**64}, "top_k", "`top_k` has the number 18446744073709551616, which does not fit into 64 bits"),
         ({"x": [{"y": [0, -(2**63) - 1]}]}, "x", "-9223372036854775809"),
+        ({"x": [{"y": "a\ud800"}]}, "x", "`x` has text that is not valid Unicode"),
+        ({"x": {"\udfff": 1}}, "x", "not valid Unicode"),
+        ({"\udfff": 1}, "\\udfff", "`\\udfff` has text"),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/org--model/v1/completions"])
@@ -72,6 +75,7 @@ def test_too_much(body: dict[str, Any], param: str, said: str, path: str) -> Non
         {"prompt": [1] * 200, "stop": "x" * 200},
         {"prompt": ["x"] * 3, "n": 2},
         {"user": "9" * 40, "seed": 2**64 - 1, "x": [-(2**63), {"y": 1e300}]},
+        {"user": "\U0001f600 \ud7ff\ue000", "x": "\\ud800"},
         {"prompt": [], "messages": "no list", "n": "5", "max_tokens": None, "best_of": True, "stop": 7},
     ],
 )
@@ -99,6 +103,11 @@ def test_bodies_that_are_too_long(kind: str | None, declared: bool) -> None:
     fits = b"x" * 2000
     assert ask(fits, "/upload", upstream, parts=5, headers={"content-type": "text/plain"}).status == 200
     assert upstream.bodies == [fits]
+
+
+def test_bytes_of_half_a_surrogate_pair() -> None:
+    assert ask(b'{"x": "\xed\xa0\x80"}').error["param"] == "x"
+    assert ask(b'{"x": "\xed\x9f\xbf"}').status == 200
 
 
 def test_bodies_that_are_no_json() -> None:

@@ -26,7 +26,8 @@ TOKEN_FIELDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens
 CHOICE_FIELDS: Final = ("n", "best_of")
 STOP_FIELDS: Final = ("stop", "stop_sequences", "stop_token_ids")
 PROMPT_FIELDS: Final = ("prompt", "input", "documents")
-_LONG_NUMBER: Final = re.compile(rb"\d{19}")
+_SUSPECT: Final = re.compile(rb"\d{19}|\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""What a body must have in it to hold a number beyond 64 bits or half a surrogate pair."""
 _WITH_BODY: Final = ("POST", "PUT", "PATCH", "DELETE")
 
 
@@ -139,8 +140,8 @@ class Limits:
             body = await self._read(receive)
             if (parsed := _parse(scope, body)) is not None:
                 self.check(parsed)
-                if _LONG_NUMBER.search(body):
-                    _check_numbers(parsed)
+                if _SUSPECT.search(body):
+                    _check_values(parsed)
                 trace_of(scope).stream = parsed.get("stream") is True
                 scope[JSON_KEY] = parsed
             await self.app(scope, replay(body, receive), send)
@@ -203,19 +204,37 @@ def _parse(scope: Scope, body: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _check_numbers(body: Mapping[str, Any]) -> None:
-    """Refuse whole numbers beyond 64 bits: vLLM cannot send them to its engine, and answers with a 500."""
+def _check_values(body: Mapping[str, Any]) -> None:
+    """Refuse what vLLM cannot send to its engine and would answer with a 500.
+
+    Raises:
+        Refused: 400, a whole number does not fit into 64 bits, or a text is no Unicode.
+    """
     for field, value in body.items():
-        left = [value]
+        left = [field, value]
         while left:
             found = left.pop()
             if isinstance(found, Mapping):
-                left += found.values()
+                left += [*found, *found.values()]
             elif isinstance(found, list):
                 left += found
             elif isinstance(found, int) and not -(2**63) <= found < 2**64:
-                message = f"`{field[:100]}` has the number {str(found)[:40]}, which does not fit into 64 bits"
-                raise Refused(400, message, param=field[:100], code="invalid_value")
+                raise _unusable(field, f"the number {str(found)[:40]}, which does not fit into 64 bits")
+            elif isinstance(found, str) and not _is_unicode(found):
+                raise _unusable(field, "text that is not valid Unicode: half a surrogate pair")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _unusable(field: str, has: str) -> Refused:
+    shown = field[:100].encode("ascii", "backslashreplace").decode()
+    return Refused(400, f"`{shown}` has {has}", param=shown, code="invalid_value")
 
 
 def _counted(receive: Receive, limit: int) -> Receive:

@@ -9,9 +9,11 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import psutil  # type: ignore[import-untyped]
@@ -23,6 +25,8 @@ BACKLOG: Final = 2048
 SECRET: Final = b"quantserve-secret"
 OBJECT_STORE_BYTES: Final = 512 << 20
 """Ray's shared memory; only requests and answers pass through it."""
+ROOM_BYTES: Final = 64 << 20
+"""Ray's session folder needs so much at the start; without it Ray waits for a minute and says nothing of it."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,11 +60,15 @@ def start_ray() -> None:
     """Start Ray and Ray Serve in processes of our own, whatever ``RAY_ADDRESS`` says; clients come in by our gateway.
 
     Raises:
-        EngineError: Ray did not start.
+        EngineError: Ray did not start, or there is no room for its session.
     """
+    check_room(Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"), ROOM_BYTES)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray lowers the priority of its workers, and with them of our engines, below everything else on the machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # When the machine's memory is nearly used up, by whomever, Ray kills what it started last or what is smallest, such
+    # as Serve's controller. The kernel kills what is largest, and only when there is none left.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     import ray
     from ray import serve
 
@@ -80,6 +88,24 @@ def start_ray() -> None:
         raise EngineError(f"Ray did not start: {one_line(error)}") from error
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def check_room(folder: Path, wanted: int) -> None:
+    """See whether a folder's file system has `wanted` bytes left.
+
+    Raises:
+        EngineError: it has not.
+    """
+    if (free := free_bytes(folder)) < wanted:
+        raise EngineError(
+            f"no space left in {folder} for Ray's session: {free / 2**20:.0f} MiB free, {wanted >> 20} MiB needed\n"
+            "  fix: make room, or name another folder in RAY_TMPDIR"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the file system that a folder is on, or will be on."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 def cluster_secret() -> tuple[str, int]:

@@ -6,12 +6,15 @@ import contextlib
 import logging
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import psutil  # type: ignore[import-untyped]
+
+from quantserve.serve.cluster import free_bytes
 
 _ERROR = re.compile(
     r"^(?P<before>.*?)(?P<cause>\b(?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit): .+)$", re.MULTILINE
@@ -21,6 +24,8 @@ _VAGUE: Final = ("Engine core initialization failed", "WorkerProc initialization
 _FAILED: Final = "EngineCore failed to start"
 _ENGINE: Final = "VLLM::"
 """How the names of the engine's processes begin."""
+_FULL: Final = "No space left on device"
+_ROOM: Final = 1 << 20
 _LONGEST: Final = 600
 _READ: Final = 4 << 20
 _LOOK_S: Final = 1.0
@@ -52,9 +57,9 @@ class EngineLogs:
     def cause(self, error: BaseException) -> str:
         """What really went wrong: vLLM may say only that a process failed, which that process explained in its log."""
         said = f"{type(error).__name__}: {error}"
-        if not any(vague in said for vague in _VAGUE):
-            return said
-        return last_cause(self.text()) or said
+        if any(vague in said for vague in _VAGUE):
+            said = last_cause(self.text()) or said
+        return with_full_folders(said)
 
     @contextlib.contextmanager
     def killing_failed_starts(self) -> Iterator[None]:
@@ -76,6 +81,20 @@ class EngineLogs:
                         if process.name().startswith(_ENGINE):
                             process.kill()
                 return
+
+
+def with_full_folders(cause: str) -> str:
+    """A cause that speaks of a full disk names which of the folders vLLM and torch write to are full."""
+    if _FULL not in cause:
+        return cause
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folders = {
+        "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT") or str(caches / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(),
+        "TMPDIR": tempfile.gettempdir(),
+    }
+    full = [f"{folder} ({name})" for name, folder in folders.items() if free_bytes(Path(folder)) < _ROOM]
+    return f"{_FULL}: {', '.join(full)}" if full else cause
 
 
 def last_cause(log: str) -> str | None:

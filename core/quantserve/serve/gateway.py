@@ -1,9 +1,9 @@
 """The front door as a process of its own, started and fed by `quantserve serve`.
 
-`python -m quantserve.serve.gateway FD` inherits the listening socket as file descriptor FD. On standard input comes one JSON object per line: first the
-settings (`models`, `token`, `policy`), then the replicas by model id whenever they change; the end of input is the end
-of the server it belongs to, and ends this process. On standard output it names the models that requests wait for and
-that have no replica.
+`python -m quantserve.serve.gateway FD` inherits the listening socket as file descriptor FD. On standard input comes one
+JSON object per line: first the settings (`models`, `token`, `policy`), then the replicas by model id whenever they
+change; the end of input is the end of the server it belongs to, and ends this process. On standard output it names the
+models that requests wait for and that have no replica.
 """
 
 from __future__ import annotations

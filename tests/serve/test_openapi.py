@@ -122,6 +122,17 @@ def test_a_server_without_a_schema(status: int) -> None:
     assert ask(door(model("chat", Described({}, status)))).status in (404, 503)
 
 
+def test_closed_paths_are_neither_shown_nor_reached() -> None:
+    chat = Described(schema("/v1/chat/completions", "/scale_elastic_ep"))
+    front = door(model("chat", chat), model("other", Described(schema("/v1/chat/completions"))))
+    assert "/scale_elastic_ep" not in ask(front, "/chat/openapi.json").json["paths"]
+    asked = chat.asked
+    for path in ("/chat/scale_elastic_ep", "/scale_elastic_ep", "/scale_elastic_ep/"):
+        answer = asyncio.run(request(front, "POST", path, {"model": "chat", "new_data_parallel_size": 2}))
+        assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+    assert chat.asked == asked
+
+
 def test_a_new_schema_is_taken_over() -> None:
     chat = Described(schema("/v1/chat/completions"))
     front = door(model("chat", chat))

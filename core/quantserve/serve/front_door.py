@@ -29,6 +29,8 @@ LISTED: Final = 20
 """How many known ids an error names."""
 RESERVED: Final = frozenset({"v1", "v2", "health", "metrics", "tokenize", "detokenize", "docs", "openapi.json", "-"})
 """First path segments that a model's own route must not take."""
+CLOSED: Final = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
+"""What vLLM's server lets every client do to its engine; Ray Serve scales here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +173,7 @@ class FrontDoor:
             names = [name for name, model in self.names.items() if model in models]
             several = len(models) > 1
             ours = self.metrics is not None and not route
-            known = texts, rendered(texts, names, several=several, metrics=ours, route=route)
+            known = texts, rendered(texts, names, several=several, metrics=ours, route=route, closed=CLOSED)
             self._schemas[route] = known
         return known[1]
 
@@ -197,6 +199,8 @@ class FrontDoor:
     async def _hand_over(
         model: ServedModel, fields: Mapping[str, Any], scope: Scope, receive: Receive, send: Send
     ) -> None:
+        if scope["path"].rstrip("/") in CLOSED:
+            raise Refused(404, f"nothing at {scope['path']}", code="unknown_url")
         trace = trace_of(scope)
         trace.model, trace.stream = model.id, fields.get("stream") is True
         trace.quant_method = str((model.card.get("metadata") or {}).get("method") or "")

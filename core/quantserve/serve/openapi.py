@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 METHODS: Final = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
@@ -41,7 +41,13 @@ ERRORS: Final = {
 
 
 def public_schema(
-    schemas: Sequence[Mapping[str, Any]], names: Sequence[str], *, several: bool, metrics: bool, route: str = ""
+    schemas: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    *,
+    several: bool,
+    metrics: bool,
+    route: str = "",
+    closed: Collection[str] = (),
 ) -> dict[str, Any]:
     """The schema of what clients reach at one address.
 
@@ -52,6 +58,7 @@ def public_schema(
             paths, and ``model`` is required.
         metrics: whether it answers ``/metrics`` itself.
         route: prefix of all paths.
+        closed: paths of the models' servers that clients do not reach.
     """
     paths: dict[str, Any] = {}
     components: dict[str, Any] = {}
@@ -59,6 +66,8 @@ def public_schema(
         for kind, found in copy.deepcopy(dict(schema.get("components") or {})).items():
             components.setdefault(kind, {}).update(found)
         for path, item in copy.deepcopy(dict(schema.get("paths") or {})).items():
+            if path in closed:
+                continue
             if operations := {key: value for key, value in item.items() if not several or _routable(key, value)}:
                 paths.setdefault(path, operations)
     for operation in _operations(paths):
@@ -123,8 +132,7 @@ def _operation(summary: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"summary": summary, "responses": {**good, **ERRORS}}
 
 
-def rendered(texts: Sequence[bytes], names: Sequence[str], *, several: bool, metrics: bool, route: str = "") -> bytes:
+def rendered(texts: Sequence[bytes], names: Sequence[str], **settings: Any) -> bytes:
     """`public_schema` of schemas as JSON."""
-    schemas = [json.loads(text) for text in texts]
-    schema = public_schema(schemas, names, several=several, metrics=metrics, route=route)
+    schema = public_schema([json.loads(text) for text in texts], names, **settings)
     return json.dumps(schema, separators=(",", ":")).encode()

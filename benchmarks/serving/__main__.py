@@ -23,8 +23,15 @@ from benchmarks.serving.models import SERVING
 from benchmarks.serving.processes import busy_cores
 
 SHAPES = ("demo", "small")
-QUICK: dict[str, Any] = {"shapes": "demo", "users": "16", "lengths": "64/64", "rounds": 1, "starts": 0}
-FULL: dict[str, Any] = {"shapes": None, "users": None, "lengths": None, "rounds": 3, "starts": 1}
+QUICK: dict[str, Any] = {
+    "paths": "one,route,door,ray-default",
+    "shapes": "demo",
+    "users": "16",
+    "lengths": "64/64",
+    "rounds": 1,
+    "starts": 0,
+}
+FULL: dict[str, Any] = {"paths": None, "shapes": None, "users": None, "lengths": None, "rounds": 3, "starts": 1}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--starts", type=int, metavar="N", help="start every server N more times, for that alone; default 1"
     )
-    out.add_argument("--quick", action="store_true", help="one round of 16 at once, 64 in and out: about 5 minutes")
+    out.add_argument(
+        "--quick", action="store_true", help="one round of 16 at once, 64 in and out, the demo: about 5 minutes"
+    )
     out.add_argument("--render", action="store_true", help="measure nothing: draw OUT/results.json anew")
     out.add_argument("--out", type=Path, default=SERVING, help="default build/bench/serving")
     return out
@@ -64,7 +73,7 @@ def choice_of(options: argparse.Namespace) -> Choice:
     if not all(1 <= number <= max(USERS) for number in users) or given["rounds"] < 1 or given["starts"] < 0:
         raise BenchError(f"--concurrency is 1 to {max(USERS)}, --rounds 1 or more, --starts 0 or more")
     return Choice(
-        paths=(REFERENCE, *(path for path in chosen(options.paths, tuple(PATHS), "path") if path != REFERENCE)),
+        paths=(REFERENCE, *(path for path in chosen(given["paths"], tuple(PATHS), "path") if path != REFERENCE)),
         shapes=chosen(given["shapes"], SHAPES, "shape"),
         apis=chosen(options.apis, APIS, "API"),
         lengths=tuple(LENGTHS[known.index(length)] for length in lengths),

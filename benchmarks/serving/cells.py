@@ -18,13 +18,12 @@ PATHS: Final[Mapping[str, str]] = {
     "one": "quantserve, one model: the root",
     "route": "quantserve, several models: the model's own route",
     "door": "quantserve, several models: the front door",
-    "bare-auto": "vLLM's own server, its processes placed and threaded as vLLM decides",
     "ray-default": "Ray Serve LLM as it comes",
     "ray-direct": "Ray Serve LLM, direct streaming behind HAProxy",
 }
 REFERENCE: Final = "bare"
 OURS: Final = ("one", "route", "door")
-PEERS: Final = ("bare-auto", "ray-default", "ray-direct")
+PEERS: Final = ("ray-default", "ray-direct")
 PEER: Final = "ray-default"
 """What our throughput is compared with as well."""
 
@@ -57,13 +56,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Amount:
-    """How many requests a cell has: enough for a few seconds.
+    """How much of a model's cells is measured, so that each takes seconds.
 
     Attributes:
-        waves: users -> requests per user, for 128 tokens in and out; the next smaller number of users counts.
+        waves: users -> requests per user, for 64 tokens out; the next smaller number of users counts.
+        long_users: most users with the longer prompts; prefill alone would take a minute beyond.
     """
 
     waves: Mapping[int, int]
+    long_users: int
 
     def requests(self, users: int, output_tokens: int) -> int:
         """Requests of a cell; half as many per user for long answers, at least one."""
@@ -71,8 +72,8 @@ class Amount:
         return users * max(1, per_user if output_tokens <= 64 else per_user // 2)
 
 
-FAST: Final = Amount({1: 16, 3: 8, 16: 6, 48: 4})
-SLOW: Final = Amount({1: 6, 3: 4, 16: 2, 48: 2})
+FAST: Final = Amount({1: 16, 3: 8, 15: 10, 48: 5}, long_users=64)
+SLOW: Final = Amount({1: 6, 3: 4, 15: 2, 48: 2}, long_users=16)
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,17 @@ class Choice:
             for tokens_in, tokens_out in self.lengths
             for api in self.apis
             for users in self.users
+            if (tokens_in, tokens_out) == min(LENGTHS) or users <= amount.long_users
         ]
 
     def short(self, model: str, amount: Amount) -> list[Cell]:
-        """The cells of a peer: the shorter length only."""
-        return [
-            cell for cell in self.matrix(model, amount) if (cell.input_tokens, cell.output_tokens) == min(self.lengths)
-        ]
+        """Those of the shorter length."""
+        return [c for c in self.matrix(model, amount) if (c.input_tokens, c.output_tokens) == min(self.lengths)]
 
-    def sample(self, model: str, amount: Amount) -> list[Cell]:
-        """One number of users, one length."""
-        middle = sorted(self.users)[len(self.users) // 2]
-        return [cell for cell in self.short(model, amount) if cell.users == middle]
+    def middle(self, model: str, amount: Amount) -> list[Cell]:
+        """Those of the middle number of users."""
+        users = sorted(self.users)[len(self.users) // 2]
+        return [cell for cell in self.matrix(model, amount) if cell.users == users]
 
     def together(self, models: Sequence[str], amount: Amount) -> list[Cell]:
         """All models asked at once, each by its share of the users."""

@@ -10,24 +10,25 @@ from typing import Any, Final
 
 from benchmarks.decode.console import BenchError, say
 from benchmarks.serving import servers
-from benchmarks.serving.cells import FAST, PATHS, PEERS, REFERENCE, SLOW, Cell, Choice
+from benchmarks.serving.cells import FAST, PATHS, PEERS, REFERENCE, SLOW, Amount, Cell, Choice
 from benchmarks.serving.client import Client
-from benchmarks.serving.models import Model, demo_models, small_model
-from benchmarks.serving.processes import all_cpu_s, require_memory
+from benchmarks.serving.models import Model, demo_configs, planned, small_config
+from benchmarks.serving.processes import all_cpu_s, busy_cores, require_memory
 from benchmarks.serving.servers import Server
 from quantserve.bench.request import Target
 
 SETTLE_S: Final = 3.0
 """From the last request until idling is measured; vLLM's worker spins for one second after work."""
 IDLE_S: Final = 5.0
-AWAKE_S: Final = 0.3
+AWAKE_S: Final = 0.4
+"""Between two looks at what other processes use, and at least from thawing a server until it is asked."""
+CALM_CORES: Final = 0.3
+CALM_S: Final = 20.0
 WARM_TOKENS: Final = 8
-QUIET_S: Final = 2.0
 
 BUILDS: Final[Mapping[str, servers.Build]] = {
     "bare": servers.bare,
     "one": servers.quantserve,
-    "bare-auto": servers.bare_auto,
     "several": servers.quantserve,
     "ray-default": servers.ray_default,
     "ray-direct": servers.ray_direct,
@@ -74,39 +75,49 @@ class Found:
         runs: one entry per cell, path and round.
         starts: one entry per start of a server.
         refused: path -> why it was not measured.
+        client_priority: whether the client ran before any server's process.
     """
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    client_priority: bool = False
 
 
 def groups(choice: Choice) -> list[Group]:
     """Everything that was chosen, in the order in which it is measured."""
     out: list[Group] = []
-    demo = demo_models()
-    first = demo[0]
-    ids = [model.id for model in demo]
+    configs = demo_configs()
     if "demo" in choice.shapes:
-        out.append(Group("demo", [first], alone(choice, first, FAST)))
-        cells = [*choice.matrix(first.id, FAST), *(cell for id in ids[1:] for cell in choice.sample(id, FAST))]
-        cells += choice.together(ids, FAST)
-        out.append(Group("three", demo, several(choice, demo, cells)))
+        out.append(group_of_one(choice, "demo", planned(configs[:1])[0], FAST))
+        demo = planned(configs)
+        ids = [model.id for model in demo]
+        cells = [*choice.short(ids[0], FAST), *choice.middle(ids[0], FAST)]
+        cells += [cell for id in ids[1:] for cell in choice.middle(id, FAST) if cell in choice.short(id, FAST)]
+        out.append(Group("three", demo, several(choice, demo, [*dict.fromkeys(cells), *choice.together(ids, FAST)])))
     if "small" in choice.shapes:
-        small = small_model()
-        cells = choice.short(small.id, SLOW)
-        out.append(Group("small", [small], [*alone(choice, small, SLOW), *several(choice, [small, first], cells)]))
+        small = small_config()
+        out.append(group_of_one(choice, "small", planned([small])[0], SLOW))
+        # Planned together: models side by side on a CPU are not bound to the same core, in vLLM's own servers neither.
+        pair = planned([small, configs[0]])
+        out.append(Group("pair", pair, several(choice, pair, choice.middle(pair[0].id, SLOW))))
     return [group for group in out if group.beside]
 
 
-def alone(choice: Choice, model: Model, amount: Any) -> list[Beside]:
+def group_of_one(choice: Choice, name: str, model: Model, amount: Amount) -> Group:
+    """One model alone."""
+    return Group(name, [model], alone(choice, model, amount))
+
+
+def alone(choice: Choice, model: Model, amount: Amount) -> list[Beside]:
     """The servers of one model."""
     out = []
     if "one" in choice.paths:
         out.append(Beside("one", [model], ("one",), choice.matrix(model.id, amount)))
     for peer in PEERS:
         if peer in choice.paths:
-            out.append(Beside(peer, [model], (peer,), choice.short(model.id, amount)))
+            cells = choice.short(model.id, amount) if amount is FAST else choice.middle(model.id, amount)
+            out.append(Beside(peer, [model], (peer,), cells))
     return out
 
 
@@ -130,15 +141,16 @@ class Bench:
         self.found = Found()
 
     def run(self) -> Found:
-        """Everything.
-
-        Raises:
-            BenchError: vLLM's own server, to which all is compared, does not run.
-        """
+        """Everything; what does not run is refused, and the rest goes on."""
         client = Client()
+        self.found.client_priority = client.priority
         try:
             for group in groups(self._choice):
-                self._group(client, group)
+                try:
+                    self._group(client, group)
+                except BenchError as error:  # vLLM's own server did not start, or there is not enough memory
+                    for beside in group.beside:
+                        self._refuse(beside, group, error)
             self._starts()
         finally:
             client.close()
@@ -205,7 +217,7 @@ class Bench:
         warm = replace(cell, output_tokens=WARM_TOKENS, requests=cell.users)
         server.thaw()
         try:
-            time.sleep(AWAKE_S)
+            await_calm()
             client.load(warm, targets, f"wake {seed}", f"wake {path}")
             client.prepare(cell, seed, path)
             all_before, before, began = all_cpu_s(), server.cpu_s(), time.monotonic()
@@ -219,13 +231,13 @@ class Bench:
     def _starts(self) -> None:
         """Starts for their times alone: each model of the demo by itself, and all at once."""
         wanted: list[str] = [name for name in (REFERENCE, "one") if name in self._choice.paths]
-        demo = demo_models() if self._choice.starts else []
+        configs = demo_configs() if self._choice.starts else []
         for _ in range(self._choice.starts):
-            for models in ([model] for model in demo):
+            for config in configs:
                 for name in wanted:
-                    self._start(name, models)
+                    self._start(name, planned([config]))
             for name in ("bare", "several") if "door" in self._choice.paths else ():
-                self._start(name, demo)
+                self._start(name, planned(configs))
 
     def _start(self, name: str, models: Sequence[Model]) -> None:
         try:
@@ -234,6 +246,13 @@ class Bench:
         except BenchError as error:
             say(f"{name}: {error}")
         self._save(self.found)
+
+
+def await_calm() -> None:
+    """Wait until others leave the processor alone, at most `CALM_S`; what they use is in the results anyway."""
+    deadline = time.monotonic() + CALM_S
+    while busy_cores(AWAKE_S) > CALM_CORES and time.monotonic() < deadline:
+        time.sleep(AWAKE_S)
 
 
 def warm_cells(cells: Sequence[Cell]) -> list[Cell]:

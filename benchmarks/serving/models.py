@@ -58,7 +58,7 @@ class Model:
         return {**variables, "VLLM_PLUGINS": ",".join(plugins)}
 
 
-def demo_models() -> list[Model]:
+def demo_configs() -> list[dict[str, Any]]:
     """The models of models/demo.yaml, for more tokens and users than there.
 
     Raises:
@@ -70,10 +70,10 @@ def demo_models() -> list[Model]:
         if not path.is_dir():
             raise BenchError(f"{path} does not exist\n  fix: make prepare")
         config["engine_config"]["hf_model_id"] = str(path)
-    return planned([sized(config) for config in configs])
+    return [sized(config) for config in configs]
 
 
-def small_model() -> Model:
+def small_config() -> dict[str, Any]:
     """The 0.1B model, its checkpoint made first if need be: random weights, the demo's tokenizer."""
     path = make(SMALL, "bf16")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -84,7 +84,7 @@ def small_model() -> Model:
         "hf_model_id": str(path),
         "engine_kwargs": {"quantization": "fp16", "enforce_eager": True},
     }
-    return planned([sized({"engine_config": engine, "scaling_config": {"num_gpus_per_worker": 0}})])[0]
+    return sized({"engine_config": engine, "scaling_config": {"num_gpus_per_worker": 0}})
 
 
 def sized(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def sized(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def planned(configs: Sequence[Mapping[str, Any]]) -> list[Model]:
-    """The models with their plans, by `quantserve plan --json`.
+    """Models that one server serves, with their plans by `quantserve plan --json`.
 
     Raises:
         BenchError: it refuses; its words.

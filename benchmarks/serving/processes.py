@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 
 from benchmarks.decode.console import BenchError
 
-STOP_S: Final = 60.0
+STOP_S: Final = 30.0
 KILL_S: Final = 10.0
 LOOKS: Final = 5
 """How often a tree is walked to freeze it: a process may be born meanwhile."""
@@ -83,7 +83,7 @@ class Tree:
                     break
         finally:
             left = self.look()
-            gone(left, 2.0)
+            gone(left, 3.0)
             for process in self.look():
                 send(process, signal.SIGKILL)
             gone(left, KILL_S)

@@ -16,7 +16,8 @@ Found = Mapping[str, Any]
 GROUPS: Final = {
     "demo": "One model: demo-fp16",
     "three": "Several models: demo-fp16, demo-awq, demo-squeezellm",
-    "small": "A model of 0.1 billion weights, alone and with demo-fp16 beside it",
+    "small": "One model: 0.1 billion weights",
+    "pair": "Two models: 0.1 billion weights, demo-fp16 beside it",
 }
 FIGURES: Final = {
     "tokens_per_s": ("Output tokens per second", "tok/s"),
@@ -255,10 +256,12 @@ def notes(found: Found) -> str:
     share = max((run["client_share"] for run in runs), default=0.0)
     lag = max((run["lag_max_ms"] for run in runs), default=0.0)
     failed = sum(run["errors"] for run in runs)
+    place = "before" if found["client_priority"] else "beside"
     others = [run["other_cores"] for run in runs]
     return (
         f"Medians of rounds ({found['rounds']}) relative to `{REFERENCE}` in the same round; in brackets the worst. "
-        f"The client used up to {share:.0%} of a core; its event loop was at most {lag:.0f} ms late. "
+        f"The client used up to {share:.0%} of a core, {place} all others; "
+        f"its event loop was at most {lag:.0f} ms late. "
         f"Other processes used {median(others or [0.0]):.2f} cores in the median cell, "
         f"{max(others, default=0.0):.2f} at most. "
         f"{failed} of {sum(run['completed'] + run['errors'] for run in runs)} requests failed."

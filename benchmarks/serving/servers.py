@@ -52,24 +52,15 @@ Build = Callable[[Sequence[Model]], list[Command]]
 
 def bare(models: Sequence[Model]) -> list[Command]:
     """vLLM's own server for each model."""
-    return [bare_one(model, model.environment) for model in models]
+    return [bare_one(model) for model in models]
 
 
-def bare_auto(models: Sequence[Model]) -> list[Command]:
-    """The same without what quantserve's plan says about threads: vLLM pins them to cores of its choice."""
-    threads = ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
-    return [
-        bare_one(model, {key: value for key, value in model.environment.items() if key not in threads})
-        for model in models
-    ]
-
-
-def bare_one(model: Model, environment: Mapping[str, str]) -> Command:
-    """vLLM's own server for one model, on the engine arguments of quantserve's plan."""
+def bare_one(model: Model) -> Command:
+    """vLLM's own server for one model, on the engine arguments and variables of quantserve's plan."""
     port = free_port()
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     line += ["--disable-uvicorn-access-log", *flags(model.engine_args)]
-    return Command(line, environment, {model.id: f"http://127.0.0.1:{port}/v1"})
+    return Command(line, model.environment, {model.id: f"http://127.0.0.1:{port}/v1"})
 
 
 def flags(engine_args: Mapping[str, Any]) -> list[str]:

@@ -95,11 +95,18 @@ def test_all_models_together_share_the_users() -> None:
     assert all(one.requests % 3 == 0 and one.models == ("a", "b", "c") for one in cells)
 
 
-def test_a_peer_gets_the_shorter_length_only() -> None:
+def test_cells_are_chosen_by_length_and_by_users() -> None:
     choice = Choice()
     assert {(c.input_tokens, c.output_tokens) for c in choice.short("a", FAST)} == {(64, 64)}
     assert {(c.input_tokens, c.output_tokens) for c in choice.matrix("a", FAST)} == {(64, 64), (512, 128)}
-    assert {c.users for c in choice.sample("a", FAST)} == {16}
+    assert {c.users for c in choice.middle("a", FAST)} == {16}
+    assert len(choice.matrix("a", FAST)) == 12
+
+
+def test_a_slow_model_gets_no_long_prompts_from_many_users() -> None:
+    cells = Choice().matrix("a", SLOW)
+    assert {c.users for c in cells if c.input_tokens == 512} == {1, 16}
+    assert {c.users for c in cells if c.input_tokens == 64} == {1, 16, 64}
 
 
 # --- the command line
@@ -191,7 +198,16 @@ def run(path: str, number: int, tokens: float, ttft: float = 10.0, gap: float = 
 
 def found(runs: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     machine = {"cpu": "c", "cores": 2, "memory_gib": 1, "isa": [], "python": "3", "versions": {}}
-    about = {"date": "d", "machine": machine, "ray": "r", "command": "x", "rounds": 3, "starts": [], "refused": {}}
+    about = {
+        "date": "d",
+        "machine": machine,
+        "ray": "r",
+        "command": "x",
+        "rounds": 3,
+        "starts": [],
+        "refused": {},
+        "client_priority": True,
+    }
     return {**about, "runs": runs, **more}
 
 

@@ -56,19 +56,28 @@ async def follow(book: Book, handles: Mapping[str, Any]) -> None:
     """Keep the book in step with Ray Serve, for ever."""
     waking: dict[str, asyncio.Future[Any]] = {}
     while True:
-        found = await asyncio.gather(*(replicas_of(handle) for handle in handles.values()))
-        book.update({name: there for name, there in zip(handles, found, strict=True) if there is not None})
+        book.update(await look_up(handles))
         for model_id in book.wanted:
             wake(model_id, handles, waking)
         await asyncio.sleep(POLL_S)
 
 
+async def look_up(handles: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The replicas by model id, of all models that can be asked."""
+    found = await asyncio.gather(*(replicas_of(handle) for handle in handles.values()))
+    return {name: there for name, there in zip(handles, found, strict=True) if there is not None}
+
+
 async def replicas_of(handle: Any) -> list[dict[str, Any]] | None:
     """Addresses of a deployment's running replicas; None when that cannot be said now."""
+    from ray.serve.exceptions import DeploymentUnavailableError
+
     try:
         answers = await asyncio.to_thread(
             lambda: handle.broadcast("describe").results(timeout_s=ANSWER_S, return_exceptions=True)
         )
+    except DeploymentUnavailableError:  # there is none
+        return []
     except Exception as error:
         logger.debug("no answer from the replicas: %s", type(error).__name__)
         return None

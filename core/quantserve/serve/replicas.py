@@ -134,7 +134,9 @@ class Pool:
         yield min(usable, key=lambda replica: (replica.broken_until > time.monotonic(), replica.ongoing))
 
     async def healthy(self) -> bool:
-        """Whether any replica answers and says that its engine is well."""
+        """Whether any replica answers and says that its engine is well, or a request would wake one."""
+        if self.limits.wakes and not self._usable(frozenset()):
+            return True
         return any(await asyncio.gather(*(self._healthy(replica) for replica in list(self.replicas.values()))))
 
     @staticmethod

@@ -125,6 +125,14 @@ def test_app_file_with_everything(write: Write, checkpoint: Path) -> None:
     assert load([path, path]).models == app.models
 
 
+def test_files_of_http_may_be_absolute(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    app = load(
+        [write("models: [org/six]\nhttp: {api_keys_file: /etc/keys.txt, access_log: ~/access.jsonl}", "app.yaml")]
+    )
+    assert (app.http.api_keys_file, app.http.access_log) == ("/etc/keys.txt", "/home/somebody/access.jsonl")
+
+
 @pytest.mark.parametrize("form", ["models: one.yaml", "models: {engine_config: {model_id: one}}", "models: [one.yaml]"])
 def test_models_need_no_list(write: Write, form: str) -> None:
     write("engine_config: {model_id: one}", "one.yaml")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from quantserve.config.migrate import EMBEDDING_FIX, TRTLLM_FIX, migrate
 from quantserve.config.model import AppConfig, ModelConfig
-from quantserve.config.paths import LORA, config_files, expand, folder_id, is_hub_id, not_found, resolved
+from quantserve.config.paths import LORA, config_files, expand, folder_id, is_hub_id, not_found, resolved, resolved_file
 from quantserve.config.report import Report, got, unknown_key
 from quantserve.config.schema import HttpConfig
 from quantserve.config.source import SUFFIXES, Located, from_object, parse, read
@@ -299,9 +299,9 @@ class _Loader:
             self.report.invalid(doc, error, HttpConfig)
             return
         if http.api_keys_file:
-            http.api_keys_file = resolved("./" + http.api_keys_file, doc.folder)
+            http.api_keys_file = resolved_file(http.api_keys_file, doc.folder)
         if http.access_log not in ("off", "stderr"):
-            http.access_log = resolved("./" + http.access_log, doc.folder)
+            http.access_log = resolved_file(http.access_log, doc.folder)
         if self.http and self.http[0] != http:
             self.report.problem(doc, (), f"differs from `http` at {self.http[1].where()}", "keep one")
         self.http = (http, doc)

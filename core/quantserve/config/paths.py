@@ -53,6 +53,11 @@ def resolved(text: str, folder: Path | None) -> str:
     return str(((folder or Path()) / path).resolve()) if text.startswith(("./", "../")) else text
 
 
+def resolved_file(text: str, folder: Path | None) -> str:
+    """`text`, which names a file and no hub id, as an absolute path."""
+    return resolved(text if expand(text).is_absolute() else "./" + text, folder)
+
+
 def is_hub_id(text: str, folders: Sequence[Path]) -> bool:
     """Whether a name that is no path looks like ``org/name``; a folder called ``org`` makes it a mistyped path."""
     return (

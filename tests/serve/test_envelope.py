@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
@@ -202,6 +202,14 @@ class Body(BaseModel):
     n: int = 1
     stop: str | list[str] | None = None
     top_p: float = 1
+    outputs: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _outputs(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("outputs") is not None:
+            data["outputs"].get("json")  # as vLLM's validators do
+        return data
 
     @field_validator("top_p")
     @classmethod
@@ -221,6 +229,10 @@ def fastapi_app() -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: Body) -> dict[str, bool]:
         return {"ok": True}
+
+    @app.post("/broken")
+    async def broken(body: Body) -> None:
+        [].get("json")  # type: ignore[attr-defined]
 
     @app.post("/later")
     async def later(body: dict[str, Any]) -> None:
@@ -268,6 +280,14 @@ def test_requests_that_do_not_fit(fastapi_app: FastAPI, body: object, param: str
     assert (answer.status, answer.error["param"], answer.error["code"]) == (400, param, code)
     assert said in answer.error["message"]
     assert "(parameter" not in answer.error["message"]
+
+
+def test_only_what_fails_in_reading_is_the_clients_fault(fastapi_app: FastAPI) -> None:
+    answer = asyncio.run(request(Envelope(fastapi_app), "POST", CHAT, {**GOOD, "outputs": []}))
+    assert (answer.status, answer.error["code"]) == (400, "invalid_type")
+    assert "attribute" not in answer.error["message"]
+    with pytest.raises(AttributeError):  # as every FastAPI app, after an answer with status 500
+        asyncio.run(request(Envelope(fastapi_app), "POST", "/broken", GOOD))
 
 
 def test_parts_that_vllm_looks_at_later(fastapi_app: FastAPI) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -41,6 +41,8 @@ PROMPTS: Final = {"completions": "prompt", "embeddings": "input", "responses": "
 """By the last part of a path, the field with the prompt."""
 PROMPT_NAMES: Final = frozenset({"input_text", "input_tokens", "prompt_token_ids", "prompt_tokens"})
 """What vLLM calls the prompt when it is too long."""
+UNREADABLE: Final = (AttributeError, LookupError, TypeError, RecursionError)
+"""What vLLM's validators raise where they did not expect a type."""
 _LONGEST_BODY: Final = 1 << 20
 _LONGEST_MESSAGE: Final = 1000
 _LOGGED: Final = 4000
@@ -142,7 +144,35 @@ def install(app: Any) -> None:
 
     app.add_exception_handler(RequestValidationError, handler)
     app.add_exception_handler(ValidationError, later)
+    for kind in UNREADABLE:
+        app.add_exception_handler(kind, _unreadable(app.exception_handlers.get(kind)))
     app.middleware_stack = None  # vLLM has built it already, with the handlers of that time
+
+
+def _unreadable(otherwise: Callable[[Request, Any], Any] | None) -> Callable[[Request, Any], Awaitable[Response]]:
+    """A handler of exceptions that are the request's fault when they come up while it is read, which vLLM's validators
+    do where a field has another type than they expect. Elsewhere they go the way they went.
+    """
+
+    async def handler(request: Request, error: Exception) -> Response:
+        if not _came_up_in_reading(error):
+            if otherwise is None:
+                raise error
+            return await otherwise(request, error)
+        logger.info("%s could not be read: %r", request.url.path, error)
+        return Refused(400, "the request body cannot be read: a field has the wrong type", code="invalid_type").response
+
+    return handler
+
+
+def _came_up_in_reading(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_name == "solve_dependencies" and "fastapi" in code.co_filename:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def refusal(status: int, method: str, path: str, body: bytes) -> Refused:

@@ -150,6 +150,13 @@ class DeploymentConfig(Section):
         default=None, gt=0, description="Seconds between looks at whether they are finished; default 2."
     )
     max_constructor_retry_count: int | None = Field(default=None, ge=1, description="Attempts to start a replica.")
+    max_surge_percent: int | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Replicas, in percent, that may start beside the old ones when a changed config is deployed, "
+        "so that these serve until then. Default: 100 without GPUs, else 0, as there may be none to spare.",
+    )
     logging_config: dict[str, Any] | None = Field(default=None, description="Ray Serve logging of the replica.")
 
     @model_validator(mode="before")

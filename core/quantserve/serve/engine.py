@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.plan import Plan
 from quantserve.serve.asgi import Guard, Refused, header
-from quantserve.serve.directory import Directory, follow
+from quantserve.serve.directory import POLL_S, Directory, follow, look_up
 from quantserve.serve.limits import Policy
 from quantserve.serve.remote import DRAINING
 from quantserve.serve.request_defaults import RequestDefaults
@@ -35,6 +35,8 @@ WATCH_S: Final = 1.0
 LAST_WORDS_S: Final = 2.0
 HANGS: Final = 4
 """An engine that does not answer for so many health check timeouts hangs; a long prefill takes its time, too."""
+MEET_S: Final = 5.0
+"""How long a front door looks for replicas before it is ready without; at the first start there are none yet."""
 POLICY: Final = "quantserve.serve.scaling:replicas_for_load"
 
 T = TypeVar("T")
@@ -208,12 +210,24 @@ class FrontDoorServer:
         policy: limits, keys and logging, as JSON.
     """
 
-    def __init__(self, models: Sequence[Mapping[str, Any]], token: str, policy: Mapping[str, Any]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, models: Sequence[Mapping[str, Any]], token: str, policy: Mapping[str, Any]
+    ) -> None:
         settings = Policy.model_validate(policy)
         self._directory = Directory(models, token)
         self._app = public_app(models, self._directory, settings)
         handles = {str(model["card"]["id"]): model["handle"] for model in models}
+        await self._meet(handles)
         self._following = asyncio.get_running_loop().create_task(follow(self._directory, handles))
+
+    async def _meet(self, handles: Mapping[str, Any]) -> None:
+        """Find the replicas there are: once it is ready this front door may take over from another one."""
+        deadline = asyncio.get_running_loop().time() + MEET_S
+        while asyncio.get_running_loop().time() < deadline:
+            self._directory.update(await look_up(handles))
+            if all(pool.replicas for pool in self._directory.pools.values()):
+                return
+            await asyncio.sleep(POLL_S)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The app Serve sends requests to."""
@@ -225,6 +239,9 @@ def model_application(plan: Plan, token: str, *, loopback: bool) -> Application:
     options = dict(plan.deployment)
     actor = dict(options.pop("ray_actor_options", None) or {})
     actor["runtime_env"] = plan.runtime_env
+    if not (actor.get("num_gpus") or options.get("placement_group_bundles")):
+        # Without GPUs there is room for the new replica beside the old one, which serves until the new one is ready.
+        options.setdefault("max_surge_percent", 100)
     if scaling := options.get("autoscaling_config"):
         options["autoscaling_config"] = {**scaling, "policy": {"policy_function": POLICY}}
     deployment = serve.deployment(ModelServer).options(name=plan.app_name, ray_actor_options=actor, **options)
@@ -241,5 +258,7 @@ def front_door_application(
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=100_000,
         health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=float(policy["request_timeout_s"]),
+        max_surge_percent=100,
     )
     return deployment.bind(bound, token, dict(policy))

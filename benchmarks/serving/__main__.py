@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
         "--starts", type=int, metavar="N", help="start every server N more times, for that alone; default 1"
     )
     out.add_argument(
+        "--patience", type=float, default=20.0, metavar="S", help="wait for a quiet processor; default 20 s"
+    )
+    out.add_argument(
         "--quick", action="store_true", help="one round of 16 at once, 64 in and out, the demo: about 5 minutes"
     )
     out.add_argument("--render", action="store_true", help="measure nothing: draw OUT/results.json anew")
@@ -80,6 +83,7 @@ def choice_of(options: argparse.Namespace) -> Choice:
         users=users,
         rounds=given["rounds"],
         starts=given["starts"],
+        patience_s=options.patience,
     )
 
 

@@ -84,6 +84,7 @@ class Choice:
         paths, shapes, apis, lengths, users: those chosen.
         rounds: of every cell.
         starts: extra starts of every server, for their times alone.
+        patience_s: how long to wait for other processes to leave the processor alone, before every load and start.
     """
 
     paths: tuple[str, ...] = tuple(PATHS)
@@ -93,6 +94,7 @@ class Choice:
     users: tuple[int, ...] = USERS
     rounds: int = 3
     starts: int = 1
+    patience_s: float = 20.0
 
     def matrix(self, model: str, amount: Amount) -> list[Cell]:
         """Every cell of one model."""

@@ -23,7 +23,6 @@ IDLE_S: Final = 5.0
 AWAKE_S: Final = 0.4
 """Between two looks at what other processes use, and at least from thawing a server until it is asked."""
 CALM_CORES: Final = 0.3
-CALM_S: Final = 20.0
 WARM_TOKENS: Final = 8
 
 BUILDS: Final[Mapping[str, servers.Build]] = {
@@ -182,7 +181,11 @@ class Bench:
         say(f"starting {name} with {', '.join(model.id for model in models)}")
         server = Server(name, BUILDS[name](models))
         try:
+            await_calm(self._choice.patience_s)
+            all_before, began = all_cpu_s(), time.monotonic()
             server.start()
+            others = (all_cpu_s() - all_before - server.cpu_s()) / (time.monotonic() - began)
+            server.started.other_cores = max(0.0, others)
             time.sleep(SETTLE_S)
             before, began = server.cpu_s(), time.monotonic()
             time.sleep(IDLE_S)
@@ -217,7 +220,7 @@ class Bench:
         warm = replace(cell, output_tokens=WARM_TOKENS, requests=cell.users)
         server.thaw()
         try:
-            await_calm()
+            await_calm(self._choice.patience_s)
             client.load(warm, targets, f"wake {seed}", f"wake {path}")
             client.prepare(cell, seed, path)
             all_before, before, began = all_cpu_s(), server.cpu_s(), time.monotonic()
@@ -248,9 +251,9 @@ class Bench:
         self._save(self.found)
 
 
-def await_calm() -> None:
-    """Wait until others leave the processor alone, at most `CALM_S`; what they use is in the results anyway."""
-    deadline = time.monotonic() + CALM_S
+def await_calm(patience_s: float) -> None:
+    """Wait until others leave the processor alone, but not for ever; what they use is in the results anyway."""
+    deadline = time.monotonic() + patience_s
     while busy_cores(AWAKE_S) > CALM_CORES and time.monotonic() < deadline:
         time.sleep(AWAKE_S)
 

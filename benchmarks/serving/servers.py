@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -131,11 +132,13 @@ class Started:
         first_token_s: from the command to each model's first token.
         idle_cores: cores its processes kept busy while nobody asked, once settled.
         memory_bytes: what only its processes hold.
+        other_cores: cores that others kept busy while it started, its own processes that have ended included.
     """
 
     first_token_s: dict[str, float] = field(default_factory=dict)
     idle_cores: float | None = None
     memory_bytes: int | None = None
+    other_cores: float | None = None
 
 
 class Server:
@@ -150,6 +153,7 @@ class Server:
         self.name = name
         self.commands = commands
         self.started = Started()
+        self._given_up = threading.Event()
         self._running: list[tuple[subprocess.Popen[bytes], Tree, Path]] = []
 
     def start(self) -> None:
@@ -170,8 +174,12 @@ class Server:
             self._running.append((process, Tree(process.pid), log))
         wanted = {model: url for command in self.commands for model, url in command.urls.items()}
         with ThreadPoolExecutor(len(wanted)) as waiting:
-            times = waiting.map(lambda pair: self._first_token(began, *pair), wanted.items())
-            self.started.first_token_s = dict(zip(wanted, times, strict=True))
+            try:
+                times = waiting.map(lambda pair: self._first_token(began, *pair), wanted.items())
+                self.started.first_token_s = dict(zip(wanted, times, strict=True))
+            except BaseException:  # Ctrl-C too: leaving the block would wait for the threads
+                self._given_up.set()
+                raise
 
     def route(self, model: str) -> Target:
         """A model's own place."""
@@ -208,7 +216,7 @@ class Server:
                 process.wait(1)
 
     def _first_token(self, began: float, model: str, url: str) -> float:
-        while (passed := time.monotonic() - began) < START_S:
+        while (passed := time.monotonic() - began) < START_S and not self._given_up.is_set():
             for process, _, log in self._running:
                 if process.poll() is not None:
                     raise BenchError(f"ended with exit code {process.returncode}: {ray_venv.last_line(log)[:300]}")

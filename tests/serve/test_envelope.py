@@ -282,6 +282,16 @@ def test_requests_that_do_not_fit(fastapi_app: FastAPI, body: object, param: str
     assert "(parameter" not in answer.error["message"]
 
 
+def test_what_a_model_cannot_do_is_no_fault_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    answer = asyncio.run(request(Envelope(Answers(501, {"error": {"message": "Not here", "code": 501}})), "POST", CHAT))
+    assert (answer.status, answer.error["code"], answer.error["type"]) == (
+        400,
+        "not_supported",
+        "invalid_request_error",
+    )
+    assert not caplog.records
+
+
 def test_only_what_fails_in_reading_is_the_clients_fault(fastapi_app: FastAPI) -> None:
     answer = asyncio.run(request(Envelope(fastapi_app), "POST", CHAT, {**GOOD, "outputs": []}))
     assert (answer.status, answer.error["code"]) == (400, "invalid_type")

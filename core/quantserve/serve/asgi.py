@@ -206,7 +206,6 @@ class Guard:
 def internal_error(status: int) -> Refused:
     """The error for what is our fault; it says nothing about the inside."""
     messages = {
-        501: "the model's server does not implement this",
         503: "the model is not available at the moment; try again",
         504: "the model did not answer in time",
     }

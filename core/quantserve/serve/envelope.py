@@ -101,6 +101,8 @@ class Envelope:
 
     def _refusal(self, scope: Scope, start: Message, body: bytes) -> Response:
         status = start["status"]
+        if status == 501:  # asked for what this model or this server has not: nothing is broken
+            return Refused(400, "this model does not support such a request", code="not_supported").response
         if status >= 500:
             return self._hidden(scope, status, body).response
         refused = refusal(status, scope["method"], scope["path"], body)

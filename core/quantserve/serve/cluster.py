@@ -173,7 +173,7 @@ def stop_ray(processes: Processes, *, graceful: bool) -> int:
     processes.look()
     # Ray reports the end of its own processes as failures, on whatever sys.stdout is at that time.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if graceful:
+        if graceful and ray.is_initialized():  # or this would start a Ray in order to stop it
             with contextlib.suppress(Exception):
                 serve.shutdown()
             processes.look()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -99,6 +100,13 @@ class Server:
 
 def serve(*arguments: str | Path, **env: str) -> Server:
     return Server([str(BIN / "quantserve"), "serve", "--port", "0", *map(str, arguments)], **env)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def gateway(server: Server) -> Any:

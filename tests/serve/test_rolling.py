@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,18 +16,12 @@ import pytest
 import yaml
 
 from .load import Asked, Clients
-from .server import BIN, Server, model, until
+from .server import BIN, Server, free_port, model, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(500)]
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 40}
 """Ray's dashboard, to which `serve deploy` talks, wants one."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -13,14 +13,15 @@ import yaml
 from quantserve.errors import ConfigError, FindingsError, UsageError
 from quantserve.serve.app import build
 
-from .server import BIN, Server, model, until
+from .server import BIN, Server, free_port, model, until
 
 
 @pytest.mark.ray
 @pytest.mark.vllm
 def test_serve_run_with_two_models(demo: Path, tmp_path: Path) -> None:
+    port = free_port()
     config = {
-        "http_options": {"host": "127.0.0.1", "port": 8123},
+        "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [
             {
                 "name": "quantserve",
@@ -37,7 +38,7 @@ def test_serve_run_with_two_models(demo: Path, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(config))
     running = Server([str(BIN / "serve"), "run", str(path)], RAY_USAGE_STATS_ENABLED="0", RAY_ADDRESS="local")
     try:
-        running.base = "http://127.0.0.1:8123"
+        running.base = f"http://127.0.0.1:{port}"
         until(lambda: running.request("GET", "/health").status_code == 200, 300)
         assert [card.id for card in running.client().models.list().data] == ["org/fp16", "awq"]
         for name in ("org/fp16", "awq"):

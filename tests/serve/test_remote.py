@@ -22,6 +22,7 @@ from quantserve.serve.upstream import ReplicaLost, Upstream
 from .asgi_client import Answer, request
 
 TOKEN = "t0ken"
+SYSTEM = {"role": "system", "content": "be kind"}
 
 
 @contextlib.asynccontextmanager
@@ -130,6 +131,7 @@ def test_path_and_query_arrive_as_sent() -> None:
                 if messages:
                     return messages.pop()
                 await asyncio.sleep(60)
+                raise AssertionError
 
             async def send(message: Any) -> None:
                 sent.append(message)
@@ -206,6 +208,20 @@ def test_a_full_model_refuses_at_once_and_in_order() -> None:
     run(work)
 
 
+def test_a_full_model_still_tells_its_metrics() -> None:
+    async def work() -> None:
+        async with served(Replica()) as port:
+            pool = pool_of(Limits(ongoing=1, queued=0), r=port)
+            async with pool.slot():
+                assert (await post(RemoteModel(pool))).status == 429
+                assert (await request(RemoteModel(pool), "GET", "/metrics")).status == 200
+                assert pool.ongoing == 1
+        pool.update([])
+        assert (await request(RemoteModel(pool), "GET", "/metrics")).status == 503
+
+    run(work)
+
+
 def test_waiting_ends() -> None:
     async def work() -> None:
         replica = Replica()
@@ -264,7 +280,7 @@ def test_the_least_loaded_replica_is_next() -> None:
     [
         ("session", [{"user": "u", "prompt": str(i)} for i in range(8)], True),
         ("prefix", [{"prompt": "x" * 600 + str(i)} for i in range(8)], True),
-        ("prefix", [{"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": str(i)}]} for i in range(8)], True),
+        ("prefix", [{"messages": [SYSTEM, {"role": "user", "content": str(i)}]} for i in range(8)], True),
         ("none", [{"user": "u"}] * 8, False),
     ],
 )  # fmt: skip

@@ -51,7 +51,8 @@ class Cell:
     def name(self) -> str:
         """In results and tables."""
         who = self.models[0] if len(self.models) == 1 else f"all {len(self.models)}"
-        return f"{who}, {self.api} {self.input_tokens}/{self.output_tokens}, {self.users} users"
+        users = "1 user" if self.users == 1 else f"{self.users} users"
+        return f"{who}, {self.api} {self.input_tokens}/{self.output_tokens}, {users}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,10 +257,12 @@ def notes(found: Found) -> str:
     share = max((run["client_share"] for run in runs), default=0.0)
     lag = max((run["lag_max_ms"] for run in runs), default=0.0)
     failed = sum(run["errors"] for run in runs)
+    each = Counter((run["group"], run["server"], run["path"], run["cell"]) for run in runs)
+    done = " to ".join(map(str, sorted({min(each.values(), default=0), max(each.values(), default=0)})))
     place = "before" if found["client_priority"] else "beside"
     others = [run["other_cores"] for run in runs]
     return (
-        f"Medians of rounds ({found['rounds']}) relative to `{REFERENCE}` in the same round; in brackets the worst. "
+        f"Medians of {done} of {found['rounds']} rounds, relative to `{REFERENCE}` in the same round; the worst in brackets. "
         f"The client used up to {share:.0%} of a core, {place} all others; "
         f"its event loop was at most {lag:.0f} ms late. "
         f"Other processes used {median(others or [0.0]):.2f} cores in the median cell, "
@@ -301,7 +304,7 @@ def cells_of(own: Iterable[Ratio]) -> list[str]:
 def label(cell: str) -> str:
     """A cell's name on several lines, for the axis."""
     who, what, users = cell.split(", ")
-    return "\n".join([who.removeprefix("demo-"), *what.split(" "), users.removesuffix(" users")])
+    return "\n".join([who.removeprefix("demo-"), *what.split(" "), users.partition(" ")[0]])
 
 
 def series(own: Sequence[Ratio]) -> dict[str, list[float]]:

@@ -238,6 +238,12 @@ def test_a_missed_target_and_failed_requests_are_marked() -> None:
     assert "3 of 11 requests failed" in text
 
 
+def test_an_interrupted_run_says_how_many_rounds_it_has() -> None:
+    assert "Medians of 3 of 3 rounds" in results.markdown(found(THREE))
+    cut = [*THREE, run("bare", 0, 1.0, server="ray-default"), run("ray-default", 0, 1.0, server="ray-default")]
+    assert "Medians of 1 to 3 of 3 rounds" in results.markdown(found(cut))
+
+
 def test_the_peer_is_compared_through_the_reference() -> None:
     peer = [run("bare", 0, 200.0, server="ray-default"), run("ray-default", 0, 80.0, server="ray-default")]
     against = results.against_peer(results.ratios(found([*THREE, *peer])), "one")

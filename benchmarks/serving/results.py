@@ -262,7 +262,8 @@ def notes(found: Found) -> str:
     place = "before" if found["client_priority"] else "beside"
     others = [run["other_cores"] for run in runs]
     return (
-        f"Medians of {done} of {found['rounds']} rounds, relative to `{REFERENCE}` in the same one; the worst in brackets. "
+        f"Medians of {done} of {found['rounds']} rounds, relative to `{REFERENCE}` in the same one; "
+        "the worst in brackets. "
         f"The client used up to {share:.0%} of a core, {place} all others; "
         f"its event loop was at most {lag:.0f} ms late. "
         f"Other processes used {median(others or [0.0]):.2f} cores in the median cell, "

@@ -125,7 +125,7 @@ def test_every_plugin_has_its_entry_points(dist: Path) -> None:
 def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
     about = metadata(dist, "quantserve")
     extras = set(about.get_all("Provides-Extra") or [])
-    assert extras == {"fp16", "awq", "squeezellm", "kernels", "all", "cpu", "cuda"}
+    assert extras == {"fp16", "awq", "squeezellm", "kernels", "all", "bench", "cpu", "cuda"}
     required = [Requirement(text) for text in about.get_all("Requires-Dist") or []]
     versions = {name: metadata(dist, name)["Version"] for name in PROJECTS}
     pins = dict(

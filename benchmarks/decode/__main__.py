@@ -7,16 +7,15 @@ import dataclasses
 import datetime
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import benchmarks.decode as package
-from benchmarks import report
+from benchmarks import program, report
+from benchmarks.console import BUILD, BenchError, say
 from benchmarks.decode import measure, results
-from benchmarks.decode.console import BUILD, BenchError, say, shown
 from benchmarks.decode.pool import choose_cores
 from benchmarks.decode.shapes import FULL, QUICK, size
 from benchmarks.decode.variants import Variant, choose
@@ -117,62 +116,25 @@ def benchmark(options: argparse.Namespace, variants: Sequence[Variant], command:
     for threads in options.threads:
 
         def save(run: dict[str, Any], before: Sequence[dict[str, Any]] = tuple(finished)) -> None:
-            write(options.out / "results.json", json.dumps({**out, "runs": [*before, run]}, indent=2) + "\n")
+            program.write(options.out / "results.json", json.dumps({**out, "runs": [*before, run]}, indent=2) + "\n")
 
         finished.append(measure.run(threads, variants, settings, dict(errors), save))
     return {**out, "runs": finished}
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text)
-    draft.replace(path)
-
-
-def render(found: dict[str, Any], folder: Path) -> None:
-    """Table and plot."""
-    table = results.markdown(found)
-    write(folder / "table.md", table)
-    print(table)
-    try:
-        drawn = results.plot(found, folder)
-    except report.PlotError as error:
-        say(f"no plot: {error}")
-        drawn = []
-    say(f"written: {', '.join(shown(path) for path in (folder / 'results.json', folder / 'table.md', *drawn))}")
-
-
-def stop(*_: object) -> None:
-    """A polite signal to end is as good as Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    options.out = options.out.resolve()
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        if options.render:
-            path = options.out / "results.json"
-            if not path.is_file():
-                raise BenchError(f"{shown(path)} does not exist; measure first")
-            found = json.loads(path.read_text())
-        else:
-            command = shlex.join(["python", "-m", "benchmarks.decode", *arguments])
-            found = benchmark(options, choose(options.variants), command)
-            write(options.out / "results.json", json.dumps(found, indent=2) + "\n")
-        render(found, options.out)
-    except BenchError as error:
-        print(f"decode: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ndecode: interrupted, all engines are ended; finished rounds are in results.json", file=sys.stderr)
-        return 130
-    return 0
+    command = shlex.join(["python", "-m", "benchmarks.decode", *arguments])
+
+    def measured() -> dict[str, Any]:
+        found = benchmark(options, choose(options.variants), command)
+        program.write(options.out / "results.json", json.dumps(found, indent=2) + "\n")
+        return found
+
+    kept = "all engines are ended; finished rounds are in results.json"
+    return program.run("decode", options, measured, results.markdown, results.plot, kept)
 
 
 if __name__ == "__main__":

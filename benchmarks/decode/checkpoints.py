@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.decode.console import say, shown
+from benchmarks.console import say, shown
 from benchmarks.decode.shapes import Shape
 from quantserve_awq._quantize import quantize as quantize_awq
 from quantserve_squeezellm._files import SafetensorsFolder, ShardWriter, new_folder, read_json, write_json

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decode.console import BUILD
+from benchmarks.console import BUILD
 from benchmarks.decode.worker import Channel, Measure, MemoryWatch
 
 MAX_LENGTH = 1024

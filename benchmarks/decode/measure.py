@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.console import BenchError, say
 from benchmarks.decode import peer
-from benchmarks.decode.console import BenchError, say
 from benchmarks.decode.pool import KV_GIB, Pool, choose_cores
 from benchmarks.decode.shapes import Shape, size
 from benchmarks.decode.variants import Variant

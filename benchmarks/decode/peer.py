@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.decode.console import BUILD, ROOT, BenchError, say, shown
+from benchmarks.console import BUILD, ROOT, BenchError, say, shown
 from benchmarks.decode.shapes import GGUF, Shape
 
 # What the figures in docs/performance.md were measured with.

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.console import BUILD, ROOT, BenchError, shown
 from benchmarks.decode import engine, peer
-from benchmarks.decode.console import BUILD, ROOT, BenchError, shown
 from benchmarks.decode.shapes import Shape
 from benchmarks.decode.variants import Variant
 

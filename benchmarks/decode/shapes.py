@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decode.console import BUILD
+from benchmarks.console import BUILD
 
 
 @dataclass(frozen=True)

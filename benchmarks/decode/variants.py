@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.decode.console import BenchError
+from benchmarks.console import BenchError
 from benchmarks.decode.shapes import GGUF
 
 REFERENCE = "bf16"

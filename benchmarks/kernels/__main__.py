@@ -7,16 +7,15 @@ import dataclasses
 import datetime
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import benchmarks.kernels as package
-from benchmarks import report
-from benchmarks.decode.__main__ import numbers, stop, write
-from benchmarks.decode.console import BUILD, BenchError, say, shown
+from benchmarks import program, report
+from benchmarks.console import BUILD, BenchError, say
+from benchmarks.decode.__main__ import numbers
 from benchmarks.decode.pool import choose_cores
 from benchmarks.kernels import formats, host, plots, results, shapes, tables, workers
 
@@ -89,7 +88,7 @@ def benchmark(options: argparse.Namespace, command: str) -> dict[str, Any]:
     }
 
     def save() -> None:
-        write(options.out / "results.json", json.dumps(found) + "\n")
+        program.write(options.out / "results.json", json.dumps(found) + "\n")
 
     wanted = settings["formats"] if options.formats or options.quick else formats.choose("all")
     say(f"errors of {len(wanted)} formats")
@@ -139,41 +138,19 @@ def progress(run: dict[str, Any], cell: dict[str, Any], names: Sequence[str]) ->
     return f"{where}: torch bf16 {1e3 * results.seconds(cell, results.TORCH):.3g} ms; {said}"
 
 
-def render(found: dict[str, Any], folder: Path) -> None:
-    """Tables and plots."""
-    text = tables.markdown(found)
-    write(folder / "table.md", text)
-    print(text)
-    try:
-        drawn = plots.draw(found, folder)
-    except report.PlotError as error:
-        say(f"no plots: {error}")
-        drawn = []
-    say(f"written: {', '.join(shown(path) for path in (folder / 'results.json', folder / 'table.md', *drawn))}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    options.out = options.out.resolve()
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        if options.render:
-            path = options.out / "results.json"
-            if not path.is_file():
-                raise BenchError(f"{shown(path)} does not exist; measure first")
-            found = json.loads(path.read_text())
-        else:
-            found = benchmark(options, shlex.join(["python", "-m", "benchmarks.kernels", *arguments]))
-        render(found, options.out)
-    except BenchError as error:
-        print(f"kernels: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nkernels: interrupted; finished cells are in results.json", file=sys.stderr)
-        return 130
-    return 0
+    command = shlex.join(["python", "-m", "benchmarks.kernels", *arguments])
+    return program.run(
+        "kernels",
+        options,
+        lambda: benchmark(options, command),
+        tables.markdown,
+        plots.draw,
+        "finished cells are in results.json",
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.decode.console import BenchError
+from benchmarks.console import BenchError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.decode.console import BenchError
+from benchmarks.console import BenchError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.decode.console import BUILD, ROOT, BenchError, shown
+from benchmarks.console import BUILD, ROOT, BenchError, shown
 from benchmarks.decode.engine import environment
 from benchmarks.decode.pool import choose_cores
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.console import BUILD, ROOT, BenchError, say, shown
 from benchmarks.decode import checkpoints, engine
-from benchmarks.decode.console import BUILD, ROOT, BenchError, say, shown
 from benchmarks.decode.pool import choose_cores
 from benchmarks.decode.shapes import FULL, Shape
 from benchmarks.decode.variants import VARIANTS, Variant

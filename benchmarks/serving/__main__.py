@@ -7,15 +7,14 @@ import dataclasses
 import datetime
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import benchmarks.serving as package
-from benchmarks import report
-from benchmarks.decode.console import BenchError, say, shown
+from benchmarks import program, report
+from benchmarks.console import BenchError, say
 from benchmarks.serving import results
 from benchmarks.serving.cells import APIS, LENGTHS, PATHS, REFERENCE, USERS, Choice, chosen
 from benchmarks.serving.measure import Bench, Found
@@ -105,61 +104,26 @@ def benchmark(options: argparse.Namespace, command: str) -> dict[str, Any]:
     }
 
     def save(found: Found) -> None:
-        write(options.out / "results.json", json.dumps({**about, **vars(found)}, indent=1) + "\n")
+        program.write(options.out / "results.json", json.dumps({**about, **vars(found)}, indent=1) + "\n")
 
     found = Bench(choice, save).run()
     save(found)
     return {**about, **vars(found)}
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text)
-    draft.replace(path)
-
-
-def render(found: dict[str, Any], folder: Path) -> None:
-    """Table and plots."""
-    table = results.markdown(found)
-    write(folder / "table.md", table)
-    print(table)
-    try:
-        drawn = results.plot(found, folder)
-    except report.PlotError as error:
-        say(f"no plot: {error}")
-        drawn = []
-    say(f"written: {', '.join(shown(path) for path in (folder / 'results.json', folder / 'table.md', *drawn))}")
-
-
-def stop(*_: object) -> None:
-    """A polite signal to end is as good as Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    options.out = options.out.resolve()
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        if options.render:
-            path = options.out / "results.json"
-            if not path.is_file():
-                raise BenchError(f"{shown(path)} does not exist; measure first")
-            found = json.loads(path.read_text())
-        else:
-            found = benchmark(options, shlex.join(["python", "-m", "benchmarks.serving", *arguments]))
-        render(found, options.out)
-    except BenchError as error:
-        print(f"serving: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nserving: interrupted, all servers are ended; finished rounds are in results.json", file=sys.stderr)
-        return 130
-    return 0
+    command = shlex.join(["python", "-m", "benchmarks.serving", *arguments])
+    return program.run(
+        "serving",
+        options,
+        lambda: benchmark(options, command),
+        results.markdown,
+        results.plot,
+        "all servers are ended; finished rounds are in results.json",
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.decode.console import BenchError
+from benchmarks.console import BenchError
 
 APIS: Final = ("chat", "completions")
 LENGTHS: Final = ((64, 64), (512, 128))

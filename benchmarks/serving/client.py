@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any, Final
 
-from benchmarks.decode.console import ROOT, BenchError
+from benchmarks.console import ROOT, BenchError
 from benchmarks.decode.worker import Channel
 from benchmarks.serving.cells import Cell
 from benchmarks.serving.models import TOKENIZER

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from benchmarks.decode.console import BenchError, say
+from benchmarks.console import BenchError, say
 from benchmarks.serving import servers
 from benchmarks.serving.cells import FAST, PATHS, PEERS, REFERENCE, SLOW, Amount, Cell, Choice
 from benchmarks.serving.client import Client

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import yaml
 
+from benchmarks.console import BUILD, ROOT, BenchError
 from benchmarks.decode.checkpoints import make
-from benchmarks.decode.console import BUILD, ROOT, BenchError
 from benchmarks.decode.shapes import Shape
 
 SERVING: Final = BUILD / "serving"

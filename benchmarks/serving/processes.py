@@ -11,7 +11,7 @@ from typing import Final
 
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks.decode.console import BenchError
+from benchmarks.console import BenchError
 
 STOP_S: Final = 30.0
 KILL_S: Final = 10.0

@@ -14,7 +14,7 @@ import venv
 from pathlib import Path
 from typing import Final
 
-from benchmarks.decode.console import BUILD, ROOT, BenchError, say, shown
+from benchmarks.console import BUILD, ROOT, BenchError, say, shown
 
 VENV: Final = BUILD / "ray-venv"
 PYTHON: Final = VENV / "bin" / "python"

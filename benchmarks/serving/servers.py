@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.decode.console import BUILD, ROOT, BenchError, shown
+from benchmarks.console import BUILD, ROOT, BenchError, shown
 from benchmarks.serving import ray_venv
 from benchmarks.serving.models import SERVING, Model, write_config
 from benchmarks.serving.processes import Tree

@@ -273,21 +273,6 @@ def capacity(memory: MemoryEstimate | None) -> str:
     return f"{gib(memory.kv_cache_bytes)}, {memory.kv_tokens:,} tokens"
 
 
-def foreseen(
-    model: ModelConfig, registry: Registry, target: Target, workload: Workload
-) -> tuple[Expectation, Prediction] | None:
-    """The prediction for one configured model as it is served; for whoever measures the same load.
-
-    None when its method cannot be chosen, nothing is known of its kernel, or it does not fit.
-    """
-    composition = compose(model, registry, target)
-    plugin, memory = composition.method_plugin, composition.memory
-    if plugin is None or memory is None or not memory.fits:
-        return None
-    made = expectation(plugin, composition.checkpoint, model, target, memory)
-    return (made, made.predict(workload)) if made else None
-
-
 # --- ranking ------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.decode.console import BenchError
+from benchmarks.console import BenchError
 from benchmarks.serving import results
 from benchmarks.serving.__main__ import choice_of, parser
 from benchmarks.serving.cells import FAST, SLOW, Cell, Choice

@@ -13,7 +13,7 @@ import pytest
 from cli.test_cli import light, refusal
 from helpers.checkpoints import make_llama
 from helpers.predicted import LLAMA_7B, LLAMA_70B, MISTRAL, MIXTRAL, QWEN
-from quantserve.advise import advise, concurrencies, foreseen, leaders, ranked
+from quantserve.advise import advise, concurrencies, leaders, ranked
 from quantserve.cli.main import run
 from quantserve.config import model_from_source
 from quantserve.performance import WORKLOADS
@@ -121,17 +121,6 @@ def test_what_does_not_fit_says_why(bare: Bare, capsys: pytest.CaptureFixture[st
     text = refusal(capsys, ["recommend", str(bare(LLAMA_70B)), "--target", "1xl4"], 1)
     assert "nothing serves" in text
     assert "22.5 GiB" in text
-
-
-def test_a_configured_model_is_foreseen_as_it_is_served(tmp_path: Path) -> None:
-    folder = make_llama(tmp_path / "m", "awq", hidden=512, intermediate=1024)
-    model = model_from_source(str(folder), max_model_len=2048)
-    found = foreseen(model, Registry.load({}), find_target("l4"), WORKLOADS["single"])
-    assert found is not None
-    made, prediction = found
-    assert made.kernel.name == "Marlin (vLLM)"
-    assert made.linears.bits_per_weight == pytest.approx(4.16, abs=0.01)
-    assert prediction.workload == WORKLOADS["single"]
 
 
 def test_squeezellm_serves_no_experts(bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,8 @@ def read_file(file: str) -> list[str]:
         lines = Path(file).expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"API keys file {file}: {reason}") from None
+        fix = "write one key per line there, or correct api_keys_file"
+        raise UsageError(f"API keys file {file}: {reason}\n  fix: {fix}") from None
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise UsageError(

@@ -25,6 +25,9 @@ HIGH_WATER: Final = 256 << 10
 HOP_BY_HOP: Final = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization",
                                b"proxy-connection", b"transfer-encoding"})  # fmt: skip
 
+OWN: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-quantserve-token"}
+"""Request headers that are left out, or said anew."""
+
 
 class ReplicaLost(Exception):
     """A replica cannot be reached, or left before its answer was complete."""
@@ -272,8 +275,7 @@ class Upstream:
             f"host: {host}:{self.port}".encode(),
             b"x-quantserve-token: " + self._token.encode(),
         ]
-        dropped = (*HOP_BY_HOP, b"host", b"content-length", b"expect", b"x-quantserve-token")
-        lines += [name + b": " + value for name, value in headers if name not in dropped]
+        lines += [name + b": " + value for name, value in headers if name not in OWN]
         if length or method in ("POST", "PUT", "PATCH"):
             lines.append(b"content-length: %d" % length)
         return b"\r\n".join(lines) + b"\r\n\r\n"

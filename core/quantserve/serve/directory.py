@@ -10,6 +10,8 @@ from typing import Any, Final, Protocol
 from quantserve.serve.replicas import Limits, Pool
 
 POLL_S: Final = 1.0
+HURRY_S: Final = 0.2
+"""How often one looks while a model has no replica although it should."""
 ANSWER_S: Final = 5.0
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,11 @@ class Directory:
         """Models that requests wait for and that have no replica."""
         return [model_id for model_id, pool in self.pools.items() if pool.wanted]
 
+    @property
+    def reachable(self) -> list[str]:
+        """Models whose requests are taken: they have a replica, or are scaled to zero and get one when asked."""
+        return [model_id for model_id, pool in self.pools.items() if pool.reachable]
+
 
 class Book(Protocol):
     """What `follow` keeps in step: a `Directory`, or the gateway that has one."""
@@ -51,6 +58,10 @@ class Book(Protocol):
     def wanted(self) -> list[str]:
         """Models that requests wait for and that have no replica."""
 
+    @property
+    def reachable(self) -> list[str]:
+        """Models whose requests are taken."""
+
 
 async def follow(book: Book, handles: Mapping[str, Any]) -> None:
     """Keep the book in step with Ray Serve, for ever."""
@@ -59,7 +70,8 @@ async def follow(book: Book, handles: Mapping[str, Any]) -> None:
         book.update(await look_up(handles))
         for model_id in book.wanted:
             wake(model_id, handles, waking)
-        await asyncio.sleep(POLL_S)
+        hurry = book.wanted or len(book.reachable) < len(handles)
+        await asyncio.sleep(HURRY_S if hurry else POLL_S)
 
 
 async def look_up(handles: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -3,7 +3,8 @@
 `python -m quantserve.serve.gateway FD` inherits the listening socket as file descriptor FD. On standard input comes one
 JSON object per line: first the settings (`models`, `token`, `policy`), then the replicas by model id whenever they
 change; the end of input is the end of the server it belongs to, and ends this process. On standard output it names the
-models that requests wait for and that have no replica.
+models that requests wait for and that have no replica (`wanted`), and those whose requests are taken (`reachable`):
+when that changes, and every second as a sign of life.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from typing import Final
 
 import uvicorn
@@ -24,7 +26,8 @@ from quantserve.serve.limits import Policy
 from quantserve.serve.served import public_app
 from quantserve.serve.server import http_server
 
-WANTED_S: Final = 0.25
+LOOK_S: Final = 0.1
+TELL_S: Final = 1.0
 LONGEST_LINE: Final = 64 << 20
 
 
@@ -50,12 +53,13 @@ async def _listen(lines: asyncio.StreamReader, directory: Directory, server: uvi
 
 
 async def _tell(directory: Directory) -> None:
-    told: list[str] = []
+    told, when = "", 0.0
     while True:
-        if (wanted := directory.wanted) != told:
-            print(json.dumps({"wanted": wanted}), flush=True)
-            told = wanted
-        await asyncio.sleep(WANTED_S)
+        line = json.dumps({"wanted": directory.wanted, "reachable": directory.reachable})
+        if line != told or time.monotonic() - when > TELL_S:
+            print(line, flush=True)
+            told, when = line, time.monotonic()
+        await asyncio.sleep(LOOK_S)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The gateway, seen from `quantserve serve`: started, fed, and started again when it dies.
+"""The gateway, seen from `quantserve serve`: started, fed, and started again when it dies or hangs.
 
 The listening socket stays open here, so that clients who come while the gateway is being replaced wait for a moment
 instead of being refused.
@@ -21,6 +21,9 @@ FIRST_WAIT_S: Final = 0.1
 LONGEST_WAIT_S: Final = 5.0
 SOUND_S: Final = 10.0
 """A gateway that lived so long did not die of its settings: the next one is started at once."""
+HANGS_S: Final = 30.0
+"""A gateway that said nothing for so long hangs and is killed; it speaks every second."""
+WATCH_S: Final = 1.0
 
 
 class GatewayProcess:
@@ -37,11 +40,13 @@ class GatewayProcess:
         self._settings = json.dumps(settings)
         self._say = say
         self._replicas: dict[str, Sequence[Mapping[str, Any]]] = {}
-        self._wanted: list[str] = []
+        self._told: dict[str, list[str]] = {}
+        self._heard = 0.0
         self._stopping = False
         self._lock = threading.Lock()
         self._process = self._start()
-        threading.Thread(target=self._keep, daemon=True, name="gateway").start()
+        for work in (self._keep, self._watch):
+            threading.Thread(target=work, daemon=True, name="gateway").start()
 
     def update(self, addresses: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Tell the gateway where replicas are, when that has changed."""
@@ -57,7 +62,12 @@ class GatewayProcess:
     @property
     def wanted(self) -> list[str]:
         """Models that requests wait for and that have no replica."""
-        return self._wanted
+        return self._told.get("wanted", [])
+
+    @property
+    def reachable(self) -> list[str]:
+        """Models whose requests the gateway takes."""
+        return self._told.get("reachable", [])
 
     def stop(self, patience: float) -> None:
         """Take no more connections; give requests in progress `patience` seconds."""
@@ -73,6 +83,7 @@ class GatewayProcess:
             process.wait(5)
 
     def _start(self) -> subprocess.Popen[str]:
+        self._told, self._heard = {}, time.monotonic()
         descriptor = self._listener.fileno()
         process = subprocess.Popen(
             [sys.executable, "-m", "quantserve.serve.gateway", str(descriptor)],
@@ -93,8 +104,9 @@ class GatewayProcess:
             process, began = self._process, time.monotonic()
             assert process.stdout is not None
             for line in process.stdout:
-                with contextlib.suppress(ValueError, KeyError):
-                    self._wanted = json.loads(line)["wanted"]
+                self._heard = time.monotonic()
+                with contextlib.suppress(ValueError):
+                    self._told = json.loads(line)
             code = process.wait()
             if self._stopping:
                 return
@@ -107,6 +119,14 @@ class GatewayProcess:
                 if self._stopping:
                     return
                 self._process = self._start()
+
+    def _watch(self) -> None:
+        while not self._stopping:
+            time.sleep(WATCH_S)
+            if time.monotonic() - self._heard > HANGS_S:
+                self._heard = time.monotonic()
+                self._say(f"the front door has not answered for {HANGS_S:.0f} s")
+                self._process.kill()
 
     @staticmethod
     def _send(process: subprocess.Popen[str], line: str) -> None:

@@ -95,6 +95,11 @@ class Pool:
         return bool(self.waiting) and not self.replicas
 
     @property
+    def reachable(self) -> bool:
+        """Whether requests are taken: there is a replica, or one is started for them."""
+        return bool(self.replicas) or self.limits.wakes
+
+    @property
     def ongoing(self) -> int:
         """Requests in progress, on all replicas."""
         return sum(replica.ongoing for replica in self.replicas.values())

@@ -28,6 +28,8 @@ from quantserve.serve.served import describe_models
 
 POLL_S: Final = 0.5
 WATCH_S: Final = 2.0
+REACHABLE_S: Final = 15.0
+"""A model that is lost again before the gateway heard of it does not keep the others from being announced."""
 DRAIN_S: Final = 20
 """Longest time that requests in progress get at the end."""
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -78,6 +80,7 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
         _follow(plans, gateway)
         _wait_until_started(progress, processes, interrupts, keep_going)
         ready = [plan for plan in plans if plan.app_name in progress.ready]
+        _wait_until_reachable(ready, gateway, interrupts)
         _announce(ready, len(plans), http.host, port, policy.has_keys)
         _watch(progress, processes, interrupts)
     except KeyboardInterrupt:
@@ -153,6 +156,13 @@ def _wait_until_started(progress: Progress, processes: Processes, interrupts: In
             names = ", ".join(progress.failed)
             raise EngineError(f"{names} did not start\n  logs: {progress.logs}")
         interrupts.event.wait(POLL_S)
+
+
+def _wait_until_reachable(ready: Sequence[Plan], gateway: GatewayProcess, interrupts: Interrupts) -> None:
+    """Return when the gateway knows a replica of every model that is ready: a moment later than Ray Serve does."""
+    deadline = time.monotonic() + REACHABLE_S
+    while not {plan.model_id for plan in ready} <= set(gateway.reachable) and time.monotonic() < deadline:
+        interrupts.event.wait(0.05)
 
 
 def _watch(progress: Progress, processes: Processes, interrupts: Interrupts) -> None:

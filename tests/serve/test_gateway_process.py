@@ -1,0 +1,57 @@
+"""The gateway's process: what it says of itself, and what happens when it falls silent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from quantserve.serve import gateway_process
+from quantserve.serve.gateway_process import GatewayProcess
+from quantserve.serve.limits import Policy
+
+from .server import until
+
+REPLICA = {"id": "r1", "host": "127.0.0.1", "port": 9, "draining": False, "ongoing": 0}
+
+
+def described(model_id: str, **limits: object) -> dict[str, object]:
+    card = {"id": model_id, "object": "model", "metadata": {}}
+    return {"card": card, "route": f"/{model_id}", "aliases": [], "limits": limits}
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GatewayProcess, str, list[str]]]:
+    """A gateway for three models, its address and what was said of it."""
+    monkeypatch.setattr(gateway_process, "HANGS_S", 3.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+    said: list[str] = []
+    models = [described("here"), described("away"), described("asleep", wakes=True)]
+    settings = {"models": models, "token": "t", "policy": Policy().model_dump(mode="json"), "drain_s": 1}
+    process = GatewayProcess(listener, settings, said.append)
+    try:
+        yield process, f"http://127.0.0.1:{listener.getsockname()[1]}", said
+    finally:
+        process.stop(5)
+
+
+def test_it_says_which_models_it_reaches_and_is_replaced_when_it_hangs(
+    started: tuple[GatewayProcess, str, list[str]],
+) -> None:
+    process, base, said = started
+    until(lambda: process.reachable == ["asleep"], 30)
+    process.update({"here": [REPLICA]})
+    until(lambda: process.reachable == ["here", "asleep"], 5)
+    assert httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200
+    (child,) = [p for p in psutil.Process().children() if "quantserve.serve.gateway" in p.cmdline()]
+    os.kill(child.pid, signal.SIGSTOP)
+    until(lambda: len(said) == 2, 10)
+    assert said[0] == "the front door has not answered for 3 s"
+    assert said[1] == "the front door died (killed by signal 9) and is started again"
+    until(lambda: process.reachable == ["here", "asleep"], 30)  # the new one was told what the old one knew
+    assert httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200

@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import math
 import re
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.serve.asgi import Guard, Refused
+from quantserve.serve.listener import Listener
 from quantserve.serve.metrics import GatewayMetrics, MetricsEndpoint, Observed, expected_means
 from quantserve.serve.metrics_text import CONTENT_TYPE, merge, totals
 from quantserve.serve.replicas import Limits, Pool, Replica
@@ -519,35 +521,36 @@ class TestEndpoint:
         assert (refused.status, refused.headers["allow"]) == (405, "GET")
 
     def test_over_a_connection(self) -> None:
-        """With the client that the front door talks to replicas with, and a replica that is real HTTP."""
+        """Over the wire that the front door and replicas talk on."""
 
         async def scrape() -> bytes:
-            seen: list[bytes] = []
+            seen: list[tuple[str, str]] = []
 
-            async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                while head := await reader.readuntil(b"\r\n\r\n"):
-                    seen.append(head)
-                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(EARLIER), EARLIER))
+            def answer(status: int, text: bytes) -> ASGIApp:
+                async def app(scope: Scope, receive: Receive, send: Send) -> None:
+                    seen.append((scope["method"], scope["path"]))
+                    await send({"type": "http.response.start", "status": status, "headers": []})
+                    await send({"type": "http.response.body", "body": text})
 
-            async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                await reader.readuntil(b"\r\n\r\n")
-                writer.write(b"HTTP/1.1 500 No\r\ncontent-length: 6\r\n\r\nbad 1\n")
+                return app
 
-            servers = [await asyncio.start_server(answer, "127.0.0.1", 0) for answer in (serve, refuse)]
+            ports, listeners = [1], []
+            for app in (answer(200, EARLIER), answer(500, b"bad 1\n")):
+                listening = socket.create_server(("127.0.0.1", 0))
+                listeners.append(Listener(app, "secret"))
+                await listeners[-1].start(listening)
+                ports.append(listening.getsockname()[1])
             made = Pool("demo", Limits(), token="secret")
-            ports = [server.sockets[0].getsockname()[1] for server in servers]
-            addresses = [{"id": f"r{n}", "host": "127.0.0.1", "port": port} for n, port in enumerate([*ports, 1])]
-            made.update(addresses)
+            made.update([{"id": f"r{n}", "host": "127.0.0.1", "port": port} for n, port in enumerate(ports)])
             text = await MetricsEndpoint(GatewayMetrics(CARDS, lambda: [made])).text()
-            assert b"GET /metrics HTTP/1.1" in seen[0]
-            assert b"x-quantserve-token: secret" in seen[0]
+            assert seen == [("GET", "/metrics")] * 2
             made.update([])
-            for server in servers:
-                server.close()
+            for listener in listeners:
+                listener.close()
             return text
 
         text = asyncio.run(scrape())
-        assert value(text, "vllm:generation_tokens_total", replica="r0") == 75
+        assert value(text, "vllm:generation_tokens_total", replica="r1") == 75
         assert value(text, "quantserve_scrape_errors_total", model="demo") == 2
         assert not has(text, "bad")
 

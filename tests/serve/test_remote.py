@@ -14,10 +14,11 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.serve.asgi import Guard, read_body, request_scope
+from quantserve.serve.listener import Listener
 from quantserve.serve.remote import DRAINING, RemoteModel, affinity_key
 from quantserve.serve.replicas import Limits, Pool
-from quantserve.serve.server import http_server
 from quantserve.serve.upstream import ReplicaLost, Upstream
+from quantserve.serve.wire import Frames, Kind, frame, pack_head, pack_request, unpack_head
 
 from .asgi_client import Answer, request
 
@@ -27,18 +28,14 @@ SYSTEM = {"role": "system", "content": "be kind"}
 
 @contextlib.asynccontextmanager
 async def served(app: ASGIApp) -> AsyncIterator[int]:
-    """An HTTP server in this loop; gives its port."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    server = http_server(app, lifespan="off")
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started:
-        await asyncio.sleep(0.005)
+    """A replica in this loop; gives its port."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    listener = Listener(app, TOKEN)
+    await listener.start(listening)
     try:
-        yield listener.getsockname()[1]
+        yield listening.getsockname()[1]
     finally:
-        server.should_exit = server.force_exit = True
-        await running
+        listener.close()
 
 
 class Replica:
@@ -77,6 +74,11 @@ class Replica:
         await send({"type": "http.response.body", "body": b""})
 
 
+def session_of(send: Send) -> Any:
+    """The connection that an app's answer goes to."""
+    return send.__self__._session  # type: ignore[attr-defined]
+
+
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
     async def bounded() -> Any:
         async with asyncio.timeout(20):
@@ -112,7 +114,6 @@ def test_bytes_pass_untouched_in_both_directions() -> None:
             assert (answer.status, answer.body) == (200, b"".join(replica.chunks))
             target, received, headers = replica.requests[0]
             assert (target, received) == ("/v1/completions", body)
-            assert headers[b"x-quantserve-token"] == TOKEN.encode()
             assert headers[b"x-request-id"] == b"7"
             assert b"authorization" not in headers
 
@@ -142,23 +143,24 @@ def test_path_and_query_arrive_as_sent() -> None:
     run(work)
 
 
-def test_connections_are_kept_and_a_closed_one_is_replaced() -> None:
+def test_one_connection_is_kept_for_all_and_a_closed_one_is_replaced() -> None:
     async def work() -> None:
         replica = Replica()
-        clients: set[Any] = set()
+        sessions: set[Any] = set()
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            clients.add(scope["client"])
+            sessions.add(session_of(send))
             await replica(scope, receive, send)
 
         pool = Pool("m", Limits(), TOKEN)
         async with served(app) as port:
             pool.update([{"id": "r", "host": "127.0.0.1", "port": port}])
-            for _ in range(5):
-                assert (await post(RemoteModel(pool))).status == 200
-            assert len(clients) == 1
+            answers = await asyncio.gather(*(post(RemoteModel(pool)) for _ in range(20)))
+            assert [answer.body for answer in answers] == [b"".join(replica.chunks)] * 20
+            assert (await post(RemoteModel(pool))).status == 200
+            assert len(sessions) == 1
         upstream = pool.replicas["r"].upstream
-        async with served(replica) as port:  # the same replica object, another server: kept connections are dead
+        async with served(replica) as port:  # the same replica object, another server: the kept connection is dead
             upstream.port = port
             assert (await post(RemoteModel(pool))).status == 200
 
@@ -174,7 +176,6 @@ def test_the_answer_to_head_is_whole_without_a_body() -> None:
             for path in ("/version", "/load"):
                 answer = await request(RemoteModel(pool), "HEAD", path)
                 assert (answer.status, answer.headers["content-length"], answer.body) == (405, "18", b"")
-            assert [connection.uses for connection in pool.replicas["r"].upstream._idle] == [2]
             replica.head = (200, [])
             assert (await request(RemoteModel(pool), "GET", "/version")).body == b"".join(replica.chunks)
 
@@ -351,8 +352,7 @@ def test_a_replica_that_dies_before_it_answers_has_a_successor() -> None:
                 await read_body(receive)
                 self.requests.append(("", b"", {}))
                 scope["extensions"] = {}
-                transport = send.__self__.transport  # type: ignore[attr-defined]
-                transport.abort()
+                session_of(send).abort()
 
         dying, replica = Dying(), Replica()
         async with served(dying) as a, served(replica) as b:
@@ -363,6 +363,78 @@ def test_a_replica_that_dies_before_it_answers_has_a_successor() -> None:
             assert len(dying.requests) >= 1
 
     run(work)
+
+
+def test_an_app_that_fails_before_it_answers_is_asked_once() -> None:
+    async def work() -> None:
+        replica = Replica()
+        async with served(replica) as port:
+            pool = pool_of(r=port)
+            assert (await post(RemoteModel(pool))).status == 200
+            replica.die_after = 0
+            assert (await post(RemoteModel(pool))).status == 503
+            assert len(replica.requests) == 2
+            replica.die_after = None
+            pool.replicas["r"].broken_until = 0
+            assert (await post(RemoteModel(pool))).status == 200  # the connection is still good
+
+    run(work)
+
+
+def test_strangers_are_not_answered() -> None:
+    async def work() -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            raise AssertionError("a stranger got in")
+
+        hello, ask = frame(Kind.HELLO, 0, b"wrong"), frame(Kind.OPEN, 1, pack_request("GET", b"/", [], b""))
+        async with served(app) as port:
+            for said in (b"GET /health HTTP/1.1\r\n\r\n", hello + ask, ask, frame(Kind.HELLO, 0), b"\xff" * 4096):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(said)
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+                writer.close()
+            with pytest.raises(ReplicaLost):
+                await Upstream("127.0.0.1", port, "another").request("GET", b"/health")
+
+    run(work)
+
+
+def test_a_slow_client_does_not_slow_the_others() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.chunks = [b"x" * 65536] * 40
+        async with served(replica) as port:
+            upstream = Upstream("127.0.0.1", port, TOKEN)
+            slow = await upstream.request("POST", b"/", (), b"{}")
+            await asyncio.sleep(0.2)
+            quick = await upstream.request("POST", b"/", (), b"{}")
+            size = 0
+            while data := await quick.read():
+                size += len(data)
+            assert size == 40 * 65536
+            assert slow._waiting < 1 << 20
+            size = 0
+            while data := await slow.read():
+                size += len(data)
+            assert size == 40 * 65536
+
+    run(work)
+
+
+@pytest.mark.parametrize("size", [1, 7, 9, 64, 1 << 20])
+def test_frames_are_found_however_they_are_split(size: int) -> None:
+    sent = [(Kind.OPEN, 1, b""), (Kind.DATA, 2**32 - 1, b"\x00" * 300), (Kind.END, 3, b"e" * 9), (Kind.DATA, 4, b"x")]
+    data = b"".join(frame(*one) for one in sent)
+    frames = Frames()
+    found = [one for at in range(0, len(data), size) for one in frames.feed(data[at : at + size])]
+    assert found == sent
+    assert frames.waiting == 0
+
+
+def test_a_head_cannot_smuggle_a_line() -> None:
+    first, headers = unpack_head(pack_head(b"200", [(b"a", b"b:c"), (b"x", b"1\nset-cookie:evil"), (b"e", b"")]))
+    assert (first, headers) == (b"200", [(b"a", b"b:c"), (b"e", b"")])
 
 
 def test_a_stream_that_breaks_ends_with_an_error_event() -> None:

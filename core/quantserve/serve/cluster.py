@@ -25,6 +25,13 @@ BACKLOG: Final = 2048
 SECRET: Final = b"quantserve-secret"
 OBJECT_STORE_BYTES: Final = 512 << 20
 """Ray's shared memory; only requests and answers pass through it."""
+IDLE: Final = {
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "false",
+    "RAY_event_stats": "false",
+}
+"""Ray's processes look around ten times a second and count what nobody here reads; the engine needs the time more."""
 ROOM_BYTES: Final = 64 << 20
 """Ray's session folder needs so much at the start; without it Ray waits for a minute and says nothing of it."""
 
@@ -69,6 +76,8 @@ def start_ray() -> None:
     # When the machine's memory is nearly used up, by whomever, Ray kills what it started last or what is smallest, such
     # as Serve's controller. The kernel kills what is largest, and only when there is none left.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    for name, value in IDLE.items():
+        os.environ.setdefault(name, value)
     import ray
     from ray import serve
 

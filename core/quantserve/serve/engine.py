@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
 import socket
@@ -20,17 +19,16 @@ from ray.serve import Application
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.plan import Plan
-from quantserve.serve.asgi import Guard, Refused, header
+from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.directory import POLL_S, Directory, follow, look_up
 from quantserve.serve.limits import Policy
+from quantserve.serve.listener import Listener
 from quantserve.serve.remote import DRAINING
 from quantserve.serve.request_defaults import RequestDefaults
 from quantserve.serve.served import public_app
-from quantserve.serve.server import http_server
 
 FRONT_DOOR: Final = "_front-door"
 """Name of the front door's deployment; model ids cannot begin with an underscore."""
-TOKEN: Final = b"x-quantserve-token"
 WATCH_S: Final = 1.0
 LAST_WORDS_S: Final = 2.0
 HANGS: Final = 4
@@ -44,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 
 class ModelServer:
-    """One replica of a model: vLLM's engine and its OpenAI server behind request defaults, on a port of its own.
+    """One replica of a model: vLLM's engine and its OpenAI app behind request defaults, on a port of its own.
 
     The front door talks to that port directly. Ray Serve starts, checks, scales and stops the replica and is not in
     the way of a single token.
 
     Args:
         plan: the plan as JSON.
-        token: what the front door sends with every request; nobody else is answered.
+        token: what a front door says when it connects; nobody else is answered.
         loopback: whether the port is for this machine only.
     """
 
@@ -59,7 +57,8 @@ class ModelServer:
         self, plan: dict[str, Any], token: str, loopback: bool
     ) -> None:
         self._plan = Plan.model_validate(plan)
-        self._door = Doorkeeper(token)
+        self._door = Doorkeeper()
+        self._listener = Listener(self._door, token)
         self._host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         self._loop = _LoopThread()
         self._hung = False
@@ -74,10 +73,7 @@ class ModelServer:
         listener = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
         listener.bind((self._host, 0))
         self._port = int(listener.getsockname()[1])
-        self._server = http_server(self._door)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
-        while not self._server.started:
-            await asyncio.sleep(0.01)
+        await self._listener.start(listener)
         self._watch = asyncio.create_task(self._exit_with_engine())
 
     async def describe(self) -> dict[str, Any]:
@@ -135,40 +131,26 @@ class ModelServer:
         given = self._plan.deployment.get("graceful_shutdown_timeout_s")
         patience = max(0.5, (20.0 if given is None else float(given)) - 1.0)
         await self._door.drain(patience)
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await asyncio.wait({self._serving}, timeout=1.0)
+        self._listener.close()
         self._engine.shutdown()
 
 
 class Doorkeeper:
-    """The outermost layer of a replica: who may ask, how many are asking, and whether new ones are taken.
+    """The outermost layer of a replica: how many are asking, and whether new ones are taken."""
 
-    Args:
-        token: what requests must carry.
-    """
-
-    def __init__(self, token: str) -> None:
+    def __init__(self) -> None:
         self.app: ASGIApp | None = None
         self.ongoing = 0
         self.draining = False
         self.hung = False
-        self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request of the front door in."""
-        if scope["type"] == "lifespan" and self.app is not None:
-            await self.app(scope, receive, send)
-            return
-        if scope["type"] != "http" or self.app is None:
-            return
-        if not hmac.compare_digest(header(scope, TOKEN), self._token):
-            refused = Refused(403, "this port is for quantserve's front door only", code="not_the_front_door")
-            await refused.response(scope, receive, send)
-        elif self.hung and scope["path"] == "/health":
+        """Let a request in."""
+        assert self.app is not None
+        if self.hung and scope["path"] == "/health":
             await Refused(503, "the engine does not answer").response(scope, receive, send)
         elif self.draining:
-            headers = {DRAINING.decode(): "1", "connection": "close"}
+            headers = {DRAINING.decode(): "1"}
             await Refused(503, "this replica is being stopped", headers=headers).response(scope, receive, send)
         else:
             counted = scope["method"] == "POST"

@@ -24,8 +24,8 @@ import uvloop
 from quantserve.serve.directory import Directory
 from quantserve.serve.limits import Policy
 from quantserve.serve.served import public_app
-from quantserve.serve.server import http_server
 
+KEEP_ALIVE_S: Final = 75
 LOOK_S: Final = 0.1
 TELL_S: Final = 1.0
 LONGEST_LINE: Final = 64 << 20
@@ -39,7 +39,17 @@ async def serve(listener: socket.socket) -> None:
     policy = Policy.model_validate(settings["policy"])
     directory = Directory(settings["models"], settings["token"])
     app = public_app(settings["models"], directory, policy)
-    server = http_server(app, timeout_graceful_shutdown=int(settings["drain_s"]))
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings["drain_s"]),
+    )
+    server = uvicorn.Server(config)
     work = [asyncio.create_task(_listen(lines, directory, server)), asyncio.create_task(_tell(directory))]
     await server.serve(sockets=[listener])
     for task in work:

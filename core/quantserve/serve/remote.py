@@ -17,7 +17,8 @@ from quantserve.serve.asgi import Refused, header, internal_error, read_body
 from quantserve.serve.limits import JSON_KEY
 from quantserve.serve.replicas import BROKEN_S, Pool, Replica
 from quantserve.serve.trace import trace_of
-from quantserve.serve.upstream import Headers, ReplicaLost, Response
+from quantserve.serve.upstream import ReplicaLost, Response
+from quantserve.serve.wire import Headers
 
 ATTEMPTS: Final = 3
 DRAINING: Final = b"x-quantserve-draining"

@@ -1,32 +1,28 @@
-"""HTTP/1.1 to a replica: connections that are kept, bodies that pass as they come.
+"""The front door's end of the wire: requests to a replica, and their answers as they come.
 
-Every token of every request goes through here, so nothing is copied or parsed that need not be: httptools (which
-uvicorn uses, too) takes the framing off, and what has piled up while the client was slow travels together.
+Every token of every request goes through here, so nothing is copied or parsed that need not be, and what has piled up
+while the client was slow travels together.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+import itertools
+import socket
 from collections import deque
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, cast
 
-import httptools
-
-Headers = list[tuple[bytes, bytes]]
+from quantserve.serve.wire import Frames, Headers, Kind, frame, pack_request, unpack_head
 
 CONNECT_S: Final = 5.0
-IDLE_S: Final = 30.0
-"""Kept connections older than this are not used again; a replica closes them after `KEEP_ALIVE_S`."""
-KEEP_ALIVE_S: Final = 75
 HIGH_WATER: Final = 256 << 10
-"""Bytes waiting for a slow client before the replica is no longer read."""
-HOP_BY_HOP: Final = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization",
-                               b"proxy-connection", b"transfer-encoding"})  # fmt: skip
-
-OWN: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-quantserve-token"}
-"""Request headers that are left out, or said anew."""
+"""Bytes waiting for a slow client before the replica is told to pause."""
+KEEPALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""Seconds and attempts until a node that vanished is noticed."""
+NOT_FORWARDED: Final = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization",
+                                  b"proxy-connection", b"transfer-encoding", b"expect"})  # fmt: skip
+"""Request headers that concern the client's connection."""
 
 
 class ReplicaLost(Exception):
@@ -40,10 +36,12 @@ class Response:
         status, headers: known when `Upstream.request` returns.
     """
 
-    def __init__(self, connection: _Connection) -> None:
+    def __init__(self, connection: _Connection, number: int) -> None:
         self._connection = connection
+        self._number = number
         self._chunks: deque[bytes] = deque()
         self._waiting = 0
+        self._paused = False
         self._ready: asyncio.Future[None] | None = None
         self._complete = False
         self._lost = False
@@ -64,16 +62,23 @@ class Response:
             await self._wait()
         data = self._chunks.popleft() if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
-        if self._waiting > HIGH_WATER:
-            self._connection.resume()
         self._waiting = 0
+        if self._paused:
+            self._paused = False
+            self._connection.say(Kind.RESUME, self._number)
         return data
 
     def close(self) -> None:
-        """Give the connection back when the answer is whole, else drop it, which cancels the request."""
-        self._connection.release(reusable=self._complete)
+        """No more of the answer is wanted; one that is not whole is cancelled in the replica."""
+        if self._connection.forget(self._number) and not self._complete:
+            self._connection.say(Kind.CANCEL, self._number)
 
-    async def _head(self) -> None:
+    async def head(self) -> None:
+        """Wait for status and headers.
+
+        Raises:
+            ReplicaLost: the replica left before it answered.
+        """
         while not self.status:
             if self._lost:
                 raise ReplicaLost("the replica closed the connection before it answered")
@@ -86,128 +91,101 @@ class Response:
         finally:
             self._ready = None
 
-    def _wake(self) -> None:
+    def take(self, kind: int, payload: bytes) -> None:
+        """Take in a frame of this answer."""
+        if kind == Kind.DATA:
+            self._chunks.append(payload)
+            self._waiting += len(payload)
+            if self._waiting > HIGH_WATER and not self._paused:
+                self._paused = True
+                self._connection.say(Kind.PAUSE, self._number)
+        elif kind == Kind.END:
+            self._complete = True
+        elif kind == Kind.ANSWER:
+            status, self.headers = unpack_head(payload)
+            self.status = int(status)
+        else:
+            self._lost = True
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
-    def _add(self, data: bytes) -> None:
-        self._chunks.append(data)
-        self._waiting += len(data)
-        if self._waiting > HIGH_WATER:
-            self._connection.pause()
-        self._wake()
-
 
 class _Connection(asyncio.Protocol):
-    """One connection; the methods in httptools' names are called by its parser."""
+    """The connection to a replica and the answers that come on it."""
 
-    def __init__(self, upstream: Upstream) -> None:
-        self._upstream = upstream
+    def __init__(self, token: str) -> None:
+        self._token = token
         self._transport: asyncio.Transport | None = None
-        self._response: Response | None = None
-        self._parser: httptools.HttpResponseParser | None = None
-        self._headers: Headers = []
-        self._head_only = False
-        self.idle_since = 0.0
-        self.uses = 0
+        self._frames = Frames()
+        self._answers: dict[int, Response] = {}
+        self._numbers = itertools.cycle(range(1, 1 << 32))
+        self._closing = False
+        self.used = False
 
-    def send(self, head: bytes, body: bytes, head_only: bool) -> Response:
-        assert self._transport is not None
-        self._head_only = head_only
-        self._response = Response(self)
-        self._parser = httptools.HttpResponseParser(self)
-        self._headers = []
-        self.uses += 1
-        self._transport.write(head + body if len(body) < HIGH_WATER else head)
-        if len(body) >= HIGH_WATER:
-            self._transport.write(body)
-        return self._response
+    def open(self, payload: bytes) -> Response:
+        """Send a request."""
+        number = next(self._numbers)
+        response = self._answers[number] = Response(self, number)
+        self.used = True
+        self.say(Kind.OPEN, number, payload)
+        return response
+
+    def say(self, kind: Kind, number: int, payload: bytes = b"") -> None:
+        if self._transport is not None and self.usable:
+            self._transport.write(frame(kind, number, payload))
+
+    def forget(self, number: int) -> bool:
+        """Drop an answer; whether it was still there."""
+        known = self._answers.pop(number, None) is not None
+        if self._closing and not self._answers and self._transport is not None:
+            self._transport.close()
+        return known
+
+    def close(self) -> None:
+        """Close when the answers in progress are over."""
+        self._closing = True
+        if not self._answers and self._transport is not None:
+            self._transport.close()
 
     @property
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def pause(self) -> None:
-        if self._transport is not None:
-            self._transport.pause_reading()
-
-    def resume(self) -> None:
-        if self.usable and self._transport is not None:
-            self._transport.resume_reading()
-
-    def release(self, *, reusable: bool) -> None:
-        if self._response is None:
-            return
-        self._response = None
-        if reusable and self.usable:
-            self.resume()
-            self.idle_since = time.monotonic()
-            self._upstream.put_back(self)
-        elif self._transport is not None:
-            self._transport.abort()
-
     # --- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = cast(asyncio.Transport, transport)
+        wire = transport.get_extra_info("socket")
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            if hasattr(socket, option):
+                wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self.say(Kind.HELLO, 0, self._token.encode())
 
     def data_received(self, data: bytes) -> None:
-        if self._response is None or self._parser is None:
-            if self._transport is not None:
-                self._transport.abort()  # nobody asked
-            return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError:
-            self._lose()
-            if self._transport is not None:
-                self._transport.abort()
+        for kind, number, payload in self._frames.feed(data):
+            if (response := self._answers.get(number)) is not None:  # else its client has left
+                response.take(kind, payload)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._lose()
-
-    def _lose(self) -> None:
-        if self._response is not None and not self._response._complete:
-            self._response._lost = True
-            self._response._wake()
-
-    # --- the parser's side
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        if self._response is not None and self._parser is not None:
-            status = self._parser.get_status_code()
-            if status >= 200:
-                self._response.status, self._response.headers = status, self._headers
-                self._response._complete = self._head_only  # the length that is announced does not come
-            self._headers = []
-            self._response._wake()
-
-    def on_body(self, body: bytes) -> None:
-        if self._response is not None:
-            self._response._add(body)
-
-    def on_message_complete(self) -> None:
-        if self._response is not None and self._response.status:
-            self._response._complete = True
-            self._response._wake()
+        for response in self._answers.values():
+            response.take(Kind.FAILED, b"")
 
 
 class Upstream:
-    """A replica's HTTP server.
+    """A replica.
 
     Args:
         host, port: where it listens.
-        token: sent with every request; replicas answer nobody without it.
+        token: shown when connecting; replicas answer nobody without it.
     """
 
     def __init__(self, host: str, port: int, token: str) -> None:
         self.host = host
         self.port = port
         self._token = token
-        self._idle: list[_Connection] = []
+        self._connection: _Connection | None = None
+        self._connecting = asyncio.Lock()
 
     async def request(
         self, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]] = (), body: bytes = b""
@@ -221,61 +199,37 @@ class Upstream:
         Raises:
             ReplicaLost: nobody listens, or the replica left before it answered.
         """
-        head = self._render(method, target, headers, len(body))
+        payload = pack_request(method, target, [pair for pair in headers if pair[0] not in NOT_FORWARDED], body)
         while True:
-            connection = self._take() or await self._connect()
-            fresh = connection.uses == 0
-            response = connection.send(head, body, method == "HEAD")
+            connection = await self._connect()
+            kept = connection.used
+            response = connection.open(payload)
             try:
-                await response._head()
-            except ReplicaLost:
+                await response.head()
+            except BaseException as error:
                 response.close()
-                if fresh:
-                    raise
-                continue  # a kept connection that the replica closed as we used it
-            except BaseException:
-                response.close()
+                if isinstance(error, ReplicaLost) and kept and not connection.usable:
+                    continue  # perhaps it had been cut while nobody used it
                 raise
             return response
 
-    def put_back(self, connection: _Connection) -> None:
-        """Keep a connection for the next request."""
-        self._idle.append(connection)
-
     def close(self) -> None:
-        """Drop the connections that are kept."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection._transport is not None:
-                connection._transport.abort()
-
-    def _take(self) -> _Connection | None:
-        oldest = time.monotonic() - IDLE_S
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable and connection.idle_since > oldest:
-                return connection
-            if connection._transport is not None:
-                connection._transport.abort()
-        return None
+        """Give up the connection when the answers in progress are over."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     async def _connect(self) -> _Connection:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(CONNECT_S):
-                _, connection = await loop.create_connection(lambda: _Connection(self), self.host, self.port)
-        except (OSError, TimeoutError) as error:
-            raise ReplicaLost(f"no connection to the replica: {type(error).__name__}") from None
-        return connection
-
-    def _render(self, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]], length: int) -> bytes:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        lines = [
-            method.encode() + b" " + target + b" HTTP/1.1",
-            f"host: {host}:{self.port}".encode(),
-            b"x-quantserve-token: " + self._token.encode(),
-        ]
-        lines += [name + b": " + value for name, value in headers if name not in OWN]
-        if length or method in ("POST", "PUT", "PATCH"):
-            lines.append(b"content-length: %d" % length)
-        return b"\r\n".join(lines) + b"\r\n\r\n"
+        if self._connection is not None and self._connection.usable:
+            return self._connection
+        async with self._connecting:
+            if self._connection is not None and self._connection.usable:
+                return self._connection
+            loop = asyncio.get_running_loop()
+            try:
+                async with asyncio.timeout(CONNECT_S):
+                    made = await loop.create_connection(lambda: _Connection(self._token), self.host, self.port)
+            except (OSError, TimeoutError) as error:
+                raise ReplicaLost(f"no connection to the replica: {type(error).__name__}") from None
+            self._connection = made[1]
+            return self._connection

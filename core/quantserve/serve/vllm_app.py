@@ -6,6 +6,7 @@ reaches the client, because it is vLLM's app that answers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -46,11 +47,13 @@ class EngineApp:
         app: vLLM's OpenAI server.
         engine: its client; the engine itself runs in processes of its own.
         tasks: what the model can do, e.g. ``generate`` or ``embed``.
+        lifespan: what vLLM's app has running beside requests.
     """
 
     app: ASGIApp
     engine: AsyncLLM
     tasks: tuple[str, ...]
+    lifespan: contextlib.AsyncExitStack = dataclasses.field(default_factory=contextlib.AsyncExitStack)
 
     @property
     def dead(self) -> bool:
@@ -114,6 +117,7 @@ async def start(plan: Plan) -> EngineApp:
     started = EngineApp(Envelope(app, lambda: engine.errored), engine, tuple(tasks))
     try:
         await started.warm_up()
+        await started.lifespan.enter_async_context(app.router.lifespan_context(app))
     except BaseException:
         engine.shutdown(timeout=0)
         raise

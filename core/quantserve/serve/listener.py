@@ -1,0 +1,185 @@
+"""A replica's end of the wire: an ASGI server for the front door alone."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import socket
+from typing import Final, cast
+from urllib.parse import unquote_to_bytes
+
+from starlette.types import ASGIApp, Message
+
+from quantserve.serve.asgi import request_scope
+from quantserve.serve.wire import Frames, Kind, frame, pack_head, unpack_request
+
+LONGEST_HELLO: Final = 1 << 10
+"""Nobody who has not said the token may send more than this."""
+
+logger = logging.getLogger(__name__)
+
+
+class Listener:
+    """Answers front doors that know the token.
+
+    Args:
+        app: gets the requests, one task each.
+        token: what a front door must say first; other connections are closed without a word.
+    """
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app = app
+        self.token = token.encode()
+        self.sessions: set[_Session] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, listening: socket.socket) -> None:
+        """Take connections from a bound socket."""
+        self._server = await asyncio.get_running_loop().create_server(lambda: _Session(self), sock=listening)
+
+    def close(self) -> None:
+        """Take no more connections and cut those there are."""
+        if self._server is not None:
+            self._server.close()
+        for session in list(self.sessions):
+            session.abort()
+
+
+class _Session(asyncio.Protocol):
+    """The connection of one front door."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._frames = Frames()
+        self._known = False
+        self._transport: asyncio.Transport | None = None
+        self._requests: dict[int, _Request] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._full = False
+
+    @property
+    def full(self) -> bool:
+        """Whether the front door is slower than its answers."""
+        return self._full
+
+    def write(self, data: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._listener.sessions.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        for kind, number, payload in self._frames.feed(data):
+            if not self._known:
+                if kind != Kind.HELLO or not hmac.compare_digest(payload, self._listener.token):
+                    self.abort()
+                    return
+                self._known = True
+            elif kind == Kind.OPEN:
+                self._open(number, payload)
+            elif (request := self._requests.get(number)) is not None:
+                request.told(kind)
+        if not self._known and self._frames.waiting > LONGEST_HELLO:
+            self.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._listener.sessions.discard(self)
+        for request in self._requests.values():
+            request.told(Kind.CANCEL)
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        for request in self._requests.values():
+            request.go_on()
+
+    def _open(self, number: int, payload: bytes) -> None:
+        request = self._requests[number] = _Request(self, number, payload)
+        task = asyncio.get_running_loop().create_task(self._run(request))
+        self._tasks.add(task)  # asyncio itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, request: _Request) -> None:
+        try:
+            await self._listener.app(request.scope, request.receive, request.send)
+        except Exception as error:
+            # The layers inside have turned what they could into an answer; what gets here broke off in the middle.
+            logger.warning("%s broke off: %s", request.scope["path"], type(error).__name__)
+        finally:
+            request.finish()
+            self._requests.pop(request.number, None)
+
+
+class _Request:
+    """One request: its ASGI scope and channels."""
+
+    def __init__(self, session: _Session, number: int, payload: bytes) -> None:
+        method, target, headers, body = unpack_request(payload)
+        path, _, query = target.partition(b"?")
+        self.number = number
+        self.scope = request_scope(method, unquote_to_bytes(path).decode("utf-8", "replace"), headers, query)
+        self.scope["raw_path"] = path
+        self._session = session
+        self._body: bytes | None = body
+        self._head_only = method == "HEAD"
+        self._gone = asyncio.Event()
+        self._paused = False
+        self._may_send = asyncio.Event()
+        self._done = False
+
+    def told(self, kind: int) -> None:
+        """Do what the front door says about this request."""
+        if kind == Kind.CANCEL:
+            self._done = True
+            self._gone.set()
+        self._paused = kind == Kind.PAUSE
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Let `send` see again whether it may."""
+        self._may_send.set()
+
+    async def receive(self) -> Message:
+        """ASGI: the body, then, when the client leaves or has its answer, the disconnect."""
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """ASGI: pass a part of the answer on, waiting while the client or the connection is slow."""
+        while (self._paused or self._session.full) and not self._done:
+            self._may_send.clear()
+            await self._may_send.wait()
+        if self._done:
+            return
+        if message["type"] == "http.response.start":
+            head = pack_head(b"%d" % message["status"], message.get("headers", ()))
+            self._session.write(frame(Kind.ANSWER, self.number, head))
+            return
+        body = b"" if self._head_only else message.get("body", b"")
+        data = frame(Kind.DATA, self.number, body) if body else b""
+        if not message.get("more_body"):
+            data += frame(Kind.END, self.number)
+            self._done = True
+            self._gone.set()
+        if data:
+            self._session.write(data)
+
+    def finish(self) -> None:
+        """The app has returned: an answer that is not whole never will be."""
+        if not self._done:
+            self._done = True
+            self._session.write(frame(Kind.FAILED, self.number))

@@ -16,6 +16,8 @@ from quantserve.serve.wire import Frames, Kind, frame, pack_head, unpack_request
 
 LONGEST_HELLO: Final = 1 << 10
 """Nobody who has not said the token may send more than this."""
+TOGETHER: Final = 16
+"""Frames that are sent in one piece at most, so that the front door can begin while more are made."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class _Session(asyncio.Protocol):
         self._requests: dict[int, _Request] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._full = False
+        self._unsent: list[bytes] = []
 
     @property
     def full(self) -> bool:
@@ -64,8 +67,17 @@ class _Session(asyncio.Protocol):
         return self._full
 
     def write(self, data: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(data)
+        """Send a frame together with those that follow before the event loop looks around again."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(data)
+        if len(self._unsent) >= TOGETHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unsent and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     def abort(self) -> None:
         if self._transport is not None:

@@ -16,6 +16,7 @@ from quantserve.serve.wire import Frames, Kind, frame, pack_head, unpack_request
 
 LONGEST_HELLO: Final = 1 << 10
 """Nobody who has not said the token may send more than this."""
+HELLO_S: Final = 5.0
 TOGETHER: Final = 16
 """Frames that are sent in one piece at most, so that the front door can begin while more are made."""
 
@@ -88,6 +89,7 @@ class _Session(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._listener.sessions.add(self)
+        asyncio.get_running_loop().call_later(HELLO_S, lambda: None if self._known else self.abort())
 
     def data_received(self, data: bytes) -> None:
         for kind, number, payload in self._frames.feed(data):
@@ -100,7 +102,7 @@ class _Session(asyncio.Protocol):
                 self._open(number, payload)
             elif (request := self._requests.get(number)) is not None:
                 request.told(kind)
-        if not self._known and self._frames.waiting > LONGEST_HELLO:
+        if not self._known and self._frames.wanted > LONGEST_HELLO:
             self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -62,6 +62,7 @@ class Frames:
                 return
             data, self._rest = bytes(self._rest), bytearray()
         start, size = 0, len(data)
+        self._wanted = _FRAME.size
         while size - start >= _FRAME.size:
             length, number, kind = _FRAME.unpack_from(data, start)
             end = start + _FRAME.size + length
@@ -70,15 +71,13 @@ class Frames:
                 break
             yield kind, number, data[start + _FRAME.size : end]
             start = end
-        else:
-            self._wanted = _FRAME.size
         if start < size:
             self._rest += data[start:]
 
     @property
-    def waiting(self) -> int:
-        """Bytes of a frame that is not complete yet."""
-        return len(self._rest)
+    def wanted(self) -> int:
+        """Length of the frame that is not complete yet, as far as it is known."""
+        return self._wanted
 
 
 def pack_head(first: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:

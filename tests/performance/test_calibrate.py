@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,10 +38,27 @@ def points(costs: EngineCost) -> list[Point]:
 def test_the_fit_finds_the_costs_that_were_put_in() -> None:
     costs = EngineCost(2e-3, 7e-5, 3e-4, 1.2e-9, 0.0, 0.0, 0.0)
     found = fit(calibration(engine=None), points(costs))
-    assert found.step_s == pytest.approx(costs.step_s, rel=1e-6)
-    assert found.layer_s == pytest.approx(costs.layer_s, rel=1e-6)
-    assert found.request_s == pytest.approx(costs.request_s, rel=1e-6)
-    assert found.element_s == pytest.approx(costs.element_s, rel=1e-6)
+    assert found.step_s == pytest.approx(costs.step_s, rel=0.1)
+    assert found.layer_s == pytest.approx(costs.layer_s, rel=0.1)
+    assert found.request_s == pytest.approx(costs.request_s, rel=0.1)
+    assert found.element_s == pytest.approx(costs.element_s, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_does_not_turn_a_step_into_layers(seed: int) -> None:
+    usual = machine_of(this_cpu(), calibration(engine=None)).engine
+    chance = random.Random(seed)
+    noisy = [replace(point, seconds=point.seconds * chance.gauss(1, 0.03)) for point in points(usual)]
+    found = fit(calibration(engine=None), noisy)
+    assert 0.3 * usual.step_s < found.step_s < 3 * usual.step_s
+    assert found.layer_s < 4 * usual.layer_s
+
+
+def test_a_call_has_its_price() -> None:
+    cheap = calibration()
+    dear = replace(cheap, calls={"awq-4": 1e-4})
+    seconds = [linear_cost(machine_of(this_cpu(), one), PLAIN, "awq-4").seconds(1, 1024, 1024) for one in (cheap, dear)]
+    assert seconds[1] - seconds[0] == pytest.approx(1e-4)
 
 
 def test_the_fit_gives_no_negative_costs() -> None:
@@ -68,6 +86,8 @@ def test_calibrate_writes_what_predictions_use(
     for table in found.kernels.values():
         assert [rows for rows, _ in table] == [1, 4, 16, 64, 512]
         assert table[-1][1] > table[0][1]
+    assert set(found.calls) == set(found.kernels)
+    assert all(0 <= call < 1e-2 for call in found.calls.values())
     assert 1e9 < found.read_bytes_per_s < 1e13
     # 4-bit weights are read in less time than 16-bit ones.
     assert dict(found.kernels["awq-4"])[1] < dict(found.kernels["fp16-16"])[1]

@@ -24,6 +24,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 QUICK_ROWS = (1, 4, 16, 64, 512)
 # As many weights as the linears of a small model have, read in turn so that the cache does not hold them.
 N, K = 4096, 4096
+SMALL_N, SMALL_K = 1024, 1024
 WORKING_SET = 160 << 20
 _LEAST_COPIES = 3
 _ROUNDS = 9
@@ -107,10 +108,11 @@ def calibrate(
             say("bfloat16 products", 1, total)
             flops = matmul_rate(watch)
             tables: dict[str, tuple[tuple[int, float], ...]] = {}
+            calls: dict[str, float] = {}
             for index, kernel in enumerate(kernels):
                 say(f"{kernel.key}: {kernel.about}", 2 + index, total)
                 try:
-                    tables[kernel.key] = kernel_table(kernel, rows, watch)
+                    calls[kernel.key], tables[kernel.key] = kernel_table(kernel, rows, watch)
                 except (RuntimeError, ValueError, ImportError, AttributeError) as error:
                     left_out.append(f"{kernel.key}: {type(error).__name__}: {str(error).splitlines()[0]}")
             say("done", total, total)
@@ -124,6 +126,7 @@ def calibrate(
         read_bytes_per_s=bandwidth,
         matmul_flops_per_s=flops,
         kernels=tables,
+        calls=calls,
         about={kernel.key: kernel.about for kernel in kernels if kernel.key in tables},
         seconds=round(time.monotonic() - began, 1),
         disturbed=round(watch.lost, 3),
@@ -190,31 +193,39 @@ def matmul_rate(watch: Watch) -> float:
     return 2 * m * n * k / typical(taken[2:])
 
 
-def kernel_table(kernel: Kernel, rows: Sequence[int], watch: Watch) -> tuple[tuple[int, float], ...]:
-    """Seconds per weight by rows of x: typical times of calls on copies of the weight that take turns."""
-    calls = list(_copies(kernel))
-    table = []
-    for count in rows:
-        x = torch.randn(count, K).bfloat16()
-        for call in calls:
-            call(x)
-        taken: list[float] = []
-        began = time.monotonic()
-        number = 0
-        while number < _ROUNDS or (number < 60 and time.monotonic() - began < _CELL_SECONDS / 3):
-            taken.append(watch.timed(partial(calls[number % len(calls)], x)))
-            number += 1
-            if time.monotonic() - began > _CELL_SECONDS and number >= 3:
-                break
-        table.append((count, typical(taken) / (N * K)))
-    return tuple(table)
+def kernel_table(kernel: Kernel, rows: Sequence[int], watch: Watch) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Seconds of a call beside its weights, and seconds per weight by rows of x.
+
+    A small matrix takes more time per weight than a large one; what it takes more is the call's.
+    """
+    calls = list(_copies(kernel, N, K))
+    large = [_seconds(calls, torch.randn(count, K).bfloat16(), watch) for count in rows]
+    small = _seconds(list(_copies(kernel, SMALL_N, SMALL_K)), torch.randn(rows[0], SMALL_K).bfloat16(), watch)
+    share = SMALL_N * SMALL_K / (N * K)
+    call = max(0.0, (small - share * large[0]) / (1 - share))
+    return call, tuple((count, (seconds - call) / (N * K)) for count, seconds in zip(rows, large, strict=True))
 
 
-def _copies(kernel: Kernel) -> Iterator[Callable[[Tensor], Tensor]]:
-    call, nbytes = kernel.make(N, K, kernel.bits)
+def _seconds(calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor, watch: Watch) -> float:
+    """Typical seconds of a call, on copies of the weight that take turns."""
+    for call in calls:
+        call(x)
+    taken: list[float] = []
+    began = time.monotonic()
+    number = 0
+    while number < _ROUNDS or (number < 10 * _ROUNDS and time.monotonic() - began < _CELL_SECONDS / 3):
+        taken.append(watch.timed(partial(calls[number % len(calls)], x)))
+        number += 1
+        if time.monotonic() - began > _CELL_SECONDS and number >= 3:
+            break
+    return typical(taken)
+
+
+def _copies(kernel: Kernel, n: int, k: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    call, nbytes = kernel.make(n, k, kernel.bits)
     yield call
     for _ in range(max(_LEAST_COPIES, WORKING_SET // nbytes) - 1):
-        yield kernel.make(N, K, kernel.bits)[0]
+        yield kernel.make(n, k, kernel.bits)[0]
 
 
 def versions() -> dict[str, str]:

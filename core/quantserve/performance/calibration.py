@@ -36,6 +36,7 @@ class Calibration:
         threads: that computed together.
         read_bytes_per_s, matmul_flops_per_s: of memory, and of large bfloat16 products.
         kernels: method and bits -> (rows, seconds per weight), rising rows.
+        calls: method and bits -> seconds of one call beside its weights, which small matrices feel.
         about: method and bits -> the kernel that was measured.
         engine: costs of the engine; None when they were not measured and defaults hold.
         eager: the same for a model that is not compiled.
@@ -51,6 +52,7 @@ class Calibration:
     read_bytes_per_s: float
     matmul_flops_per_s: float
     kernels: Mapping[str, tuple[tuple[int, float], ...]]
+    calls: Mapping[str, float] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
     engine: EngineCost | None = None
     eager: EngineCost | None = None
@@ -94,6 +96,7 @@ class Calibration:
                     for key, table in data["kernels"].items()
                     if table
                 },
+                calls={str(key): _not_negative(value) for key, value in data.get("calls", {}).items()},
                 about={str(key): str(value) for key, value in data.get("about", {}).items()},
                 engine=engine,
                 eager=eager,
@@ -113,6 +116,10 @@ def _positive(value: object) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{value!r} is not a positive number")
     return number
+
+
+def _not_negative(value: object) -> float:
+    return _positive(value) if value else 0.0
 
 
 def disturbance(calibration: Calibration) -> str:

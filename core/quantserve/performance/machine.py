@@ -86,6 +86,7 @@ class Machine:
         attention_bandwidth, attention_flops: shares of both that attention reaches.
         engine: costs beside the arithmetic.
         kernels: measured seconds per weight by number of rows, by kernel key (``awq-4``).
+        calls: measured seconds of one call beside that, by kernel key.
         source: ``calibration`` when bandwidth, FLOP/s and kernels were measured here.
         uncertainty: of everything that no kernel profile covers, as a share.
         notes: what a reader must know about these numbers.
@@ -98,6 +99,7 @@ class Machine:
     attention_flops: float
     engine: EngineCost
     kernels: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    calls: Mapping[str, float] = field(default_factory=dict)
     source: Source = "roofline"
     uncertainty: float = 0.35
     notes: tuple[str, ...] = ()
@@ -145,6 +147,7 @@ def _cpu(target: Target, calibration: Calibration | None, eager: bool) -> Machin
             attention_flops=0.3,
             engine=measured or assumed,
             kernels=calibration.kernels,
+            calls=calibration.calls,
             source="calibration",
             uncertainty=0.2,
             notes=calibration.notes,
@@ -197,19 +200,21 @@ class LinearCost:
         profile: the kernel's shares of the roofline.
         bits_per_weight: stored.
         measured: seconds per weight by rows, in place of the shares.
+        call_s: measured seconds of a call beside that.
     """
 
     machine: Machine
     profile: KernelProfile
     bits_per_weight: float
     measured: Sequence[tuple[int, float]] | None = None
+    call_s: float = 0.0
 
     def seconds(self, rows: float, n: int, k: int) -> float:
         """x [rows, k] times W [n, k]; 0 without rows."""
         if rows <= 0:
             return 0.0
         if self.measured:
-            return n * k * measured_at(self.measured, rows)
+            return self.call_s + n * k * measured_at(self.measured, rows)
         nbytes = n * k * self.bits_per_weight / 8
         read = nbytes / (self.machine.bandwidth * share_at(self.profile.bandwidth_share, rows))
         multiply = 2 * rows * n * k / (self.machine.flops * share_at(self.profile.flops_share, rows))
@@ -223,4 +228,5 @@ def linear_cost(machine: Machine, profile: KernelProfile, key: str, bits_per_wei
         key: of the calibration: method and bits, ``awq-4``.
         bits_per_weight: what the files hold; the profile's without.
     """
-    return LinearCost(machine, profile, bits_per_weight or profile.bits_per_weight, machine.kernels.get(key))
+    bits = bits_per_weight or profile.bits_per_weight
+    return LinearCost(machine, profile, bits, machine.kernels.get(key), machine.calls.get(key, 0.0))

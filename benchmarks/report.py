@@ -106,6 +106,7 @@ def grouped_bars(
     series: Mapping[str, Sequence[float]],
     ylabel: str,
     reference: float | None = 1.0,
+    first_colour: int = 0,
 ) -> None:
     """Bars side by side, one group per x position; written as .png and .svg.
 
@@ -116,12 +117,15 @@ def grouped_bars(
         series: name -> one value per group; NaN leaves a gap.
         ylabel: what the values are.
         reference: a dashed line at this value; None for none.
+        first_colour: of the first series; 0 is grey, for what others are held against.
 
     Raises:
         PlotError: no matplotlib, or a series of another length.
     """
     check_lengths(len(groups), series)
-    figure, axes = new_figure(title, ylabel, width=min(11.0, max(7.0, 1.6 + 0.3 * len(groups) * (len(series) + 1))))
+    longest = max((len(line) for group in groups for line in group.splitlines()), default=1)
+    wanted = 1.6 + len(groups) * max(0.3 * (len(series) + 1), 0.09 * longest)
+    figure, axes = new_figure(title, ylabel, width=min(16.0, max(7.0, wanted)))
     width = 0.84 / max(1, len(series))
     # Narrow bars get upright figures; the white box keeps the reference line out of them.
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
@@ -130,7 +134,8 @@ def grouped_bars(
     for number, (name, values) in enumerate(series.items()):
         left = [i + (number - (len(series) - 1) / 2) * width for i in range(len(groups))]
         hatch = None if number < len(COLOURS) else "///"
-        axes.bar(left, values, width * 0.92, label=name, color=COLOURS[number % len(COLOURS)], hatch=hatch, zorder=2)
+        colour = COLOURS[(number + first_colour) % len(COLOURS)]
+        axes.bar(left, values, width * 0.92, label=name, color=colour, hatch=hatch, zorder=2)
         for x, value in zip(left, values, strict=True):
             if value == value:
                 label = f"{value:.2f}" if value < 10 else f"{value:.3g}"

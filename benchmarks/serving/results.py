@@ -292,7 +292,8 @@ def plot(found: Found, folder: Path) -> list[Path]:
                 continue
             path = folder / f"serving-{group}-{figure.split('_')[0]}.png"
             heading = f"{title} relative to vLLM's own server"
-            report.grouped_bars(path, heading, list(map(label, cells_of(own))), series(own), f"times {REFERENCE}")
+            groups = list(map(label, cells_of(own)))
+            report.grouped_bars(path, heading, groups, series(own), f"times {REFERENCE}", first_colour=1)
             paths.append(path)
     return paths
 
@@ -305,7 +306,7 @@ def cells_of(own: Iterable[Ratio]) -> list[str]:
 def label(cell: str) -> str:
     """A cell's name on several lines, for the axis."""
     who, what, users = cell.split(", ")
-    return "\n".join([who.removeprefix("demo-"), *what.split(" "), users.partition(" ")[0]])
+    return "\n".join([who.removeprefix("demo-"), *what.split(" "), users])
 
 
 def series(own: Sequence[Ratio]) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ from quantserve.registry import Registry
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DOCS: Final = ROOT / "docs"
-SCALE: Final = 0.28
+SCALE: Final = 0.27
 """The demo takes 512 tokens; lengths of the 2023 workload times this fit."""
 CONCURRENCIES: Final = (1, 4, 16)
 

@@ -251,7 +251,8 @@ def _check_lengths(served: Served, made: Sequence[Request]) -> None:
         factor = int(100 * limit / max(needs)) / 100
         raise UsageError(
             f"{over} of {len(made)} requests need more than the {limit} tokens that {served.id} takes, the longest "
-            f"{max(needs)}\n  fix: multiply --scale (1 by default) by {max(0.01, factor):g}, or shorten --input-tokens and --output-tokens"
+            f"{max(needs)}\n  fix: multiply --scale (1 by default) by {max(0.01, factor):g}, or shorten --input-tokens "
+            "and --output-tokens"
         )
 
 

@@ -81,8 +81,8 @@ def page(in_rounds: Sequence[Measurement], first: Settings, swept: Sequence[Meas
         "# The demo model under load",
         "Written by `make bench`: [models/demo.yaml](../models/demo.yaml), one model after another through "
         f"`quantserve serve` on {machine_line(machine())}. The client runs on the same cores. A model of this size "
-        "waits for the engine's own work more than for its weights, so the methods differ less than on larger ones, and "
-        "unpacking its small matrices for a prompt costs more than it saves: [performance.md](performance.md) has "
+        "waits for the engine's own work more than for its weights, so the methods differ less than on larger ones, "
+        "and unpacking its small matrices for a prompt costs more than it saves: [performance.md](performance.md) has "
         "models that gain.",
         "[bench.md](bench.md) says what each metric is and how to measure your own models.",
         "## As in RayLLM's tables",

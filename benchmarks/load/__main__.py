@@ -14,6 +14,7 @@ from benchmarks.report import machine, machine_line
 from quantserve.errors import QuantserveError
 
 BUILD = demo.ROOT / "build" / "bench" / "load"
+DEMO = demo.ROOT / "examples" / "demo-model" / "checkpoint"
 STREAMS = ((16, 20.0), (64, 20.0), (64, 50.0), (256, 20.0))
 
 
@@ -22,6 +23,8 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="python -m benchmarks.load", description=package.__doc__)
     out.add_argument("what", choices=["demo", "cost", "agree"])
     out.add_argument("--quick", action="store_true", help="few requests: the figures mean nothing")
+    out.add_argument("--checkpoint", type=Path, default=DEMO, help="agree: model to serve; default the demo")
+    out.add_argument("--prompts", type=int, default=640, help="agree: requests of one run; default 640")
     out.add_argument("--out", type=Path, default=BUILD, help="default build/bench/load")
     return out
 
@@ -37,7 +40,9 @@ def main() -> int:
             rows = [cost.measure_cost(streams, rate, 3.0 if options.quick else 20.0) for streams, rate in STREAMS]
             keep(options.out / "cost.json", rows, cost.show(rows))
         else:
-            compared = agreement(options.quick)
+            compared = agreement(
+                options.checkpoint, 32 if options.quick else options.prompts, 1 if options.quick else 3
+            )
             keep(options.out / "agree.json", compared, agree.show(compared))
     except (QuantserveError, agree.PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,12 +50,11 @@ def main() -> int:
     return 0
 
 
-def agreement(quick: bool) -> dict[str, object]:
-    """Serve the demo's checkpoint with vLLM's own server and measure it with both."""
-    checkpoint = demo.ROOT / "examples" / "demo-model" / "checkpoint"
-    load = agree.Load(prompts=32) if quick else agree.Load()
+def agreement(checkpoint: Path, prompts: int, rounds: int) -> dict[str, object]:
+    """Serve a checkpoint with vLLM's own server and measure it with both."""
+    load = agree.Load(prompts=prompts)
     with tempfile.TemporaryDirectory() as folder, agree.serve(checkpoint, Path(folder)) as target:
-        return agree.compare(target, load, checkpoint, Path(folder), rounds=1 if quick else 3)
+        return agree.compare(target, load, checkpoint, Path(folder), rounds)
 
 
 def keep(path: Path, value: object, text: str) -> None:

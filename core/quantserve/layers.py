@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from quantserve.architecture import Architecture, class_names, read_architecture
+from quantserve.once import once
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint, Tensor
@@ -66,6 +68,7 @@ def shard_k(linear: Linear, ranks: int) -> int:
     return linear.k // ranks if linear.parallel == "row" else linear.k
 
 
+@once
 def linears(checkpoint: Checkpoint) -> tuple[Linear, ...]:
     """The decoder linears of a model, in block order.
 
@@ -80,6 +83,7 @@ def linears(checkpoint: Checkpoint) -> tuple[Linear, ...]:
     return () if problems else tuple(_derived(checkpoint))
 
 
+@once
 def other_tensors(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     """The tensors a model must have beside the weights of its linears: name -> shape.
 
@@ -90,7 +94,7 @@ def other_tensors(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     if architecture is None:
         return {}
     prefix = block_prefix(checkpoint)
-    return dict(_other(architecture, prefix, lm_head_name(checkpoint)))
+    return MappingProxyType(dict(_other(architecture, prefix, lm_head_name(checkpoint))))
 
 
 def modules(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
@@ -102,6 +106,7 @@ def modules(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+@once
 def block_prefix(checkpoint: Checkpoint) -> str:
     """What comes before ``layers.0``: ``model.``, or ``language_model.model.`` in a multimodal file."""
     prefixes = {match[1] for name in checkpoint.tensors if (match := _LLAMA_BLOCK.match(name))}

@@ -19,6 +19,7 @@ from quantserve.engine_defaults import (
 from quantserve.finding import Finding
 from quantserve.kv_cache import kv_cache
 from quantserve.layers import linears, other_tensors, shard_k, shard_n
+from quantserve.once import once
 from quantserve.target import GIB, Target, gib, known_targets
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tupl
     return result, list(_judge(result, checkpoint, model, target))
 
 
+@once
 def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> int:
     """Bytes of weights on the largest of ``ranks`` tensor-parallel ranks.
 

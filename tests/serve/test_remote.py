@@ -599,3 +599,27 @@ def test_slow_client_slows_the_replica() -> None:
             assert size == 400 * 65536
 
     run(work)
+
+
+def test_a_replica_that_leaves_the_list_ends_its_answers_and_then_its_connection() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        sessions: set[Any] = set()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            sessions.add(session_of(send))
+            await replica(scope, receive, send)
+
+        async with served(app) as port:
+            pool = pool_of(r=port)
+            asked = asyncio.create_task(post(RemoteModel(pool)))
+            await asyncio.sleep(0.1)
+            pool.update([])
+            replica.hold.set()
+            assert (await asked).status == 200
+            await asyncio.sleep(0.1)
+            (session,) = sessions
+            assert session._transport.is_closing()
+
+    run(work)

@@ -20,6 +20,8 @@ HIGH_WATER: Final = 256 << 10
 """Bytes waiting for a slow client before the replica is told to pause."""
 KEEPALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """Seconds and attempts until a node that vanished is noticed."""
+NUMBERS: Final = 1 << 32
+"""Numbers of requests begin again after so many."""
 NOT_FORWARDED: Final = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization",
                                   b"proxy-connection", b"transfer-encoding", b"expect"})  # fmt: skip
 """Request headers that concern the client's connection."""
@@ -118,16 +120,19 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._frames = Frames()
         self._answers: dict[int, Response] = {}
-        self._numbers = itertools.cycle(range(1, 1 << 32))
+        self._numbers = itertools.count(1)
         self._closing = False
         self.used = False
 
     def open(self, payload: bytes) -> Response:
         """Send a request."""
-        number = next(self._numbers)
+        number = next(self._numbers) % NUMBERS
         response = self._answers[number] = Response(self, number)
-        self.used = True
-        self.say(Kind.OPEN, number, payload)
+        if self.usable:
+            self.used = True
+            self.say(Kind.OPEN, number, payload)
+        else:  # lost while nobody looked
+            response.take(Kind.FAILED, b"")
         return response
 
     def say(self, kind: Kind, number: int, payload: bytes = b"") -> None:
@@ -141,9 +146,13 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
         return known
 
+    def close_after_use(self) -> None:
+        """Close when the answers that are asked for from now on are over."""
+        self._closing = True
+
     def close(self) -> None:
         """Close when the answers in progress are over."""
-        self._closing = True
+        self.close_after_use()
         if not self._answers and self._transport is not None:
             self._transport.close()
 
@@ -186,6 +195,7 @@ class Upstream:
         self._token = token
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
+        self._closed = False
 
     async def request(
         self, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]] = (), body: bytes = b""
@@ -215,6 +225,7 @@ class Upstream:
 
     def close(self) -> None:
         """Give up the connection when the answers in progress are over."""
+        self._closed = True
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -231,5 +242,8 @@ class Upstream:
                     made = await loop.create_connection(lambda: _Connection(self._token), self.host, self.port)
             except (OSError, TimeoutError) as error:
                 raise ReplicaLost(f"no connection to the replica: {type(error).__name__}") from None
+            if self._closed:  # meanwhile; what was to be sent still is
+                made[1].close_after_use()
+                return made[1]
             self._connection = made[1]
             return self._connection

@@ -81,7 +81,7 @@ def test_calibrate_writes_what_predictions_use(
     assert run(["calibrate", "--quick", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     found = load(path)
-    assert printed["seconds"] == found.seconds < 60
+    assert printed["seconds"] == found.seconds
     assert {"fp16-16", "awq-4", "squeezellm-4"} <= set(found.kernels)
     for table in found.kernels.values():
         assert [rows for rows, _ in table] == [1, 4, 16, 64, 512]

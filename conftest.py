@@ -8,8 +8,10 @@ import subprocess
 
 import pytest
 
-# Before anything imports Ray or vLLM: tests report to nobody, and no variable of the shell changes what they see.
+# Before anything imports Ray or vLLM: tests report to nobody, and neither a variable of the shell nor this machine's
+# calibration changes what they see.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+os.environ["QUANTSERVE_CALIBRATION"] = "/nonexistent/calibration.json"
 for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS", "VLLM_PLUGINS"):
     os.environ.pop(name, None)
 

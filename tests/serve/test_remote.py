@@ -623,3 +623,21 @@ def test_a_replica_that_leaves_the_list_ends_its_answers_and_then_its_connection
             assert session._transport.is_closing()
 
     run(work)
+
+
+def test_what_was_answered_arrives_though_the_replica_closes() -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await read_body(receive)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x" * 300_000})
+            listener.close()  # in the same turn of the event loop
+
+        listener = Listener(app, TOKEN)
+        await listener.start(listening)
+        answer = await post(RemoteModel(pool_of(r=listening.getsockname()[1])))
+        assert (answer.status, len(answer.body)) == (200, 300_000)
+
+    run(work)

@@ -42,11 +42,11 @@ class Listener:
         self._server = await asyncio.get_running_loop().create_server(lambda: _Session(self), sock=listening)
 
     def close(self) -> None:
-        """Take no more connections and cut those there are."""
+        """Take no more connections and end those there are, once what was answered is on its way."""
         if self._server is not None:
             self._server.close()
         for session in list(self.sessions):
-            session.abort()
+            session.close()
 
 
 class _Session(asyncio.Protocol):
@@ -79,6 +79,11 @@ class _Session(asyncio.Protocol):
         if self._unsent and self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
+
+    def close(self) -> None:
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
 
     def abort(self) -> None:
         if self._transport is not None:

@@ -17,7 +17,7 @@ from quantserve.serve.limits import Policy
 
 from .server import until
 
-REPLICA = {"id": "r1", "host": "127.0.0.1", "port": 9, "draining": False, "ongoing": 0}
+REPLICA = {"id": "r1", "host": "127.0.0.1", "port": 9, "draining": False, "ongoing": 0, "cpus": []}
 
 
 def described(model_id: str, **limits: object) -> dict[str, object]:
@@ -55,3 +55,24 @@ def test_it_says_which_models_it_reaches_and_is_replaced_when_it_hangs(
     assert said[1] == "the front door died (killed by signal 9) and is started again"
     until(lambda: process.reachable == ["here", "asleep"], 30)  # the new one was told what the old one knew
     assert httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_it_keeps_off_the_cpus_that_replicas_compute_on(started: tuple[GatewayProcess, str, list[str]]) -> None:
+    process, _, said = started
+    cpus = os.sched_getaffinity(0)
+    bound = min(cpus)
+
+    def gateway() -> int:
+        (child,) = [p for p in psutil.Process().children() if "quantserve.serve.gateway" in p.cmdline()]
+        return int(child.pid)
+
+    until(lambda: process.reachable == ["asleep"], 30)
+    assert os.sched_getaffinity(gateway()) == cpus
+    process.update({"here": [{**REPLICA, "cpus": [bound]}]})
+    assert os.sched_getaffinity(gateway()) == cpus - {bound}
+    os.kill(gateway(), signal.SIGKILL)
+    until(lambda: len(said) == 1 and process.reachable == ["here", "asleep"], 30)
+    assert os.sched_getaffinity(gateway()) == cpus - {bound}  # its successor, too
+    process.update({"here": []})
+    assert os.sched_getaffinity(gateway()) == cpus

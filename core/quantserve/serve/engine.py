@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.plan import Plan
 from quantserve.serve.asgi import Guard, Refused
+from quantserve.serve.cpus import leave_to_workers
 from quantserve.serve.directory import POLL_S, Directory, follow, look_up
 from quantserve.serve.limits import Policy
 from quantserve.serve.listener import Listener
@@ -68,6 +69,7 @@ class ModelServer:
         from quantserve.serve import vllm_app
 
         self._engine = await vllm_app.start(self._plan)
+        self._cpus = sorted(leave_to_workers())
         length = self._engine.engine.model_config.max_model_len
         self._door.app = Guard(RequestDefaults(self._engine.app, self._plan.request_defaults, length))
         listener = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
@@ -84,6 +86,7 @@ class ModelServer:
             "port": self._port,
             "draining": self._door.draining,
             "ongoing": self._door.ongoing,
+            "cpus": self._cpus,
         }
 
     async def check_health(self) -> None:

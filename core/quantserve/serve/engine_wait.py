@@ -1,22 +1,38 @@
-"""How vLLM's engine waits for its worker on a CPU; loaded by vLLM as a general plugin.
+"""How vLLM's processes wait for each other on a CPU; loaded by vLLM as a general plugin.
 
-vLLM's engine core and its worker are two processes, and the core spins with ``sched_yield`` until the worker has
-finished a step. On Linux 6.18 and few cores this can keep another process on the same core, such as the one that sends
-the tokens on, from running for ten seconds and more. Sleeping for a moment instead (vLLM's own way for older Pythons)
-gives the core away; a step then ends some 50 microseconds later.
+vLLM's engine core and its workers spin with ``sched_yield`` while they wait for each other, and for a second after the
+last step. On Linux 6.18 such a process can keep another one on the same core, such as the one that sends the tokens on,
+from running for all that second, and with two of them for ten and more. Sleeping instead would tell them of each step's
+end some 60 microseconds late, a twentieth of a small model's step; sleeping now and then gives the core away as well.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import time
+from typing import Final
 
-ENGINE_CORE = "EngineCore"
-"""How the name of the engine core's process begins."""
+REST_EVERY: Final = 1000
+"""Turns of the waiting loop, of a microsecond or so each."""
+
+
+class Waiting:
+    """One turn of a loop that waits."""
+
+    def __init__(self) -> None:
+        self._turns = 0
+
+    def __call__(self) -> None:
+        """Yield the CPU, and now and then sleep for as short as the system can."""
+        self._turns += 1
+        if self._turns % REST_EVERY:
+            os.sched_yield()
+        else:
+            time.sleep(0)
 
 
 def register() -> None:
-    """Let the engine core sleep while it waits. Workers, which have a core of their own, go on spinning."""
-    if multiprocessing.current_process().name.startswith(ENGINE_CORE):
-        from vllm.distributed import utils
+    """Let the engine core and its workers rest while they wait."""
+    from vllm.distributed.device_communicators import shm_broadcast
 
-        utils.USE_SCHED_YIELD = False
+    shm_broadcast.sched_yield = Waiting()

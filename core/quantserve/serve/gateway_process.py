@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from quantserve.serve.cpus import keep_off
+
 FIRST_WAIT_S: Final = 0.1
 LONGEST_WAIT_S: Final = 5.0
 SOUND_S: Final = 10.0
@@ -24,6 +26,8 @@ SOUND_S: Final = 10.0
 HANGS_S: Final = 30.0
 """A gateway that said nothing for so long hangs and is killed; it speaks every second."""
 WATCH_S: Final = 1.0
+PLACE: Final = ("id", "host", "port", "draining", "cpus")
+"""What the gateway must know of a replica."""
 
 
 class GatewayProcess:
@@ -49,15 +53,16 @@ class GatewayProcess:
             threading.Thread(target=work, daemon=True, name="gateway").start()
 
     def update(self, addresses: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Tell the gateway where replicas are, when that has changed."""
+        """Tell the gateway where replicas are, when that has changed, and keep it off the CPUs they compute on."""
         places = {
-            model_id: [{key: replica[key] for key in ("id", "host", "port", "draining")} for replica in replicas]
+            model_id: [{key: replica[key] for key in PLACE} for replica in replicas]
             for model_id, replicas in addresses.items()
         }
         with self._lock:
             if any(self._replicas.get(model_id) != there for model_id, there in places.items()):
                 self._replicas.update(places)
                 self._send(self._process, json.dumps(places))
+                self._make_room(self._process)
 
     @property
     def wanted(self) -> list[str]:
@@ -96,7 +101,11 @@ class GatewayProcess:
         self._send(process, self._settings)
         if self._replicas:
             self._send(process, json.dumps(self._replicas))
+            self._make_room(process)
         return process
+
+    def _make_room(self, process: subprocess.Popen[str]) -> None:
+        keep_off(process.pid, {cpu for there in self._replicas.values() for one in there for cpu in one["cpus"]})
 
     def _keep(self) -> None:
         wait = FIRST_WAIT_S

@@ -1,0 +1,70 @@
+"""Processes of ours leave the CPUs to the threads that compute on them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantserve.serve.cpus import keep_off
+
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+pytestmark = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs and a system that binds processes to them")
+
+REPLICA = """
+import os, subprocess, sys, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+core = subprocess.Popen(sleep, stdout=subprocess.PIPE)
+workers = [subprocess.Popen(["taskset", "-c", cpu, *sleep], stdout=subprocess.PIPE) for cpu in sys.argv[1:]]
+for process in (core, *workers):
+    process.stdout.readline()
+from quantserve.serve.cpus import leave_to_workers
+print(sorted(leave_to_workers()))
+mine = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+print([sorted(mask) for mask in mine])
+print(sorted(os.sched_getaffinity(core.pid)), *[sorted(os.sched_getaffinity(worker.pid)) for worker in workers])
+for process in (core, *workers):
+    process.kill()
+"""
+
+
+def replica(*bound: int) -> list[str]:
+    """What a replica says whose workers are bound to these CPUs: those found, its threads' CPUs, its family's."""
+    command = [sys.executable, "-c", REPLICA, *map(str, bound)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return out.stdout.splitlines()
+
+
+def test_a_replica_and_the_engine_core_leave_the_workers_cpus() -> None:
+    found, threads, family = replica(CPUS[0])
+    assert found == str([CPUS[0]])
+    rest = CPUS[1:]
+    assert threads == str([rest, rest])
+    assert family == f"{rest} {[CPUS[0]]}"
+
+
+@pytest.mark.parametrize("bound", [(), CPUS])
+def test_nothing_moves_where_nothing_is_bound_or_no_cpu_is_left(bound: tuple[int, ...]) -> None:
+    found, threads, family = replica(*bound)
+    assert found == "[]"
+    assert threads == str([CPUS, CPUS])
+    assert family == " ".join(map(str, [CPUS, *([cpu] for cpu in bound)]))
+
+
+def test_a_process_may_run_everywhere_again_when_no_cpu_is_bound_any_more() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        keep_off(process.pid, CPUS[:1])
+        assert os.sched_getaffinity(process.pid) == set(CPUS[1:])
+        keep_off(process.pid, [])
+        assert os.sched_getaffinity(process.pid) == set(CPUS)
+        keep_off(process.pid, CPUS)  # none left
+        assert os.sched_getaffinity(process.pid) == set(CPUS)
+    finally:
+        process.communicate(b"\n")
+    assert not Path(f"/proc/{process.pid}").exists()
+    keep_off(process.pid, [])  # it has left: nothing happens

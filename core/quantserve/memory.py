@@ -18,7 +18,7 @@ from quantserve.engine_defaults import (
 )
 from quantserve.finding import Finding
 from quantserve.kv_cache import kv_cache
-from quantserve.layers import linears, other_tensors, shard_k, shard_n
+from quantserve.layers import Linear, linears, other_tensors, shard_k, shard_n
 from quantserve.once import once
 from quantserve.target import GIB, Target, gib, known_targets
 
@@ -104,29 +104,39 @@ def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> in
     """
     if not checkpoint.tensors:
         return -(-_file_bytes(checkpoint) // ranks)
-    split = {linear.name: linear for linear in linears(checkpoint)}
-    largest: dict[str, int] = {}
-    for tensor in checkpoint.tensors.values():
-        module = tensor.name.rpartition(".")[0]
-        largest[module] = max(largest.get(module, 0), _bytes(tensor, dtype_bytes))
     architecture, _ = read_architecture(checkpoint)
     vocabulary = architecture.vocab if architecture else 0
     needed = other_tensors(checkpoint)
     total = 0
-    for tensor in checkpoint.tensors.values():
-        module = tensor.name.rpartition(".")[0]
-        size = _bytes(tensor, dtype_bytes)
-        linear = split.get(module)
-        if linear is not None and linear.parallel == "column":
-            size = -(-size * shard_n(linear, ranks) // linear.n)
-        elif linear is not None and size * 8 >= largest[module]:
-            size = -(-size * shard_k(linear, ranks) // linear.k)
-        elif linear is None:
-            vocabulary_rows = bool(vocabulary) and tensor.shape[:1] == (vocabulary,)
-            if vocabulary_rows or (not needed and len(tensor.shape) > 1):
-                size = -(-size // ranks)
-        total += size
+    for linear, tensors, count in _modules(checkpoint):
+        sizes = [_bytes(tensor, dtype_bytes) for tensor in tensors]
+        for tensor, size in zip(tensors, sizes, strict=True):
+            if linear is None:
+                vocabulary_rows = bool(vocabulary) and tensor.shape[:1] == (vocabulary,)
+                if vocabulary_rows or (not needed and len(tensor.shape) > 1):
+                    size = -(-size // ranks)
+            elif linear.parallel == "column":
+                size = -(-size * shard_n(linear, ranks) // linear.n)
+            elif size * 8 >= max(sizes):
+                size = -(-size * shard_k(linear, ranks) // linear.k)
+            total += size * count
     return total
+
+
+@once
+def _modules(checkpoint: Checkpoint) -> list[tuple[Linear | None, list[Tensor], int]]:
+    """Modules that differ: the linear, if it is one, the tensors, and how many modules are like it."""
+    split = {linear.name: linear for linear in linears(checkpoint)}
+    modules: dict[str, list[Tensor]] = {}
+    for tensor in checkpoint.tensors.values():
+        modules.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
+    alike: dict[object, tuple[Linear | None, list[Tensor], int]] = {}
+    for name, tensors in modules.items():
+        linear = split.get(name)
+        what = linear and (linear.n, linear.k, linear.parallel, linear.max_ranks)
+        key = (what, *[(tensor.dtype, tensor.shape) for tensor in tensors])
+        alike[key] = (linear, tensors, alike[key][2] + 1 if key in alike else 1)
+    return list(alike.values())
 
 
 def _file_bytes(checkpoint: Checkpoint) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 import benchmarks.load as package
 from benchmarks.load import agree, cost, demo
 from benchmarks.report import machine, machine_line
+from benchmarks.serving.models import small_checkpoint
 from quantserve.errors import QuantserveError
 
 BUILD = demo.ROOT / "build" / "bench" / "load"
-DEMO = demo.ROOT / "examples" / "demo-model" / "checkpoint"
 STREAMS = ((16, 20.0), (64, 20.0), (64, 50.0), (256, 20.0))
 
 
@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="python -m benchmarks.load", description=package.__doc__)
     out.add_argument("what", choices=["demo", "cost", "agree"])
     out.add_argument("--quick", action="store_true", help="few requests: the figures mean nothing")
-    out.add_argument("--checkpoint", type=Path, default=DEMO, help="agree: model to serve; default the demo")
-    out.add_argument("--prompts", type=int, default=640, help="agree: requests of one run; default 640")
+    out.add_argument("--checkpoint", type=Path, help="agree: model to serve; default one of 0.1 billion random weights")
+    out.add_argument("--prompts", type=int, default=320, help="agree: requests of one run; default 320")
     out.add_argument("--out", type=Path, default=BUILD, help="default build/bench/load")
     return out
 
@@ -41,7 +41,9 @@ def main() -> int:
             keep(options.out / "cost.json", rows, cost.show(rows))
         else:
             compared = agreement(
-                options.checkpoint, 32 if options.quick else options.prompts, 1 if options.quick else 3
+                options.checkpoint or small_checkpoint(),
+                32 if options.quick else options.prompts,
+                1 if options.quick else 3,
             )
             keep(options.out / "agree.json", compared, agree.show(compared))
     except (QuantserveError, agree.PeerError) as error:

@@ -55,7 +55,7 @@ class Load:
     two, which differs from run to run and moves TTFT.
     """
 
-    prompts: int = 640
+    prompts: int = 320
     concurrency: int = 16
     input_tokens: int = 100
     output_tokens: tuple[int, int] = (32, 96)
@@ -155,13 +155,19 @@ def median(runs: Sequence[Mapping[str, float]], key: str) -> float:
     return statistics.median(run[key] for run in runs)
 
 
+def apart(runs: Sequence[Mapping[str, float]], key: str) -> float:
+    """How far the largest value of one metric is above the smallest."""
+    low = min(run[key] for run in runs)
+    return max(run[key] for run in runs) / low - 1 if low else 0.0
+
+
 def show(compared: Mapping[str, Any]) -> str:
     """Medians beside each other."""
     runs = compared["runs"]
     rows = []
     for key in (*METRICS, *COUNTS):
         mine, peer = median(runs["ours"], key), median(runs["theirs"], key)
-        spread = [max(r[key] for r in runs[who]) / max(1e-9, min(r[key] for r in runs[who])) - 1 for who in runs]
+        spread = [apart(runs[who], key) for who in runs]
         off = mine / peer - 1 if peer else 0.0
         mark = "" if abs(off) <= WITHIN else " ✗"
         rows.append([key, number(mine), number(peer), f"{off:+.1%}{mark}", f"{spread[0]:.0%}", f"{spread[1]:.0%}"])

@@ -73,15 +73,20 @@ def demo_configs() -> list[dict[str, Any]]:
     return [sized(config) for config in configs]
 
 
-def small_config() -> dict[str, Any]:
-    """The 0.1B model, its checkpoint made first if need be: random weights, the demo's tokenizer."""
+def small_checkpoint() -> Path:
+    """The 0.1B model's, made first if need be: random weights, the demo's tokenizer."""
     path = make(SMALL, "bf16")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (path / name).exists():
             shutil.copyfile(TOKENIZER / name, path / name)
+    return path
+
+
+def small_config() -> dict[str, Any]:
+    """The 0.1B model's."""
     engine = {
         "model_id": SMALL.name,
-        "hf_model_id": str(path),
+        "hf_model_id": str(small_checkpoint()),
         "engine_kwargs": {"quantization": "fp16", "enforce_eager": True},
     }
     return sized({"engine_config": engine, "scaling_config": {"num_gpus_per_worker": 0}})

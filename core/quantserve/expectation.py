@@ -163,6 +163,7 @@ def fitted(workload: Workload, max_model_len: int) -> Workload:
         output_tokens=max(1, max_model_len - tokens_in - 1),
         input_spread=workload.input_spread * part,
         output_spread=workload.output_spread * part,
+        known=(),
     )
 
 

@@ -132,6 +132,15 @@ def test_every_token_of_every_request_comes_out_in_order(
     assert run.duration >= work * (1 - 1e-9)
 
 
+def test_lengths_that_are_known_are_taken_as_they_are() -> None:
+    known = ((10, 1), (10, 30), (20, 2))
+    workload = Workload("w", 13, 11, 1, known=known, output_spread=5)
+    run = simulate(workload, WIDE, second)
+    assert [(r.prompt, r.wanted) for r in run.requests] == list(known)
+    assert run.duration == 1 + 30 + 2  # a second for every step, the first of which brings the first token
+    assert "known" not in workload.to_json()
+
+
 def test_more_clients_never_lower_throughput_of_an_engine_with_fixed_steps() -> None:
     rates = []
     for users in (1, 2, 4, 8, 16):

@@ -208,10 +208,8 @@ def predicted(composition: Composition, load: Closed | Rounds, measured: Measure
         max(1, round(tokens_in.mean)),
         max(1, round(tokens_out.mean)),
         load.concurrency,
-        requests=int(measured.totals["requests"]),
         rounds=isinstance(load, Rounds),
-        input_spread=tokens_in.stddev,
-        output_spread=tokens_out.stddev,
+        known=tuple((one.input_tokens or round(tokens_in.mean), max(1, one.output_tokens)) for one in measured.timings),
     )
     prediction = made.predict(workload)
     profile = as_profile(made, prediction, composition.target).to_json()

@@ -1,0 +1,223 @@
+"""Who is let in, who waits, and which replica is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Any
+
+import pytest
+
+from quantserve.serve.remote import RemoteModel, affinity_key
+from quantserve.serve.replicas import Limits
+
+from .asgi_client import request
+from .replica import SYSTEM, Replica, pool_of, post, run, served, unused_port
+
+
+def test_a_full_model_refuses_at_once_and_in_order() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(Limits(ongoing=2, queued=1), r=port))
+            begun = [asyncio.create_task(post(app)) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            assert len(replica.requests) == 2
+            began = time.perf_counter()
+            refused = await post(app)
+            assert time.perf_counter() - began < 0.05
+            assert (refused.status, refused.error["code"], refused.error["type"]) == (
+                429,
+                "queue_full",
+                "rate_limit_error",
+            )
+            assert int(refused.headers["retry-after"]) >= 1
+            assert "2 requests in progress and 1 waiting" in refused.error["message"]
+            replica.hold.set()
+            assert [answer.status for answer in await asyncio.gather(*begun)] == [200, 200, 200]
+            assert (await post(app)).status == 200
+            assert app.pool.ongoing == 0
+
+    run(work)
+
+
+def test_a_full_model_still_tells_its_metrics() -> None:
+    async def work() -> None:
+        async with served(Replica()) as port:
+            pool = pool_of(Limits(ongoing=1, queued=0), r=port)
+            async with pool.slot():
+                assert (await post(RemoteModel(pool))).status == 429
+                assert (await request(RemoteModel(pool), "GET", "/metrics")).status == 200
+                assert pool.ongoing == 1
+        pool.update([])
+        assert (await request(RemoteModel(pool), "GET", "/metrics")).status == 503
+
+    run(work)
+
+
+def test_waiting_ends() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(Limits(ongoing=1, queued=5, queue_s=0.2), r=port))
+            first = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            refused = await post(app)
+            assert (refused.status, refused.error["code"]) == (429, "queue_timeout")
+            assert not app.pool.waiting
+            replica.hold.set()
+            assert (await first).status == 200
+
+    run(work)
+
+
+def test_busy_status_and_retry_are_the_configs() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(Limits(ongoing=1, queued=0, busy_status=503, retry_after_s=7), r=port))
+            first = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            refused = await post(app)
+            assert (refused.status, refused.headers["retry-after"]) == (503, "7")
+            replica.hold.set()
+            await first
+
+    run(work)
+
+
+def test_the_least_loaded_replica_is_next() -> None:
+    async def work() -> None:
+        replicas = [Replica("a"), Replica("b")]
+        for replica in replicas:
+            replica.hold = asyncio.Event()
+        async with served(replicas[0]) as a, served(replicas[1]) as b:
+            app = RemoteModel(pool_of(a=a, b=b))
+            tasks = []
+            for _ in range(20):
+                tasks.append(asyncio.create_task(post(app)))
+                await asyncio.sleep(0.01)
+            assert [len(replica.requests) for replica in replicas] == [10, 10]
+            for replica in replicas:
+                assert replica.hold is not None
+                replica.hold.set()
+            await asyncio.gather(*tasks)
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("affinity", "bodies", "together"),
+    [
+        ("session", [{"user": "u", "prompt": str(i)} for i in range(8)], True),
+        ("prefix", [{"prompt": "x" * 600 + str(i)} for i in range(8)], True),
+        ("prefix", [{"messages": [SYSTEM, {"role": "user", "content": str(i)}]} for i in range(8)], True),
+        ("none", [{"user": "u"}] * 8, False),
+    ],
+)  # fmt: skip
+def test_affinity(affinity: str, bodies: list[dict[str, Any]], together: bool) -> None:
+    async def work() -> None:
+        replicas = [Replica("a"), Replica("b"), Replica("c")]
+        async with served(replicas[0]) as a, served(replicas[1]) as b, served(replicas[2]) as c:
+            app = RemoteModel(pool_of(Limits(affinity=affinity), a=a, b=b, c=c))
+            for body in bodies:
+                assert (await post(app, body)).status == 200
+            counts = sorted(len(replica.requests) for replica in replicas)
+            assert (counts == [0, 0, 8]) is together
+
+    run(work)
+
+
+def test_affinity_yields_to_load() -> None:
+    async def work() -> None:
+        replicas = [Replica("a"), Replica("b")]
+        for replica in replicas:
+            replica.hold = asyncio.Event()
+        async with served(replicas[0]) as a, served(replicas[1]) as b:
+            app = RemoteModel(pool_of(Limits(affinity="session"), a=a, b=b))
+            tasks = [asyncio.create_task(post(app, {"user": "u"})) for _ in range(20)]
+            await asyncio.sleep(0.2)
+            assert min(len(replica.requests) for replica in replicas) >= 6
+            for replica in replicas:
+                assert replica.hold is not None
+                replica.hold.set()
+            await asyncio.gather(*tasks)
+
+    run(work)
+
+
+def test_affinity_key_needs_text() -> None:
+    assert affinity_key({"user": 5, "prompt": [1, 2]}, "prefix") is None
+    assert affinity_key({"messages": []}, "prefix") is None
+    assert affinity_key({"prompt": "a"}, "session") is None
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(Limits(ongoing=1, queued=1), r=port))
+            first = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            second = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            second.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await second
+            assert not app.pool.waiting
+            third = asyncio.create_task(post(app))
+            await asyncio.sleep(0.05)
+            replica.hold.set()
+            assert [(await task).status for task in (first, third)] == [200, 200]
+
+    run(work)
+
+
+def test_a_model_at_zero_is_wanted_and_its_request_waits() -> None:
+    async def work() -> None:
+        replica = Replica()
+        async with served(replica) as port:
+            pool = pool_of(Limits(wakes=True))
+            waiting = asyncio.create_task(post(RemoteModel(pool)))
+            await asyncio.sleep(0.05)
+            assert pool.wanted
+            pool.update([{"id": "r", "host": "127.0.0.1", "port": port}])
+            assert (await waiting).status == 200
+            assert not pool.wanted
+
+    run(work)
+
+
+def test_last_replica_gone_tells_those_who_wait() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            pool = pool_of(Limits(ongoing=1, queued=5), r=port)
+            first = asyncio.create_task(post(RemoteModel(pool)))
+            await asyncio.sleep(0.05)
+            second = asyncio.create_task(post(RemoteModel(pool)))
+            await asyncio.sleep(0.05)
+            pool.update([])
+            assert (await second).status == 503
+            replica.hold.set()
+            assert (await first).status == 200  # what runs may finish
+
+    run(work)
+
+
+def test_without_a_replica_the_answer_is_503_at_once() -> None:
+    async def work() -> None:
+        for pool in (pool_of(), pool_of(dead=unused_port())):
+            began = time.perf_counter()
+            answer = await post(RemoteModel(pool))
+            assert (answer.status, answer.error["code"]) == (503, "model_unavailable")
+            assert answer.headers["retry-after"] == "5"
+            assert time.perf_counter() - began < 1
+
+    run(work)

@@ -1,0 +1,225 @@
+"""Between front door and replica: what is sent arrives, and slow or departed clients disturb nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from typing import Any
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from quantserve.serve.asgi import read_body, request_scope
+from quantserve.serve.listener import Listener
+from quantserve.serve.remote import RemoteModel
+from quantserve.serve.replicas import Limits, Pool
+from quantserve.serve.upstream import ReplicaLost, Upstream
+from quantserve.serve.wire import Frames, Kind, frame, pack_head, pack_request, unpack_head
+
+from .asgi_client import request
+from .replica import TOKEN, Replica, pool_of, post, run, served, session_of
+
+
+def test_bytes_pass_untouched_in_both_directions() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.chunks = [b"\x00\xff", b"data: \xc3\xa9\n\n", b"x" * 300_000]
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(r=port))
+            body = json.dumps({"prompt": "é" * 200_000}, ensure_ascii=False).encode()
+            answer = await post(app, body, headers={"authorization": "Bearer secret", "x-request-id": "7"})
+            assert (answer.status, answer.body) == (200, b"".join(replica.chunks))
+            target, received, headers = replica.requests[0]
+            assert (target, received) == ("/v1/completions", body)
+            assert headers[b"x-request-id"] == b"7"
+            assert b"authorization" not in headers
+
+    run(work)
+
+
+def test_path_and_query_arrive_as_sent() -> None:
+    async def work() -> None:
+        replica = Replica()
+        async with served(replica) as port:
+            scope = request_scope("GET", "/v1/a b/é", [], b"q=%20&r=1")
+            sent: list[Any] = []
+            messages = [{"type": "http.request", "body": b"", "more_body": False}]
+
+            async def receive() -> Any:
+                if messages:
+                    return messages.pop()
+                await asyncio.sleep(60)
+                raise AssertionError
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            await RemoteModel(pool_of(r=port))(scope, receive, send)
+            assert replica.requests[0][0] == "/v1/a%20b/%C3%A9?q=%20&r=1"
+
+    run(work)
+
+
+def test_one_connection_is_kept_for_all_and_a_closed_one_is_replaced() -> None:
+    async def work() -> None:
+        replica = Replica()
+        sessions: set[Any] = set()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            sessions.add(session_of(send))
+            await replica(scope, receive, send)
+
+        pool = Pool("m", Limits(), TOKEN)
+        async with served(app) as port:
+            pool.update([{"id": "r", "host": "127.0.0.1", "port": port}])
+            answers = await asyncio.gather(*(post(RemoteModel(pool)) for _ in range(20)))
+            assert [answer.body for answer in answers] == [b"".join(replica.chunks)] * 20
+            assert (await post(RemoteModel(pool))).status == 200
+            assert len(sessions) == 1
+        upstream = pool.replicas["r"].upstream
+        async with served(replica) as port:  # the same replica object, another server: the kept connection is dead
+            upstream.port = port
+            assert (await post(RemoteModel(pool))).status == 200
+
+    run(work)
+
+
+def test_the_answer_to_head_is_whole_without_a_body() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.head = (405, [(b"content-length", b"18"), (b"content-type", b"text/event-stream")])
+        async with served(replica) as port:
+            pool = pool_of(r=port)
+            for path in ("/version", "/load"):
+                answer = await request(RemoteModel(pool), "HEAD", path)
+                assert (answer.status, answer.headers["content-length"], answer.body) == (405, "18", b"")
+            replica.head = (200, [])
+            assert (await request(RemoteModel(pool), "GET", "/version")).body == b"".join(replica.chunks)
+
+    run(work)
+
+
+def test_strangers_are_not_answered() -> None:
+    async def work() -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            raise AssertionError("a stranger got in")
+
+        hello, ask = frame(Kind.HELLO, 0, b"wrong"), frame(Kind.OPEN, 1, pack_request("GET", b"/", [], b""))
+        async with served(app) as port:
+            for said in (b"GET /health HTTP/1.1\r\n\r\n", hello + ask, ask, frame(Kind.HELLO, 0), b"\xff" * 4096):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(said)
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+                writer.close()
+            with pytest.raises(ReplicaLost):
+                await Upstream("127.0.0.1", port, "another").request("GET", b"/health")
+
+    run(work)
+
+
+def test_a_slow_client_does_not_slow_the_others() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.chunks = [b"x" * 65536] * 40
+        async with served(replica) as port:
+            upstream = Upstream("127.0.0.1", port, TOKEN)
+            slow = await upstream.request("POST", b"/", (), b"{}")
+            await asyncio.sleep(0.2)
+            quick = await upstream.request("POST", b"/", (), b"{}")
+            size = 0
+            while data := await quick.read():
+                size += len(data)
+            assert size == 40 * 65536
+            assert slow._waiting < 1 << 20
+            size = 0
+            while data := await slow.read():
+                size += len(data)
+            assert size == 40 * 65536
+
+    run(work)
+
+
+def test_slow_client_slows_the_replica() -> None:
+    async def work() -> None:
+        produced = 0
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal produced
+            await read_body(receive)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(400):
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+                produced += 1
+            await send({"type": "http.response.body", "body": b""})
+
+        async with served(app) as port:
+            response = await Upstream("127.0.0.1", port, TOKEN).request("POST", b"/", (), b"{}")
+            await asyncio.sleep(0.5)
+            assert produced < 200  # 25 MB in all; what is not read stays in the sockets and one buffer
+            size = 0
+            while data := await response.read():
+                size += len(data)
+            response.close()
+            assert size == 400 * 65536
+
+    run(work)
+
+
+@pytest.mark.parametrize("size", [1, 7, 9, 64, 1 << 20])
+def test_frames_are_found_however_they_are_split(size: int) -> None:
+    sent = [(Kind.OPEN, 1, b""), (Kind.DATA, 2**32 - 1, b"\x00" * 300), (Kind.END, 3, b"e" * 9), (Kind.DATA, 4, b"x")]
+    data = b"".join(frame(*one) for one in sent)
+    frames = Frames()
+    found = [one for at in range(0, len(data), size) for one in frames.feed(data[at : at + size])]
+    assert found == sent
+    assert frames.wanted == len(frame(Kind.END, 1))
+
+
+def test_a_head_cannot_smuggle_a_line() -> None:
+    first, headers = unpack_head(pack_head(b"200", [(b"a", b"b:c"), (b"x", b"1\nset-cookie:evil"), (b"e", b"")]))
+    assert (first, headers) == (b"200", [(b"a", b"b:c"), (b"e", b"")])
+
+
+def test_a_replica_that_leaves_the_list_ends_its_answers_and_then_its_connection() -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        sessions: set[Any] = set()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            sessions.add(session_of(send))
+            await replica(scope, receive, send)
+
+        async with served(app) as port:
+            pool = pool_of(r=port)
+            asked = asyncio.create_task(post(RemoteModel(pool)))
+            await asyncio.sleep(0.1)
+            pool.update([])
+            replica.hold.set()
+            assert (await asked).status == 200
+            await asyncio.sleep(0.1)
+            (session,) = sessions
+            assert session._transport.is_closing()
+
+    run(work)
+
+
+def test_what_was_answered_arrives_though_the_replica_closes() -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await read_body(receive)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x" * 300_000})
+            listener.close()  # in the same turn of the event loop
+
+        listener = Listener(app, TOKEN)
+        await listener.start(listening)
+        answer = await post(RemoteModel(pool_of(r=listening.getsockname()[1])))
+        assert (answer.status, len(answer.body)) == (200, 300_000)
+
+    run(work)

@@ -28,24 +28,13 @@ def _rests(found: multiprocessing.Queue[int]) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(
-    ("name", "bind", "least", "most"),
-    [
-        ("EngineCore_DP1", "auto", 5, 1000),
-        ("VllmWorker-0", "auto", 5, 1000),
-        ("VllmWorker-0", "nobind", 5, 1000),
-        ("EngineCore", "nobind", 1000, 100_000),
-    ],
-)
-def test_mostly_it_spins_and_now_and_then_it_rests_but_not_on_cores_that_others_compute_on(
-    monkeypatch: pytest.MonkeyPatch, name: str, bind: str, least: int, most: int
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+@pytest.mark.parametrize("name", ["EngineCore_DP1", "VllmWorker-0"])
+def test_mostly_it_spins_and_now_and_then_it_rests(name: str) -> None:
     context = multiprocessing.get_context("spawn")
     found: multiprocessing.Queue[int] = context.Queue()
     process = context.Process(target=_rests, args=(found,), name=name)
     process.start()
     try:
-        assert least < found.get(timeout=120) < most
+        assert 5 < found.get(timeout=120) < 1000
     finally:
         process.join(30)

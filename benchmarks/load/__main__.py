@@ -54,6 +54,8 @@ def main() -> int:
 
 def agreement(checkpoint: Path, prompts: int, rounds: int) -> dict[str, object]:
     """Serve a checkpoint with vLLM's own server and measure it with both."""
+    if not (checkpoint / "config.json").is_file():
+        raise agree.PeerError(f"--checkpoint {checkpoint}: no folder with a config.json")
     load = agree.Load(prompts=prompts)
     with tempfile.TemporaryDirectory() as folder, agree.serve(checkpoint, Path(folder)) as target:
         return agree.compare(target, load, checkpoint, Path(folder), rounds)

@@ -229,6 +229,11 @@ def test_mistakes_are_said(
     assert "Traceback" not in err
 
 
+def test_a_server_is_named_with_url(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "http://127.0.0.1:8000"]) == 2
+    assert "fix: --url http://127.0.0.1:8000" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_said_before_anything_is_measured(
     bench: Callable[..., int], server: ModelServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,6 +144,9 @@ def _check_subject(
         raise UsageError("--url measures a server that runs, CONFIG one that is started\n  fix: give one of them")
     if not url and not sources:
         raise UsageError("nothing to measure\n  fix: name a server with --url, or a CONFIG to serve")
+    for source in sources:
+        if source.startswith(("http://", "https://")):
+            raise UsageError(f"{source} is no CONFIG but a server\n  fix: --url {source}")
     if names and not url:
         raise UsageError("--model chooses models of --url\n  fix: choose models of a CONFIG with --compare")
     if (compare or together) and url:

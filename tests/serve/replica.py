@@ -82,6 +82,12 @@ def run(work: Callable[[], Awaitable[Any]]) -> Any:
     return uvloop.run(bounded())  # as the gateway and the replicas
 
 
+async def until(holds: Callable[[], object]) -> None:
+    """Wait for what must come true, however slow the machine is; `run` bounds the wait."""
+    while not holds():
+        await asyncio.sleep(0.002)
+
+
 def pool_of(limits: Limits | None = None, **ports: int) -> Pool:
     pool = Pool("m", limits or Limits(), TOKEN)
     pool.update([{"id": name, "host": "127.0.0.1", "port": port} for name, port in ports.items()])

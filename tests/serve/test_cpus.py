@@ -1,4 +1,4 @@
-"""Processes of ours leave the CPUs to the threads that compute on them."""
+"""Processes leave the CPUs to those that compute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quantserve.serve.cpus import keep_off
+from quantserve.serve.cpus import STEP_BACK, keep_off, step_back
 
 CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 pytestmark = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs and a system that binds processes to them")
@@ -68,3 +68,32 @@ def test_a_process_may_run_everywhere_again_when_no_cpu_is_bound_any_more() -> N
         process.communicate(b"\n")
     assert not Path(f"/proc/{process.pid}").exists()
     keep_off(process.pid, [])  # it has left: nothing happens
+
+
+PATIENT = """
+import subprocess, sys, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+print(flush=True)
+input()
+child = subprocess.Popen([sys.executable, "-c", "import os; print(os.getpriority(os.PRIO_PROCESS, 0))"])
+child.wait()
+"""
+
+
+@pytest.mark.parametrize("but_first", [False, True])
+def test_who_steps_back_and_what_it_starts_then(but_first: bool) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    if own > STEP_BACK:
+        pytest.skip(f"this process has niceness {own}")
+    with subprocess.Popen(
+        [sys.executable, "-c", PATIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        step_back(process.pid, but_first=but_first)
+        threads = sorted(int(thread.name) for thread in Path(f"/proc/{process.pid}/task").iterdir())
+        first, *others = [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads]
+        out, _ = process.communicate("\n", timeout=60)
+    assert first == int(out) == (own if but_first else STEP_BACK)
+    assert others == [STEP_BACK]
+    step_back(process.pid)  # it has left: nothing happens

@@ -19,6 +19,7 @@ from typing import Final
 import psutil  # type: ignore[import-untyped]
 
 from quantserve.errors import EngineError, UsageError, one_line
+from quantserve.serve.cpus import step_back
 
 KILL_AFTER_S: Final = 10.0
 BACKLOG: Final = 2048
@@ -26,12 +27,20 @@ SECRET: Final = b"quantserve-secret"
 OBJECT_STORE_BYTES: Final = 512 << 20
 """Ray's shared memory; only requests and answers pass through it."""
 IDLE: Final = {
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "false",
     "RAY_event_stats": "false",
+    "RAY_prestart_worker_first_driver": "false",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "RAY_object_manager_timer_freq_ms": "1000",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+    "RAY_io_context_monitor_probe_interval_ms": "10000",
 }
-"""Ray's processes look around ten times a second and count what nobody here reads; the engine needs the time more."""
+"""Ray's processes look around ten times a second, count what nobody here reads and keep a worker for tasks that never
+come; the engine needs the time more.
+"""
 ROOM_BYTES: Final = 64 << 20
 """Ray's session folder needs so much at the start; without it Ray waits for a minute and says nothing of it."""
 
@@ -93,6 +102,10 @@ def start_ray() -> None:
             object_store_memory=OBJECT_STORE_BYTES,
         )
         serve.start(proxy_location="Disabled")
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                # Replicas come from the raylet's first thread, and would be like it.
+                step_back(process.pid, but_first=process.name() == "raylet")
     except Exception as error:
         raise EngineError(f"Ray did not start: {one_line(error)}") from error
     for name in ("ray", "ray.serve"):

@@ -1,17 +1,22 @@
-"""Keeping other processes off the CPUs that an engine's threads are bound to.
+"""Keeping other processes out of an engine's way.
 
 vLLM binds the threads that compute on a CPU to all cores but a few. A process of ours that runs on one of these cores
-stops a thread, and with it the step that all requests wait for.
+stops a thread, and with it the step that all requests wait for. On the other cores the engine core waits for a step's
+end to begin the next one, and what keeps it from that is as bad.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Final
 
 import psutil  # type: ignore[import-untyped]
+
+STEP_BACK: Final = 10
+"""Niceness of what is not in a hurry: a tenth of the time where it meets others, and that when they yield."""
 
 
 def leave_to_workers() -> set[int]:
@@ -42,7 +47,25 @@ def keep_off(pid: int, bound: Collection[int]) -> None:
         return
     allowed = os.sched_getaffinity(0)
     rest = allowed.difference(bound) or allowed
-    with contextlib.suppress(OSError):  # the process has just ended
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(thread.name), rest)
+    for thread in _threads(pid):
+        with contextlib.suppress(OSError):  # it has just ended
+            os.sched_setaffinity(thread, rest)
+
+
+def step_back(pid: int, *, but_first: bool = False) -> None:
+    """Let all others run before a process's threads.
+
+    Args:
+        pid: the process.
+        but_first: leave its first thread, and the processes which that starts, as they are.
+    """
+    for thread in _threads(pid):
+        if not (but_first and thread == pid):
+            with contextlib.suppress(OSError):  # it has just ended
+                os.setpriority(os.PRIO_PROCESS, thread, STEP_BACK)
+
+
+def _threads(pid: int) -> Iterator[int]:
+    """Ids of a process's threads, where the system names them; none when it has ended."""
+    with contextlib.suppress(OSError):
+        yield from [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]

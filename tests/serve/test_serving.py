@@ -225,6 +225,16 @@ def test_mistakes_are_explained(
     assert server.request("POST", prefix + "/v1/chat/completions", GOOD).status_code == 200
 
 
+@pytest.mark.parametrize("part", [{"type": "input_file", "file_id": "f"}, {"type": "input_file"}])
+def test_a_part_that_vllm_does_not_expect(server: Server, part: dict[str, Any]) -> None:
+    """An output of a function that is a file: vLLM asserts that there is none (found by fuzzing)."""
+    item = {"type": "function_call_output", "call_id": "c", "output": [part]}
+    answer = server.request("POST", "/v1/responses", {"model": "demo-fp16", "input": [item], "max_output_tokens": 2})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert "assert" not in answer.text.lower()
+
+
 def test_request_id_comes_back(server: Server) -> None:
     for prefix in ("", "/demo-fp16"):
         answer = server.request("POST", prefix + "/v1/chat/completions", GOOD, headers={"x-request-id": "mine-42"})

@@ -41,8 +41,10 @@ PROMPTS: Final = {"completions": "prompt", "embeddings": "input", "responses": "
 """By the last part of a path, the field with the prompt."""
 PROMPT_NAMES: Final = frozenset({"input_text", "input_tokens", "prompt_token_ids", "prompt_tokens"})
 """What vLLM calls the prompt when it is too long."""
-UNREADABLE: Final = (AttributeError, LookupError, TypeError, RecursionError)
-"""What vLLM's validators raise where they did not expect a type."""
+UNREADABLE: Final = (AssertionError, AttributeError, LookupError, TypeError, RecursionError)
+"""What vLLM raises where it did not expect a type in a request."""
+READERS: Final = (("solve_dependencies", "fastapi"), ("_parse_chat_message_content_part", "vllm"))
+"""Functions, and their packages, in which a request is read: its body, and a part of a message."""
 _LONGEST_BODY: Final = 1 << 20
 _LONGEST_MESSAGE: Final = 1000
 _LOGGED: Final = 4000
@@ -152,8 +154,8 @@ def install(app: Any) -> None:
 
 
 def _unreadable(otherwise: Callable[[Request, Any], Any] | None) -> Callable[[Request, Any], Awaitable[Response]]:
-    """A handler of exceptions that are the request's fault when they come up while it is read, which vLLM's validators
-    do where a field has another type than they expect. Elsewhere they go the way they went.
+    """A handler of exceptions that are the request's fault when they come up while it is read, which they do in vLLM
+    where a field has another type than it expects. Elsewhere they go the way they went.
     """
 
     async def handler(request: Request, error: Exception) -> Response:
@@ -171,7 +173,7 @@ def _came_up_in_reading(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        if code.co_name == "solve_dependencies" and "fastapi" in code.co_filename:
+        if any(code.co_name == name and package in code.co_filename for name, package in READERS):
             return True
         trace = trace.tb_next
     return False

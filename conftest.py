@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports Ray or vLLM: tests report to nobody, and neither a variable of the shell nor this machine's
 # calibration changes what they see.
@@ -14,6 +15,10 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", DO_NOT_T
 os.environ["QUANTSERVE_CALIBRATION"] = "/nonexistent/calibration.json"
 for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS", "VLLM_PLUGINS"):
     os.environ.pop(name, None)
+
+# The same examples in every run: new ones are tried with `--hypothesis-profile=default`, not in somebody's build.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

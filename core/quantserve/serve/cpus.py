@@ -16,7 +16,8 @@ from typing import Final
 import psutil  # type: ignore[import-untyped]
 
 STEP_BACK: Final = 10
-"""Niceness of what is not in a hurry: a tenth of the time where it meets others, and that when they yield."""
+"""How much nicer than we are is what is not in a hurry: a tenth of the time where both want it, and when we yield."""
+NICEST: Final = 19
 
 
 def leave_to_workers() -> set[int]:
@@ -53,16 +54,17 @@ def keep_off(pid: int, bound: Collection[int]) -> None:
 
 
 def step_back(pid: int, *, but_first: bool = False) -> None:
-    """Let all others run before a process's threads.
+    """Let this process, and those it starts, run before another one's threads.
 
     Args:
-        pid: the process.
+        pid: the other process.
         but_first: leave its first thread, and the processes which that starts, as they are.
     """
+    niceness = min(NICEST, os.getpriority(os.PRIO_PROCESS, 0) + STEP_BACK)
     for thread in _threads(pid):
         if not (but_first and thread == pid):
             with contextlib.suppress(OSError):  # it has just ended
-                os.setpriority(os.PRIO_PROCESS, thread, STEP_BACK)
+                os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def _threads(pid: int) -> Iterator[int]:

@@ -15,7 +15,7 @@ import pytest
 from helpers.checkpoints import make_llama, write_safetensors
 from quantserve.compose import compose
 from quantserve.config import load, model_from_source
-from quantserve.errors import FindingsError
+from quantserve.errors import ConfigError, FindingsError
 from quantserve.plan import Plan, make_plan, make_plans
 from quantserve.registry import Registry
 from quantserve.target import find_target
@@ -109,3 +109,20 @@ def test_models_side_by_side_share_a_processor(
         env_vars = plan.runtime_env["env_vars"]
         assert env_vars.get("VLLM_CPU_OMP_THREADS_BIND") == bound
         assert env_vars.get("OMP_NUM_THREADS") == threads
+        assert env_vars.get("VLLM_CPU_NUM_OF_RESERVED_CPU") == (bound and "1")
+
+
+def test_how_many_cpus_are_left_to_what_does_not_compute_is_the_users_to_say(tmp_path: Path) -> None:
+    make_llama(tmp_path / "model", "fp16", hidden=512, intermediate=1024)
+    target = replace(find_target("cpu"), cores=16, memory_bytes=1 << 36)
+
+    def plans(reserved: str) -> list[Plan]:
+        config = model_from_source(str(tmp_path / "model"), max_model_len=512)
+        env_vars = {"VLLM_CPU_NUM_OF_RESERVED_CPU": reserved}
+        engine = config.engine_config.model_copy(update={"runtime_env": {"env_vars": env_vars}})
+        composition = compose(config.model_copy(update={"engine_config": engine}), Registry.load({}), target)
+        return make_plans([composition] * 2)
+
+    assert {plan.runtime_env["env_vars"]["OMP_NUM_THREADS"] for plan in plans("4")} == {"6"}
+    with pytest.raises(ConfigError, match="VLLM_CPU_NUM_OF_RESERVED_CPU is 'few', must be a number of CPUs"):
+        plans("few")

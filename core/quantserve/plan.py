@@ -13,11 +13,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from quantserve.compose import Composition, Setting
-from quantserve.errors import FindingsError
+from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
 
 # Ray asks for whole CPUs by default, which would keep three small models from sharing a laptop.
 DEFAULT_CPUS_PER_CPU_REPLICA = 0.1
+RESERVED_CPUS = 1
+"""CPUs on which no engine computes, when several share a machine; as many as vLLM leaves free beside a single one."""
+RESERVE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 OWN_ENGINE_PLUGIN = "quantserve"
 """Our own general plugin in vLLM's processes on a CPU: `quantserve.serve.engine_wait`."""
 
@@ -118,6 +121,7 @@ def make_plans(compositions: Sequence[Composition]) -> list[Plan]:
 
     Raises:
         FindingsError: a composition has errors.
+        ConfigError: a model reserves CPUs by something that is no number.
     """
     plans = [make_plan(composition) for composition in compositions]
     for plan in plans:
@@ -127,7 +131,10 @@ def make_plans(compositions: Sequence[Composition]) -> list[Plan]:
             env_vars = plan.runtime_env["env_vars"]
             env_vars.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             # Unbound, vLLM takes what OpenMP says, and Ray tells OpenMP the replica's small share of a CPU: one thread.
-            threads = (plan.target["cores"] - 1) // (len(plans) * ranks)
+            reserved = env_vars.setdefault(RESERVE, str(RESERVED_CPUS))
+            if not (reserved.isascii() and reserved.isdecimal()):
+                raise ConfigError(f"{plan.model_id}: {RESERVE} is {reserved!r}, must be a number of CPUs")
+            threads = (plan.target["cores"] - int(reserved)) // (len(plans) * ranks)
             env_vars.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     return plans
 

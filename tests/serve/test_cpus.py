@@ -19,11 +19,12 @@ import os, subprocess, sys, threading
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
 core = subprocess.Popen(sleep, stdout=subprocess.PIPE)
-workers = [subprocess.Popen(["taskset", "-c", cpu, *sleep], stdout=subprocess.PIPE) for cpu in sys.argv[1:]]
+reserved, *bound = map(int, sys.argv[1:])
+workers = [subprocess.Popen(["taskset", "-c", str(cpu), *sleep], stdout=subprocess.PIPE) for cpu in bound]
 for process in (core, *workers):
     process.stdout.readline()
 from quantserve.serve.cpus import leave_to_workers
-print(sorted(leave_to_workers()))
+print(sorted(leave_to_workers(reserved)))
 mine = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
 print([sorted(mask) for mask in mine])
 print(sorted(os.sched_getaffinity(core.pid)), *[sorted(os.sched_getaffinity(worker.pid)) for worker in workers])
@@ -32,9 +33,9 @@ for process in (core, *workers):
 """
 
 
-def replica(*bound: int) -> list[str]:
+def replica(*bound: int, reserved: int = 1) -> list[str]:
     """What a replica says whose workers are bound to these CPUs: those found, its threads' CPUs, its family's."""
-    command = [sys.executable, "-c", REPLICA, *map(str, bound)]
+    command = [sys.executable, "-c", REPLICA, str(reserved), *map(str, bound)]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return out.stdout.splitlines()
 
@@ -49,10 +50,18 @@ def test_a_replica_and_the_engine_core_leave_the_workers_cpus() -> None:
 
 @pytest.mark.parametrize("bound", [(), CPUS])
 def test_nothing_moves_where_nothing_is_bound_or_no_cpu_is_left(bound: tuple[int, ...]) -> None:
-    found, threads, family = replica(*bound)
+    found, threads, family = replica(*bound, reserved=0)
     assert found == "[]"
     assert threads == str([CPUS, CPUS])
     assert family == " ".join(map(str, [CPUS, *([cpu] for cpu in bound)]))
+
+
+def test_beside_engines_that_share_the_cpus_only_the_replica_leaves_them() -> None:
+    found, threads, family = replica(reserved=1)
+    assert found == str(CPUS[:-1])
+    assert threads == str([CPUS[-1:], CPUS[-1:]])
+    assert family == str(CPUS)
+    assert replica(reserved=len(CPUS)) == ["[]", str([CPUS, CPUS]), str(CPUS)]
 
 
 def test_a_process_may_run_everywhere_again_when_no_cpu_is_bound_any_more() -> None:
@@ -75,13 +84,14 @@ import subprocess, sys, threading
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 print(flush=True)
 input()
-child = subprocess.Popen([sys.executable, "-c", "import os; print(os.getpriority(os.PRIO_PROCESS, 0))"])
+look = "import os; print(os.getpriority(os.PRIO_PROCESS, 0), sorted(os.sched_getaffinity(0)))"
+child = subprocess.Popen([sys.executable, "-c", look])
 child.wait()
 """
 
 
 @pytest.mark.parametrize("but_first", [False, True])
-def test_who_steps_back_and_what_it_starts_then(but_first: bool) -> None:
+def test_who_steps_back_and_keeps_off_and_what_it_starts_then(but_first: bool) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     nicer = min(NICEST, own + STEP_BACK)
     with subprocess.Popen(
@@ -90,9 +100,13 @@ def test_who_steps_back_and_what_it_starts_then(but_first: bool) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         step_back(process.pid, but_first=but_first)
+        keep_off(process.pid, CPUS[:1], but_first=but_first)
         threads = sorted(int(thread.name) for thread in Path(f"/proc/{process.pid}/task").iterdir())
         first, *others = [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads]
+        *_, last = [sorted(os.sched_getaffinity(thread)) for thread in threads]
         out, _ = process.communicate("\n", timeout=60)
-    assert first == int(out) == (own if but_first else nicer)
+    assert first == (own if but_first else nicer)
+    assert out.strip() == f"{first} {CPUS if but_first else CPUS[1:]}"
     assert others == [nicer]
+    assert last == CPUS[1:]
     step_back(process.pid)  # it has left: nothing happens

@@ -12,14 +12,14 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
 import psutil  # type: ignore[import-untyped]
 
 from quantserve.errors import EngineError, UsageError, one_line
-from quantserve.serve.cpus import step_back
+from quantserve.serve.cpus import keep_off, step_back
 
 KILL_AFTER_S: Final = 10.0
 BACKLOG: Final = 2048
@@ -72,8 +72,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def start_ray() -> None:
+def start_ray() -> RayProcesses:
     """Start Ray and Ray Serve in processes of our own, whatever ``RAY_ADDRESS`` says; clients come in by our gateway.
+
+    Returns:
+        What was started, which runs beside the replicas.
 
     Raises:
         EngineError: Ray did not start, or there is no room for its session.
@@ -102,14 +105,30 @@ def start_ray() -> None:
             object_store_memory=OBJECT_STORE_BYTES,
         )
         serve.start(proxy_location="Disabled")
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                # Replicas come from the raylet's first thread, and would be like it.
-                step_back(process.pid, but_first=process.name() == "raylet")
+        started = RayProcesses()
     except Exception as error:
         raise EngineError(f"Ray did not start: {one_line(error)}") from error
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    return started
+
+
+class RayProcesses:
+    """Ray's own processes and Serve's controller: all below this process now. They let the engines go first."""
+
+    def __init__(self) -> None:
+        self._all: list[tuple[int, bool]] = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                # Replicas come from the raylet's first thread, and would be like it.
+                self._all.append((process.pid, process.name() == "raylet"))
+        for pid, but_first in self._all:
+            step_back(pid, but_first=but_first)
+
+    def keep_off(self, cpus: Collection[int]) -> None:
+        """Leave these CPUs to the engines."""
+        for pid, but_first in self._all:
+            keep_off(pid, cpus, but_first=but_first)
 
 
 def check_room(folder: Path, wanted: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from pathlib import Path
 from typing import Final
 
@@ -18,37 +18,50 @@ import psutil  # type: ignore[import-untyped]
 STEP_BACK: Final = 10
 """How much nicer than we are is what is not in a hurry: a tenth of the time where both want it, and when we yield."""
 NICEST: Final = 19
+GIVEN: Final = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+"""The CPUs that this process was started with."""
 
 
-def leave_to_workers() -> set[int]:
+def leave_to_workers(reserved: int = 0) -> set[int]:
     """Keep this process and those it started off the CPUs that some of the latter are bound to.
 
+    Where nothing is bound, several engines share the CPUs and all their processes need them: only this one is kept off.
+
+    Args:
+        reserved: how many CPUs are not for workers where those are not bound.
+
     Returns:
-        Those CPUs; none where nothing is bound, or no CPU would be left.
+        Those CPUs; none where no CPU would be left.
     """
-    if not hasattr(os, "sched_getaffinity"):
+    if not GIVEN:
         return set()
-    allowed = os.sched_getaffinity(0)
-    masks: dict[int, set[int]] = {os.getpid(): allowed}
+    masks: dict[int, Set[int]] = {os.getpid(): GIVEN}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             masks[process.pid] = set(process.cpu_affinity())
-    bound = {cpu for mask in masks.values() if mask < allowed for cpu in mask}
-    if allowed <= bound:
+    bound = {cpu for mask in masks.values() if mask < GIVEN for cpu in mask}
+    if not bound and reserved:
+        bound, masks = set(sorted(GIVEN)[:-reserved]), {os.getpid(): GIVEN}
+    if bound >= GIVEN:
         return set()
     for pid, mask in masks.items():
-        if mask == allowed:
+        if mask == GIVEN:
             keep_off(pid, bound)
     return bound
 
 
-def keep_off(pid: int, bound: Collection[int]) -> None:
-    """Let a process's threads run on all CPUs that this process may use except `bound`; on all when none is left."""
-    if not hasattr(os, "sched_setaffinity"):
+def keep_off(pid: int, bound: Collection[int], *, but_first: bool = False) -> None:
+    """Let a process's threads run on all CPUs that this one was given, except `bound`; on all when none is left.
+
+    Args:
+        pid: the process.
+        bound: CPUs to leave.
+        but_first: let its first thread, and the processes which that starts, be.
+    """
+    if not GIVEN:
         return
-    allowed = os.sched_getaffinity(0)
-    rest = allowed.difference(bound) or allowed
-    for thread in _threads(pid):
+    rest = GIVEN.difference(bound) or GIVEN
+    for thread in _threads(pid, but_first):
         with contextlib.suppress(OSError):  # it has just ended
             os.sched_setaffinity(thread, rest)
 
@@ -58,16 +71,16 @@ def step_back(pid: int, *, but_first: bool = False) -> None:
 
     Args:
         pid: the other process.
-        but_first: leave its first thread, and the processes which that starts, as they are.
+        but_first: let its first thread, and the processes which that starts, be.
     """
     niceness = min(NICEST, os.getpriority(os.PRIO_PROCESS, 0) + STEP_BACK)
-    for thread in _threads(pid):
-        if not (but_first and thread == pid):
-            with contextlib.suppress(OSError):  # it has just ended
-                os.setpriority(os.PRIO_PROCESS, thread, niceness)
+    for thread in _threads(pid, but_first):
+        with contextlib.suppress(OSError):  # it has just ended
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
-def _threads(pid: int) -> Iterator[int]:
+def _threads(pid: int, but_first: bool) -> Iterator[int]:
     """Ids of a process's threads, where the system names them; none when it has ended."""
     with contextlib.suppress(OSError):
-        yield from [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]
+        threads = [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]
+        yield from (thread for thread in threads if not (but_first and thread == pid))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from quantserve.serve.replicas import Limits, Pool
 
 POLL_S: Final = 1.0
+"""How often one looks where replicas come and go."""
+CALM_S: Final = 5.0
+"""How often one looks while all replicas are well and no request waits; looking costs the engines time."""
 HURRY_S: Final = 0.2
 """How often one looks while a model has no replica although it should."""
 ANSWER_S: Final = 5.0
@@ -47,6 +51,11 @@ class Directory:
         """Models whose requests are taken: they have a replica, or are scaled to zero and get one when asked."""
         return [model_id for model_id, pool in self.pools.items() if pool.reachable]
 
+    @property
+    def settled(self) -> bool:
+        """Whether no replica is about to come or to go, for all that can be seen from here."""
+        return all(pool.settled for pool in self.pools.values())
+
 
 class Book(Protocol):
     """What `follow` keeps in step: a `Directory`, or the gateway that has one."""
@@ -62,16 +71,24 @@ class Book(Protocol):
     def reachable(self) -> list[str]:
         """Models whose requests are taken."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether no replica is about to come or to go."""
+
 
 async def follow(book: Book, handles: Mapping[str, Any]) -> None:
     """Keep the book in step with Ray Serve, for ever."""
     waking: dict[str, asyncio.Future[Any]] = {}
+    looked = -CALM_S
     while True:
-        book.update(await look_up(handles))
+        hurry = book.wanted or len(book.reachable) < len(handles)
+        pause = HURRY_S if hurry else POLL_S if not book.settled else CALM_S
+        if time.monotonic() - looked >= pause:
+            book.update(await look_up(handles))
+            looked = time.monotonic()
         for model_id in book.wanted:
             wake(model_id, handles, waking)
-        hurry = book.wanted or len(book.reachable) < len(handles)
-        await asyncio.sleep(HURRY_S if hurry else POLL_S)
+        await asyncio.sleep(HURRY_S)
 
 
 async def look_up(handles: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

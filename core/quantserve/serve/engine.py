@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.plan import Plan
+from quantserve.plan import RESERVE, Plan
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.cpus import leave_to_workers
 from quantserve.serve.directory import POLL_S, Directory, follow, look_up
@@ -69,7 +69,7 @@ class ModelServer:
         from quantserve.serve import vllm_app
 
         self._engine = await vllm_app.start(self._plan)
-        self._cpus = sorted(leave_to_workers())
+        self._cpus = sorted(leave_to_workers(int(os.environ.get(RESERVE, 0))))
         length = self._engine.engine.model_config.max_model_len
         self._door.app = Guard(RequestDefaults(self._engine.app, self._plan.request_defaults, length))
         listener = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)

@@ -4,13 +4,18 @@ vLLM's engine core and its workers spin with ``sched_yield`` while they wait for
 last step. On Linux 6.18 such a process can keep another one on the same core, such as the one that sends the tokens on,
 from running for all that second, and with two of them for ten and more. Sleeping instead would tell them of each step's
 end some 60 microseconds late, a twentieth of a small model's step; sleeping now and then gives the core away as well.
+
+A worker that waits for requests does not rest either: it has a dozen process groups, and for each of them a thread of
+gloo's that looks around a hundred times a second. They need no more than one between them.
 """
 
 from __future__ import annotations
 
+import datetime
+import functools
 import os
 import time
-from typing import Final
+from typing import Any, Final
 
 REST_EVERY: Final = 1000
 """Turns of the waiting loop, of a microsecond or so each."""
@@ -31,8 +36,31 @@ class Waiting:
             time.sleep(0)
 
 
+def share_gloo_device() -> None:
+    """Let all gloo process groups of this process use one device, with one thread, instead of one each.
+
+    Which devices there are is left to torch where ``GLOO_SOCKET_IFNAME`` names them.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    from torch.distributed import ProcessGroupGloo
+
+    plain = ProcessGroupGloo.__init__
+    device = functools.cache(ProcessGroupGloo.create_default_device)
+
+    def start(group: ProcessGroupGloo, *where: Any, timeout: datetime.timedelta | None = None) -> None:
+        if timeout is not None:  # the caller leaves the other options to torch
+            options = ProcessGroupGloo._Options()
+            options._devices, options._timeout = [device()], timeout
+            where = (*where, options)
+        plain(group, *where)
+
+    ProcessGroupGloo.__init__ = start
+
+
 def register() -> None:
     """Let the engine core and its workers rest while they wait."""
     from vllm.distributed.device_communicators import shm_broadcast
 
     shm_broadcast.sched_yield = Waiting()
+    share_gloo_device()

@@ -3,8 +3,9 @@
 `python -m quantserve.serve.gateway FD` inherits the listening socket as file descriptor FD. On standard input comes one
 JSON object per line: first the settings (`models`, `token`, `policy`), then the replicas by model id whenever they
 change; the end of input is the end of the server it belongs to, and ends this process. On standard output it names the
-models that requests wait for and that have no replica (`wanted`), and those whose requests are taken (`reachable`):
-when that changes, and every second as a sign of life.
+models that requests wait for and that have no replica (`wanted`) and those whose requests are taken (`reachable`), and
+says whether all replicas are well and no request waits (`settled`): when that changes, and every second as a sign of
+life.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ async def _listen(lines: asyncio.StreamReader, directory: Directory, server: uvi
 async def _tell(directory: Directory) -> None:
     told, when = "", 0.0
     while True:
-        line = json.dumps({"wanted": directory.wanted, "reachable": directory.reachable})
+        line = json.dumps({"wanted": directory.wanted, "reachable": directory.reachable, "settled": directory.settled})
         if line != told or time.monotonic() - when > TELL_S:
             print(line, flush=True)
             told, when = line, time.monotonic()

@@ -44,7 +44,7 @@ class GatewayProcess:
         self._settings = json.dumps(settings)
         self._say = say
         self._replicas: dict[str, Sequence[Mapping[str, Any]]] = {}
-        self._told: dict[str, list[str]] = {}
+        self._told: dict[str, Any] = {}
         self._heard = 0.0
         self._stopping = False
         self._lock = threading.Lock()
@@ -67,12 +67,22 @@ class GatewayProcess:
     @property
     def wanted(self) -> list[str]:
         """Models that requests wait for and that have no replica."""
-        return self._told.get("wanted", [])
+        return list(self._told.get("wanted", ()))
 
     @property
     def reachable(self) -> list[str]:
         """Models whose requests the gateway takes."""
-        return self._told.get("reachable", [])
+        return list(self._told.get("reachable", ()))
+
+    @property
+    def settled(self) -> bool:
+        """Whether the gateway expects no replica to come or to go."""
+        return bool(self._told.get("settled"))
+
+    @property
+    def taken_cpus(self) -> set[int]:
+        """CPUs on which engines compute and everything else should not."""
+        return {cpu for there in self._replicas.values() for one in there for cpu in one["cpus"]}
 
     def stop(self, patience: float) -> None:
         """Take no more connections; give requests in progress `patience` seconds."""
@@ -105,7 +115,7 @@ class GatewayProcess:
         return process
 
     def _make_room(self, process: subprocess.Popen[str]) -> None:
-        keep_off(process.pid, {cpu for there in self._replicas.values() for one in there for cpu in one["cpus"]})
+        keep_off(process.pid, self.taken_cpus)
 
     def _keep(self) -> None:
         wait = FIRST_WAIT_S

@@ -100,6 +100,12 @@ class Pool:
         return bool(self.replicas) or self.limits.wakes
 
     @property
+    def settled(self) -> bool:
+        """Whether no request waits for a replica, and none is draining or could not be reached of late."""
+        now = time.monotonic()
+        return not self.waiting and not any(one.draining or one.broken_until > now for one in self.replicas.values())
+
+    @property
     def ongoing(self) -> int:
         """Requests in progress, on all replicas."""
         return sum(replica.ongoing for replica in self.replicas.values())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import os
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from quantserve.errors import EngineError
 from quantserve.plan import Plan
 from quantserve.serve.app import check_routes
 from quantserve.serve.cluster import Processes, cluster_secret, listen, log_folder, start_ray, stop_ray
+from quantserve.serve.cpus import keep_off
 from quantserve.serve.directory import follow
 from quantserve.serve.engine import model_application
 from quantserve.serve.gateway_process import GatewayProcess
@@ -27,7 +29,7 @@ from quantserve.serve.progress import Progress
 from quantserve.serve.served import describe_models
 
 POLL_S: Final = 0.5
-WATCH_S: Final = 2.0
+WATCH_S: Final = 5.0
 REACHABLE_S: Final = 15.0
 """A model that is lost again before the gateway heard of it does not keep the others from being announced."""
 DRAIN_S: Final = 20
@@ -61,7 +63,7 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
     gateway: GatewayProcess | None = None
     try:
         _say(f"starting Ray and {_count(plans)}")
-        start_ray()
+        ray_processes = start_ray()
         interrupts.install()  # Ray has installed handlers of its own
         processes.look()
         token, created = cluster_secret()
@@ -81,6 +83,8 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
         _wait_until_started(progress, processes, interrupts, keep_going)
         ready = [plan for plan in plans if plan.app_name in progress.ready]
         _wait_until_reachable(ready, gateway, interrupts)
+        ray_processes.keep_off(gateway.taken_cpus)
+        keep_off(os.getpid(), gateway.taken_cpus)
         _announce(ready, len(plans), http.host, port, policy.has_keys)
         _watch(progress, processes, interrupts)
     except KeyboardInterrupt:

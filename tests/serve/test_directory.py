@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from quantserve.serve.directory import CALM_S, follow
+from quantserve.serve.directory import follow
 
 from .replica import pool_of, run, until
 
+CALM_S = 5.0
 THERE = {"id": "r1", "host": "127.0.0.1", "port": 9}
 
 
@@ -46,7 +47,7 @@ class Book:
 async def looks(book: Book, count: int) -> float:
     """Seconds until the replicas were asked so often."""
     handle, began = Handle(), time.monotonic()
-    following = asyncio.create_task(follow(book, {"m": handle}))
+    following = asyncio.create_task(follow(book, {"m": handle}, CALM_S))
     try:
         await until(lambda: handle.asked >= count)
     finally:
@@ -67,7 +68,7 @@ def test_replicas_that_come_and_go_are_asked_often(state: dict[str, bool]) -> No
 def test_calm_ends_at_once_when_a_replica_is_missed() -> None:
     async def go() -> None:
         book, handle = Book(), Handle()
-        following = asyncio.create_task(follow(book, {"m": handle}))
+        following = asyncio.create_task(follow(book, {"m": handle}, CALM_S))
         await until(lambda: handle.asked == 1)
         book.reachable = []
         await until(lambda: handle.asked >= 8)

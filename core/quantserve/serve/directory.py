@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -11,9 +12,9 @@ from typing import Any, Final, Protocol
 from quantserve.serve.replicas import Limits, Pool
 
 POLL_S: Final = 1.0
-"""How often one looks where replicas come and go."""
-CALM_S: Final = 5.0
-"""How often one looks while all replicas are well and no request waits; looking costs the engines time."""
+"""How often one looks where replicas come and go. A rolling update stops an old replica 2 s after the new one is ready,
+and by then the new one must be known.
+"""
 HURRY_S: Final = 0.2
 """How often one looks while a model has no replica although it should."""
 ANSWER_S: Final = 5.0
@@ -76,13 +77,19 @@ class Book(Protocol):
         """Whether no replica is about to come or to go."""
 
 
-async def follow(book: Book, handles: Mapping[str, Any]) -> None:
-    """Keep the book in step with Ray Serve, for ever."""
+async def follow(book: Book, handles: Mapping[str, Any], calm_s: float = POLL_S) -> None:
+    """Keep the book in step with Ray Serve, for ever.
+
+    Args:
+        book: what is kept.
+        handles: of the deployments, by model id.
+        calm_s: seconds between two looks while all replicas are well and no request waits.
+    """
     waking: dict[str, asyncio.Future[Any]] = {}
-    looked = -CALM_S
+    looked = -math.inf
     while True:
         hurry = book.wanted or len(book.reachable) < len(handles)
-        pause = HURRY_S if hurry else POLL_S if not book.settled else CALM_S
+        pause = HURRY_S if hurry else calm_s if book.settled else POLL_S
         if time.monotonic() - looked >= pause:
             book.update(await look_up(handles))
             looked = time.monotonic()

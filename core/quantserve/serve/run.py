@@ -30,6 +30,8 @@ from quantserve.serve.served import describe_models
 
 POLL_S: Final = 0.5
 WATCH_S: Final = 5.0
+CALM_S: Final = 5.0
+"""Time between two looks for replicas while all are well: a look costs the engines time; nothing is updated here."""
 REACHABLE_S: Final = 15.0
 """A model that is lost again before the gateway heard of it does not keep the others from being announced."""
 DRAIN_S: Final = 20
@@ -138,7 +140,7 @@ def _follow(plans: Sequence[Plan], gateway: GatewayProcess) -> None:
     from ray import serve
 
     handles = {plan.model_id: serve.get_app_handle(plan.app_name) for plan in plans}
-    threading.Thread(target=lambda: asyncio.run(follow(gateway, handles)), daemon=True, name="follow").start()
+    threading.Thread(target=lambda: asyncio.run(follow(gateway, handles, CALM_S)), daemon=True, name="follow").start()
 
 
 def _for_one_machine(plan: Plan) -> Plan:

@@ -116,13 +116,14 @@ def test_how_many_cpus_are_left_to_what_does_not_compute_is_the_users_to_say(tmp
     make_llama(tmp_path / "model", "fp16", hidden=512, intermediate=1024)
     target = replace(find_target("cpu"), cores=16, memory_bytes=1 << 36)
 
-    def plans(reserved: str) -> list[Plan]:
+    def plans(reserved: str, models: int = 2) -> list[Plan]:
         config = model_from_source(str(tmp_path / "model"), max_model_len=512)
         env_vars = {"VLLM_CPU_NUM_OF_RESERVED_CPU": reserved}
         engine = config.engine_config.model_copy(update={"runtime_env": {"env_vars": env_vars}})
         composition = compose(config.model_copy(update={"engine_config": engine}), Registry.load({}), target)
-        return make_plans([composition] * 2)
+        return make_plans([composition] * models)
 
     assert {plan.runtime_env["env_vars"]["OMP_NUM_THREADS"] for plan in plans("4")} == {"6"}
-    with pytest.raises(ConfigError, match="VLLM_CPU_NUM_OF_RESERVED_CPU is 'few', must be a number of CPUs"):
-        plans("few")
+    for models in (1, 2):
+        with pytest.raises(ConfigError, match="VLLM_CPU_NUM_OF_RESERVED_CPU is 'few'\n  fix: a number of CPUs"):
+            plans("few", models)

@@ -126,15 +126,17 @@ def make_plans(compositions: Sequence[Composition]) -> list[Plan]:
     plans = [make_plan(composition) for composition in compositions]
     for plan in plans:
         ranks = plan.engine_args["tensor_parallel_size"]
+        given = plan.runtime_env["env_vars"].get(RESERVE, "0")
+        if not (given.isascii() and given.isdecimal()):
+            where = "engine_config.runtime_env.env_vars"
+            raise ConfigError(f'{plan.model_id}: {where}.{RESERVE} is {given!r}\n  fix: a number of CPUs, such as "1"')
         # vLLM binds rank i to NUMA node i, always to the same cores of it.
         if plan.target["device"] == "cpu" and (len(plans) > 1 or ranks > plan.target["count"]):
             env_vars = plan.runtime_env["env_vars"]
             env_vars.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             # Unbound, vLLM takes what OpenMP says, and Ray tells OpenMP the replica's small share of a CPU: one thread.
-            reserved = env_vars.setdefault(RESERVE, str(RESERVED_CPUS))
-            if not (reserved.isascii() and reserved.isdecimal()):
-                raise ConfigError(f"{plan.model_id}: {RESERVE} is {reserved!r}, must be a number of CPUs")
-            threads = (plan.target["cores"] - int(reserved)) // (len(plans) * ranks)
+            reserved = int(env_vars.setdefault(RESERVE, str(RESERVED_CPUS)))
+            threads = (plan.target["cores"] - reserved) // (len(plans) * ranks)
             env_vars.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     return plans
 

@@ -102,7 +102,7 @@ def _open_archive(file: BinaryIO) -> tuple[bytes, dict[str, int]]:
                 raw = program.read(MAX_PICKLE + 1)
     except (BadPickle, CheckpointError, OSError):
         raise
-    except Exception as error:  # zipfile lets struct.error, ValueError, zlib.error, NotImplementedError... through
+    except Exception as error:  # zipfile lets struct.error, ValueError, zlib.error and others through
         raise BadPickle(f"the archive is damaged ({error}); it may be cut off") from None
     if len(raw) > MAX_PICKLE:
         raise BadPickle(f"data.pkl unpacks to more than {MAX_PICKLE:,} bytes")

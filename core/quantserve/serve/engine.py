@@ -22,6 +22,7 @@ from quantserve.plan import RESERVE, Plan
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.cpus import leave_to_workers
 from quantserve.serve.directory import POLL_S, Directory, follow, look_up
+from quantserve.serve.engine_imports import ENGINE_CORE, collecting_rarely, hurry_children, start_spare
 from quantserve.serve.limits import Policy
 from quantserve.serve.listener import Listener
 from quantserve.serve.remote import DRAINING
@@ -66,7 +67,10 @@ class ModelServer:
         await self._loop.run(self._start())
 
     async def _start(self) -> None:
-        from quantserve.serve import vllm_app
+        start_spare(ENGINE_CORE)
+        hurry_children()
+        with collecting_rarely():
+            from quantserve.serve import vllm_app
 
         self._engine = await vllm_app.start(self._plan)
         self._cpus = sorted(leave_to_workers(int(os.environ.get(RESERVE, 0))))

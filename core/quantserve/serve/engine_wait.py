@@ -17,6 +17,8 @@ import os
 import time
 from typing import Any, Final
 
+from quantserve.serve.engine_imports import collect_as_usual
+
 REST_EVERY: Final = 1000
 """Turns of the waiting loop, of a microsecond or so each."""
 
@@ -59,7 +61,8 @@ def share_gloo_device() -> None:
 
 
 def register() -> None:
-    """Let the engine core and its workers rest while they wait."""
+    """Let the engine core and its workers rest while they wait; what they import is imported."""
+    collect_as_usual()
     from vllm.distributed.device_communicators import shm_broadcast
 
     shm_broadcast.sched_yield = Waiting()

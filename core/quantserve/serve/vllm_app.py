@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from argparse import Namespace
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +29,14 @@ from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.system_utils import get_mp_context
+from vllm.v1.engine import utils as engine_processes
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from quantserve.errors import EngineError
 from quantserve.plan import Plan
 from quantserve.serve.asgi import ask
+from quantserve.serve.engine_imports import SparedContext
 from quantserve.serve.engine_logs import EngineLogs
 from quantserve.serve.envelope import Envelope, install
 
@@ -102,6 +106,7 @@ async def start(plan: Plan) -> EngineApp:
     """
     # The engine's processes must not be forked from a process full of threads.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    engine_processes.get_mp_context = _mp_context
     args, engine = _start_engine(plan)
     try:
         await engine.reset_mm_cache()
@@ -122,6 +127,11 @@ async def start(plan: Plan) -> EngineApp:
         engine.shutdown(timeout=0)
         raise
     return started
+
+
+def _mp_context() -> BaseContext:
+    context = get_mp_context()
+    return SparedContext() if context.get_start_method() == "spawn" else context
 
 
 def _start_engine(plan: Plan, *, repair: bool = True) -> tuple[Namespace, AsyncLLM]:

@@ -1,0 +1,137 @@
+"""An engine core's process starts before it is asked for, and is the process that was asked for in every respect."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import pytest
+
+from quantserve.serve import engine_imports
+from quantserve.serve.engine_imports import Spare, SparedContext, start_spare
+from tests.serve.server import until
+
+CHILDREN = 20.0
+"""Seconds that a process gets to start or to end."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    before = psutil.Process().children()
+    command_line = multiprocessing.spawn.get_command_line
+    yield
+    multiprocessing.spawn.get_command_line = command_line
+    left = [one for one in psutil.Process().children() if one not in before and "tracker" not in str(one.cmdline())]
+    assert not left
+
+
+def _report(file: Path, wanted: str) -> None:
+    from decimal import Decimal
+
+    facts = (os.getpid(), os.environ.get(wanted), multiprocessing.current_process().name, gc.get_threshold()[0])
+    file.write_text(repr((*facts, "poplib" in sys.modules, str(Decimal(1)))))
+
+
+def _started(context: multiprocessing.context.BaseContext, file: Path, name: str = "one") -> tuple[object, ...]:
+    process = context.Process(target=_report, args=(file, "QUANTSERVE_TEST"), name=name)
+    process.start()
+    process.join(CHILDREN)
+    assert process.exitcode == 0
+    pid, *facts = eval(file.read_text())
+    assert pid == process.pid
+    return pid, *facts
+
+
+def test_the_next_process_is_the_spare_with_the_environment_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTSERVE_TEST", "before")
+    start_spare(["poplib"])
+    spare = engine_imports._spares[-1].pid
+    monkeypatch.setenv("QUANTSERVE_TEST", "now")
+    pid, *facts = _started(SparedContext(), tmp_path / "first", name="EngineCore")
+    assert (pid, facts) == (spare, ["now", "EngineCore", engine_imports.RARELY[0], True, "1"])
+
+
+def test_without_a_spare_a_process_is_spawned_as_usual(tmp_path: Path) -> None:
+    facts = _started(SparedContext(), tmp_path / "second")[1:]
+    assert facts == (None, "one", gc.get_threshold()[0], False, "1")
+
+
+def test_a_variable_that_is_gone_is_gone_in_the_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTSERVE_TEST", "before")
+    start_spare([])
+    monkeypatch.delenv("QUANTSERVE_TEST")
+    assert _started(SparedContext(), tmp_path / "file")[1] is None
+
+
+def _answer(pipe: Connection) -> None:
+    pipe.send(os.getpid())
+
+
+def test_a_process_that_inherits_a_pipe_is_started_anew(tmp_path: Path) -> None:
+    start_spare([])
+    spare = engine_imports._spares[-1].pid
+    context = SparedContext()
+    here, there = context.Pipe()
+    process = context.Process(target=_answer, args=(there,))
+    process.start()
+    try:
+        assert here.poll(CHILDREN)
+        assert here.recv() == process.pid != spare
+    finally:
+        process.join(CHILDREN)
+    assert not psutil.pid_exists(spare)
+
+
+def test_a_spare_that_died_is_replaced(tmp_path: Path) -> None:
+    start_spare([])
+    spare = engine_imports._spares[-1].pid
+    os.kill(spare, signal.SIGKILL)
+    until(lambda: psutil.Process(spare).status() == psutil.STATUS_ZOMBIE, CHILDREN)
+    assert _started(SparedContext(), tmp_path / "file")[0] != spare
+
+
+def test_a_module_that_cannot_be_imported_is_left_to_who_needs_it(tmp_path: Path) -> None:
+    start_spare(["no_such_module_anywhere", "poplib"])
+    assert _started(SparedContext(), tmp_path / "file")[4] is True
+
+
+def test_the_end_of_a_spare_is_seen(tmp_path: Path) -> None:
+    start_spare([])
+    process = SparedContext().Process(target=time.sleep, args=(60,))
+    process.start()
+    assert process.is_alive()
+    process.kill()
+    process.join(CHILDREN)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _start_and_die(file: Path) -> None:
+    spare = Spare([])
+    file.write_text(str(spare.pid))
+    os._exit(0)
+
+
+def test_a_spare_ends_with_its_parent(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_start_and_die, args=(tmp_path / "pid",))
+    process.start()
+    process.join(CHILDREN)
+    spare = int((tmp_path / "pid").read_text())
+    until(lambda: not psutil.pid_exists(spare) or psutil.Process(spare).status() == psutil.STATUS_ZOMBIE, CHILDREN)
+
+
+def test_spawned_children_collect_rarely_and_the_plugin_ends_that(tmp_path: Path) -> None:
+    engine_imports.hurry_children()
+    assert _started(multiprocessing.get_context("spawn"), tmp_path / "file")[3] == engine_imports.RARELY[0]
+    with engine_imports.collecting_rarely():
+        assert gc.get_threshold() == engine_imports.RARELY
+    assert gc.get_threshold() == engine_imports.USUAL

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantserve.serve.remote import RemoteModel, affinity_key
-from quantserve.serve.replicas import Limits
+from quantserve.serve.replicas import Limits, Pool
 
 from .asgi_client import request
 from .replica import SYSTEM, Replica, pool_of, post, run, served, until, unused_port
@@ -50,6 +50,55 @@ def test_a_full_model_still_tells_its_metrics() -> None:
                 assert pool.ongoing == 1
         pool.update([])
         assert (await request(RemoteModel(pool), "GET", "/metrics")).status == 503
+
+    run(work)
+
+
+def test_nobody_overtakes_those_who_wait() -> None:
+    async def work() -> None:
+        pool = Pool("demo", Limits(ongoing=2, queued=100))
+        pool.update([{"id": "r", "host": "127.0.0.1", "port": 9}])
+        served: list[int] = []
+
+        async def client(number: int) -> None:
+            async with pool.slot():
+                served.append(number)
+                for _ in range(number % 3):
+                    await asyncio.sleep(0)
+
+        tasks: list[asyncio.Task[None]] = []
+        for number in range(200):  # they come faster than they are served, at whatever moment of the others' turns
+            tasks.append(asyncio.create_task(client(number)))
+            if number % 2:
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        # Two have places at a time, of whom either may notice first.
+        assert max(abs(place - number) for place, number in enumerate(served)) <= 2
+        assert (pool.ongoing, len(pool.waiting)) == (0, 0)
+
+    run(work)
+
+
+def test_a_client_that_leaves_with_its_place_just_given_passes_it_on() -> None:
+    async def work() -> None:
+        pool = Pool("demo", Limits(ongoing=1))
+        pool.update([{"id": "r", "host": "127.0.0.1", "port": 9}])
+
+        async def client(release: asyncio.Event) -> None:
+            async with pool.slot():
+                await release.wait()
+
+        release = [asyncio.Event() for _ in range(3)]
+        tasks = [asyncio.create_task(client(event)) for event in release]
+        await until(lambda: len(pool.waiting) == 2)
+        release[0].set()
+        await until(lambda: len(pool.waiting) == 1)  # the second has the place and does not know it yet
+        tasks[1].cancel()
+        await until(lambda: not pool.waiting)
+        assert pool.ongoing == 1
+        release[2].set()
+        await tasks[2]
+        assert pool.ongoing == 0
 
     run(work)
 

@@ -66,6 +66,21 @@ class Limits:
     retry_after_s: float | None = None
 
 
+@dataclass(eq=False)
+class _Waiter:
+    """A request that waits for a place, and what is known about where it may go; see `Pool.slot`."""
+
+    key: str | None
+    avoid: frozenset[str]
+    place: asyncio.Future[Replica] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def given(self) -> Replica | None:
+        """The place, which is taken already."""
+        done = self.place.done() and not self.place.cancelled() and not self.place.exception()
+        return self.place.result() if done else None
+
+
 @dataclass
 class Pool:
     """The replicas of one model and the requests that wait for them."""
@@ -74,7 +89,7 @@ class Pool:
     limits: Limits
     token: str = ""
     replicas: dict[str, Replica] = field(default_factory=dict)
-    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+    waiting: deque[_Waiter] = field(default_factory=deque)
     _finished: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
     def update(self, addresses: Sequence[Mapping[str, Any]]) -> None:
@@ -104,6 +119,13 @@ class Pool:
         """Whether no request waits for a replica, and none is draining or could not be reached of late."""
         now = time.monotonic()
         return not self.waiting and not any(one.draining or one.broken_until > now for one in self.replicas.values())
+
+    @property
+    def _awaited(self) -> bool:
+        """Whether there may soon be another replica: one is started for those who wait, or takes over from one that is
+        being stopped, which the next look for replicas will tell.
+        """
+        return self.limits.wakes or any(replica.draining for replica in self.replicas.values())
 
     @property
     def ongoing(self) -> int:
@@ -169,31 +191,27 @@ class Pool:
         if not self.waiting and (replica := self._choose(key, avoid)):
             replica.ongoing += 1
             return replica
-        if not self._usable(avoid) and not self.limits.wakes:
+        if not (self._usable(avoid) or self._awaited):
             raise self.unavailable()
         if 0 <= self.limits.queued <= len(self.waiting):
             raise self._full()
-        deadline = time.monotonic() + self.limits.queue_s
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waiting.append(place)
+        waiter = _Waiter(key, avoid)
+        self.waiting.append(waiter)
         try:
-            while True:
-                try:
-                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                        await asyncio.shield(place)
-                except TimeoutError:
-                    raise self._too_long() from None
-                if replica := self._choose(key, avoid):
-                    replica.ongoing += 1
-                    return replica
-                if not self._usable(avoid) and not self.limits.wakes:
-                    raise self.unavailable()
-                place = asyncio.get_running_loop().create_future()
-                self.waiting.appendleft(place)
+            async with asyncio.timeout(self.limits.queue_s):
+                return await waiter.place
+        except TimeoutError:
+            if replica := waiter.given:  # at the last moment
+                return replica
+            raise self._too_long() from None
+        except asyncio.CancelledError:
+            if replica := waiter.given:
+                replica.ongoing -= 1
+                self._wake()
+            raise
         finally:
-            if place in self.waiting:
-                self.waiting.remove(place)
-            self._wake()
+            if waiter in self.waiting:
+                self.waiting.remove(waiter)
 
     def _usable(self, avoid: frozenset[str]) -> list[Replica]:
         return [replica for name, replica in self.replicas.items() if not replica.draining and name not in avoid]
@@ -214,15 +232,20 @@ class Pool:
         return random.choice([replica for replica in free if replica.ongoing == least])
 
     def _wake(self) -> None:
-        """Let as many of those who wait try again as there are places."""
-        places = sum(max(0, self.limits.ongoing - replica.ongoing) for replica in self._usable(frozenset()))
-        if not self.replicas and not self.limits.wakes:
-            places = len(self.waiting)  # to be told that the last replica is gone
-        while self.waiting and places > 0:
-            place = self.waiting.popleft()
-            if not place.done():
-                place.set_result(None)
-                places -= 1
+        """Give those who wait the places there are, in their order."""
+        for waiter in tuple(self.waiting):
+            if waiter.place.done():  # its client has just left
+                continue
+            if replica := self._choose(waiter.key, waiter.avoid):
+                replica.ongoing += 1
+                waiter.place.set_result(replica)
+            elif not (self._usable(waiter.avoid) or self._awaited):
+                waiter.place.set_exception(self.unavailable())
+            elif waiter.avoid:  # who avoids nothing may find one
+                continue
+            else:
+                break
+            self.waiting.remove(waiter)
 
     def unavailable(self) -> Refused:
         """The error of a model that has no replica."""

@@ -225,10 +225,17 @@ def test_mistakes_are_explained(
     assert server.request("POST", prefix + "/v1/chat/completions", GOOD).status_code == 200
 
 
-@pytest.mark.parametrize("part", [{"type": "input_file", "file_id": "f"}, {"type": "input_file"}])
-def test_a_part_that_vllm_does_not_expect(server: Server, part: dict[str, Any]) -> None:
-    """An output of a function that is a file: vLLM asserts that there is none (found by fuzzing)."""
-    item = {"type": "function_call_output", "call_id": "c", "output": [part]}
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_file", "file_id": "f"}]},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_file"}]},
+        {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": []},
+    ],
+    ids=["file", "no file", "nothing said"],
+)
+def test_an_item_that_vllm_does_not_expect(server: Server, item: dict[str, Any]) -> None:
+    """An output of a function that is a file, and an answer without content (found by fuzzing)."""
     answer = server.request("POST", "/v1/responses", {"model": "demo-fp16", "input": [item], "max_output_tokens": 2})
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"

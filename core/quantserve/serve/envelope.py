@@ -43,8 +43,12 @@ PROMPT_NAMES: Final = frozenset({"input_text", "input_tokens", "prompt_token_ids
 """What vLLM calls the prompt when it is too long."""
 UNREADABLE: Final = (AssertionError, AttributeError, LookupError, TypeError, RecursionError)
 """What vLLM raises where it did not expect a type in a request."""
-READERS: Final = (("solve_dependencies", "fastapi"), ("_parse_chat_message_content_part", "vllm"))
-"""Functions, and their packages, in which a request is read: its body, and a part of a message."""
+READERS: Final = (
+    ("solve_dependencies", "fastapi"),
+    ("_parse_chat_message_content_part", "vllm"),
+    ("construct_chat_messages_with_tool_call", "vllm"),
+)
+"""Functions, and their packages, in which a request is read: its body, a part of a message, the items of a response."""
 _LONGEST_BODY: Final = 1 << 20
 _LONGEST_MESSAGE: Final = 1000
 _LOGGED: Final = 4000
@@ -164,7 +168,8 @@ def _unreadable(otherwise: Callable[[Request, Any], Any] | None) -> Callable[[Re
                 raise error
             return await otherwise(request, error)
         logger.info("%s could not be read: %r", request.url.path, error)
-        return Refused(400, "the request body cannot be read: a field has the wrong type", code="invalid_type").response
+        message = "the request body cannot be read: a field has the wrong type, or is empty"
+        return Refused(400, message, code="invalid_type").response
 
     return handler
 

@@ -100,6 +100,14 @@ def test_a_spare_that_died_is_replaced(tmp_path: Path) -> None:
     assert _started(SparedContext(), tmp_path / "file")[0] != spare
 
 
+def test_a_spare_that_nobody_takes_can_be_dismissed() -> None:
+    start_spare([])
+    spare = engine_imports._spares[-1].pid
+    engine_imports.dismiss_spares()
+    assert not psutil.pid_exists(spare)
+    engine_imports.dismiss_spares()  # there is none left
+
+
 def test_a_module_that_cannot_be_imported_is_left_to_who_needs_it(tmp_path: Path) -> None:
     start_spare(["no_such_module_anywhere", "poplib"])
     assert _started(SparedContext(), tmp_path / "file")[4] is True

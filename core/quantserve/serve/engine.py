@@ -22,7 +22,7 @@ from quantserve.plan import RESERVE, Plan
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.cpus import leave_to_workers
 from quantserve.serve.directory import POLL_S, Directory, follow, look_up
-from quantserve.serve.engine_imports import ENGINE_CORE, collecting_rarely, hurry_children, start_spare
+from quantserve.serve.engine_imports import ENGINE_CORE, collecting_rarely, dismiss_spares, hurry_children, start_spare
 from quantserve.serve.limits import Policy
 from quantserve.serve.listener import Listener
 from quantserve.serve.remote import DRAINING
@@ -73,6 +73,7 @@ class ModelServer:
             from quantserve.serve import vllm_app
 
         self._engine = await vllm_app.start(self._plan)
+        dismiss_spares()
         self._cpus = sorted(leave_to_workers(int(os.environ.get(RESERVE, 0))))
         length = self._engine.engine.model_config.max_model_len
         self._door.app = Guard(RequestDefaults(self._engine.app, self._plan.request_defaults, length))

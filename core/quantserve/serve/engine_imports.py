@@ -22,6 +22,7 @@ from typing import Any, Final
 
 USUAL: Final = gc.get_threshold()
 RARELY: Final = (2_000_000, 50, 1000)
+"""Thresholds of the garbage collector, as for `gc.set_threshold`: vLLM's imports leave some 600,000 objects."""
 ENGINE_CORE: Final = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 """Modules that an engine core imports."""
 
@@ -100,6 +101,11 @@ class Spare:
 
     Args:
         modules: what to import.
+
+    Attributes:
+        executable: the interpreter that runs it.
+        pid: its process id.
+        sentinel: descriptor that becomes readable when it ends.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
@@ -128,10 +134,11 @@ class Spare:
         return self._payload
 
     def dismiss(self) -> None:
-        """Let the process end."""
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        """End the process."""
+        with contextlib.suppress(ChildProcessError):  # it has ended, and its id may be another's
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
         for descriptor in (self._environ, self._payload, self.sentinel):
             os.close(descriptor)
 
@@ -142,6 +149,12 @@ _spares: list[Spare] = []
 def start_spare(modules: Sequence[str]) -> None:
     """Start the process that the next one of `SparedContext` will be."""
     _spares.append(Spare(modules))
+
+
+def dismiss_spares() -> None:
+    """End the spares that nobody took: an engine may run in this process, or in actors of Ray's."""
+    while _spares:
+        _spares.pop().dismiss()
 
 
 class _Popen(popen_spawn_posix.Popen):

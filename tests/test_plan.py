@@ -14,7 +14,7 @@ import pytest
 
 from helpers.checkpoints import make_llama, write_safetensors
 from quantserve.compose import compose
-from quantserve.config import load, model_from_source
+from quantserve.config import load, load_object, model_from_source
 from quantserve.errors import ConfigError, FindingsError
 from quantserve.plan import Plan, make_plan, make_plans
 from quantserve.registry import Registry
@@ -127,3 +127,52 @@ def test_how_many_cpus_are_left_to_what_does_not_compute_is_the_users_to_say(tmp
     for models in (1, 2):
         with pytest.raises(ConfigError, match="VLLM_CPU_NUM_OF_RESERVED_CPU is 'few'\n  fix: a number of CPUs"):
             plans("few", models)
+
+
+def shared(tmp_path: Path, target: str, share: float, **engine_kwargs: object) -> Plan:
+    make_llama(tmp_path / "model", "fp16", hidden=512, intermediate=1024)
+    config = {
+        "engine_config": {"model_id": "m", "hf_model_id": str(tmp_path / "model"), "engine_kwargs": engine_kwargs},
+        "scaling_config": {"num_gpus_per_worker": share},
+    }
+    (model,) = load_object({"models": [config]}, "test").models
+    return make_plan(compose(model, Registry.load({}), find_target(target)))
+
+
+@pytest.mark.parametrize("target", ["h100", "mi300x"])
+def test_models_that_share_a_gpu_are_told_the_size_of_their_cache(tmp_path: Path, target: str) -> None:
+    plan = shared(tmp_path, target, 0.3)
+    assert plan.memory is not None
+    assert plan.engine_args["gpu_memory_utilization"] == 0.276
+    assert plan.engine_args["kv_cache_memory_bytes"] == plan.memory["kv_cache_bytes"]
+    taken = plan.memory["kv_cache_bytes"] + plan.memory["weights_bytes"] + plan.memory["overhead_bytes"]
+    assert taken / plan.memory["budget_bytes"] == pytest.approx(0.9, rel=1e-6)
+    assert {plan.provenance[key] for key in ("gpu_memory_utilization", "kv_cache_memory_bytes")} == {"core"}
+    assert plan.deployment["ray_actor_options"]["num_gpus"] == 0.3
+
+
+def test_a_model_with_a_gpu_to_itself_lets_vllm_measure(tmp_path: Path) -> None:
+    assert not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & shared(tmp_path, "h100", 1).engine_args.keys()
+
+
+def test_the_users_memory_settings_win_on_a_shared_gpu(tmp_path: Path) -> None:
+    asked = shared(tmp_path, "h100", 0.3, kv_cache_memory_bytes=1 << 30)
+    assert asked.engine_args["kv_cache_memory_bytes"] == 1 << 30
+    assert asked.provenance["kv_cache_memory_bytes"] == "config"
+    assert asked.memory is not None
+    assert asked.memory["kv_cache_bytes"] == 1 << 30
+    less = shared(tmp_path, "h100", 0.3, gpu_memory_utilization=0.2)
+    assert (less.engine_args["gpu_memory_utilization"], less.provenance["gpu_memory_utilization"]) == (0.2, "config")
+    assert less.memory is not None
+    assert less.engine_args["kv_cache_memory_bytes"] == less.memory["kv_cache_bytes"] < 0.2 * 80 * 2**30
+    assert less.provenance["kv_cache_memory_bytes"] == "core"
+
+
+@pytest.mark.parametrize("share", [0, 0.3])
+def test_shares_of_a_gpu_mean_nothing_on_a_cpu(tmp_path: Path, share: float) -> None:
+    assert shared(tmp_path, "cpu", share) == shared(tmp_path, "cpu", 1)
+
+
+def test_no_share_of_a_gpu_is_refused_on_one(tmp_path: Path) -> None:
+    with pytest.raises(FindingsError, match="no-gpu-share"):
+        shared(tmp_path, "h100", 0)

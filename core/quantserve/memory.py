@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 # What a worker takes before it holds a weight: CUDA context, NCCL buffers and CUDA graphs of a GPU
 # worker; interpreter, torch and compiled code of a CPU worker and its engine process.
 _GPU_FIXED = GIB
+# Part of the budget left free where models share a GPU. There the plan tells vLLM how large the KV cache is, because
+# its own measurement counts what other engines allocate meanwhile. So nothing corrects this estimate, and _GPU_FIXED is
+# one number for every model: it covers context and workspaces, while CUDA graphs and unpacked weights grow with it.
+_SHARED_GPU_MARGIN = 0.1
+_BLOCK = 16  # tokens of a KV cache block in vLLM, unless the user says otherwise
 _CPU_FIXED = GIB
 _CPU_USABLE = 0.9  # of RAM; the operating system, Ray and the front door live in the rest
 _FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
@@ -49,7 +54,7 @@ class MemoryEstimate:
             of a worker process.
         budget_bytes: what vLLM may use: memory x gpu_memory_utilization, or a CPU rank's share of a NUMA node's RAM.
         kv_bytes_per_token: KV cache of one token on one rank; 0 when config.json does not tell.
-        kv_cache_bytes: left for the KV cache (on a CPU: what the plan asks vLLM to take).
+        kv_cache_bytes: left for the KV cache (on a CPU or a part of a GPU: what the plan asks vLLM to take).
         kv_tokens: tokens that fit the KV cache.
         max_model_len: context length estimated for; 0 when unknown.
         bytes_per_sequence: KV cache of one sequence of that length on one rank; 0 when unknown.
@@ -93,6 +98,11 @@ def estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tupl
         return None, []
     result = _estimate(checkpoint, model, target, model.tensor_parallel_size)
     return result, list(_judge(result, checkpoint, model, target))
+
+
+def shares_gpu(model: ModelConfig, target: Target) -> bool:
+    """Whether a model gets a part of a GPU, beside others."""
+    return target.device != "cpu" and 0 < model.scaling_config.num_gpus_per_worker < 1
 
 
 @once
@@ -172,6 +182,9 @@ def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks:
         given = model.engine_kwargs.get("kv_cache_memory_bytes")
         room = budget - weights - overhead
         left = min(given, room) if isinstance(given, int) else room
+        if shares_gpu(model, target) and not isinstance(given, int):
+            least = cache.bytes_of_sequence(_whole_blocks(model, length), step)
+            left = min(room, max(least, room - int(budget * _SHARED_GPU_MARGIN)))
     left = max(left, 0)
     return MemoryEstimate(
         ranks=ranks,
@@ -225,6 +238,13 @@ def _asked_cpu_gib(model: ModelConfig) -> int:
         return int(str(text))
     given = model.engine_kwargs.get("kv_cache_memory_bytes")
     return -(-given // GIB) if isinstance(given, int) else 0
+
+
+def _whole_blocks(model: ModelConfig, tokens: int) -> int:
+    """Tokens of the blocks that vLLM wants for one sequence: those that hold it, and one it keeps for itself."""
+    asked = model.engine_kwargs.get("block_size")
+    block = asked if isinstance(asked, int) and asked > 0 else _BLOCK
+    return (-(-tokens // block) + 1) * block if tokens else 0
 
 
 def _utilization(model: ModelConfig) -> float:

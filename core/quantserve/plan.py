@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from quantserve.compose import Composition, Setting
 from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
+from quantserve.memory import shares_gpu
 
 # Ray asks for whole CPUs by default, which would keep three small models from sharing a laptop.
 DEFAULT_CPUS_PER_CPU_REPLICA = 0.1
@@ -171,9 +172,13 @@ def _core_settings(composition: Composition) -> dict[str, Setting]:
         # vLLM would take the Mistral files it finds here, and not those that were checked.
         hf = Setting("hf", "core")
         settings |= {"load_format": hf, "config_format": hf, "tokenizer_mode": hf}
-    share = model.scaling_config.num_gpus_per_worker
-    if target.device != "cpu" and share < 1:
+    if shares_gpu(model, target):
+        share = model.scaling_config.num_gpus_per_worker
         settings["gpu_memory_utilization"] = Setting(round(0.92 * share, 4), "core")
+        # Engines that start together would measure each other's memory; vLLM measures nothing when it is told the size.
+        # It still asks at the start whether gpu_memory_utilization of the GPU is free.
+        if composition.memory and composition.memory.kv_cache_bytes:
+            settings["kv_cache_memory_bytes"] = Setting(composition.memory.kv_cache_bytes, "core")
     return settings
 
 

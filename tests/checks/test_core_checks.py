@@ -33,6 +33,7 @@ def check(tmp_path: Path) -> Check:
         method: Method | None = FP16,
         target: str | Target = "a100-80g",
         ranks: int = 1,
+        gpus: float = 1,
         tokens: int | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
         engine: Mapping[str, Any] | None = None,
@@ -41,7 +42,7 @@ def check(tmp_path: Path) -> Check:
     ) -> list[Finding]:
         folder = make_llama(tmp_path / "m", layout, **checkpoint)
         found = find_target(target) if isinstance(target, str) else target
-        model = served(ranks, tokens, engine_kwargs, engine)
+        model = served(ranks, tokens, engine_kwargs, engine, gpus)
         return check_model(open_checkpoint(str(folder)), model, found, method)
 
     return run
@@ -52,6 +53,7 @@ def served(
     tokens: int | None = None,
     engine_kwargs: Mapping[str, Any] | None = None,
     engine: Mapping[str, Any] | None = None,
+    gpus: float = 1,
 ) -> ModelConfig:
     section = {
         "model_id": "m",
@@ -59,7 +61,8 @@ def served(
         "max_total_tokens": tokens,
         **(engine or {}),
     }
-    return ModelConfig.model_validate({"engine_config": section, "scaling_config": {"num_workers": ranks}})
+    scaling = {"num_workers": ranks, "num_gpus_per_worker": gpus}
+    return ModelConfig.model_validate({"engine_config": section, "scaling_config": scaling})
 
 
 def the(findings: list[Finding], code: str) -> Finding:
@@ -452,6 +455,23 @@ def test_more_ranks_than_devices(check: Check) -> None:
     assert "needs 4 devices; the target has 2" in finding.message
     assert serious(check(ranks=4, target="4xa100-80g")) == []
     assert serious(check(ranks=2, target="cpu")) == []
+
+
+@pytest.mark.parametrize("target", ["a100-80g", "mi300x"])
+def test_a_gpu_target_without_a_share_of_it(check: Check, target: str) -> None:
+    method = replace(FP16, devices=("cuda", "rocm"))
+    finding = the(check(gpus=0, target=target, method=method), "no-gpu-share")
+    assert finding.severity is Severity.ERROR
+    assert f"the target {target} is a GPU, but scaling_config.num_gpus_per_worker is 0" in finding.message
+    assert finding.offenders == ("scaling_config.num_gpus_per_worker",)
+    for fix in ("to 1,", "such as 0.3", "--target cpu"):
+        assert fix in finding.fix
+    assert serious(check(gpus=0.3, target=target, method=method)) == []
+
+
+@pytest.mark.parametrize("gpus", [0, 0.3, 1])
+def test_a_cpu_target_takes_any_share_of_a_gpu(check: Check, gpus: float) -> None:
+    assert serious(check(gpus=gpus, target="cpu")) == []
 
 
 def test_what_reading_found_comes_first() -> None:

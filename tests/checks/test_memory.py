@@ -14,6 +14,7 @@ from quantserve.memory import MemoryEstimate, estimate
 from quantserve.target import GIB, Target, find_target
 
 KIB = 1024
+MIB = 1 << 20
 
 
 def llama(sizes: dict[str, int], method: str = "fp16", **config: Any) -> Checkpoint:
@@ -135,6 +136,42 @@ def test_room_for_one_sequence_but_not_two() -> None:
 def test_gpu_memory_utilization_counts() -> None:
     half, _ = of(llama(LLAMA_7B), served(gpu_memory_utilization=0.5), "a100-80g")
     assert half.budget_bytes == 40 * GIB
+
+
+def part_of(share: float, **engine_kwargs: Any) -> ModelConfig:
+    engine = {"model_id": "m", "engine_kwargs": engine_kwargs}
+    return ModelConfig.model_validate({"engine_config": engine, "scaling_config": {"num_gpus_per_worker": share}})
+
+
+def test_a_tenth_of_a_part_of_a_gpu_stays_free() -> None:
+    half, findings = of(llama(LLAMA_7B), part_of(0.5), "a100-80g")
+    assert findings == []
+    assert half.budget_bytes == int(80 * GIB * 0.46)
+    room = half.budget_bytes - half.weights_bytes - half.overhead_bytes
+    assert half.kv_cache_bytes == room - half.budget_bytes // 10
+    whole, _ = of(llama(LLAMA_7B), served(), "a100-80g")
+    assert whole.kv_cache_bytes == whole.budget_bytes - whole.weights_bytes - whole.overhead_bytes
+    less, _ = of(llama(LLAMA_7B), part_of(0.5, gpu_memory_utilization=0.4), "a100-80g")
+    assert less.kv_cache_bytes == int(80 * GIB * 0.4) - less.weights_bytes - less.overhead_bytes - int(8 * GIB * 0.4)
+    asked, _ = of(llama(LLAMA_7B), part_of(0.5, kv_cache_memory_bytes=19 * GIB), "a100-80g")
+    assert asked.kv_cache_bytes == 19 * GIB
+
+
+@pytest.mark.parametrize(("kwargs", "tokens"), [({}, 4112 + 16), ({"block_size": 64}, 4160 + 64)])
+def test_a_part_of_a_gpu_holds_one_sequence_if_there_is_room(kwargs: dict[str, int], tokens: int) -> None:
+    """4097 tokens are whole blocks, and vLLM keeps one for itself."""
+    checkpoint = llama(LLAMA_7B, max_position_embeddings=4097)
+    probe, _ = of(checkpoint, part_of(0.5), "a100-80g")
+    used = probe.weights_bytes + probe.overhead_bytes
+    least = tokens * 512 * KIB
+    for room, left in ((least + MIB, least), (least, least), (least - MIB, least - MIB), (2 * least, None)):
+        target = Target("gpu", "cuda", -(-2 * (used + room) * 100 // 92), 1, capability=80)
+        result, _ = of(checkpoint, part_of(0.5, **kwargs), target)
+        assert result.kv_cache_bytes == pytest.approx(left or room - (used + room) // 10, abs=8)
+
+
+def test_a_cpu_does_not_care_about_a_part_of_a_gpu() -> None:
+    assert of(llama(LLAMA_7B), part_of(0.3), cpu(64)) == of(llama(LLAMA_7B), part_of(1), cpu(64))
 
 
 def test_a_cpu_gets_whole_gib_of_kv_cache() -> None:

@@ -91,11 +91,11 @@ def test_portable_kernels_are_a_warning() -> None:
     assert "AVX2" in row["fix"]
 
 
-def test_a_gpu_runs_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_runs_cuda_and_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor_command, "find_target", lambda name: known_targets()["h100"])
     run(["doctor", "--quick", "--json"])
     row = kernels_row(capsys.readouterr().out)
-    assert (row["status"], row["detail"]) == ("ok", f"{NAME}, Triton")
+    assert (row["status"], row["detail"]) == ("ok", f"{NAME}, CUDA and Triton")
 
 
 @pytest.mark.parametrize(

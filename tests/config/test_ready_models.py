@@ -50,7 +50,7 @@ def test_ready_model(path: Path) -> None:
         assert "trust_remote_code" not in model.engine_kwargs
         scaling = model.deployment_config.autoscaling_config
         if path.name == "demo.yaml":
-            assert (model.scaling_config.num_gpus_per_worker, model.max_model_len, seqs) == (0, 512, 16)
+            assert (model.scaling_config.num_gpus_per_worker, model.max_model_len, seqs) == (0.3, 512, 16)
             assert Path(model.source).parent == ROOT / "examples/demo-model"
             assert model.quantization == model.model_id.removeprefix("demo-")
         else:

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from quantserve.target import Target
 
 _WORKERS = "scaling_config.num_workers"
+_GPUS = "scaling_config.num_gpus_per_worker"
 
 
 def check_parallel(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
-    """Check the tensor parallel size against attention heads, kv heads, MLP width and devices.
+    """Check the tensor parallel size against attention heads, kv heads, MLP width and devices, and that ranks get one.
 
     The vocabulary needs no check: vLLM pads it.
     """
@@ -28,6 +29,14 @@ def check_parallel(checkpoint: Checkpoint, model: ModelConfig, target: Target) -
             f"tensor parallel size {ranks} needs {ranks} devices; the target has {target.count} ({target})",
             [_WORKERS],
             f"set {_WORKERS} to at most {target.count}, or choose a larger target",
+        )
+    if target.device != "cpu" and model.scaling_config.num_gpus_per_worker == 0:
+        yield Finding.error(
+            "no-gpu-share",
+            f"the target {target.name} is a GPU, but {_GPUS} is 0, so Ray would give the model none",
+            [_GPUS],
+            f"set {_GPUS} to 1, or to a share such as 0.3 to put several models on one GPU; "
+            "if the CPU is meant, use `--target cpu`",
         )
     architecture, _ = read_architecture(checkpoint)
     if architecture is None or ranks <= 1:

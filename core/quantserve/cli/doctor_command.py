@@ -147,7 +147,7 @@ def _kernels(target: Target) -> Row:
         return Row("kernels", "warning", detail, KERNELS_FIX)
     name, found = f"quantserve-kernels {_version('quantserve-kernels')}", status()
     if target.device != "cpu":
-        return Row("kernels", "ok", f"{name}, Triton")
+        return Row("kernels", "ok", f"{name}, CUDA and Triton")
     if not found.native:
         detail = f"{name}, not compiled: every call is plain torch, many times slower. Reason: {found.reason}"
         fix = "install a C++ compiler (Debian: g++), then `make setup`, or pip install again with --force-reinstall"

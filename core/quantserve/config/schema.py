@@ -203,7 +203,10 @@ class ScalingConfig(Section):
         default=1, ge=1, le=1024, description="Workers per replica, which is the tensor parallel size."
     )
     num_gpus_per_worker: float = Field(
-        default=1, ge=0, description="1; 0 on CPU; less than 1 lets models share a GPU (one worker only)."
+        default=1,
+        ge=0,
+        description="GPUs of each worker: 1; less lets models share a GPU (one worker only). Without effect on a CPU; "
+        "on a GPU 0 is refused.",
     )
     num_cpus_per_worker: float = Field(default=1, ge=0, description="CPUs that Ray reserves per worker.")
     placement_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(

@@ -230,13 +230,19 @@ def test_float16_activations_are_not_emulated(tmp_path: Path, feature: str, serv
 
 
 @pytest.mark.parametrize(
-    ("installed", "code"),
-    [((), None), (("vllm",), "squeezellm-no-kernels"), (("vllm", "quantserve_kernels"), "squeezellm-plain-torch")],
+    ("installed", "target", "code"),
+    [
+        ((), "cpu", None),
+        (("vllm",), "cpu", "squeezellm-no-kernels"),
+        (("vllm",), "a100-80g", "squeezellm-no-kernels"),
+        (("vllm", "quantserve_kernels"), "cpu", "squeezellm-plain-torch"),
+        (("vllm", "quantserve_kernels"), "a100-80g", None),  # its kernels are compiled as they run
+    ],
 )
 def test_missing_kernels_are_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], code: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], target: str, code: str | None
 ) -> None:
     monkeypatch.setattr(plugin, "find_spec", lambda name: name if name in installed else None)
     monkeypatch.setattr(quantserve_kernels, "status", lambda: quantserve_kernels.Status(False, "torch", "no compiler"))
-    said = findings(composed(make_llama(tmp_path / "m", "squeezellm")))
+    said = findings(composed(make_llama(tmp_path / "m", "squeezellm"), target))
     assert said.keys() & {"squeezellm-no-kernels", "squeezellm-plain-torch"} == ({code} if code else set())

@@ -67,7 +67,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     original = original_file_findings(checkpoint, model)
     if any(finding.code == "squeezellm-pickle" for finding in original) and not checkpoint.tensors:
         return original
-    original += [*kernel_findings(), *dtype_finding(checkpoint, model, target)]
+    original += [*kernel_findings(target), *dtype_finding(checkpoint, model, target)]
     tables = any(name.endswith((".lookup_table", ".qweight")) for name in checkpoint.tensors)
     if not tables and checkpoint.tensors_complete:
         return [
@@ -122,8 +122,8 @@ def quantserve_converter() -> str:
     return "quantserve_squeezellm._convert:convert"
 
 
-def kernel_findings() -> list[Finding]:
-    """What keeps this machine's engine from the kernels; nothing where no engine is installed."""
+def kernel_findings(target: Target) -> list[Finding]:
+    """What keeps this machine's engine from the target's kernels; nothing where no engine is installed."""
     if find_spec("quantserve_kernels") is None:
         if find_spec("vllm") is None:
             return []
@@ -135,6 +135,8 @@ def kernel_findings() -> list[Finding]:
                 "pip install 'quantserve-squeezellm[engine]'",
             )
         ]
+    if target.device != "cpu":
+        return []  # only a CPU's kernels are compiled when they are installed
     from quantserve_kernels import status
 
     found = status()

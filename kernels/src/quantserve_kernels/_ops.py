@@ -119,19 +119,27 @@ def _cuda_linear(
     k: int,
     group_size: int,
 ) -> Tensor:
+    flat = x.reshape(-1, k).contiguous()
+    sparse = None if rows is None or cols is None or vals is None else (rows, cols, vals)
+    if codes.ndim == 3:
+        from quantserve_kernels import _cuda
+
+        wide = None if bias is None else bias.float().contiguous()
+        return _cuda.linear(flat, codes, table, sparse, wide, bits, n).view(*x.shape[:-1], n)
     from quantserve_kernels import _triton
 
-    flat = x.reshape(-1, k).contiguous()
-    group = k if group_size == -1 else group_size
-    y = _triton.linear(flat, codes, table, scales, zeros, bits, n, k, group)
-    if rows is not None and cols is not None and vals is not None:
-        y = y + _triton.sparse_linear(flat, rows, cols, vals)
+    y = _triton.linear(flat, codes, table, scales, zeros, bits, n, k, k if group_size == -1 else group_size)
+    if sparse is not None:
+        y = y + _triton.sparse_linear(flat, *sparse)
     if bias is not None:
         y = y + bias
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
 def _cuda_pack(codes: Tensor, bits: int, group_size: int) -> Tensor:
-    from quantserve_kernels import _triton
+    from quantserve_kernels import _cuda, _triton
+
+    if _cuda.suits(codes.device, bits, codes.shape[1], group_size):
+        return _cuda.pack_codes(codes, bits)
 
     return _triton.pack_codes(codes, bits)

@@ -185,6 +185,9 @@ def pack(
         if table.device.type == "cpu":
             scales = _fallback.interleave(scales)
             zeros = None if zeros is None else _fallback.interleave(zeros)
+        elif numbers.groups == 1:  # a scale a channel makes a codebook a channel, which GPUs multiply fastest
+            table = ((table if zeros is None else table - zeros) * scales).contiguous()
+            scales = zeros = None
     packed = _packed(channels, bits, n, group_size)
     rows, cols, vals = (None, None, None) if sparse is None else _checked_csr(*sparse, n=n, k=k, shape=numbers)
     return PackedWeight(

@@ -25,12 +25,22 @@ def kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
             benchmark=BENCHMARK,
             experts=False,
         )
+    if target.capability is not None and target.capability >= 80:
+        return KernelProfile(
+            name="quantserve-kernels (CUDA)",
+            bits_per_weight=stored,
+            bandwidth_share=((1, 0.48), (8, 0.47), (16, 0.42)) if bits == 4 else ((1, 0.49), (8, 0.49), (16, 0.32)),
+            flops_share=((1, 0.1), (32, 0.12), (64, 0.16), (128, 0.18), (512, 0.42), (2048, 0.66)),
+            source="docs/performance.md: Llama-2 7B shapes, one H100, no sparse part",
+            uncertainty=0.5,
+            experts=False,
+        )
     return KernelProfile(
         name="quantserve-kernels (Triton)",
         bits_per_weight=stored,
         bandwidth_share=((1, 0.5), (256, 0.4)),
         flops_share=((1, 0.1), (256, 0.25), (2048, 0.35)),
-        source="assumed: these kernels have not run on a GPU",
+        source="assumed: these kernels have not run on such a GPU",
         uncertainty=1.0,
         experts=False,
     )

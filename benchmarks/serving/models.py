@@ -16,6 +16,7 @@ import yaml
 from benchmarks.console import BUILD, ROOT, BenchError
 from benchmarks.decode.checkpoints import make
 from benchmarks.decode.shapes import Shape
+from quantserve.target import this_gpu
 
 SERVING: Final = BUILD / "serving"
 DEMO: Final = ROOT / "models" / "demo.yaml"
@@ -26,6 +27,10 @@ USERS: Final = 64
 """Most requests at once, and so `max_num_seqs`: nothing waits for a place in the batch."""
 ADMITTED: Final = 256
 """`max_ongoing_requests`: above all users, so that nothing is refused."""
+GPU_SHARE: Final = 0.15
+"""Of the GPU, where there is one: the servers of six models stand beside each other."""
+KV_CACHE: Final = 2 << 30
+"""Bytes of each: vLLM would measure what is free while the others take their part."""
 
 # 100,686,592 parameters, with the vocabulary of the demo's tokenizer.
 SMALL: Final = Shape("llama-0.1b", hidden=768, intermediate=2048, layers=15, heads=12, kv_heads=4, vocab=4096)
@@ -96,6 +101,9 @@ def sized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A model's config with lengths and limits of this benchmark."""
     engine = config["engine_config"]
     kwargs = {**engine["engine_kwargs"], "max_num_seqs": USERS}
+    if this_gpu() is not None:
+        config = {**config, "scaling_config": {"num_gpus_per_worker": GPU_SHARE}}
+        kwargs = {**kwargs, "enforce_eager": False, "kv_cache_memory_bytes": KV_CACHE}
     deployment = {**config.get("deployment_config", {}), "max_ongoing_requests": ADMITTED}
     return {
         **config,

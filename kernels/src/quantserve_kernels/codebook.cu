@@ -17,7 +17,7 @@
 // four bytes among eight by the low three bits of four nibbles; a second one chooses by the fourth bit.
 //
 // The host defines BITS (2, 3, 4), HALF (1 for float16, 0 for bfloat16) and KERNELS, a list of FEW(...) and MANY(...).
-// tests/cuda_on_cpu.h is the other compiler of this file: the same warps as threads of a CPU.
+// tests/cuda_on_cpu.cpp is the other compiler of this file: the same warps as threads of a CPU.
 
 #ifndef CUDA_ON_CPU
 typedef unsigned int u32;

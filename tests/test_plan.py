@@ -16,7 +16,7 @@ from helpers.checkpoints import make_llama, write_safetensors
 from quantserve.compose import compose
 from quantserve.config import load, load_object, model_from_source
 from quantserve.errors import ConfigError, FindingsError
-from quantserve.plan import Plan, make_plan, make_plans
+from quantserve.plan import Plan, make_plan, make_plans, require_gpus
 from quantserve.registry import Registry
 from quantserve.target import find_target
 
@@ -176,3 +176,52 @@ def test_shares_of_a_gpu_mean_nothing_on_a_cpu(tmp_path: Path, share: float) -> 
 def test_no_share_of_a_gpu_is_refused_on_one(tmp_path: Path) -> None:
     with pytest.raises(FindingsError, match="no-gpu-share"):
         shared(tmp_path, "h100", 0)
+
+
+def together(tmp_path: Path, target: str, *models: str) -> list[Plan]:
+    """Plans of models side by side; each is named by its scaling and deployment config."""
+    make_llama(tmp_path / "model", "fp16", hidden=512, intermediate=1024)
+    compositions = []
+    for number, settings in enumerate(models):
+        config = tmp_path / f"{number}.yaml"
+        config.write_text(f"engine_config: {{model_id: m{number}, hf_model_id: ./model}}\n{settings}\n")
+        (model,) = load([config]).models
+        compositions.append(compose(model, Registry.load({}), find_target(target)))
+    return make_plans(compositions)
+
+
+HALF = "scaling_config: {num_gpus_per_worker: 0.5}"
+MORE = "scaling_config: {num_gpus_per_worker: 0.6}"
+
+
+@pytest.mark.parametrize(
+    ("target", "models"),
+    [
+        ("1xa100-80g", ["", ""]),
+        ("1xa100-80g", ["", "scaling_config: {num_gpus_per_worker: 0.1}"]),
+        ("1xa100-80g", [f"{HALF}\ndeployment_config: {{num_replicas: 3}}"]),
+        ("2xa100-80g", [MORE, MORE, MORE]),  # 1.8 of 2, but no GPU has room for two
+        (
+            "3xa100-80g",
+            ["scaling_config: {num_workers: 2}", "deployment_config: {autoscaling_config: {min_replicas: 2}}"],
+        ),
+    ],
+)
+def test_models_that_cannot_all_start_are_refused(tmp_path: Path, target: str, models: list[str]) -> None:
+    with pytest.raises(ConfigError, match=rf"do not fit the GPUs at once: {target[0]} here\n  m0: .*\n"):
+        require_gpus(together(tmp_path, target, *models))
+
+
+@pytest.mark.parametrize(
+    ("target", "models"),
+    [
+        ("1xa100-80g", [HALF, HALF]),
+        ("1xa100-80g", ["scaling_config: {num_gpus_per_worker: 0.1}"] * 10),
+        ("2xa100-80g", [MORE, HALF, "scaling_config: {num_gpus_per_worker: 0.4}"]),
+        ("1xa100-80g", ["", "deployment_config: {autoscaling_config: {min_replicas: 0}}"]),  # starts when asked
+        ("a100-80g", ["", ""]),  # nobody said how many there are
+        ("cpu", ["", ""]),
+    ],
+)
+def test_models_that_can_all_start_are_not(tmp_path: Path, target: str, models: list[str]) -> None:
+    require_gpus(together(tmp_path, target, *models))

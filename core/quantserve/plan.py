@@ -22,6 +22,8 @@ DEFAULT_CPUS_PER_CPU_REPLICA = 0.1
 RESERVED_CPUS = 1
 """CPUs on which no engine computes, when several share a machine; as many as vLLM leaves free beside a single one."""
 RESERVE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+GPU_GRAIN = 1e-4
+"""The smallest share of a GPU that Ray tells from another."""
 OWN_ENGINE_PLUGIN = "quantserve"
 """Our own general plugin in vLLM's processes on a CPU: `quantserve.serve.engine_wait`."""
 
@@ -140,6 +142,49 @@ def make_plans(compositions: Sequence[Composition]) -> list[Plan]:
             threads = (plan.target["cores"] - reserved) // (len(plans) * ranks)
             env_vars.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     return plans
+
+
+def require_gpus(plans: Sequence[Plan]) -> None:
+    """Refuse models that cannot all start on the GPUs of one machine; Ray would wait for more without an end.
+
+    Raises:
+        ConfigError: says what each model needs, and what there is.
+    """
+    if not plans or plans[0].target["device"] == "cpu" or not plans[0].target["count"]:
+        return
+    needs = [(plan.model_id, _first_replicas(plan), _gpus_of_replica(plan)) for plan in plans]
+    free = [1.0] * plans[0].target["count"]
+    for share in sorted((share for _, count, shares in needs for share in shares * count), reverse=True):
+        gpu = next((i for i, left in enumerate(free) if share <= left + GPU_GRAIN), None)
+        if gpu is None:
+            break
+        free[gpu] -= share
+    else:
+        return
+    lines = [f"the models do not fit the GPUs at once: {plans[0].target['count']} here"]
+    for model_id, count, shares in needs:
+        of = f"{len(shares)} workers with {shares[0]:g} each" if len(shares) > 1 else f"{sum(shares):g}"
+        lines.append(f"  {model_id}: {of}" + (f", {count} replicas" if count > 1 else ""))
+    lines.append(
+        "  fix: serve fewer models or replicas, or let models share a GPU, such as "
+        "scaling_config.num_gpus_per_worker: 0.5"
+    )
+    raise ConfigError("\n".join(lines))
+
+
+def _first_replicas(plan: Plan) -> int:
+    scaling = plan.deployment.get("autoscaling_config")
+    if not scaling:
+        return int(plan.deployment.get("num_replicas", 1))
+    first = scaling.get("initial_replicas")
+    return int(scaling.get("min_replicas", 1) if first is None else first)
+
+
+def _gpus_of_replica(plan: Plan) -> list[float]:
+    """The GPUs, or the share of one, that each process of a replica asks Ray for."""
+    actor = plan.deployment["ray_actor_options"].get("num_gpus", 0)
+    bundles = [bundle.get("GPU", 0) for bundle in plan.deployment.get("placement_group_bundles", [])]
+    return [float(share) for share in (bundles or [actor]) if share]
 
 
 def refusal(findings: dict[str, list[Finding]]) -> FindingsError:

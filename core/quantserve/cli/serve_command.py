@@ -10,7 +10,7 @@ from quantserve.cli.check_command import print_report
 from quantserve.cli.output import console
 from quantserve.cli.sources import Outcome, choose_target, load_sources, outcomes, source_options
 from quantserve.errors import QuantserveError, UsageError
-from quantserve.plan import make_plans, refusal
+from quantserve.plan import make_plans, refusal, require_gpus
 from quantserve.registry import Registry
 
 
@@ -42,6 +42,7 @@ def command(
     if refused and (not keep_going or not served):
         raise _refusal(refused)
     plans = make_plans(served)
+    require_gpus(plans)
     given = {"host": host, "port": port, "api_keys_file": api_keys_file}
     http = app.http.model_copy(update={key: value for key, value in given.items() if value is not None})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -179,6 +180,7 @@ def lines(
     if log2_y:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(bottom=2.0 ** math.floor(math.log2(axes.get_ylim()[0])))  # a labelled line below the lowest value
     else:
         axes.set_ylim(bottom=0)
     finish(figure, axes, path, reference, columns=len(series))

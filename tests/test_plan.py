@@ -212,6 +212,12 @@ def test_models_that_cannot_all_start_are_refused(tmp_path: Path, target: str, m
         require_gpus(together(tmp_path, target, *models))
 
 
+def test_the_share_that_fits_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"num_gpus_per_worker: 0\.33$"):
+        require_gpus(together(tmp_path, "1xa100-80g", HALF, HALF, HALF))
+    require_gpus(together(tmp_path, "1xa100-80g", *["scaling_config: {num_gpus_per_worker: 0.33}"] * 3))
+
+
 @pytest.mark.parametrize(
     ("target", "models"),
     [

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from benchmarks.console import BenchError
+from benchmarks.kernels.formats import NF4_BLOCK
+from benchmarks.kernels.formats import SPARSE as SPARSE_SHARE
 
 CUBLAS = "cuBLAS bf16"  # the contender that all others are held against
-FOUR, THREE, SPARSE, NF4 = "squeezellm4", "squeezellm3", "squeezellm4-sparse", "nf4"
+FOUR, THREE, SPARSE, NF4 = "squeezellm-4", "squeezellm-3", "squeezellm-4-sparse", "nf4"
 DEFAULT = (FOUR, THREE, SPARSE)
-SHARE = 0.0045  # of the weights, as SqueezeLLM's models keep them apart
-BLOCK = 64  # weights of NF4 that share a scale
 ABOUT = {
     FOUR: "SqueezeLLM, 4 bits",
     THREE: "SqueezeLLM, 3 bits",
-    SPARSE: f"SqueezeLLM, 4 bits and {SHARE:.2%} sparse",
-    NF4: f"NF4, blocks of {BLOCK}",
+    SPARSE: f"SqueezeLLM, 4 bits and {SPARSE_SHARE:.2%} sparse",
+    NF4: f"NF4, blocks of {NF4_BLOCK}",
 }
 
 

@@ -10,7 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Generator, Tensor
 
-from benchmarks.gpu.formats import BLOCK, CUBLAS, FOUR, NF4, SHARE, SPARSE, THREE
+from benchmarks.gpu.formats import CUBLAS, FOUR, NF4, SPARSE, THREE
+from benchmarks.kernels.formats import NF4_BLOCK
+from benchmarks.kernels.formats import SPARSE as SPARSE_SHARE
 from benchmarks.kernels.shapes import Shape
 from quantserve_kernels import PackedWeight, from_nf4, linear, pack
 from quantserve_kernels._formats import NF4 as NF4_VALUES
@@ -77,11 +79,11 @@ def nf4(n: int, k: int, device: str) -> tuple[Weight, Dense]:
     """bitsandbytes' NF4."""
     random = generator(device, 3)
     packed = torch.randint(0, 256, (n, k // 2), generator=random, device=device, dtype=torch.uint8)
-    absmax = STD * (0.5 + torch.rand(n, k // BLOCK, generator=random, device=device))
+    absmax = STD * (0.5 + torch.rand(n, k // NF4_BLOCK, generator=random, device=device))
 
     def dense() -> Tensor:
         codes = torch.stack((packed >> 4, packed & 15), dim=-1).long()
-        values = torch.tensor(NF4_VALUES, device=device)[codes].view(n, -1, BLOCK)
+        values = torch.tensor(NF4_VALUES, device=device)[codes].view(n, -1, NF4_BLOCK)
         return (values * absmax[:, :, None]).view(n, k)
 
     return from_nf4(packed, absmax.flatten(), (n, k)), dense
@@ -91,6 +93,6 @@ MAKERS: dict[str, Callable[[int, int, str], tuple[Weight, Dense]]] = {
     CUBLAS: plain,
     FOUR: partial(squeezellm, bits=4),
     THREE: partial(squeezellm, bits=3),
-    SPARSE: partial(squeezellm, bits=4, share=SHARE),
+    SPARSE: partial(squeezellm, bits=4, share=SPARSE_SHARE),
     NF4: nf4,
 }

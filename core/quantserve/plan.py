@@ -153,21 +153,24 @@ def require_gpus(plans: Sequence[Plan]) -> None:
     if not plans or plans[0].target["device"] == "cpu" or not plans[0].target["count"]:
         return
     needs = [(plan.model_id, _first_replicas(plan), _gpus_of_replica(plan)) for plan in plans]
-    free = [1.0] * plans[0].target["count"]
-    for share in sorted((share for _, count, shares in needs for share in shares * count), reverse=True):
+    gpus = plans[0].target["count"]
+    free = [1.0] * gpus
+    wanted = sorted((share for _, count, shares in needs for share in shares * count), reverse=True)
+    for share in wanted:
         gpu = next((i for i, left in enumerate(free) if share <= left + GPU_GRAIN), None)
         if gpu is None:
             break
         free[gpu] -= share
     else:
         return
-    lines = [f"the models do not fit the GPUs at once: {plans[0].target['count']} here"]
+    lines = [f"the models do not fit the GPUs at once: {gpus} here"]
     for model_id, count, shares in needs:
         of = f"{len(shares)} workers with {shares[0]:g} each" if len(shares) > 1 else f"{sum(shares):g}"
         lines.append(f"  {model_id}: {of}" + (f", {count} replicas" if count > 1 else ""))
+    beside = -(-len(wanted) // gpus)  # on a GPU, if all get the same share
     lines.append(
-        "  fix: serve fewer models or replicas, or let models share a GPU, such as "
-        "scaling_config.num_gpus_per_worker: 0.5"
+        "  fix: serve fewer models or replicas"
+        + (f", or give each scaling_config.num_gpus_per_worker: {100 // beside / 100:g}" if beside > 1 else "")
     )
     raise ConfigError("\n".join(lines))
 

@@ -30,20 +30,20 @@ def test_options_have_defaults_in_the_order_of_measuring() -> None:
     settings = settings_of(parser().parse_args(["--parts", "kernels,decode"]))
     assert settings.parts == ("decode", "kernels")
     assert {shape.model for shape in settings.shapes} == {"7b"}
-    assert settings.formats == ("squeezellm4", "squeezellm3", "squeezellm4-sparse")
+    assert settings.formats == ("squeezellm-4", "squeezellm-3", "squeezellm-4-sparse")
     assert (settings.batches[0], settings.batches[-1], settings.rounds, settings.context) == (1, 2048, 7, 512)
     assert settings.seconds == 80
 
 
 def test_all_formats_are_measured_when_asked_for() -> None:
-    assert formats.choose("nf4, squeezellm3") == ["squeezellm3", "nf4"]
+    assert formats.choose("nf4, squeezellm-3") == ["squeezellm-3", "nf4"]
     assert formats.choose("all") == list(formats.ABOUT)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--formats", "awq"], r"unknown format awq; known: squeezellm4, .*nf4, all"),
+        (["--formats", "awq"], r"unknown format awq; known: squeezellm-4, .*nf4, all"),
         (["--formats", ","], r"unknown format \(none given\)"),
         (["--models", "8b"], r"unknown model 8b; known: 7b"),
         (["--parts", "prefill"], r"unknown part prefill; known: decode, kernels"),
@@ -77,10 +77,15 @@ def test_nothing_to_render_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def cell(batch: int, layer: str = "o", **seconds: Sequence[float]) -> dict[str, Any]:
-    """`four` stands for squeezellm4 and so on; times in seconds."""
-    names = {"cublas": CUBLAS, "four": "squeezellm4", "three": "squeezellm3", "sparse": "squeezellm4-sparse"}
+    """`four` stands for squeezellm-4 and so on; times in seconds."""
+    names = {"cublas": CUBLAS, "four": "squeezellm-4", "three": "squeezellm-3", "sparse": "squeezellm-4-sparse"}
     taken = {names[name]: list(values) for name, values in seconds.items()}
-    weight = {CUBLAS: 32_000_000, "squeezellm4": 8_000_000, "squeezellm3": 6_000_000, "squeezellm4-sparse": 9_000_000}
+    weight = {
+        CUBLAS: 32_000_000,
+        "squeezellm-4": 8_000_000,
+        "squeezellm-3": 6_000_000,
+        "squeezellm-4-sparse": 9_000_000,
+    }
     shape = {"model": "7b", "layer": layer, "n": 4096, "k": 4096}
     return {"shape": shape, "batch": batch, "seconds": taken, "bytes": {name: weight[name] for name in taken}}
 
@@ -96,7 +101,7 @@ def found(cells: Sequence[Mapping[str, Any]] = (), **more: Any) -> dict[str, Any
 
 
 def decode(batch: int, **seconds: float) -> dict[str, Any]:
-    names = {"cublas": CUBLAS, "four": "squeezellm4", "three": "squeezellm3"}
+    names = {"cublas": CUBLAS, "four": "squeezellm-4", "three": "squeezellm-3"}
     taken = {names[name]: [value] * 5 for name, value in seconds.items()}
     return {"context": 512, "layers": 32, "steps": 50, "cells": [{"batch": batch, "seconds": taken}]}
 
@@ -110,7 +115,7 @@ FULL = found(
     ],
     decode=decode(1, cublas=5e-3, four=2e-3, three=2.6e-3),
     errors=[
-        {"format": "squeezellm4", "shape": {}, "batch": batch, "error": error}
+        {"format": "squeezellm-4", "shape": {}, "batch": batch, "error": error}
         for batch, error in ((1, 0.0021), (16, 0.0022), (1, 0.0031), (16, 0.0011))
     ],
 )
@@ -123,17 +128,17 @@ def squeezed(text: str) -> str:
 
 def test_targets_are_counted_with_their_worst_cell() -> None:
     table = squeezed(results.target_table(FULL))
-    assert "squeezellm4: batch 1, at least 2.5x cuBLAS bf16 | 1 of 2 | **1.50x ✗**: 7b down |" in table
-    assert "squeezellm4-sparse: batch 1, at least 2.5x cuBLAS bf16 | 1 of 2 | **2.40x ✗**: 7b o |" in table
-    assert "squeezellm4: batch 1, at least 60 % of the copy bandwidth | 1 of 2 | **40% ✗**: 7b down |" in table
-    assert "squeezellm3: batch 1, at least 60 %" not in table
-    assert "squeezellm4: batch 1 to 64, never below cuBLAS bf16 | 2 of 3 | **0.92x ✗**: 7b o, batch 64 |" in table
-    assert "squeezellm4: decode loop at batch 1, at least 2x cuBLAS bf16 | 1 of 1 | 2.50x: batch 1 |" in table
-    assert "squeezellm3: decode loop at batch 1, at least 2x cuBLAS bf16 | 0 of 1 | **1.92x ✗**: batch 1 |" in table
+    assert "squeezellm-4: batch 1, at least 2.5x cuBLAS bf16 | 1 of 2 | **1.50x ✗**: 7b down |" in table
+    assert "squeezellm-4-sparse: batch 1, at least 2.5x cuBLAS bf16 | 1 of 2 | **2.40x ✗**: 7b o |" in table
+    assert "squeezellm-4: batch 1, at least 60 % of the copy bandwidth | 1 of 2 | **40% ✗**: 7b down |" in table
+    assert "squeezellm-3: batch 1, at least 60 %" not in table
+    assert "squeezellm-4: batch 1 to 64, never below cuBLAS bf16 | 2 of 3 | **0.92x ✗**: 7b o, batch 64 |" in table
+    assert "squeezellm-4: decode loop at batch 1, at least 2x cuBLAS bf16 | 1 of 1 | 2.50x: batch 1 |" in table
+    assert "squeezellm-3: decode loop at batch 1, at least 2x cuBLAS bf16 | 0 of 1 | **1.92x ✗**: batch 1 |" in table
 
 
 def test_ratios_are_taken_within_a_round_and_large_batches_are_not_judged() -> None:
-    table = squeezed(results.ratio_table(FULL, "squeezellm4"))
+    table = squeezed(results.ratio_table(FULL, "squeezellm-4"))
     assert "| | batch 1 | batch 64 | batch 2048 |" in table
     assert "| 7b o 4096x4096 | 3.00x | **0.92x ✗** | 0.77x |" in table
     assert "| 7b down 4096x4096 | **1.50x ✗** | - | - |" in table
@@ -142,7 +147,7 @@ def test_ratios_are_taken_within_a_round_and_large_batches_are_not_judged() -> N
 def test_batch_1_is_shown_in_detail() -> None:
     table = squeezed(results.single_table(FULL, formats.DEFAULT))
     assert "| 7b o 4096x4096: cuBLAS bf16 | 12.0 | 32.0 | 2667 | 107% | 1.00x |" in table
-    assert "| 7b o 4096x4096: squeezellm4 | 4.0 | 8.0 | 2000 | 80% | 3.00x |" in table
+    assert "| 7b o 4096x4096: squeezellm-4 | 4.0 | 8.0 | 2000 | 80% | 3.00x |" in table
 
 
 def test_the_report_has_all_parts() -> None:
@@ -153,8 +158,8 @@ def test_the_report_has_all_parts() -> None:
     titles = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
     ratios = [f"{name} relative to cuBLAS bf16" for name in formats.DEFAULT]
     assert titles == ["Targets", "Decode loop", "cuBLAS bf16, µs", *ratios, "Batch 1", "Error"]
-    assert "| squeezellm4 | 2.00 | 2.50x |" in squeezed(text)
-    assert "| squeezellm4 | 0.31% | 0.22% |" in squeezed(text)
+    assert "| squeezellm-4 | 2.00 | 2.50x |" in squeezed(text)
+    assert "| squeezellm-4 | 0.31% | 0.22% |" in squeezed(text)
     assert "not measured" not in text
     assert "Not complete" not in text
 
@@ -170,14 +175,14 @@ def test_figures_without_cublas_or_bandwidth_are_left_out() -> None:
     alone = found([cell(1, four=[4e-6]), cell(2, cublas=[4e-6])], copy_bytes_per_s=None)
     text = results.markdown(alone)
     assert "Copy bandwidth" not in text
-    assert "| 7b o 4096x4096: squeezellm4 | 4.0 | 8.0 | 2000 | - | - |" in squeezed(text)
+    assert "| 7b o 4096x4096: squeezellm-4 | 4.0 | 8.0 | 2000 | - | - |" in squeezed(text)
     assert "| 7b o 4096x4096 | - | 4.0 |" in squeezed(text)
     assert results.plot(alone, Path("nowhere")) == []
 
 
 def test_the_plot_shows_the_mean_over_the_linears() -> None:
-    assert results.over_linears(FULL, "squeezellm4", 1) == pytest.approx((3 * 1.5) ** 0.5)
-    assert results.over_linears(FULL, "squeezellm4", 3) != results.over_linears(FULL, "squeezellm4", 3)  # NaN
+    assert results.over_linears(FULL, "squeezellm-4", 1) == pytest.approx((3 * 1.5) ** 0.5)
+    assert results.over_linears(FULL, "squeezellm-4", 3) != results.over_linears(FULL, "squeezellm-4", 3)  # NaN
 
 
 def test_table_and_plot_are_drawn_anew_from_the_results(tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ def test_table_and_plot_are_drawn_anew_from_the_results(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(FULL))
     assert main(["--render", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "table.md").read_text() == results.markdown(FULL)
-    assert "squeezellm4-sparse" in (tmp_path / "gpu-speed.svg").read_text()
+    assert "squeezellm-4-sparse" in (tmp_path / "gpu-speed.svg").read_text()
 
 
 def test_without_matplotlib_there_is_a_table(
@@ -236,7 +241,7 @@ def test_a_run_measures_decode_and_every_cell(on_cpu: Any, tmp_path: Path) -> No
     code, measured = run(tmp_path, "--formats", "all")
     assert (code, measured["refused"], measured["stopped"]) == (0, {}, False)
     assert [one["batch"] for one in measured["decode"]["cells"]] == [1, 4, 16]
-    assert all(list(one["seconds"]) == [CUBLAS, "squeezellm4", "squeezellm3"] for one in measured["decode"]["cells"])
+    assert all(list(one["seconds"]) == [CUBLAS, "squeezellm-4", "squeezellm-3"] for one in measured["decode"]["cells"])
     assert [one["batch"] for one in measured["cells"]] == [1, 16]
     assert all(list(one["seconds"]) == [CUBLAS, *formats.ABOUT] for one in measured["cells"])
     assert measured["cells"][0]["bytes"][CUBLAS] == 2 * TINY.n * TINY.k
@@ -262,14 +267,14 @@ def test_a_contender_that_fails_does_not_take_the_others_along(
     def broken(n: int, k: int, device: str) -> Any:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setitem(weights.MAKERS, "squeezellm3", broken)
+    monkeypatch.setitem(weights.MAKERS, "squeezellm-3", broken)
     code, measured = run(tmp_path)
     assert code == 0
     assert measured["refused"] == {
-        "decode loop: squeezellm3": "RuntimeError: no kernel image",
-        f"{TINY}: squeezellm3": "RuntimeError: no kernel image",
+        "decode loop: squeezellm-3": "RuntimeError: no kernel image",
+        f"{TINY}: squeezellm-3": "RuntimeError: no kernel image",
     }
-    assert list(measured["cells"][0]["seconds"]) == [CUBLAS, "squeezellm4", "squeezellm4-sparse"]
+    assert list(measured["cells"][0]["seconds"]) == [CUBLAS, "squeezellm-4", "squeezellm-4-sparse"]
 
 
 def test_a_device_that_fails_ends_the_run_with_what_there_is(
@@ -317,7 +322,7 @@ def test_a_step_of_a_packed_model_is_that_of_its_dense_one(on_cpu: Any) -> None:
 
     model = decode.LLAMA_7B
     shared = decode.make_shared(model, "cpu")
-    first = {shape.layer: weights.make("squeezellm4", shape, "cpu") for shape in model.linears}
+    first = {shape.layer: weights.make("squeezellm-4", shape, "cpu") for shape in model.linears}
     ends = []
     for layer in (
         {name: w for name, (w, _) in first.items()},

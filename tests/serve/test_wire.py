@@ -120,6 +120,57 @@ def test_strangers_are_not_answered() -> None:
     run(work)
 
 
+def test_of_many_that_come_together_the_first_is_not_as_late_as_the_last() -> None:
+    """Each request takes five turns of the event loop; all at once they would all be through in the last turns."""
+
+    async def work() -> None:
+        begun: list[bytes] = []
+        through: list[int] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            begun.append(await read_body(receive))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            through.append(len(begun))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        async with served(app) as port:
+            upstream = Upstream("127.0.0.1", port, TOKEN)
+            await (await upstream.request("POST", b"/", (), b"first")).read()
+            begun.clear()
+            through.clear()
+            asked = [upstream.request("POST", b"/", (), b"%d" % number) for number in range(40)]
+            await asyncio.gather(*asked)
+        assert begun == [b"%d" % number for number in range(40)]
+        assert through[0] < 20  # of 40: so many had begun when the first one was through
+        assert through == sorted(through)
+
+    run(work)
+
+
+def test_who_leaves_before_the_request_has_begun_costs_the_model_nothing() -> None:
+    async def work() -> None:
+        begun: list[bytes] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            begun.append(await read_body(receive))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        async with served(app) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            said = [frame(Kind.HELLO, 0, TOKEN.encode())]
+            said += [frame(Kind.OPEN, number, pack_request("POST", b"/", [], b"%d" % number)) for number in range(1, 6)]
+            said += [frame(Kind.CANCEL, 4)]
+            writer.write(b"".join(said))
+            await until(lambda: b"5" in begun)
+            writer.close()
+        assert begun == [b"1", b"2", b"3", b"5"]
+
+    run(work)
+
+
 def test_a_slow_client_does_not_slow_the_others() -> None:
     async def work() -> None:
         replica = Replica()

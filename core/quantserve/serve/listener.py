@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import socket
+from collections import deque
 from typing import Final, cast
 from urllib.parse import unquote_to_bytes
 
@@ -58,6 +59,7 @@ class _Session(asyncio.Protocol):
         self._known = False
         self._transport: asyncio.Transport | None = None
         self._requests: dict[int, _Request] = {}
+        self._beginning: deque[_Request] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._full = False
         self._unsent: list[bytes] = []
@@ -125,13 +127,30 @@ class _Session(asyncio.Protocol):
 
     def _open(self, number: int, payload: bytes) -> None:
         request = self._requests[number] = _Request(self, number, payload)
+        if request.scope["method"] != "POST":
+            self._begin(request)
+            return
+        if not self._beginning:
+            asyncio.get_running_loop().call_soon(self._begin_next)
+        self._beginning.append(request)
+
+    def _begin_next(self) -> None:
+        """Begin one request in every turn of the event loop: of many that come together the first is in the engine while
+        the last is still being read, instead of all of them getting there as late as the last.
+        """
+        self._begin(self._beginning.popleft())
+        if self._beginning:
+            asyncio.get_running_loop().call_soon(self._begin_next)
+
+    def _begin(self, request: _Request) -> None:
         task = asyncio.get_running_loop().create_task(self._run(request))
         self._tasks.add(task)  # asyncio itself holds tasks only weakly
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, request: _Request) -> None:
         try:
-            await self._listener.app(request.scope, request.receive, request.send)
+            if not request.left:
+                await self._listener.app(request.scope, request.receive, request.send)
         except Exception as error:
             # The layers inside have turned what they could into an answer; what gets here broke off in the middle.
             logger.warning("%s broke off: %s", request.scope["path"], type(error).__name__)
@@ -156,6 +175,11 @@ class _Request:
         self._paused = False
         self._may_send = asyncio.Event()
         self._done = False
+
+    @property
+    def left(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self._gone.is_set()
 
     def told(self, kind: int) -> None:
         """Do what the front door says about this request."""

@@ -39,6 +39,7 @@ from quantserve.serve.asgi import ask
 from quantserve.serve.engine_imports import SparedContext
 from quantserve.serve.engine_logs import EngineLogs
 from quantserve.serve.envelope import Envelope, install
+from quantserve.serve.short_prompts import ShortPrompts, render_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ async def start(plan: Plan) -> EngineApp:
         raise
     # vLLM's error handlers tell the HTTP server to exit when the engine has died; here Serve's health check does that.
     app.state.server = SimpleNamespace(should_exit=False)
-    started = EngineApp(Envelope(app, lambda: engine.errored), engine, tuple(tasks))
+    render_at_once(engine.renderer, templates=not args.trust_request_chat_template)
+    started = EngineApp(ShortPrompts(Envelope(app, lambda: engine.errored)), engine, tuple(tasks))
     try:
         await started.warm_up()
         await started.lifespan.enter_async_context(app.router.lifespan_context(app))

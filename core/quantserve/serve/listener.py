@@ -135,8 +135,10 @@ class _Session(asyncio.Protocol):
         self._beginning.append(request)
 
     def _begin_next(self) -> None:
-        """Begin one request in every turn of the event loop: of many that come together the first is in the engine while
-        the last is still being read, instead of all of them getting there as late as the last.
+        """Begin one request in every turn of the event loop.
+
+        Of many that come together the first is then in the engine while the last is still being read, instead of all
+        getting there as late as the last.
         """
         self._begin(self._beginning.popleft())
         if self._beginning:

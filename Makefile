@@ -51,7 +51,7 @@ bench: dev ## the demo model under load, three ways, into docs/benchmarks.md; ab
 bench-load: dev ## the load generator's own cost (ARGS=--quick)
 	@exec $(BIN)/python -m benchmarks.load cost $(ARGS)
 
-bench-serving: dev ## the serving path beside vLLM's own server and Ray Serve LLM; about 40 minutes (ARGS=--quick)
+bench-serving: dev ## the serving path beside vLLM's own server and Ray Serve LLM; one to two hours (ARGS=--quick)
 	@$(BIN)/python examples/prepare.py
 	@exec $(BIN)/python -m benchmarks.serving $(ARGS)
 

@@ -42,14 +42,14 @@ class ShortPrompts:
 
 
 def render_at_once(renderer: BaseRenderer[Any], *, templates: bool) -> None:
-    """Let a renderer of vLLM's do short requests without its threads.
+    """Let a renderer of vLLM's do short requests without its threads from now on.
 
-    Only tokenizers of Hugging Face's fast kind are used by several threads at once; others are left alone.
+    Long ones still use threads beside it, which only fast tokenizers of Hugging Face allow; others are left alone.
 
     Args:
         renderer: of the engine's client.
-        templates: whether to apply chat templates at once, too: those of the model, which its first request tried. One
-            that comes with a request may take for ever, which only a thread can be left to do.
+        templates: whether to apply chat templates at once, too: that of the model, which has been tried in a thread by
+            then. One that comes with a request may take for ever, which only a thread can be left to do.
     """
     if not isinstance(renderer, hf.HfRenderer) or not getattr(renderer.tokenizer, "is_fast", False):
         return

@@ -120,10 +120,10 @@ async def start(plan: Plan) -> EngineApp:
         raise
     # vLLM's error handlers tell the HTTP server to exit when the engine has died; here Serve's health check does that.
     app.state.server = SimpleNamespace(should_exit=False)
-    render_at_once(engine.renderer, templates=not args.trust_request_chat_template)
     started = EngineApp(ShortPrompts(Envelope(app, lambda: engine.errored)), engine, tuple(tasks))
     try:
         await started.warm_up()
+        render_at_once(engine.renderer, templates=not args.trust_request_chat_template)
         await started.lifespan.enter_async_context(app.router.lifespan_context(app))
     except BaseException:
         engine.shutdown(timeout=0)

@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from quantserve.text import LONGEST_ERROR, harmless
+
 if TYPE_CHECKING:
     from quantserve.finding import Finding
 
@@ -26,6 +28,10 @@ class QuantserveError(Exception):
     """Base of every error that quantserve raises on purpose."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """The message, in several lines, harmless for a terminal whatever names it quotes."""
+        return harmless(super().__str__(), LONGEST_ERROR, keep="\n")
 
 
 class UserError(QuantserveError):
@@ -59,7 +65,7 @@ class FindingsError(QuantserveError):
 
 
 class PluginError(QuantserveError):
-    """A plugin's defect, with what its author needs to find it.
+    """A plugin's defect, with what its author needs to find it. All texts are made harmless.
 
     Attributes:
         plugin: entry-point name.
@@ -71,6 +77,8 @@ class PluginError(QuantserveError):
     exit_code = 3
 
     def __init__(self, plugin: str, distribution: str, version: str, stage: str, reason: str) -> None:
+        plugin, distribution, version, stage = (harmless(text, 200) for text in (plugin, distribution, version, stage))
+        reason = harmless(reason)
         super().__init__(
             f"plugin {plugin!r} of {distribution} {version} failed at stage {stage!r}: {reason}\n"
             f"  fix: upgrade or uninstall {distribution}, or leave it out with QUANTSERVE_DISABLE={plugin}"
@@ -91,7 +99,7 @@ class EngineError(QuantserveError):
 def one_line(error: BaseException) -> str:
     """The type and first line of an exception, for a table cell or a log line."""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return harmless(f"{type(error).__name__}: {text[0]}" if text else type(error).__name__)
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Final
+
+from quantserve.text import LONGEST, harmless
+
+LONGEST_NAME: Final = 500
+"""Characters of an offender, a code or a source."""
 
 
 class Severity(StrEnum):
@@ -17,7 +23,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One result of a check.
+    """One result of a check. Its texts come from files and plugins, and are made harmless here.
 
     Attributes:
         severity: ``ERROR`` when vLLM would refuse the model or serve it with wrong tokens.
@@ -34,6 +40,15 @@ class Finding:
     offenders: tuple[str, ...] = ()
     fix: str = ""
     source: str = ""
+
+    def __post_init__(self) -> None:
+        """Escape and shorten every text; what a plugin gives in another type is left for the contract to name."""
+        for name, longest in (("message", LONGEST), ("fix", LONGEST), ("code", LONGEST_NAME), ("source", LONGEST_NAME)):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, harmless(value, longest))
+        if isinstance(self.offenders, tuple):
+            made = (harmless(name, LONGEST_NAME) if isinstance(name, str) else name for name in self.offenders)
+            object.__setattr__(self, "offenders", tuple(made))
 
     @classmethod
     def error(cls, code: str, message: str, offenders: Iterable[str] = (), fix: str = "") -> Finding:

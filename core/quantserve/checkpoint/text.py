@@ -1,10 +1,13 @@
-"""How names out of untrusted files are shown, and how JSON out of them is read."""
+"""How names out of untrusted files are shortened for messages, and how JSON out of them is read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import islice
 from typing import Final, NoReturn
+
+from quantserve.text import harmless
 
 SHOWN: Final = 20
 """Offenders listed per finding; the message gives the full count."""
@@ -17,15 +20,13 @@ class BadJson(ValueError):
 
 
 def shown(name: str) -> str:
-    """`name` without control characters and of bounded length, safe for a terminal and for UTF-8."""
-    if len(name) > LENGTH:
-        name = f"{name[:LENGTH]}... ({len(name)} characters)"
-    return name if name.isprintable() else ascii(name)[1:-1]
+    """`name`, short enough to stand in a message beside the numbers, and in one line."""
+    return harmless(name, LENGTH)
 
 
 def some(names: Iterable[str]) -> tuple[str, ...]:
-    """The first names for `Finding.offenders`, each safe to show."""
-    return tuple(shown(name) for name, _ in zip(names, range(SHOWN), strict=False))
+    """The first names for `Finding.offenders`, each short enough to show."""
+    return tuple(shown(name) for name in islice(names, SHOWN))
 
 
 def counted(count: int, what: str) -> str:

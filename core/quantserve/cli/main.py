@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 from importlib import import_module
@@ -11,6 +12,7 @@ import click
 
 from quantserve import __version__
 from quantserve.errors import QuantserveError, one_line, unknown_name
+from quantserve.text import LONGEST_ERROR, harmless
 
 COMMANDS = {
     "list": "Show the installed quantization methods, and plugins that failed.",
@@ -68,6 +70,9 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     gc.set_threshold(100_000)  # looking for cycles among 36,000 linears of a large mixture took a third of the time
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the locale may lack a character of a name
     sys.exit(run(arguments))
 
 
@@ -79,7 +84,9 @@ def run(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as signal:
         return signal.exit_code
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(harmless(shown.getvalue(), LONGEST_ERROR, keep="\n"), err=True, nl=False)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

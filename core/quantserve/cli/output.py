@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 
 from quantserve.finding import Finding, Severity
 from quantserve.target import Target, gib
+from quantserve.text import escaped, to_json
 
 COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 OFFENDERS_SHOWN = 9  # eight, and how many more there are, as the checks name them
 WIDTH_WITHOUT_TERMINAL = 120
 
 
+class _Console(Console):
+    """A console whose text cannot command the terminal, whatever names are in it; colours are rich's own."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Rich's segments, escaped."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=escaped(segment.text, "\n"))
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that keeps a readable width when the output is a pipe or a file."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_WITHOUT_TERMINAL
-    return Console(stderr=stderr, width=width, highlight=False)
+    return _Console(stderr=stderr, width=width, highlight=False)
 
 
 def print_json(value: object) -> None:
     """Write JSON to stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(to_json(value, indent=2))
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], wrap: Sequence[str] = ()) -> Table:

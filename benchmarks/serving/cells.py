@@ -17,7 +17,7 @@ PATHS: Final[Mapping[str, str]] = {
     "bare": "vLLM's own server",
     "one": "quantserve, one model: the root",
     "route": "quantserve, several models: the model's own route",
-    "door": "quantserve, several models: the front door",
+    "door": "quantserve, several models: the shared address",
     "ray-default": "Ray Serve LLM as it comes",
     "ray-direct": "Ray Serve LLM, direct streaming behind HAProxy",
 }

@@ -157,7 +157,7 @@ def base_url(environment: Environment, rtn8_model: Path, tmp_path_factory: pytes
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until both models are healthy; the front door lists them while they are still starting."""
+    """Wait until both models are healthy; the gateway lists them while they are still starting."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()[-8000:]

@@ -67,7 +67,7 @@ class Server:
 
     def ready(self) -> Server:
         """Wait until the models serve."""
-        self.wait_for(r"^Ctrl-C stops")
+        self.wait_for(r"^Press Ctrl-C to stop")
         self.base = self.wait_for(r"(http://\S+?)/v1/chat/completions").group(1)
         return self
 
@@ -110,7 +110,7 @@ def free_port() -> int:
 
 
 def gateway(server: Server) -> Any:
-    """The process of the front door."""
+    """The gateway process."""
     (found,) = [p for p in psutil.Process(server.process.pid).children() if "quantserve.serve.gateway" in p.cmdline()]
     return found
 
@@ -139,7 +139,7 @@ def gone(processes: list[Any]) -> bool:
 
 
 def metric(server: Server, app: str, name: str) -> float:
-    """The sum of a metric over all its labels; `app` is the model's route, or empty for the front door."""
+    """The sum of a metric over all its labels; `app` is the model's route, or empty for the gateway."""
     answer = server.request("GET", f"/{app}/metrics" if app else "/metrics")
     assert answer.status_code == 200
     values = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", answer.text, re.MULTILINE)

@@ -114,7 +114,7 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytes
 
 
 def test_lines_that_nobody_takes_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access_log, "MOST_WAITING", 3)
+    monkeypatch.setattr(access_log, "BUFFER_LINES", 3)
     log = AccessLog(str(tmp_path / "log"))
     with log._writing:  # the disk hangs
         for index in range(5):

@@ -1,9 +1,10 @@
-"""Who is let in, who waits, and which replica is asked."""
+"""Admission: limits, the queue and its timeout, and the choice of the replica."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from quantserve.serve.replicas import Limits, Pool
 
 from .asgi_client import request
 from .replica import SYSTEM, Replica, pool_of, post, run, served, until, unused_port
+
+TIMED_OUT = r"Timed out after 0\.2 s in the queue of model `m`\. Retry in \d+ s\."
 
 
 def test_a_full_model_refuses_at_once_and_in_order() -> None:
@@ -31,7 +34,7 @@ def test_a_full_model_refuses_at_once_and_in_order() -> None:
                 "rate_limit_error",
             )
             assert int(refused.headers["retry-after"]) >= 1
-            assert "2 requests in progress and 1 waiting" in refused.error["message"]
+            assert refused.error["message"].startswith("Model `m` is at capacity (2 running, 1 queued). Retry in ")
             replica.hold.set()
             assert [answer.status for answer in await asyncio.gather(*begun)] == [200, 200, 200]
             assert (await post(app)).status == 200
@@ -113,6 +116,7 @@ def test_waiting_ends() -> None:
             await until(lambda: replica.requests)
             refused = await post(app)
             assert (refused.status, refused.error["code"]) == (429, "queue_timeout")
+            assert re.fullmatch(TIMED_OUT, refused.error["message"])
             assert not app.pool.waiting
             replica.hold.set()
             assert (await first).status == 200

@@ -1,4 +1,4 @@
-"""How often one looks where replicas are."""
+"""Service discovery: the poll interval follows the state of the replicas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quantserve.serve.directory import follow
+from quantserve.serve.directory import poll_replicas
 
 from .replica import pool_of, run, until
 
@@ -31,53 +31,53 @@ class Handle:
         return [THERE]
 
 
-class Book:
-    """What the gateway says of itself."""
+class Sink:
+    """A gateway's status, and the updates it got."""
 
     def __init__(self, *, reachable: bool = True, settled: bool = True) -> None:
         self.wanted: list[str] = []
         self.reachable = ["m"] if reachable else []
         self.settled = settled
-        self.told: list[Mapping[str, Sequence[Mapping[str, Any]]]] = []
+        self.updates: list[Mapping[str, Sequence[Mapping[str, Any]]]] = []
 
     def update(self, addresses: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        self.told.append(addresses)
+        self.updates.append(addresses)
 
 
-async def looks(book: Book, count: int) -> float:
-    """Seconds until the replicas were asked so often."""
+async def polls(sink: Sink, count: int) -> float:
+    """Seconds until the replicas were polled `count` times."""
     handle, began = Handle(), time.monotonic()
-    following = asyncio.create_task(follow(book, {"m": handle}, CALM_S))
+    polling = asyncio.create_task(poll_replicas(sink, {"m": handle}, CALM_S))
     try:
         await until(lambda: handle.asked >= count)
     finally:
-        following.cancel()
-    assert book.told[0] == {"m": [THERE]}
+        polling.cancel()
+    assert sink.updates[0] == {"m": [THERE]}
     return time.monotonic() - began
 
 
-def test_calm_replicas_are_asked_seldom() -> None:
-    assert run(lambda: looks(Book(), 2)) >= CALM_S
+def test_healthy_replicas_are_polled_rarely() -> None:
+    assert run(lambda: polls(Sink(), 2)) >= CALM_S
 
 
 @pytest.mark.parametrize("state", [{"settled": False}, {"reachable": False}])
-def test_replicas_that_come_and_go_are_asked_often(state: dict[str, bool]) -> None:
-    run(lambda: looks(Book(**state), 8))  # calm ones need twice the time it may take
+def test_changing_replicas_are_polled_often(state: dict[str, bool]) -> None:
+    run(lambda: polls(Sink(**state), 8))  # at the slow interval this would time out
 
 
-def test_calm_ends_at_once_when_a_replica_is_missed() -> None:
+def test_a_missing_replica_speeds_up_polling_at_once() -> None:
     async def go() -> None:
-        book, handle = Book(), Handle()
-        following = asyncio.create_task(follow(book, {"m": handle}, CALM_S))
+        sink, handle = Sink(), Handle()
+        polling = asyncio.create_task(poll_replicas(sink, {"m": handle}, CALM_S))
         await until(lambda: handle.asked == 1)
-        book.reachable = []
+        sink.reachable = []
         await until(lambda: handle.asked >= 8)
-        following.cancel()
+        polling.cancel()
 
     run(go)
 
 
-def test_a_model_is_settled_while_nothing_is_to_be_expected() -> None:
+def test_a_model_is_settled_while_all_replicas_are_healthy_and_no_request_is_queued() -> None:
     pool = pool_of(r1=9)
     (replica,) = pool.replicas.values()
     assert pool.settled

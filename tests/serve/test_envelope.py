@@ -95,7 +95,7 @@ def test_types_follow_the_status(status: int) -> None:
 
 def test_headers_that_say_what_to_do_are_kept() -> None:
     answer = enveloped(405, b"Method Not Allowed", method="DELETE", headers={"allow": "GET, HEAD", "x-inside": "1"})
-    assert answer.error["message"] == f"DELETE is not possible at {CHAT}"
+    assert answer.error["message"] == f"Method DELETE is not allowed for {CHAT}."
     assert answer.headers["allow"] == "GET, HEAD"
     assert "x-inside" not in answer.headers
     assert enveloped(429, b"", headers={"retry-after": "7"}).headers["retry-after"] == "7"
@@ -145,7 +145,7 @@ def test_errors_inside_a_stream() -> None:
     assert chunks[1].endswith(b"\n\n")
     error = json.loads(chunks[1][6:])["error"]
     assert error == {
-        "message": "internal error; the server's log has the details",
+        "message": "Internal error. The server's log has the details.",
         "type": "server_error", "param": None, "code": None,
     }  # fmt: skip
     client = {"message": "too long (parameter=x, value=3)", "type": "BadRequestError", "param": "x", "code": 400}
@@ -254,7 +254,7 @@ GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
     [
         ({"messages": []}, "model", "missing_required_parameter", "`model` is missing"),
         ({}, "model", "missing_required_parameter", "`model` is missing; `messages` is missing"),
-        ([1], None, "invalid_type", "the request body must be an object"),
+        ([1], None, "invalid_type", "The request body must be an object"),
         ({**GOOD, "messages": "x"}, "messages", "invalid_type", "`messages` must be a valid list"),
         ({**GOOD, "messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter", "is missing"),
         ({**GOOD, "messages": [*GOOD["messages"], {"role": "x", "content": ""}]}, "messages[1].role", "invalid_value",
@@ -272,7 +272,7 @@ GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
         ({**GOOD, "stop": 1}, "stop", "invalid_type", "`stop` must be a valid string or must be a valid list"),
         ({**GOOD, "top_p": 5}, "top_p", "invalid_value", "top_p must be in (0, 1], got 5."),
         ({**GOOD, "temprature": 1}, "temprature", "unknown_parameter", "`temprature` is not known"),
-        (b"{", None, "invalid_json", "the request body is not valid JSON: "),
+        (b"{", None, "invalid_json", "The request body is not valid JSON: "),
     ],
 )  # fmt: skip
 def test_requests_that_do_not_fit(fastapi_app: FastAPI, body: object, param: str | None, code: str, said: str) -> None:

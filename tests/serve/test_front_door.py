@@ -1,4 +1,4 @@
-"""The front door: every request finds its model or gets one clear error."""
+"""The gateway's router: every request reaches its model or gets one clear error."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_own_route_inside_one_application(door: FrontDoor, upstreams: dict[str, 
     refused = ask(door, "POST", "/org--model-awq/v1/completions", {"model": "demo-fp16", "prompt": "x"})
     assert refused.status == 404
     assert "`org/model-awq`" in refused.error["message"]
-    assert "known: `org/model-awq`" in refused.error["message"]
+    assert "Available models: `org/model-awq`." in refused.error["message"]
 
 
 @pytest.mark.parametrize(
     ("body", "status", "code", "param", "said"),
     [
-        ({"model": "demo-fp32"}, 404, "model_not_found", "model", "did you mean `demo-fp16`?"),
-        ({"model": "x"}, 404, "model_not_found", "model", "known: `demo-fp16`, `org/model-awq`"),
+        ({"model": "demo-fp32"}, 404, "model_not_found", "model", "does not exist. Did you mean `demo-fp16`?"),
+        ({"model": "x"}, 404, "model_not_found", "model", "Available models: `demo-fp16`, `org/model-awq`."),
         ({"model": "Demo-FP16"}, 404, "model_not_found", "model", "does not exist"),
         ({"model": 7}, 400, "invalid_type", "model", "must be a string"),
         ({"model": ["demo-fp16"]}, 400, "invalid_type", "model", "must be a string"),
@@ -103,6 +103,8 @@ def test_not_json(door: FrontDoor) -> None:
 def test_unknown_path(door: FrontDoor, path: str) -> None:
     answer = ask(door, "GET", path)
     assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+    prefixed = f"model-specific paths need a prefix, e.g. /demo-fp16{path}."
+    assert answer.error["message"] == f"Unknown path {path}. This server hosts several models; {prefixed}"
 
 
 def test_models(door: FrontDoor) -> None:

@@ -1,4 +1,4 @@
-"""The gateway's process: what it says of itself, and what happens when it falls silent."""
+"""The gateway process: its status, and its restart when the heartbeat stops."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ def described(model_id: str, **limits: object) -> dict[str, object]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GatewayProcess, str, list[str]]]:
-    """A gateway for three models, its address and what was said of it."""
+    """A gateway for three models, its address and the reported lines."""
     monkeypatch.setattr(gateway_process, "HANGS_S", 3.0)
     listener = socket.create_server(("127.0.0.1", 0))
-    said: list[str] = []
+    reported: list[str] = []
     models = [described("here"), described("away"), described("asleep", wakes=True)]
     settings = {"models": models, "token": "t", "policy": Policy().model_dump(mode="json"), "drain_s": 1}
-    process = GatewayProcess(listener, settings, said.append)
+    process = GatewayProcess(listener, settings, reported.append)
     try:
-        yield process, f"http://127.0.0.1:{listener.getsockname()[1]}", said
+        yield process, f"http://127.0.0.1:{listener.getsockname()[1]}", reported
     finally:
         process.stop(5)
 
 
-def test_it_says_which_models_it_reaches_and_is_replaced_when_it_hangs(
+def test_it_reports_reachable_models_and_is_restarted_when_it_hangs(
     started: tuple[GatewayProcess, str, list[str]],
 ) -> None:
-    process, base, said = started
+    process, base, reported = started
     until(lambda: process.reachable == ["asleep"], 30)
     process.update({"here": [REPLICA]})
     until(lambda: process.reachable == ["here", "asleep"], 5)
     assert httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200
     (child,) = [p for p in psutil.Process().children() if "quantserve.serve.gateway" in p.cmdline()]
     os.kill(child.pid, signal.SIGSTOP)
-    until(lambda: len(said) == 2, 10)
-    assert said[0] == "the front door has not answered for 3 s"
-    assert said[1] == "the front door died (killed by signal 9) and is started again"
-    until(lambda: process.reachable == ["here", "asleep"], 30)  # the new one was told what the old one knew
+    until(lambda: len(reported) == 2, 10)
+    assert reported[0] == "Gateway process sent no heartbeat for 3 s; killing it."
+    assert reported[1] == "Gateway process was killed (signal 9); restarting it."
+    until(lambda: process.reachable == ["here", "asleep"], 30)  # the new process got the replicas of the old one
     assert httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200
 
 

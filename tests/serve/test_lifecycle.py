@@ -64,7 +64,7 @@ def test_ctrl_c_leaves_nothing(limping: Server, number: int) -> None:
     assert time.monotonic() - began < 30
     assert gone(before)
     assert "killed" not in limping.lines[-1]
-    assert limping.lines[-1].startswith("stopped in")
+    assert limping.lines[-1].startswith("Stopped in")
     with pytest.raises(httpx.ConnectError):
         httpx.get(limping.base + "/health", timeout=5)
 
@@ -104,7 +104,7 @@ def test_one_model_has_the_address_to_itself_and_dies_with_its_server(demo: Path
 def test_stopped_while_starting(demo: Path, number: int) -> None:
     running = serve(demo / "checkpoint")
     try:
-        running.wait_for("starting Ray", 60)
+        running.wait_for("Starting Ray", 60)
         until(lambda: any("ServeReplica" in p.name() for p in running.descendants()), 60)
         before = running.descendants()
     finally:
@@ -114,7 +114,7 @@ def test_stopped_while_starting(demo: Path, number: int) -> None:
     assert "Traceback" not in running.output
 
 
-def test_port_in_use_is_said_before_anything_starts(demo: Path) -> None:
+def test_a_port_in_use_fails_before_ray_starts(demo: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -124,11 +124,11 @@ def test_port_in_use_is_said_before_anything_starts(demo: Path) -> None:
         assert running.process.wait(60) == 4
         assert time.monotonic() - began < 30
     running.wait_for(rf"port {port} on 127.0.0.1 is already in use", 5)
-    assert "starting Ray" not in running.output
+    assert "Starting Ray" not in running.output
 
 
-def test_missing_keys_file_is_said_before_anything_starts(demo: Path) -> None:
+def test_a_missing_keys_file_fails_before_ray_starts(demo: Path) -> None:
     running = serve(demo / "checkpoint", "--api-keys-file", "/nowhere/keys")
     assert running.process.wait(60) == 2
     running.wait_for("API keys file /nowhere/keys: No such file", 5)
-    assert "starting Ray" not in running.output
+    assert "Starting Ray" not in running.output

@@ -1,4 +1,4 @@
-"""What the front door counts, and what it reads from the replicas."""
+"""The gateway's own metrics, and those it reads from the replicas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front door's `/metrics`."""
+"""The gateway's `/metrics`."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class TestEndpoint:
         assert (refused.status, refused.headers["allow"]) == (405, "GET")
 
     def test_over_a_connection(self) -> None:
-        """Over the wire that the front door and replicas talk on."""
+        """Over a connection between gateway and replica."""
 
         async def scrape() -> bytes:
             seen: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""The front door's OpenAPI schema says what clients reach at which address."""
+"""The gateway's OpenAPI schema has the paths that clients reach at each address."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def tokens(server: Server, kind: str) -> float:
 
 
 def waiting(server: Server) -> float:
-    """Requests in the front door's queue."""
+    """Requests in the gateway's queue."""
     return metric(server, "", "quantserve_queue_length")
 
 

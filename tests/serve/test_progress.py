@@ -29,7 +29,7 @@ quantserve.errors.EngineError: ValueError: head size 7 is not supported
             "ray.exceptions.ActorDiedError: The actor died.",
         ),
         ("something else\nhappened", "happened"),
-        ("", "no reason given"),
+        ("", "no cause reported"),
     ],
 )
 def test_cause_is_one_line(message: str, line: str) -> None:

@@ -142,7 +142,7 @@ def test_an_observer_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.ERROR):
         assert ask(Traced(Recorder(), [broken, seen.append])).status == 200
     assert len(seen) == 1
-    assert "an observer of requests failed" in caplog.text
+    assert "a request observer failed" in caplog.text
 
 
 def test_without_the_layer_there_is_a_throwaway() -> None:

@@ -1,4 +1,4 @@
-"""Between front door and replica: what is sent arrives, and slow or departed clients disturb nobody."""
+"""The connection between gateway and replica: data arrives complete, and a slow client delays no other."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The access log: one line of JSON per request, without anything a client wrote but path and request id."""
+"""The access log: one JSON line per request; of the client's input only path and request id."""
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import sys
@@ -15,34 +14,35 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from quantserve.errors import UsageError
+from quantserve.homes import expand
 from quantserve.serve.trace import Trace
+from quantserve.text import to_json
 
 BATCH_S: Final = 0.2
-"""Lines are written this often, so that a busy server does not wake a thread per request."""
-MOST_WAITING: Final = 100_000
-"""Lines kept for a reader that is slower than the requests; the oldest go first, and are counted."""
+"""Write interval, so that a busy server does not wake a thread per request."""
+BUFFER_LINES: Final = 100_000
+"""Most buffered lines; when writing is slower than the requests, the oldest are dropped and counted."""
 QUIET_PATHS: Final = ("/health", "/metrics")
-"""Asked all the time; logged only when the answer is an error."""
+"""Polled paths, which are logged only for errors."""
 _LONGEST_PATH: Final = 300
 
 logger = logging.getLogger(__name__)
 
 
 class AccessLog:
-    """An observer of requests that writes them to a file or to stderr from a thread of its own.
+    """A request observer that writes to a file or to stderr in its own thread.
 
-    A file that was renamed or removed is opened anew, as log rotation expects.
-
-    When it cannot be written, that is logged once, and requests go on without.
+    A file that was renamed or removed is opened again, as log rotation expects. If writing fails, an error is logged
+    once and requests are served without the log.
 
     Args:
-        destination: ``stderr`` or a path; its folder is made.
+        destination: ``stderr`` or a path; its folder is created.
     """
 
     def __init__(self, destination: str) -> None:
-        self.path = None if destination == "stderr" else Path(destination).expanduser()
+        self.path = None if destination == "stderr" else expand(destination)
         self._file: TextIO | None = None
-        self._lines: deque[str] = deque(maxlen=MOST_WAITING)
+        self._lines: deque[str] = deque(maxlen=BUFFER_LINES)
         self._dropped = 0
         self._failed = False
         self._writing = threading.Lock()
@@ -51,24 +51,24 @@ class AccessLog:
         atexit.register(self.flush)
 
     def __call__(self, trace: Trace) -> None:
-        """Take one finished request; does not block."""
+        """Log one completed request; does not block."""
         if trace.path in QUIET_PATHS and trace.status < 400:
             return
-        if len(self._lines) == MOST_WAITING:
+        if len(self._lines) == BUFFER_LINES:
             self._dropped += 1
-        self._lines.append(json.dumps(record(trace), separators=(",", ":")))
+        self._lines.append(to_json(record(trace), separators=(",", ":")))
         if not self._some.is_set():
             self._some.set()
 
     def flush(self) -> None:
-        """Write what is waiting; returns when it is written."""
+        """Write the buffered lines."""
         with self._writing:
             self._some.clear()
             lines = []
             while self._lines:
                 lines.append(self._lines.popleft())
             if self._dropped:
-                lines.append(json.dumps({"time": _now(), "dropped": self._dropped}))
+                lines.append(to_json({"time": _now(), "dropped": self._dropped}))
                 self._dropped = 0
             if lines:
                 self._write("\n".join(lines) + "\n")
@@ -87,11 +87,11 @@ class AccessLog:
             self._failed = False
         except (OSError, ValueError) as error:  # ValueError: stderr was closed
             if not self._failed:
-                logger.error("the access log cannot be written: %s", error)
+                logger.error("cannot write the access log: %s", error)
             self._failed = True
 
     def _current(self, path: Path) -> TextIO:
-        """The open file, if it is still the one of that name."""
+        """The open file; opened again if the path names another file now."""
         file = self._file
         if file is not None:
             try:
@@ -109,18 +109,20 @@ class AccessLog:
 
 
 def check_destination(destination: str) -> None:
-    """See whether an access log can be written where it shall be.
+    """Check that the access log can be written.
 
     Raises:
         UsageError: the file cannot be opened.
     """
     if destination in ("off", "stderr"):
         return
-    path = Path(destination).expanduser()
+    path = expand(destination)
     try:
         _opened(path).close()
     except OSError as error:
-        raise UsageError(f"access log {path}: {error.strerror}\n  fix: name another file in http.access_log") from None
+        raise UsageError(
+            f"access log {path}: {error.strerror}\n  fix: set http.access_log to a writable file"
+        ) from None
 
 
 def _opened(path: Path) -> TextIO:
@@ -129,7 +131,7 @@ def _opened(path: Path) -> TextIO:
 
 
 def record(trace: Trace) -> dict[str, Any]:
-    """What the log says about a request; durations in milliseconds, sizes in bytes, what is unknown left out."""
+    """The log fields of a request; durations in milliseconds, sizes in bytes; unknown values are omitted."""
     values = {
         "time": _now(),
         "id": trace.id,

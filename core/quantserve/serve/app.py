@@ -1,4 +1,4 @@
-"""`import_path: quantserve.serve.app:build`: the models of a config as a plain Ray Serve application.
+"""`import_path: quantserve.serve.app:build`: the models of a config as one Ray Serve application.
 
 For `serve run`, `serve deploy` and KubeRay:
 
@@ -8,7 +8,7 @@ For `serve run`, `serve deploy` and KubeRay:
         import_path: quantserve.serve.app:build
         args:
           models: [models/demo.yaml]
-          target: a100-80g        # what to check for; default: the machine that builds the application
+          target: a100-80g        # the hardware to check for; default: the machine that builds the application
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build(args: dict[str, Any]) -> Application:
             from Ray Serve; everything else in ``http`` counts.
 
     Raises:
-        QuantserveError: as `quantserve check` would say it, with every error finding.
+        QuantserveError: as `quantserve check` reports it, with every error finding.
     """
     args = dict(args)
     target = args.pop("target", None)
@@ -60,10 +60,10 @@ def plan_all(config: AppConfig, target: Target) -> list[Plan]:
 
     Raises:
         FindingsError: at least one model is refused; the message has all error findings.
-        QuantserveError: a model cannot be composed at all.
+        QuantserveError: a model cannot be composed.
     """
     if not config.models:
-        raise ConfigError("serve args: no model to serve\n  fix: name at least one under `models`")
+        raise ConfigError("serve args: no models\n  fix: list at least one model file, hub id or model under `models`")
     registry = Registry.load()
     compositions = [compose(model, registry, target) for model in config.models]
     refused = {c.model.model_id: list(c.errors) for c in compositions if c.errors or c.method is None}
@@ -76,7 +76,7 @@ def plan_all(config: AppConfig, target: Target) -> list[Plan]:
 
 
 def check_routes(plans: Sequence[Plan]) -> None:
-    """Refuse a model whose own route would hide a part of the API.
+    """Refuse a model whose route would hide a path of the API.
 
     Raises:
         ConfigError: its id is reserved.
@@ -84,7 +84,7 @@ def check_routes(plans: Sequence[Plan]) -> None:
     for plan in plans:
         if plan.app_name.lower() in RESERVED:
             raise ConfigError(
-                f"model id {plan.model_id!r} is reserved: its route {plan.route_prefix} belongs to the API\n"
+                f"model id {plan.model_id!r} is reserved: its route {plan.route_prefix} would hide a path of the API\n"
                 f"  fix: choose another model_id (reserved: {', '.join(sorted(RESERVED))})"
             )
 

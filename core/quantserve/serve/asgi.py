@@ -11,6 +11,8 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quantserve.text import harmless
+
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -25,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """A request that is answered with an error.
+    """A request that gets an error response.
 
     Args:
         status: HTTP status.
-        message: for the client: what is wrong and what is known.
+        message: for the client: what is wrong, and the fix.
         param: the offending field of the body.
         code: OpenAI's machine-readable code.
         headers: further response headers.
@@ -51,12 +53,12 @@ class Refused(Exception):
 
     @property
     def response(self) -> JSONResponse:
-        """The answer, in OpenAI's error envelope."""
+        """The response, in OpenAI's error envelope."""
         return JSONResponse({"error": self.error}, self.status, self.headers)
 
 
 class Disconnected(Exception):
-    """The client left before its request was read."""
+    """The client disconnected before its request was read."""
 
 
 def error_type(status: int) -> str:
@@ -68,12 +70,12 @@ async def read_body(receive: Receive, limit: int | None = None) -> bytes:
     """Read a request body.
 
     Args:
-        receive: where it comes from.
-        limit: most bytes; None behind the `Limits` layer, which has measured it.
+        receive: ASGI receive channel.
+        limit: most bytes; None behind the `Limits` layer, which has checked the size.
 
     Raises:
         Refused: 413, it is longer than `limit` bytes.
-        Disconnected: the client left.
+        Disconnected: the client disconnected.
     """
     chunks: list[bytes] = []
     size = 0
@@ -84,14 +86,14 @@ async def read_body(receive: Receive, limit: int | None = None) -> bytes:
         chunk = message.get("body", b"")
         size += len(chunk)
         if limit is not None and size > limit:
-            raise Refused(413, f"the request body is longer than {limit} bytes", code="request_too_large")
+            raise Refused(413, f"Request body too large: the limit is {limit} bytes.", code="request_too_large")
         chunks.append(chunk)
         if not message.get("more_body"):
             return b"".join(chunks) if len(chunks) > 1 else chunks[0]
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A receive channel that gives a body already read, then whatever `receive` gives (a disconnect)."""
+    """A receive channel that returns a body already read, then the messages of `receive` (a disconnect)."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def channel() -> Message:
@@ -110,9 +112,9 @@ def parse_object(body: bytes) -> dict[str, Any]:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be decoded"
-        raise Refused(400, f"the request body is not valid JSON: {reason}", code="invalid_json") from None
+        raise Refused(400, f"The request body is not valid JSON: {reason}.", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise Refused(400, "the request body must be a JSON object", code="invalid_json")
+        raise Refused(400, "The request body must be a JSON object.", code="invalid_json")
     return value
 
 
@@ -171,13 +173,13 @@ def is_json(scope: Scope) -> bool:
 
 
 class Guard:
-    """The outermost layer: whatever an app raises becomes OpenAI's envelope, never a traceback."""
+    """The outermost layer: turns exceptions of an app into OpenAI's error envelope, never into a traceback."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app; answer for it when it raises before it answered."""
+        """Run the app; send an error response if it raises before its response began."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -197,19 +199,19 @@ class Guard:
                 raise
             await refused.response(scope, receive, send)
         except Exception:
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            logger.exception("%s %s failed", scope["method"], harmless(scope["path"]))
             if started:
                 raise
             await internal_error(500).response(scope, receive, send)
 
 
 def internal_error(status: int) -> Refused:
-    """The error for what is our fault; it says nothing about the inside."""
+    """The error for a fault of the server, without internal details."""
     messages = {
-        503: "the model is not available at the moment; try again",
-        504: "the model did not answer in time",
+        503: "The model is temporarily unavailable. Retry in 5 s.",
+        504: "The model timed out.",
     }
-    message = messages.get(status, "internal error; the server's log has the details")
+    message = messages.get(status, "Internal error. The server's log has the details.")
     return Refused(status, message, headers={"retry-after": "5"} if status == 503 else None)
 
 

@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine: its start, and a stop that leaves no process behind."""
+"""Starts a private Ray cluster on this machine, and stops it without leaving a process behind."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from typing import Final
 import psutil  # type: ignore[import-untyped]
 
 from quantserve.errors import EngineError, UsageError, one_line
+from quantserve.homes import look, ray_fault, settle
 from quantserve.serve.cpus import keep_off, step_back
 
 KILL_AFTER_S: Final = 10.0
 BACKLOG: Final = 2048
 SECRET: Final = b"quantserve-secret"
 OBJECT_STORE_BYTES: Final = 512 << 20
-"""Ray's shared memory; only requests and answers pass through it."""
+"""Size of Ray's shared memory. Little passes through it: plans, and the answers of the replicas to discovery."""
 IDLE: Final = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_task_events_report_interval_ms": "0",
@@ -38,31 +39,31 @@ IDLE: Final = {
     "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
     "RAY_io_context_monitor_probe_interval_ms": "10000",
 }
-"""Ray's processes look around ten times a second, count what nobody here reads and keep a worker for tasks that never
-come; the engine needs the time more.
+"""By default Ray's processes poll ten times a second, collect metrics that nothing here reads and keep an idle worker.
+These settings leave that CPU time to the engine.
 """
 CONNECT: Final = {
     "RAY_raylet_client_connect_timeout_milliseconds": "50",
     "RAY_raylet_client_num_connect_attempts": "200",
 }
-"""A third of all starts lost a second, because Ray's object store was not listening yet when it was first asked: the
-same ten seconds of trying, in shorter steps.
+"""Ray's connection retries: the default 10 s in total, in steps of 50 ms. In a third of all starts the object store was
+not listening yet at the first attempt, and Ray's own step cost a second.
 """
 ROOM_BYTES: Final = 64 << 20
-"""Ray's session folder needs so much at the start; without it Ray waits for a minute and says nothing of it."""
+"""Free space that Ray's session folder needs at the start; with less Ray hangs for a minute without a message."""
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket on `port`, or on a free one for 0.
 
     Raises:
-        EngineError: the port is taken.
-        UsageError: the host is no address of this machine, or the port needs privileges.
+        EngineError: the port is in use.
+        UsageError: the host is no address of this machine, or binding the port is not permitted.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise UsageError(f"--host {host}: {error.strerror}") from None
+        raise UsageError(_cannot_bind(host, port, error)) from None
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -71,29 +72,40 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if isinstance(error, PermissionError):
-            raise UsageError(f"port {port} needs privileges\n  fix: choose one above 1023 with --port") from None
+            fix = "use --port 8000 (any port above 1023), or grant CAP_NET_BIND_SERVICE"
+            raise UsageError(f"cannot bind port {port}: permission denied\n  fix: {fix}") from None
         if error.errno == errno.EADDRINUSE:
-            fix = "stop what listens there, or choose another with --port (0 picks a free one)"
+            fix = "stop the process that listens there, or choose another port with --port (0 picks a free one)"
             raise EngineError(f"port {port} on {host} is already in use\n  fix: {fix}") from None
-        raise UsageError(f"--host {host}: {error.strerror}") from None
+        raise UsageError(_cannot_bind(host, port, error)) from None
     return listener
 
 
+def _cannot_bind(host: str, port: int, error: OSError) -> str:
+    fix = "use an address of this machine: 127.0.0.1 for local clients only, 0.0.0.0 for every interface"
+    return f"cannot listen on --host {host}, port {port}: {error.strerror}\n  fix: {fix}"
+
+
 def start_ray() -> RayProcesses:
-    """Start Ray and Ray Serve in processes of our own, whatever ``RAY_ADDRESS`` says; clients come in by our gateway.
+    """Start a private Ray and Ray Serve, without Serve's HTTP proxy; ``RAY_ADDRESS`` is ignored.
 
     Returns:
-        What was started, which runs beside the replicas.
+        Ray's own processes, which run beside the replicas.
 
     Raises:
-        EngineError: Ray did not start, or there is no room for its session.
+        EngineError: Ray failed to start, its session folder has too little free space, or no folder can be written.
     """
-    check_room(Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"), ROOM_BYTES)
+    for note in settle(os.environ):  # Ray's workers and the engines inherit it
+        print(f"note: {note}", flush=True)
+    folder = look(os.environ).folders["RAY_TMPDIR"]
+    if fault := ray_fault(folder):
+        raise EngineError(f"RAY_TMPDIR {folder} {fault}\n  fix: set RAY_TMPDIR to a short path that can be written")
+    check_room(Path(folder), ROOM_BYTES)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray lowers the priority of its workers, and with them of our engines, below everything else on the machine.
+    # Ray gives its workers, and so our engines, a lower CPU priority than every other process.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # When the machine's memory is nearly used up, by whomever, Ray kills what it started last or what is smallest, such
-    # as Serve's controller. The kernel kills what is largest, and only when there is none left.
+    # When any process nearly exhausts memory, Ray kills its newest or smallest worker, such as Serve's controller. The
+    # kernel kills the largest process, and only when no memory is left.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     for name, value in {**IDLE, **CONNECT}.items():
         os.environ.setdefault(name, value)
@@ -114,20 +126,20 @@ def start_ray() -> RayProcesses:
         serve.start(proxy_location="Disabled")
         started = RayProcesses()
     except Exception as error:
-        raise EngineError(f"Ray did not start: {one_line(error)}") from error
+        raise EngineError(f"Ray failed to start: {one_line(error)}") from error
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return started
 
 
 class RayProcesses:
-    """Ray's own processes and Serve's controller: all below this process now. They let the engines go first."""
+    """Ray's own processes and Serve's controller, which run at a lower CPU priority than the engines."""
 
     def __init__(self) -> None:
         self._all: list[tuple[int, bool]] = []
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has just ended
-                # Replicas come from the raylet's first thread, and would be like it.
+                # The raylet's first thread starts the replicas, which would inherit its priority.
                 self._all.append((process.pid, process.name() == "raylet"))
         for pid, but_first in self._all:
             step_back(pid, but_first=but_first)
@@ -139,15 +151,15 @@ class RayProcesses:
 
 
 def check_room(folder: Path, wanted: int) -> None:
-    """See whether a folder's file system has `wanted` bytes left.
+    """Check that a folder's file system has `wanted` bytes free.
 
     Raises:
-        EngineError: it has not.
+        EngineError: it has fewer.
     """
     if (free := free_bytes(folder)) < wanted:
         raise EngineError(
-            f"no space left in {folder} for Ray's session: {free / 2**20:.0f} MiB free, {wanted >> 20} MiB needed\n"
-            "  fix: make room, or name another folder in RAY_TMPDIR"
+            f"too little free space in {folder} for Ray's session: {free / 2**20:.0f} MiB, {wanted >> 20} MiB needed\n"
+            "  fix: free some space, or set RAY_TMPDIR to another folder"
         )
 
 
@@ -157,9 +169,9 @@ def free_bytes(folder: Path) -> int:
 
 
 def cluster_secret() -> tuple[str, int]:
-    """What the front door shows to replicas, and when models were first deployed here (Unix time).
+    """The token that the gateway presents to replicas, and when models were first deployed here (Unix time).
 
-    Both stay the same while the cluster lives, so that deploying a config anew restarts only what has changed.
+    Both are constant for the life of the cluster, so that deploying a config again restarts only what changed.
     """
     import ray
     from ray.experimental import internal_kv
@@ -174,7 +186,7 @@ def cluster_secret() -> tuple[str, int]:
 
 
 def log_folder() -> str:
-    """Where Ray writes the logs of its processes, the engines' included."""
+    """Folder of the logs of Ray's processes, including the engines."""
     import ray
 
     node = getattr(ray._private.worker, "_global_node", None)
@@ -182,20 +194,20 @@ def log_folder() -> str:
 
 
 class Processes:
-    """The processes below this one, remembered so that none outlives us."""
+    """All descendants of this process, recorded so that none outlives it."""
 
     def __init__(self) -> None:
         self._seen: dict[int, psutil.Process] = {}
 
-    def look(self) -> None:
-        """Remember the processes there are now."""
+    def scan(self) -> None:
+        """Record the descendants that exist now."""
         for process in psutil.Process().children(recursive=True):
             known = self._seen.get(process.pid)
             if known is None or known.create_time() != process.create_time():
                 self._seen[process.pid] = process
 
     def stop(self, patience: float = KILL_AFTER_S) -> int:
-        """Wait for all of them to end, then kill the rest; returns how many had to be killed."""
+        """Wait `patience` seconds for all to end, then kill the others; returns how many were killed."""
         deadline = time.monotonic() + patience
         while (alive := list(self._alive())) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -207,24 +219,24 @@ class Processes:
 
     def _alive(self) -> Iterator[psutil.Process]:
         for process in self._seen.values():
-            # is_running compares the start time, so that another process with the same id is not taken for ours.
+            # is_running compares the start time, so a reused process id is not mistaken for ours.
             with contextlib.suppress(psutil.Error):
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     yield process
 
 
 def stop_ray(processes: Processes, *, graceful: bool) -> int:
-    """Stop Serve (replicas finish first when `graceful`) and Ray; returns how many processes had to be killed."""
+    """Stop Serve (its replicas drain first if `graceful`) and Ray; returns how many processes had to be killed."""
     import ray
     from ray import serve
 
-    processes.look()
-    # Ray reports the end of its own processes as failures, on whatever sys.stdout is at that time.
+    processes.scan()
+    # Ray prints the end of its own processes as failures to the current sys.stdout.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if graceful and ray.is_initialized():  # or this would start a Ray in order to stop it
+        if graceful and ray.is_initialized():  # serve.shutdown would start Ray otherwise
             with contextlib.suppress(Exception):
                 serve.shutdown()
-            processes.look()
+            processes.scan()
         with contextlib.suppress(Exception):
             ray.shutdown()
     return processes.stop(KILL_AFTER_S if graceful else 1.0)

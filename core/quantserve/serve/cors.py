@@ -16,11 +16,11 @@ EXPOSED: Final = ("x-request-id", "retry-after")
 
 
 class Cors(CORSMiddleware):
-    """Starlette's CORS layer for an API with keys in a header: no cookies, any request header, errors as everywhere.
+    """Starlette's CORS layer for an API with keys in a header: no cookies, any request header, errors in the envelope.
 
     Args:
-        app: what is called.
-        origins: the pages' origins; ``*`` is every origin.
+        app: the wrapped app.
+        origins: origins of the allowed pages; ``*`` is every origin.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
@@ -38,6 +38,6 @@ class Cors(CORSMiddleware):
         if response.status_code < 400:
             return response
         origin, method = request_headers["origin"][:200], request_headers["access-control-request-method"][:20]
-        message = f"pages from {origin} may not call this server with {method}; http.cors_origins says who may"
+        message = f"Pages from {origin} may not use {method} here. http.cors_origins lists the allowed origins."
         kept = {key: value for key, value in response.headers.items() if key == "vary"}
         return Refused(403, message, code="cors_refused", headers=kept).response

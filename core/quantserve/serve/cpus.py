@@ -1,8 +1,8 @@
-"""Keeping other processes out of an engine's way.
+"""Keeps other processes off the CPUs of an engine.
 
-vLLM binds the threads that compute on a CPU to all cores but a few. A process of ours that runs on one of these cores
-stops a thread, and with it the step that all requests wait for. On the other cores the engine core waits for a step's
-end to begin the next one, and what keeps it from that is as bad.
+vLLM binds its computing threads to all cores but a few. Another process on such a core delays a thread, and with it the
+whole step, for which all requests wait. On the remaining cores the engine core waits for the end of a step to begin the
+next one; delaying it costs as much.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from typing import Final
 import psutil  # type: ignore[import-untyped]
 
 STEP_BACK: Final = 10
-"""How much nicer than we are is what is not in a hurry: a tenth of the time where both want it, and when we yield."""
+"""Niceness added to background processes: a tenth of the CPU time when an engine competes for it."""
 NICEST: Final = 19
+"""Lowest priority of the system."""
 GIVEN: Final = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 """The CPUs that this process was started with."""
 
 
 def leave_to_workers(reserved: int = 0) -> set[int]:
-    """Keep this process and those it started off the CPUs that some of the latter are bound to.
+    """Keep this process and its descendants off the CPUs to which worker processes among them are bound.
 
-    Where nothing is bound, several engines share the CPUs and all their processes need them: only this one is kept off.
+    If no process is bound, several engines share all CPUs; then only this process is kept off.
 
     Args:
-        reserved: how many CPUs are not for workers where those are not bound.
+        reserved: number of CPUs that unbound workers leave free.
 
     Returns:
-        Those CPUs; none where no CPU would be left.
+        The workers' CPUs; empty if no CPU would be left for this process.
     """
     if not GIVEN:
         return set()
@@ -51,12 +52,12 @@ def leave_to_workers(reserved: int = 0) -> set[int]:
 
 
 def keep_off(pid: int, bound: Collection[int], *, but_first: bool = False) -> None:
-    """Let a process's threads run on all CPUs that this one was given, except `bound`; on all when none is left.
+    """Restrict a process to the CPUs in `GIVEN` without `bound`; no restriction if none would be left.
 
     Args:
         pid: the process.
-        bound: CPUs to leave.
-        but_first: let its first thread, and the processes which that starts, be.
+        bound: CPUs to avoid.
+        but_first: do not change its first thread, whose child processes inherit the mask.
     """
     if not GIVEN:
         return
@@ -67,11 +68,11 @@ def keep_off(pid: int, bound: Collection[int], *, but_first: bool = False) -> No
 
 
 def step_back(pid: int, *, but_first: bool = False) -> None:
-    """Let this process, and those it starts, run before another one's threads.
+    """Give another process a lower priority than this one.
 
     Args:
         pid: the other process.
-        but_first: let its first thread, and the processes which that starts, be.
+        but_first: do not change its first thread, whose child processes inherit the priority.
     """
     niceness = min(NICEST, os.getpriority(os.PRIO_PROCESS, 0) + STEP_BACK)
     for thread in _threads(pid, but_first):
@@ -80,7 +81,7 @@ def step_back(pid: int, *, but_first: bool = False) -> None:
 
 
 def _threads(pid: int, but_first: bool) -> Iterator[int]:
-    """Ids of a process's threads, where the system names them; none when it has ended."""
+    """Thread ids of a process, if the system lists them; none if it has ended."""
     with contextlib.suppress(OSError):
         threads = [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]
         yield from (thread for thread in threads if not (but_first and thread == pid))

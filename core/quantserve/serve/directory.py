@@ -1,4 +1,4 @@
-"""Where the replicas of every model are, as Ray Serve knows them."""
+"""Service discovery: polls Ray Serve for the replicas of every model."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any, Final, Protocol
 from quantserve.serve.replicas import Limits, Pool
 
 POLL_S: Final = 1.0
-"""How often one looks where replicas come and go. A rolling update stops an old replica 2 s after the new one is ready,
-and by then the new one must be known.
+"""Poll interval while replicas come and go. A rolling update stops an old replica 2 s after the new one is ready,
+and the new one must be discovered before that.
 """
 HURRY_S: Final = 0.2
-"""How often one looks while a model has no replica although it should."""
+"""Poll interval while a model that should have a replica has none."""
 ANSWER_S: Final = 5.0
 
 logger = logging.getLogger(__name__)
 
 
 class Directory:
-    """The pools of all models.
+    """The replica pools of all models.
 
     Args:
         models: each with its ``card`` and ``limits``.
-        token: sent to replicas with every request.
+        token: authenticates connections to replicas.
     """
 
     def __init__(self, models: Sequence[Mapping[str, Any]], token: str) -> None:
@@ -37,91 +37,91 @@ class Directory:
         }
 
     def update(self, addresses: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Take in the replicas by model id; models that are not named keep what they have."""
+        """Set the replicas of each model in `addresses`; other models keep theirs."""
         for model_id, replicas in addresses.items():
             if (pool := self.pools.get(model_id)) is not None:
                 pool.update(replicas)
 
     @property
     def wanted(self) -> list[str]:
-        """Models that requests wait for and that have no replica."""
+        """Models with queued requests and no replica."""
         return [model_id for model_id, pool in self.pools.items() if pool.wanted]
 
     @property
     def reachable(self) -> list[str]:
-        """Models whose requests are taken: they have a replica, or are scaled to zero and get one when asked."""
+        """Models whose requests are accepted: they have a replica, or scale from zero on demand."""
         return [model_id for model_id, pool in self.pools.items() if pool.reachable]
 
     @property
     def settled(self) -> bool:
-        """Whether no replica is about to come or to go, for all that can be seen from here."""
+        """Whether every pool is settled; see `Pool.settled`."""
         return all(pool.settled for pool in self.pools.values())
 
 
-class Book(Protocol):
-    """What `follow` keeps in step: a `Directory`, or the gateway that has one."""
+class ReplicaSink(Protocol):
+    """What `poll_replicas` updates: a `Directory`, or the gateway process that holds one."""
 
     def update(self, addresses: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Take in the replicas by model id."""
+        """Set the replicas of each model in `addresses`."""
 
     @property
     def wanted(self) -> list[str]:
-        """Models that requests wait for and that have no replica."""
+        """Models with queued requests and no replica."""
 
     @property
     def reachable(self) -> list[str]:
-        """Models whose requests are taken."""
+        """Models whose requests are accepted."""
 
     @property
     def settled(self) -> bool:
-        """Whether no replica is about to come or to go."""
+        """Whether all replicas are healthy and no request is queued."""
 
 
-async def follow(book: Book, handles: Mapping[str, Any], calm_s: float = POLL_S) -> None:
-    """Keep the book in step with Ray Serve, for ever.
+async def poll_replicas(sink: ReplicaSink, handles: Mapping[str, Any], calm_s: float = POLL_S) -> None:
+    """Poll Ray Serve for replicas and update the sink, without end.
 
     Args:
-        book: what is kept.
-        handles: of the deployments, by model id.
-        calm_s: seconds between two looks while all replicas are well and no request waits.
+        sink: gets the replicas.
+        handles: Ray Serve handles of the deployments, by model id.
+        calm_s: poll interval in seconds while all replicas are healthy and no request is queued.
     """
     waking: dict[str, asyncio.Future[Any]] = {}
-    looked = -math.inf
+    polled = -math.inf
     while True:
-        hurry = book.wanted or len(book.reachable) < len(handles)
-        pause = HURRY_S if hurry else calm_s if book.settled else POLL_S
-        if time.monotonic() - looked >= pause:
-            book.update(await look_up(handles))
-            looked = time.monotonic()
-        for model_id in book.wanted:
+        hurry = sink.wanted or len(sink.reachable) < len(handles)
+        interval = HURRY_S if hurry else calm_s if sink.settled else POLL_S
+        if time.monotonic() - polled >= interval:
+            sink.update(await look_up(handles))
+            polled = time.monotonic()
+        for model_id in sink.wanted:
             wake(model_id, handles, waking)
         await asyncio.sleep(HURRY_S)
 
 
 async def look_up(handles: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The replicas by model id, of all models that can be asked."""
+    """The replicas by model id, without models whose replicas could not be queried."""
     found = await asyncio.gather(*(replicas_of(handle) for handle in handles.values()))
     return {name: there for name, there in zip(handles, found, strict=True) if there is not None}
 
 
 async def replicas_of(handle: Any) -> list[dict[str, Any]] | None:
-    """Addresses of a deployment's running replicas; None when that cannot be said now."""
+    """Addresses of a deployment's running replicas; None when they are unknown at the moment."""
     from ray.serve.exceptions import DeploymentUnavailableError
 
     try:
         answers = await asyncio.to_thread(
             lambda: handle.broadcast("describe").results(timeout_s=ANSWER_S, return_exceptions=True)
         )
-    except DeploymentUnavailableError:  # there is none
+    except DeploymentUnavailableError:  # it has no replica
         return []
     except Exception as error:
-        logger.debug("no answer from the replicas: %s", type(error).__name__)
+        logger.debug("discovery: querying the replicas failed: %s", type(error).__name__)
         return None
     return [answer for answer in answers if isinstance(answer, dict)]
 
 
 def wake(model_id: str, handles: Mapping[str, Any], waking: dict[str, asyncio.Future[Any]]) -> None:
-    """Ask Serve for a replica of a model that was scaled to zero, once at a time: a request that waits is one."""
+    """Make Serve start a replica of a model scaled to zero, by one pending request per model."""
     if (pending := waking.get(model_id)) is None or pending.done():
         waking[model_id] = asyncio.ensure_future(_ask(handles[model_id]))
 
@@ -130,4 +130,4 @@ async def _ask(handle: Any) -> None:
     try:
         await handle.describe.remote()
     except Exception as error:
-        logger.warning("no replica could be started: %s", type(error).__name__)
+        logger.warning("scaling up from zero failed: %s", type(error).__name__)

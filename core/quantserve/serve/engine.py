@@ -1,4 +1,4 @@
-"""The Ray Serve deployments: a model with its engine inside the replica, and the front door for plain Ray."""
+"""The Ray Serve deployments: a model replica with its engine, and the gateway for `serve run` and KubeRay."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quantserve.homes import settle
 from quantserve.plan import RESERVE, Plan
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.cpus import leave_to_workers
-from quantserve.serve.directory import POLL_S, Directory, follow, look_up
+from quantserve.serve.directory import POLL_S, Directory, look_up, poll_replicas
 from quantserve.serve.engine_imports import ENGINE_CORE, collecting_rarely, dismiss_spares, hurry_children, start_spare
 from quantserve.serve.limits import Policy
 from quantserve.serve.listener import Listener
@@ -30,13 +31,13 @@ from quantserve.serve.request_defaults import RequestDefaults
 from quantserve.serve.served import public_app
 
 FRONT_DOOR: Final = "_front-door"
-"""Name of the front door's deployment; model ids cannot begin with an underscore."""
+"""Name of the gateway's deployment; model ids cannot begin with an underscore."""
 WATCH_S: Final = 1.0
 LAST_WORDS_S: Final = 2.0
 HANGS: Final = 4
-"""An engine that does not answer for so many health check timeouts hangs; a long prefill takes its time, too."""
-MEET_S: Final = 5.0
-"""How long a front door looks for replicas before it is ready without; at the first start there are none yet."""
+"""Hang timeout of an engine, in health check timeouts; long, because an engine does not answer during a prefill."""
+DISCOVERY_S: Final = 5.0
+"""How long a new gateway waits for replicas before it is ready without them; at the first start there are none."""
 POLICY: Final = "quantserve.serve.scaling:replicas_for_load"
 
 T = TypeVar("T")
@@ -44,15 +45,15 @@ logger = logging.getLogger(__name__)
 
 
 class ModelServer:
-    """One replica of a model: vLLM's engine and its OpenAI app behind request defaults, on a port of its own.
+    """One replica of a model: vLLM's engine and its OpenAI app behind request defaults, on its own port.
 
-    The front door talks to that port directly. Ray Serve starts, checks, scales and stops the replica and is not in
-    the way of a single token.
+    The gateway connects to that port directly. Ray Serve starts, checks, scales and stops the replica; requests and
+    tokens bypass it.
 
     Args:
         plan: the plan as JSON.
-        token: what a front door says when it connects; nobody else is answered.
-        loopback: whether the port is for this machine only.
+        token: authenticates gateways; other connections are closed.
+        loopback: whether to listen on 127.0.0.1 only.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -67,6 +68,8 @@ class ModelServer:
         await self._loop.run(self._start())
 
     async def _start(self) -> None:
+        for note in settle(os.environ):  # of this node, and of the model's runtime_env
+            logger.warning(note)
         start_spare(ENGINE_CORE)
         hurry_children()
         with collecting_rarely():
@@ -84,7 +87,7 @@ class ModelServer:
         self._watch = asyncio.create_task(self._exit_with_engine())
 
     async def describe(self) -> dict[str, Any]:
-        """Where this replica listens and what it is doing; asked by the front door."""
+        """Address and state of this replica, for discovery."""
         return {
             "id": serve.get_replica_context().replica_id.unique_id,
             "host": self._host,
@@ -98,15 +101,15 @@ class ModelServer:
         """Called by Serve; raises when the engine is dead or hangs."""
         await self._loop.run(self._engine.check_health())
         if self._hung:
-            raise RuntimeError("the engine does not answer")
+            raise RuntimeError("the engine does not respond")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve: requests in progress, which it does not see, for `scaling.replicas_for_load`."""
+        """Called by Serve: requests in progress, which bypass Serve, for `scaling.replicas_for_load`."""
         return {"ongoing": float(self._door.ongoing)}
 
     async def _exit_with_engine(self) -> None:
-        """Leave when the engine has died or hangs: it cannot be revived in this process, and Serve replaces a dead
-        replica at once but asks an unhealthy one three times.
+        """Exit the replica when its engine has died or hangs. The engine cannot be restarted in this process, and Serve
+        replaces a dead replica at once, an unhealthy one only after three failed health checks.
         """
         patience = HANGS * float(self._plan.deployment.get("health_check_timeout_s") or 30)
         asked = asyncio.get_running_loop().time()
@@ -119,18 +122,18 @@ class ModelServer:
                     question, asked = asyncio.create_task(self._engine.ping()), now
             elif now - asked > patience:
                 self._hung = self._door.hung = True
-                logger.error("the engine of %s did not answer for %.0f s", self._plan.model_id, patience)
+                logger.error("the engine of %s did not respond for %.0f s", self._plan.model_id, patience)
                 break
-        logger.error("the engine of %s is lost; the replica exits to be replaced", self._plan.model_id)
-        self._door.draining = True  # another replica may take what comes now
-        await asyncio.sleep(LAST_WORDS_S)  # for the errors of requests in flight to reach their clients
-        for process in psutil.Process().children(recursive=True):  # a process that hangs would outlive this one
+        logger.error("the engine of %s failed; the replica exits and Ray Serve replaces it", self._plan.model_id)
+        self._door.draining = True  # the gateway sends new requests to another replica
+        await asyncio.sleep(LAST_WORDS_S)  # lets the errors of running requests reach their clients
+        for process in psutil.Process().children(recursive=True):  # a hanging process would outlive this one
             with contextlib.suppress(psutil.Error):
                 process.kill()
         os._exit(1)
 
     async def __del__(self) -> None:
-        """Called by Serve when it stops the replica: what has begun is finished, what comes goes elsewhere."""
+        """Called by Serve when it stops the replica: drain, then stop the engine."""
         if hasattr(self, "_watch"):
             await self._loop.run(self._stop())
 
@@ -144,7 +147,7 @@ class ModelServer:
 
 
 class Doorkeeper:
-    """The outermost layer of a replica: how many are asking, and whether new ones are taken."""
+    """The outermost layer of a replica: counts requests, and refuses new ones while draining."""
 
     def __init__(self) -> None:
         self.app: ASGIApp | None = None
@@ -153,13 +156,13 @@ class Doorkeeper:
         self.hung = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request in."""
+        """Pass a request to the app, or refuse it."""
         assert self.app is not None
         if self.hung and scope["path"] == "/health":
-            await Refused(503, "the engine does not answer").response(scope, receive, send)
+            await Refused(503, "The engine does not respond.").response(scope, receive, send)
         elif self.draining:
             headers = {DRAINING.decode(): "1"}
-            await Refused(503, "this replica is being stopped", headers=headers).response(scope, receive, send)
+            await Refused(503, "This replica is shutting down.", headers=headers).response(scope, receive, send)
         else:
             counted = scope["method"] == "POST"
             self.ongoing += counted
@@ -169,7 +172,7 @@ class Doorkeeper:
                 self.ongoing -= counted
 
     async def drain(self, patience: float) -> None:
-        """Take no more requests; return when those in progress are finished, or after `patience` seconds."""
+        """Refuse new requests; return when those in progress are complete, or after `patience` seconds."""
         self.draining = True
         deadline = asyncio.get_running_loop().time() + patience
         while self.ongoing and asyncio.get_running_loop().time() < deadline:
@@ -177,7 +180,7 @@ class Doorkeeper:
 
 
 class _LoopThread:
-    """uvloop in a thread: Serve runs user code on asyncio's own loop, which is slower per token."""
+    """uvloop in a thread: Serve runs user code on asyncio's default loop, which is slower per token."""
 
     def __init__(self) -> None:
         self.loop = uvloop.new_event_loop()
@@ -192,7 +195,7 @@ class _LoopThread:
 
 
 class FrontDoorServer:
-    """The front door as a deployment, for `serve run`, `serve deploy` and KubeRay.
+    """The gateway as a deployment, for `serve run`, `serve deploy` and KubeRay.
 
     Args:
         models: as from `served.describe_models`, each with a handle of its deployment.
@@ -207,12 +210,12 @@ class FrontDoorServer:
         self._directory = Directory(models, token)
         self._app = public_app(models, self._directory, settings)
         handles = {str(model["card"]["id"]): model["handle"] for model in models}
-        await self._meet(handles)
-        self._following = asyncio.get_running_loop().create_task(follow(self._directory, handles))
+        await self._discover(handles)
+        self._polling = asyncio.get_running_loop().create_task(poll_replicas(self._directory, handles))
 
-    async def _meet(self, handles: Mapping[str, Any]) -> None:
-        """Find the replicas there are: once it is ready this front door may take over from another one."""
-        deadline = asyncio.get_running_loop().time() + MEET_S
+    async def _discover(self, handles: Mapping[str, Any]) -> None:
+        """Find the running replicas: once this gateway is ready, it may replace another one."""
+        deadline = asyncio.get_running_loop().time() + DISCOVERY_S
         while asyncio.get_running_loop().time() < deadline:
             self._directory.update(await look_up(handles))
             if all(pool.replicas for pool in self._directory.pools.values()):
@@ -220,17 +223,17 @@ class FrontDoorServer:
             await asyncio.sleep(POLL_S)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """The app Serve sends requests to."""
+        """The ASGI app for Serve's proxy."""
         return self._app
 
 
 def model_application(plan: Plan, token: str, *, loopback: bool) -> Application:
-    """The Ray Serve application of one model, for a front door to reach."""
+    """The Ray Serve application of one model, which a gateway connects to."""
     options = dict(plan.deployment)
     actor = dict(options.pop("ray_actor_options", None) or {})
     actor["runtime_env"] = plan.runtime_env
     if not (actor.get("num_gpus") or options.get("placement_group_bundles")):
-        # Without GPUs there is room for the new replica beside the old one, which serves until the new one is ready.
+        # Without GPUs a new replica fits beside the old one, which serves until the new one is ready.
         options.setdefault("max_surge_percent", 100)
     if scaling := options.get("autoscaling_config"):
         options["autoscaling_config"] = {**scaling, "policy": {"policy_function": POLICY}}
@@ -241,7 +244,7 @@ def model_application(plan: Plan, token: str, *, loopback: bool) -> Application:
 def front_door_application(
     models: Sequence[Mapping[str, Any]], children: Mapping[str, Application], token: str, policy: Mapping[str, Any]
 ) -> Application:
-    """The front door and all models as one application."""
+    """The gateway and all models as one application."""
     bound = [{**model, "handle": children[str(model["card"]["id"])]} for model in models]
     deployment = serve.deployment(serve.ingress()(FrontDoorServer)).options(
         name=FRONT_DOOR,

@@ -1,9 +1,9 @@
-"""An engine's processes get through their imports in less time.
+"""Shortens the imports of an engine's processes.
 
-The replica, its engine core and every worker import vLLM, torch and transformers, each for itself and one after the
-other: that is most of the time which a small model needs to start. Python's garbage collector looks through all that
-was imported so far again and again, a quarter of the time, so it looks less often meanwhile. And the engine core's
-process starts with the replica's own imports instead of after them, as a spare that waits to be told what it is for.
+The replica, its engine core and every worker import vLLM, torch and transformers one after the other, which takes most
+of a small model's start. Two measures shorten it. Python's garbage collector, a quarter of the import time, runs rarely
+meanwhile. And the engine core's process is started early, as a spare: it imports while the replica imports, and then
+waits for its task.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENGINE_CORE: Final = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executo
 
 @contextlib.contextmanager
 def collecting_rarely() -> Iterator[None]:
-    """Let the garbage collector look rarely for as long as a block of imports takes."""
+    """Make the garbage collector run rarely during a block of imports."""
     gc.set_threshold(*RARELY)
     try:
         yield
@@ -38,15 +38,15 @@ def collecting_rarely() -> Iterator[None]:
 
 
 def collect_as_usual() -> None:
-    """Let the garbage collector look as often as it does by default."""
+    """Restore the default thresholds of the garbage collector."""
     gc.set_threshold(*USUAL)
 
 
 def begin(**handles: int) -> None:
-    """What a spawned process does first: see `hurry_children`.
+    """Entry point of a spawned process; see `hurry_children`.
 
     Args:
-        handles: multiprocessing's own.
+        handles: those of `multiprocessing.spawn.spawn_main`.
     """
     gc.set_threshold(*RARELY)
     hurry_children()
@@ -54,16 +54,16 @@ def begin(**handles: int) -> None:
 
 
 def wait_to_begin(modules: Sequence[str], environ_handle: int, **handles: int) -> None:
-    """What a spare does: it imports, and waits until it is needed or its parent has gone.
+    """Entry point of a spare process: imports the modules, and waits until it is used or its parent ends.
 
     Args:
-        modules: what to import.
-        environ_handle: pipe that brings the environment, as JSON.
-        handles: multiprocessing's own.
+        modules: modules to import.
+        environ_handle: pipe with the environment, as JSON.
+        handles: those of `multiprocessing.spawn.spawn_main`.
     """
     gc.set_threshold(*RARELY)
     for module in modules:
-        with contextlib.suppress(Exception):  # who needs it will say what is wrong with it
+        with contextlib.suppress(Exception):  # the code that needs the module reports the error
             importlib.import_module(module)
     with open(environ_handle, "rb") as pipe:
         environ = json.loads(pipe.read() or "null")
@@ -81,7 +81,7 @@ def wait_to_begin(modules: Sequence[str], environ_handle: int, **handles: int) -
 
 
 def hurry_children() -> None:
-    """Let the processes that this one spawns collect rarely until the engine's plugin is loaded in them."""
+    """Make the garbage collector run rarely in spawned processes, until the engine's plugin is loaded in them."""
     spawn.get_command_line = _hurried
 
 
@@ -97,10 +97,10 @@ def _command(start: str, **arguments: Any) -> list[str]:
 
 
 class Spare:
-    """A process that imports what it will need, and becomes the next one that this process spawns.
+    """A process that imports modules in advance and then serves as the next spawned process.
 
     Args:
-        modules: what to import.
+        modules: modules to import.
 
     Attributes:
         executable: the interpreter that runs it.
@@ -121,12 +121,12 @@ class Spare:
             os.close(descriptor)
 
     def fits(self, inherited: Sequence[int]) -> bool:
-        """Whether the process lives and was started as that one would be, which inherits these descriptors."""
+        """Whether the process is alive and equals a newly spawned one that would inherit these descriptors."""
         alive = os.waitpid(self.pid, os.WNOHANG) == (0, 0)
         return alive and not inherited and self.executable == spawn.get_executable()
 
     def become(self, payload: memoryview) -> int:
-        """Tell the process what it is; returns the descriptor whose closing tells it that its parent has gone."""
+        """Send environment and task to the process; returns a descriptor that closes when this process ends."""
         with open(self._environ, "w") as pipe:
             json.dump(dict(os.environ), pipe)
         with open(self._payload, "wb", closefd=False) as pipe:
@@ -135,7 +135,7 @@ class Spare:
 
     def dismiss(self) -> None:
         """End the process."""
-        with contextlib.suppress(ChildProcessError):  # it has ended, and its id may be another's
+        with contextlib.suppress(ChildProcessError):  # it has ended, and its process id may be reused
             if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
@@ -147,18 +147,18 @@ _spares: list[Spare] = []
 
 
 def start_spare(modules: Sequence[str]) -> None:
-    """Start the process that the next one of `SparedContext` will be."""
+    """Start a spare for the next process of `SparedContext`."""
     _spares.append(Spare(modules))
 
 
 def dismiss_spares() -> None:
-    """End the spares that nobody took: an engine may run in this process, or in actors of Ray's."""
+    """End unused spares: an engine may run in this process or in Ray actors instead."""
     while _spares:
         _spares.pop().dismiss()
 
 
 class _Popen(popen_spawn_posix.Popen):
-    """Takes the spare, if there is one that fits; starts a process otherwise."""
+    """Uses a spare if one fits; otherwise starts a process."""
 
     _fds: list[int]
 
@@ -185,7 +185,7 @@ class _Popen(popen_spawn_posix.Popen):
 
 
 class SparedProcess(SpawnProcess):
-    """A spawned process that may have been there before."""
+    """A spawned process that may be a spare."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:

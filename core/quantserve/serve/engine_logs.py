@@ -1,4 +1,4 @@
-"""What the engine's processes log while they start: the only place where they say why they failed."""
+"""Reads the logs of the engine's processes during the start: only they contain the cause of a failed start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Final
 
 import psutil  # type: ignore[import-untyped]
 
+from quantserve.homes import look
 from quantserve.serve.cluster import free_bytes
 
 _ERROR = re.compile(
@@ -23,19 +23,19 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _VAGUE: Final = ("Engine core initialization failed", "WorkerProc initialization failed", "Executor failed")
 _FAILED: Final = "EngineCore failed to start"
 _ENGINE: Final = "VLLM::"
-"""How the names of the engine's processes begin."""
+"""Prefix of the names of the engine's processes."""
 _FULL: Final = "No space left on device"
 _ROOM: Final = 1 << 20
 _LONGEST: Final = 600
 _READ: Final = 4 << 20
-_LOOK_S: Final = 1.0
+_POLL_S: Final = 1.0
 _PATIENCE_S: Final = 15.0
 
 logger = logging.getLogger(__name__)
 
 
 class EngineLogs:
-    """What is written from now on to this process's output, when that is a file (as it is in Ray)."""
+    """The output of this process from now on, if it goes to a file (in Ray it does)."""
 
     def __init__(self) -> None:
         self._from: dict[Path, int] = {}
@@ -46,7 +46,7 @@ class EngineLogs:
                     self._from[path] = path.stat().st_size
 
     def text(self) -> str:
-        """Everything written so far, at most 4 MiB of each stream."""
+        """The output so far, at most 4 MiB per stream."""
         parts: list[bytes] = []
         for path, start in self._from.items():
             with contextlib.suppress(OSError), path.open("rb") as file:
@@ -55,15 +55,15 @@ class EngineLogs:
         return _COLOUR.sub("", b"\n".join(parts).decode(errors="replace"))
 
     def cause(self, error: BaseException) -> str:
-        """What really went wrong: vLLM may say only that a process failed, which that process explained in its log."""
-        said = f"{type(error).__name__}: {error}"
-        if any(vague in said for vague in _VAGUE):
-            said = last_cause(self.text()) or said
-        return with_full_folders(said)
+        """The root cause: vLLM's error may only report that a process failed, and that process logged the reason."""
+        text = f"{type(error).__name__}: {error}"
+        if any(vague in text for vague in _VAGUE):
+            text = last_cause(self.text()) or text
+        return with_full_folders(text)
 
     @contextlib.contextmanager
     def killing_failed_starts(self) -> Iterator[None]:
-        """Kill an engine that has logged its failure and does not exit: vLLM would wait for it for ever."""
+        """Kill an engine that logged a failed start and does not exit: vLLM would wait for it forever."""
         done = threading.Event()
         watch = threading.Thread(target=self._kill_when_failed, args=(done,), daemon=True)
         watch.start()
@@ -73,9 +73,9 @@ class EngineLogs:
             done.set()
 
     def _kill_when_failed(self, done: threading.Event) -> None:
-        while not done.wait(_LOOK_S):
+        while not done.wait(_POLL_S):
             if _FAILED in self.text() and not done.wait(_PATIENCE_S):
-                logger.error("the engine failed to start and does not exit; killing it")
+                logger.error("the engine failed to start and did not exit within %.0f s; killing it", _PATIENCE_S)
                 for process in psutil.Process().children(recursive=True):
                     with contextlib.suppress(psutil.Error):
                         if process.name().startswith(_ENGINE):
@@ -84,21 +84,17 @@ class EngineLogs:
 
 
 def with_full_folders(cause: str) -> str:
-    """A cause that speaks of a full disk names which of the folders vLLM and torch write to are full."""
+    """The cause; if it is a full disk, with the full folders among those that vLLM and torch write to."""
     if _FULL not in cause:
         return cause
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folders = {
-        "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT") or str(caches / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(),
-        "TMPDIR": tempfile.gettempdir(),
-    }
-    full = [f"{folder} ({name})" for name, folder in folders.items() if free_bytes(Path(folder)) < _ROOM]
+    folders = look(os.environ).folders
+    written = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TMPDIR")
+    full = [f"{folders[name]} ({name})" for name in written if free_bytes(Path(folders[name])) < _ROOM]
     return f"{_FULL}: {', '.join(full)}" if full else cause
 
 
 def last_cause(log: str) -> str | None:
-    """The last line of a log that names an exception; vLLM's records count before what dying interpreters print."""
+    """The last exception in a log; vLLM's log records take precedence over tracebacks of exiting interpreters."""
     logged: str | None = None
     printed: str | None = None
     for match in _ERROR.finditer(log):

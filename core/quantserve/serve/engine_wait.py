@@ -1,12 +1,12 @@
-"""How vLLM's processes wait for each other on a CPU; loaded by vLLM as a general plugin.
+"""Makes vLLM's processes on a CPU yield the core while they wait; loaded by vLLM as a general plugin.
 
 vLLM's engine core and its workers spin with ``sched_yield`` while they wait for each other, and for a second after the
-last step. On Linux 6.18 such a process can keep another one on the same core, such as the one that sends the tokens on,
-from running for all that second, and with two of them for ten and more. Sleeping instead would tell them of each step's
-end some 60 microseconds late, a twentieth of a small model's step; sleeping now and then gives the core away as well.
+last step. On Linux 6.18 a spinning process can block another process on the same core, such as the one that sends the
+tokens, for that whole second; two of them block it for ten seconds and more. Sleeping in every turn would delay each
+step by some 60 microseconds, 5 % of a small model's step. Sleeping in every thousandth turn is enough.
 
-A worker that waits for requests does not rest either: it has a dozen process groups, and for each of them a thread of
-gloo's that looks around a hundred times a second. They need no more than one between them.
+An idle worker has a second cost: a dozen process groups, each with a thread of gloo that polls a hundred times a
+second. One shared thread is enough.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, Final
 
 from quantserve.serve.engine_imports import collect_as_usual
 
-REST_EVERY: Final = 1000
-"""Turns of the waiting loop, of a microsecond or so each."""
+SLEEP_EVERY: Final = 1000
+"""Turns of the waiting loop, of about a microsecond each, between two sleeps."""
 
 
 class Waiting:
@@ -30,9 +30,9 @@ class Waiting:
         self._turns = 0
 
     def __call__(self) -> None:
-        """Yield the CPU, and now and then sleep for as short as the system can."""
+        """Yield the CPU; in every `SLEEP_EVERY`-th turn sleep for the shortest time possible."""
         self._turns += 1
-        if self._turns % REST_EVERY:
+        if self._turns % SLEEP_EVERY:
             os.sched_yield()
         else:
             time.sleep(0)
@@ -41,7 +41,7 @@ class Waiting:
 def share_gloo_device() -> None:
     """Let all gloo process groups of this process use one device, with one thread, instead of one each.
 
-    Which devices there are is left to torch where ``GLOO_SOCKET_IFNAME`` names them.
+    Does nothing if ``GLOO_SOCKET_IFNAME`` selects the devices.
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
@@ -51,7 +51,7 @@ def share_gloo_device() -> None:
     device = functools.cache(ProcessGroupGloo.create_default_device)
 
     def start(group: ProcessGroupGloo, *where: Any, timeout: datetime.timedelta | None = None) -> None:
-        if timeout is not None:  # the caller leaves the other options to torch
+        if timeout is not None:  # otherwise the caller passes all options itself
             options = ProcessGroupGloo._Options()
             options._devices, options._timeout = [device()], timeout
             where = (*where, options)
@@ -61,7 +61,7 @@ def share_gloo_device() -> None:
 
 
 def register() -> None:
-    """Let the engine core and its workers rest while they wait; what they import is imported."""
+    """Make the engine core and its workers yield while they wait, and reset the garbage collector after the imports."""
     collect_as_usual()
     from vllm.distributed.device_communicators import shm_broadcast
 

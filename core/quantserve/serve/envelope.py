@@ -1,8 +1,8 @@
-"""Errors of vLLM's server in OpenAI's envelope: one shape, OpenAI's types and codes, the field by its own name.
+"""Converts errors of vLLM's server to OpenAI's envelope, with OpenAI's types and codes and the name of the field.
 
-vLLM 0.32 answers in an envelope of almost that shape, but with the HTTP status as ``code``, phrases of HTTP as
-``type``, reprs of pydantic's errors (with the client's input in them) as ``message``, paths such as
-``body.messages.0`` as ``param``, and the text of its exceptions for what is its own fault.
+vLLM 0.32 returns an envelope of almost that shape, but with the HTTP status as ``code``, HTTP phrases as ``type``,
+reprs of pydantic errors (including the client's input) as ``message``, paths such as ``body.messages.0`` as ``param``,
+and exception texts for internal errors.
 """
 
 from __future__ import annotations
@@ -20,35 +20,36 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantserve.serve.asgi import Refused, internal_error
+from quantserve.text import harmless
 
 KEPT_HEADERS: Final = (b"allow", b"retry-after", b"www-authenticate")
 PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
 TOKEN_FIELDS: Final = {"messages": "max_tokens", "responses": "max_output_tokens"}
-"""By the last part of a path, what clients there call vLLM's ``max_completion_tokens``."""
+"""By the last part of a path, the client's name of vLLM's ``max_completion_tokens``."""
 NAMED: Final = re.compile(
     r"(n|best_of|stop|seed|(?:min|max|max_completion)_tokens|top_[pk]|min_p|temperature|\w+_penalty|logprobs|"
     r"prompt_logprobs|stop_token_ids|bad_words|allowed_token_ids|logit_bias)\b[^.]* (?:must|cannot|can only) "
 )
-"""Messages of vLLM that begin with the field, where it gives no ``param``."""
+"""Messages of vLLM without ``param`` that begin with the name of the field."""
 HINTS: Final = (
     (re.compile("empty conversation|not a multimodal model"), "messages"),
     (re.compile("tool choice"), "tool_choice"),
     (re.compile("^Chat template is passed"), "chat_template"),
     (re.compile("out of vocabulary"), "prompt"),
 )
-"""What further messages without ``param`` are about."""
+"""Fields of other messages without ``param``."""
 PROMPTS: Final = {"completions": "prompt", "embeddings": "input", "responses": "input", "messages": "messages"}
 """By the last part of a path, the field with the prompt."""
 PROMPT_NAMES: Final = frozenset({"input_text", "input_tokens", "prompt_token_ids", "prompt_tokens"})
-"""What vLLM calls the prompt when it is too long."""
+"""vLLM's names of a prompt that is too long."""
 UNREADABLE: Final = (AssertionError, AttributeError, LookupError, TypeError, RecursionError)
-"""What vLLM raises where it did not expect a type in a request."""
+"""Exceptions that vLLM raises for a field of an unexpected type."""
 READERS: Final = (
     ("solve_dependencies", "fastapi"),
     ("_parse_chat_message_content_part", "vllm"),
     ("construct_chat_messages_with_tool_call", "vllm"),
 )
-"""Functions, and their packages, in which a request is read: its body, a part of a message, the items of a response."""
+"""Functions, and their packages, that parse a request: its body, a part of a message, the items of a response."""
 _LONGEST_BODY: Final = 1 << 20
 _LONGEST_MESSAGE: Final = 1000
 _LOGGED: Final = 4000
@@ -60,14 +61,13 @@ logger = logging.getLogger(__name__)
 
 
 class Envelope:
-    """Pure ASGI layer around vLLM's app: answers with status 400 and above get OpenAI's envelope.
+    """Pure ASGI layer around vLLM's app: responses with status 400 and above get OpenAI's envelope.
 
-    Errors of the server, 500 and above, lose their text, which the log gets. Errors inside a stream that has begun are
-    treated alike.
+    The text of server errors (500 and above) is logged and not sent. Error events inside a stream are treated the same.
 
     Args:
         app: vLLM's app.
-        is_down: whether the engine is beyond repair; its errors are then said to be a passing 503.
+        is_down: whether the engine has failed for good; its errors then become 503, since Serve replaces the replica.
     """
 
     def __init__(self, app: ASGIApp, is_down: Callable[[], bool] = lambda: False) -> None:
@@ -107,8 +107,8 @@ class Envelope:
 
     def _refusal(self, scope: Scope, start: Message, body: bytes) -> Response:
         status = start["status"]
-        if status == 501:  # asked for what this model or this server has not: nothing is broken
-            return Refused(400, "this model does not support such a request", code="not_supported").response
+        if status == 501:  # the model or server lacks the feature: a client error
+            return Refused(400, "This model does not support this request.", code="not_supported").response
         if status >= 500:
             return self._hidden(scope, status, body).response
         refused = refusal(status, scope["method"], scope["path"], body)
@@ -118,11 +118,13 @@ class Envelope:
 
     def _hidden(self, scope: Scope, status: int, body: bytes) -> Refused:
         text = body[:_LOGGED].decode(errors="replace")
-        logger.error("%s %s answered an error (status %d): %s", scope["method"], scope["path"], status, text)
+        logger.error(
+            "%s %s failed with status %d: %s", scope["method"], harmless(scope["path"]), status, harmless(text)
+        )
         return internal_error(503 if self.is_down() else status)
 
     def _event(self, scope: Scope, body: bytes) -> bytes:
-        """An error event of a stream; what the client did wrong stays, the rest is hidden."""
+        """An error event of a stream; client errors keep their text, server errors do not."""
         head, _, data = body.partition(b"data: ")
         try:
             found = json.loads(data.split(b"\n", 1)[0])
@@ -140,7 +142,7 @@ class Envelope:
 
 
 def install(app: Any) -> None:
-    """Have a FastAPI app answer requests that it cannot read with `invalid_request`; before its first request."""
+    """Make a FastAPI app answer requests that it cannot parse with `invalid_request`; call before its first request."""
     from fastapi.exceptions import RequestValidationError
     from pydantic import ValidationError
 
@@ -154,12 +156,12 @@ def install(app: Any) -> None:
     app.add_exception_handler(ValidationError, later)
     for kind in UNREADABLE:
         app.add_exception_handler(kind, _unreadable(app.exception_handlers.get(kind)))
-    app.middleware_stack = None  # vLLM has built it already, with the handlers of that time
+    app.middleware_stack = None  # vLLM has built it already, with its own handlers
 
 
 def _unreadable(otherwise: Callable[[Request, Any], Any] | None) -> Callable[[Request, Any], Awaitable[Response]]:
-    """A handler of exceptions that are the request's fault when they come up while it is read, which they do in vLLM
-    where a field has another type than it expects. Elsewhere they go the way they went.
+    """A handler that turns exceptions raised while a request is parsed into a 400: vLLM raises them for fields of an
+    unexpected type. Exceptions raised elsewhere go to the previous handler.
     """
 
     async def handler(request: Request, error: Exception) -> Response:
@@ -167,8 +169,8 @@ def _unreadable(otherwise: Callable[[Request, Any], Any] | None) -> Callable[[Re
             if otherwise is None:
                 raise error
             return await otherwise(request, error)
-        logger.info("%s could not be read: %r", request.url.path, error)
-        message = "the request body cannot be read: a field has the wrong type, or is empty"
+        logger.info("%s could not be read: %r", harmless(request.url.path), error)
+        message = "The request body cannot be parsed: a field has the wrong type or is empty."
         return Refused(400, message, code="invalid_type").response
 
     return handler
@@ -185,22 +187,22 @@ def _came_up_in_reading(error: BaseException) -> bool:
 
 
 def refusal(status: int, method: str, path: str, body: bytes) -> Refused:
-    """An error of vLLM's server, status 400 to 499, in OpenAI's words.
+    """A client error of vLLM's server (status 400 to 499) as an OpenAI error.
 
     Args:
-        status: what the server answered.
+        status: status of the response.
         method: of the request.
         path: of the request.
-        body: what the server answered.
+        body: body of the response.
     """
-    message, param, code = _said(body)
+    message, param, code = _parts(body)
     if status == 404 and message in ("", "Not Found"):
-        return Refused(404, f"nothing at {path[:200]}", code="unknown_url")
+        return Refused(404, f"Unknown path {path[:200]}.", code="unknown_url")
     if status == 405:
-        return Refused(405, f"{method} is not possible at {path[:200]}", code="method_not_allowed")
+        return Refused(405, f"Method {method} is not allowed for {path[:200]}.", code="method_not_allowed")
     message = _DETAILS.sub("", message)
     if not message:
-        message = PHRASES.get(status, f"the request was refused with status {status}")
+        message = PHRASES.get(status, f"The request was refused with status {status}.")
     if param:
         param = param.removeprefix("body.")
     last = path.rpartition("/")[2]
@@ -218,29 +220,29 @@ def refusal(status: int, method: str, path: str, body: bytes) -> Refused:
             param = TOKEN_FIELDS[last]
             message = message.replace("max_completion_tokens", param)
         if message == "There was an error parsing the body":
-            message, code = "the request body is not valid JSON: it cannot be decoded", "invalid_json"
+            message, code = "The request body is not valid JSON: it cannot be decoded.", "invalid_json"
         code = code or ("invalid_value" if param else None)
     return Refused(status, _shortened(message), param=param or None, code=code)
 
 
 def invalid_request(errors: Sequence[Any], body: object = None) -> Refused:
-    """What FastAPI says about a request that does not fit its model, in OpenAI's words and without the input.
+    """FastAPI's validation errors of a request as one OpenAI error, without the client's input.
 
     Args:
         errors: pydantic's, or plain texts.
-        body: what the client sent, parsed.
+        body: the parsed request body.
     """
     found: list[_Problem] = []
     for error in errors:
         if not isinstance(error, Mapping):
             if "media type" in (text := str(error)).lower():
-                message = "the body must be declared as JSON: `Content-Type: application/json`"
+                message = "The body must be JSON, with the header `Content-Type: application/json`."
                 return Refused(415, message, code="unsupported_media_type")
             found.append(_Problem("", text, "invalid_value"))
         elif error["type"] == "json_invalid":
             reason = (error.get("ctx") or {}).get("error", "it cannot be decoded")
             where = next((f" at character {part}" for part in error["loc"] if isinstance(part, int)), "")
-            return Refused(400, f"the request body is not valid JSON: {reason}{where}", code="invalid_json")
+            return Refused(400, f"The request body is not valid JSON: {reason}{where}.", code="invalid_json")
         else:
             found.append(_problem(error, body))
     problems: dict[str, list[_Problem]] = {}
@@ -248,15 +250,15 @@ def invalid_request(errors: Sequence[Any], body: object = None) -> Refused:
         if problem not in (same := problems.setdefault(problem.param, [])):
             same.append(problem)
     if not problems:
-        return Refused(400, "the request is invalid", code="invalid_value")
-    said = [_sentence(param, list(dict.fromkeys(p.text for p in same))) for param, same in list(problems.items())[:5]]
+        return Refused(400, "The request is invalid.", code="invalid_value")
+    texts = [_sentence(param, list(dict.fromkeys(p.text for p in same))) for param, same in list(problems.items())[:5]]
     more = f"; and {len(problems) - 5} more fields" if len(problems) > 5 else ""
     param, same = next(iter(problems.items()))
-    return Refused(400, _shortened("; ".join(said) + more), param=param or None, code=same[0].code)
+    return Refused(400, _shortened("; ".join(texts) + more), param=param or None, code=same[0].code)
 
 
 def invalid_part(errors: Sequence[Any]) -> Refused:
-    """What pydantic says about a part of a request that vLLM looks at later, when it works on it."""
+    """Validation errors of a part of a request that vLLM validates later, during processing."""
     names = {error["loc"][0] for error in errors if error["loc"] and isinstance(error["loc"][0], str)}
     refused = invalid_request(errors, dict.fromkeys(names))
     if not names and errors and errors[0]["loc"]:
@@ -275,9 +277,9 @@ class _Problem:
         param: the field.
         text: what is wrong with it.
         code: OpenAI's.
-        constant: whether a constant was expected, such as a role.
+        constant: whether a constant such as a role was expected.
         missing: whether the field is missing.
-        branches: of the unions on the way to the field, outermost first, the path and which branch the error is of.
+        branches: for each union on the path to the field, outermost first: its path and the branch of this error.
     """
 
     param: str
@@ -310,10 +312,11 @@ def _problem(error: Mapping[str, Any], body: object) -> _Problem:
 
 
 def _likeliest(found: Sequence[_Problem]) -> list[_Problem]:
-    """The errors without those of union branches that the client can hardly have meant.
+    """The errors of the most likely branch of each union.
 
-    Of a union pydantic tells what every branch would have liked: eleven errors for a message without a role. Meant is
-    what has the right type at all, then the right constants, then all fields, then the fewest errors.
+    For a union pydantic reports the errors of every branch: eleven for a message without a role. The most likely branch
+    is the one of the right type, then with the right constants, then with the fewest missing fields, then with the
+    fewest errors.
     """
     left = list(found)
     for level in range(max((len(problem.branches) for problem in found), default=0)):
@@ -338,10 +341,10 @@ def _likeliest(found: Sequence[_Problem]) -> list[_Problem]:
 
 
 def _field(location: Iterable[object], body: object, missing: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The path to a field as a client would write it, ``messages[0].role``, and the branches of unions on the way.
+    """The path to a field in the client's notation, ``messages[0].role``, and the union branches on that path.
 
-    pydantic's locations also name the branches of unions and validators. What is a key or an index of the client's
-    body belongs to the path; a field that is missing is neither, and comes last.
+    pydantic's locations also contain names of union branches and validators. Keys and indices of the client's body
+    belong to the path; a missing field is not in the body, and is always the last part.
     """
     path = ""
     branches: list[tuple[str, str]] = []
@@ -366,16 +369,16 @@ def _field(location: Iterable[object], body: object, missing: bool) -> tuple[str
 def _sentence(param: str, texts: Sequence[str]) -> str:
     text = " or ".join(texts[:4]) + (" or ..." if len(texts) > 4 else "")
     if not param:
-        return f"the request body {text}" if text.startswith(("is ", "must ")) else text
+        return f"The request body {text}" if text.startswith(("is ", "must ")) else text
     return f"`{param}` {text}" if text.startswith(("is ", "must ")) else f"`{param}`: {text}"
 
 
-def _said(body: bytes) -> tuple[str, str | None, str | None]:
-    """Message, param and code of an error in any of the forms that vLLM's routes use."""
+def _parts(body: bytes) -> tuple[str, str | None, str | None]:
+    """Message, param and code of an error in any of the formats of vLLM's routes."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
-        # Only short plain text is meant for people; HTML and the like is not.
+        # Short plain text is a message for people; HTML and the like is not.
         text = body[:_LONGEST_MESSAGE].decode(errors="replace").strip()
         return ("" if text.startswith(("<", "{", "[")) else text), None, None
     if isinstance(found, str):
@@ -393,7 +396,7 @@ def _said(body: bytes) -> tuple[str, str | None, str | None]:
 
 
 def _named(message: str) -> str | None:
-    """The field that a message without ``param`` is about."""
+    """The field of a message without ``param``."""
     if match := NAMED.match(message):
         return match[1]
     return next((param for pattern, param in HINTS if pattern.search(message)), None)

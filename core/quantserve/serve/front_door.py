@@ -1,7 +1,7 @@
-"""The front door: one OpenAI-compatible API for all models, routed by ``model`` in the request body.
+"""The gateway's router: one OpenAI-compatible API for all models, routed by ``model`` in the request body.
 
-It looks at a request only as far as it needs to find the model; what passes in either direction is not touched. Each
-model is reached under its own route, too.
+It reads a request only as far as needed to find the model, and forwards requests and responses unchanged. Each model
+also has its own route.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 OWNER: Final = "quantserve"
 LISTED: Final = 20
-"""How many known ids an error names."""
+"""Most model ids listed in an error."""
 RESERVED: Final = frozenset({"v1", "v2", "health", "metrics", "tokenize", "detokenize", "docs", "openapi.json", "-"})
-"""First path segments that a model's own route must not take."""
+"""First path segments that a model's route must not use."""
 CLOSED: Final = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
-"""What vLLM's server lets every client do to its engine; Ray Serve scales here."""
+"""Engine control paths of vLLM's server that clients must not reach; Ray Serve does the scaling here."""
 
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A model behind the front door.
+    """A model behind the gateway.
 
     Attributes:
         card: its entry in ``/v1/models``.
-        app: answers its requests.
-        healthy: asks whether it can.
-        route: prefix of its own route.
-        aliases: further names clients may call it by, such as LoRA adapters.
+        app: ASGI app that serves its requests.
+        healthy: health check.
+        route: path prefix of the model's own route.
+        aliases: further names that clients may use, such as LoRA adapters.
     """
 
     card: Mapping[str, Any]
@@ -81,17 +81,17 @@ def model_card(plan: Plan, created: int) -> dict[str, Any]:
 
 
 def model_aliases(plan: Plan) -> list[str]:
-    """Names of the LoRA adapters that vLLM serves beside the model."""
+    """Names of the LoRA adapters that vLLM serves with the model."""
     modules = plan.frontend_args.get("lora_modules") or []
     return [str(module["name"]) for module in modules if isinstance(module, Mapping) and module.get("name")]
 
 
 class FrontDoor:
-    """ASGI app over several models, or over one, which then gets every path that is not the front door's own.
+    """ASGI app that routes to several models, or to one, which then gets every path the gateway does not serve itself.
 
     Args:
         models: at least one; ids differ.
-        metrics: answers ``GET /metrics``; without it that path is like any other.
+        metrics: ASGI app for ``GET /metrics``; None routes that path like any other.
     """
 
     def __init__(self, models: Sequence[ServedModel], metrics: ASGIApp | None = None) -> None:
@@ -103,7 +103,7 @@ class FrontDoor:
         self._schemas: dict[str, tuple[list[bytes], bytes]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or hand the request to its model."""
+        """Answer, or forward the request to its model."""
         if scope["type"] == "lifespan":
             await answer_lifespan(receive, send)
             return
@@ -124,7 +124,7 @@ class FrontDoor:
             await self._several(scope, receive, send)
 
     async def _one(self, model: ServedModel, scope: Scope, receive: Receive, send: Send, route: str = "") -> None:
-        """A request to one certain model; it must not name another."""
+        """Serve a request to one model; its ``model`` field must not name another."""
         if response := await self._own(scope, [model], route):
             await response(scope, receive, send)
             return
@@ -137,18 +137,18 @@ class FrontDoor:
             if name is not None and (not isinstance(name, str) or self.names.get(name) is not model):
                 raise self._unknown(name, [model.id, *model.aliases])
             receive = replay(body, receive)
-        await self._hand_over(model, fields, scope, receive, send)
+        await self._forward_to(model, fields, scope, receive, send)
 
     async def _several(self, scope: Scope, receive: Receive, send: Send) -> None:
         if response := await self._own(scope, list(self.models.values())):
             await response(scope, receive, send)
         elif scope["method"] != "POST":
-            raise Refused(404, self._nothing_here(scope["path"]), code="unknown_url")
+            raise Refused(404, self._unknown_path(scope["path"]), code="unknown_url")
         else:
             await self._forward(scope, receive, send)
 
     async def _own(self, scope: Scope, models: Sequence[ServedModel], route: str = "") -> Response | None:
-        """The answer to what the front door answers itself: health, the list of models and the schema."""
+        """The response to paths that the gateway serves itself: health, the list of models and the API schema."""
         path: str = scope["path"]
         if path == "/health" and scope["method"] in ("GET", "HEAD"):
             return await _health(models)
@@ -159,15 +159,16 @@ class FrontDoor:
         return None
 
     async def _schema(self, models: Sequence[ServedModel], route: str) -> bytes:
-        """The OpenAPI schema of what these models' servers can do, as far as it can be reached here.
+        """The OpenAPI schema of these models' servers, restricted to the paths that clients can reach.
 
-        Models that are not up are left out, so that asking starts none.
+        Models without a healthy replica are left out, so that a request for the schema starts no replica.
         """
         up = [model for model in models if await model.healthy()]
         answers = await asyncio.gather(*(ask(model.app, "GET", "/openapi.json") for model in up))
         texts = [text for status, text in answers if status == 200]
         if not texts:
-            raise Refused(503, "no model is available at the moment to say what it can do", code="model_unavailable")
+            message = "No model is ready; the API schema comes from the models' servers. Retry when /health is ok."
+            raise Refused(503, message, code="model_unavailable")
         known = self._schemas.get(route)
         if known is None or known[0] != texts:
             names = [name for name, model in self.names.items() if model in models]
@@ -178,29 +179,30 @@ class FrontDoor:
         return known[1]
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Find the model a body names and hand the request over."""
+        """Find the model that the body names, and forward the request to it."""
         if not is_json(scope):
             example = next(iter(self.models.values())).route
-            message = f"this server has several models; send what is not JSON to a model's own route, e.g. {example}/v1"
+            message = (
+                f"This server hosts several models: a body other than JSON needs a model's route, e.g. {example}/v1."
+            )
             raise Refused(415, message, code="unsupported_media_type")
         body = await read_body(receive)
         fields = _fields(scope, body)
         name = fields.get("model")
         if name is None:
-            raise Refused(
-                400, f"`model` is missing; this server has {_listed(self.names)}", param="model", code="missing_model"
-            )
+            message = f"`model` is missing. Available models: {_listed(self.names)}."
+            raise Refused(400, message, param="model", code="missing_model")
         model = self.names.get(name) if isinstance(name, str) else None
         if model is None:
             raise self._unknown(name, self.names)
-        await self._hand_over(model, fields, scope, replay(body, receive), send)
+        await self._forward_to(model, fields, scope, replay(body, receive), send)
 
     @staticmethod
-    async def _hand_over(
+    async def _forward_to(
         model: ServedModel, fields: Mapping[str, Any], scope: Scope, receive: Receive, send: Send
     ) -> None:
         if scope["path"].rstrip("/") in CLOSED:
-            raise Refused(404, f"nothing at {scope['path']}", code="unknown_url")
+            raise Refused(404, f"Unknown path {scope['path']}.", code="unknown_url")
         trace = trace_of(scope)
         trace.model, trace.stream = model.id, fields.get("stream") is True
         trace.quant_method = str((model.card.get("metadata") or {}).get("method") or "")
@@ -209,7 +211,7 @@ class FrontDoor:
     def _models(self, path: str, scope: Scope, known: Mapping[str, ServedModel]) -> Response:
         """``/v1/models`` and ``/v1/models/ID``; in ID slashes may be written as ``--``."""
         if scope["method"] not in ("GET", "HEAD"):
-            raise Refused(405, f"{scope['method']} is not possible here", headers={"allow": "GET"})
+            raise Refused(405, f"Method {scope['method']} is not allowed here; use GET.", headers={"allow": "GET"})
         cards = [_card(name, model) for name, model in known.items()]
         name = path.removeprefix("/v1/models").strip("/")
         if not name:
@@ -219,22 +221,23 @@ class FrontDoor:
                 return JSONResponse(_card(candidate, known[candidate]))
         raise self._unknown(name, known)
 
-    def _nothing_here(self, path: str) -> str:
-        routes = ", ".join(f"{model.route}{path}" for model in list(self.models.values())[:3])
-        return f"nothing at {path[:200]}; with several models some paths exist only on a model's own route: {routes}"
+    def _unknown_path(self, path: str) -> str:
+        example = next(iter(self.models.values())).route
+        hint = f"model-specific paths need a prefix, e.g. {example}{path[:200]}"
+        return f"Unknown path {path[:200]}. This server hosts several models; {hint}."
 
     @staticmethod
     def _unknown(name: object, known: Mapping[str, Any] | Sequence[str]) -> Refused:
         if not isinstance(name, str):
-            return Refused(400, "`model` must be a string", param="model", code="invalid_type")
+            return Refused(400, "`model` must be a string.", param="model", code="invalid_type")
         close = difflib.get_close_matches(name[:200], list(known), n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else ""
-        message = f"the model `{name[:200]}` does not exist{hint} (known: {_listed(known)})"
+        hint = f" Did you mean `{close[0]}`?" if close else ""
+        message = f"The model `{name[:200]}` does not exist.{hint} Available models: {_listed(known)}."
         return Refused(404, message, param="model", code="model_not_found")
 
     @staticmethod
     def _without_root(scope: Scope) -> Scope:
-        """The scope with paths as the app sees them, whether or not the server stripped the prefix."""
+        """The scope with the path below the mount point, whether or not the server removed the prefix."""
         root = scope.get("root_path", "")
         path = scope["path"]
         path = path[len(root) :] if root and path.startswith(root) else path
@@ -242,13 +245,13 @@ class FrontDoor:
 
 
 def _fields(scope: Scope, body: bytes) -> Mapping[str, Any]:
-    """The object in a body, which the limits have parsed already where there are any."""
+    """The JSON object of a body; taken from the scope if the limits layer has parsed it."""
     parsed = scope.get(JSON_KEY)
     return parsed if isinstance(parsed, Mapping) else parse_object(body)
 
 
 async def _health(models: Sequence[ServedModel]) -> Response:
-    """Asks every model's engine; 200 only when all are up."""
+    """Run every model's health check; 200 only when all pass."""
     found = await asyncio.gather(*(model.healthy() for model in models))
     body = {
         "status": "ok" if all(found) else "degraded" if any(found) else "down",

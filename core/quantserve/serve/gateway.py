@@ -1,11 +1,13 @@
-"""The front door as a process of its own, started and fed by `quantserve serve`.
+"""The gateway process, started and controlled by `quantserve serve`.
 
-`python -m quantserve.serve.gateway FD` inherits the listening socket as file descriptor FD. On standard input comes one
-JSON object per line: first the settings (`models`, `token`, `policy`), then the replicas by model id whenever they
-change; the end of input is the end of the server it belongs to, and ends this process. On standard output it names the
-models that requests wait for and that have no replica (`wanted`) and those whose requests are taken (`reachable`), and
-says whether all replicas are well and no request waits (`settled`): when that changes, and every second as a sign of
-life.
+`python -m quantserve.serve.gateway FD` inherits the listening socket as file descriptor FD.
+
+Standard input has one JSON object per line: first the settings (`models`, `token`, `policy`, `drain_s`), then the
+replicas by model id whenever they change. End of file means that the parent has ended, and ends this process.
+
+Standard output has the status, one JSON object per line, at every change and every second as a heartbeat: `wanted`, the
+models with queued requests and no replica; `reachable`, the models whose requests are accepted; `settled`, whether all
+replicas are healthy and no request is queued.
 """
 
 from __future__ import annotations
@@ -25,15 +27,16 @@ import uvloop
 from quantserve.serve.directory import Directory
 from quantserve.serve.limits import Policy
 from quantserve.serve.served import public_app
+from quantserve.text import LogFormatter
 
 KEEP_ALIVE_S: Final = 75
-LOOK_S: Final = 0.1
-TELL_S: Final = 1.0
+STATUS_POLL_S: Final = 0.1
+HEARTBEAT_S: Final = 1.0
 LONGEST_LINE: Final = 64 << 20
 
 
 async def serve(listener: socket.socket) -> None:
-    """Serve until SIGTERM, which lets requests in progress finish, or until the end of input."""
+    """Serve until SIGTERM, which drains requests in progress, or until standard input ends."""
     lines = asyncio.StreamReader(limit=LONGEST_LINE)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     settings = json.loads(await lines.readline())
@@ -51,7 +54,7 @@ async def serve(listener: socket.socket) -> None:
         timeout_graceful_shutdown=int(settings["drain_s"]),
     )
     server = uvicorn.Server(config)
-    work = [asyncio.create_task(_listen(lines, directory, server)), asyncio.create_task(_tell(directory))]
+    work = [asyncio.create_task(_listen(lines, directory, server)), asyncio.create_task(_report(directory))]
     await server.serve(sockets=[listener])
     for task in work:
         task.cancel()
@@ -63,20 +66,22 @@ async def _listen(lines: asyncio.StreamReader, directory: Directory, server: uvi
     server.should_exit = server.force_exit = True
 
 
-async def _tell(directory: Directory) -> None:
-    told, when = "", 0.0
+async def _report(directory: Directory) -> None:
+    last, when = "", 0.0
     while True:
         line = json.dumps({"wanted": directory.wanted, "reachable": directory.reachable, "settled": directory.settled})
-        if line != told or time.monotonic() - when > TELL_S:
+        if line != last or time.monotonic() - when > HEARTBEAT_S:
             print(line, flush=True)
-            told, when = line, time.monotonic()
-        await asyncio.sleep(LOOK_S)
+            last, when = line, time.monotonic()
+        await asyncio.sleep(STATUS_POLL_S)
 
 
 def main(arguments: list[str]) -> None:
     """Run the gateway on an inherited listening socket."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the whole group; our parent decides what it means
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the parent handles it
     listener = socket.socket(fileno=int(arguments[0]))
     listener.setblocking(False)
     uvloop.run(serve(listener))

@@ -1,6 +1,6 @@
-"""The gateway, seen from `quantserve serve`: started, fed, and started again when it dies or hangs.
+"""Supervises the gateway process: starts it, sends it the replicas, and restarts it when it dies or hangs.
 
-The listening socket stays open here, so that clients who come while the gateway is being replaced wait for a moment
+The listening socket stays open in this process, so that clients that connect during a restart wait in the backlog
 instead of being refused.
 """
 
@@ -22,30 +22,30 @@ from quantserve.serve.cpus import keep_off
 FIRST_WAIT_S: Final = 0.1
 LONGEST_WAIT_S: Final = 5.0
 SOUND_S: Final = 10.0
-"""A gateway that lived so long did not die of its settings: the next one is started at once."""
+"""Uptime after which a crash is not blamed on the settings: the restart backoff begins again."""
 HANGS_S: Final = 30.0
-"""A gateway that said nothing for so long hangs and is killed; it speaks every second."""
+"""Heartbeat timeout: a gateway without a heartbeat for so long is killed. It sends one every second."""
 WATCH_S: Final = 1.0
-PLACE: Final = ("id", "host", "port", "draining", "cpus")
-"""What the gateway must know of a replica."""
+REPLICA_FIELDS: Final = ("id", "host", "port", "draining", "cpus")
+"""The fields of a replica that are sent to the gateway."""
 
 
 class GatewayProcess:
-    """The gateway's process and its successors.
+    """The current gateway process, replaced when it dies.
 
     Args:
-        listener: where clients come in.
-        settings: what `gateway.serve` reads first.
-        say: gets a line when a gateway had to be replaced.
+        listener: the listening socket for clients.
+        settings: sent to `gateway.serve` as its first line.
+        report: called with one line of text when the gateway is restarted.
     """
 
-    def __init__(self, listener: socket.socket, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(self, listener: socket.socket, settings: Mapping[str, Any], report: Callable[[str], None]) -> None:
         self._listener = listener
         self._settings = json.dumps(settings)
-        self._say = say
+        self._report = report
         self._replicas: dict[str, Sequence[Mapping[str, Any]]] = {}
-        self._told: dict[str, Any] = {}
-        self._heard = 0.0
+        self._status: dict[str, Any] = {}
+        self._last_heartbeat = 0.0
         self._stopping = False
         self._lock = threading.Lock()
         self._process = self._start()
@@ -53,9 +53,9 @@ class GatewayProcess:
             threading.Thread(target=work, daemon=True, name="gateway").start()
 
     def update(self, addresses: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Tell the gateway where replicas are, when that has changed, and keep it off the CPUs they compute on."""
+        """Send changed replicas to the gateway, and keep it off the CPUs they compute on."""
         places = {
-            model_id: [{key: replica[key] for key in PLACE} for replica in replicas]
+            model_id: [{key: replica[key] for key in REPLICA_FIELDS} for replica in replicas]
             for model_id, replicas in addresses.items()
         }
         with self._lock:
@@ -66,26 +66,26 @@ class GatewayProcess:
 
     @property
     def wanted(self) -> list[str]:
-        """Models that requests wait for and that have no replica."""
-        return list(self._told.get("wanted", ()))
+        """Models with queued requests and no replica."""
+        return list(self._status.get("wanted", ()))
 
     @property
     def reachable(self) -> list[str]:
-        """Models whose requests the gateway takes."""
-        return list(self._told.get("reachable", ()))
+        """Models whose requests the gateway accepts."""
+        return list(self._status.get("reachable", ()))
 
     @property
     def settled(self) -> bool:
-        """Whether the gateway expects no replica to come or to go."""
-        return bool(self._told.get("settled"))
+        """Whether all replicas are healthy and no request is queued."""
+        return bool(self._status.get("settled"))
 
     @property
     def taken_cpus(self) -> set[int]:
-        """CPUs on which engines compute and everything else should not."""
+        """CPUs reserved for the engines' computing threads."""
         return {cpu for there in self._replicas.values() for one in there for cpu in one["cpus"]}
 
     def stop(self, patience: float) -> None:
-        """Take no more connections; give requests in progress `patience` seconds."""
+        """Stop accepting connections and drain: requests in progress have `patience` seconds to finish."""
         self._stopping = True
         self._listener.close()
         with self._lock:
@@ -98,7 +98,7 @@ class GatewayProcess:
             process.wait(5)
 
     def _start(self) -> subprocess.Popen[str]:
-        self._told, self._heard = {}, time.monotonic()
+        self._status, self._last_heartbeat = {}, time.monotonic()
         descriptor = self._listener.fileno()
         process = subprocess.Popen(
             [sys.executable, "-m", "quantserve.serve.gateway", str(descriptor)],
@@ -123,16 +123,16 @@ class GatewayProcess:
             process, began = self._process, time.monotonic()
             assert process.stdout is not None
             for line in process.stdout:
-                self._heard = time.monotonic()
+                self._last_heartbeat = time.monotonic()
                 with contextlib.suppress(ValueError):
-                    self._told = json.loads(line)
+                    self._status = json.loads(line)
             code = process.wait()
             if self._stopping:
                 return
             lived = time.monotonic() - began
             wait = FIRST_WAIT_S if lived > SOUND_S else min(LONGEST_WAIT_S, 2 * wait)
-            reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            self._say(f"the front door died ({reason}) and is started again")
+            ended = f"was killed (signal {-code})" if code < 0 else f"exited (code {code})"
+            self._report(f"Gateway process {ended}; restarting it.")
             time.sleep(wait)
             with self._lock:
                 if self._stopping:
@@ -142,15 +142,15 @@ class GatewayProcess:
     def _watch(self) -> None:
         while not self._stopping:
             time.sleep(WATCH_S)
-            if time.monotonic() - self._heard > HANGS_S:
-                self._heard = time.monotonic()
-                self._say(f"the front door has not answered for {HANGS_S:.0f} s")
+            if time.monotonic() - self._last_heartbeat > HANGS_S:
+                self._last_heartbeat = time.monotonic()
+                self._report(f"Gateway process sent no heartbeat for {HANGS_S:.0f} s; killing it.")
                 self._process.kill()
 
     @staticmethod
     def _send(process: subprocess.Popen[str], line: str) -> None:
         assert process.stdin is not None
-        # One that has just died is replaced, and its successor told everything.
+        # A process that has just died is replaced, and its successor gets the settings and all replicas.
         with contextlib.suppress(OSError, ValueError):
             process.stdin.write(line + "\n")
             process.stdin.flush()

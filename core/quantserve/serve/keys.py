@@ -1,6 +1,6 @@
 """API keys: read from a file or the environment, kept as hashes, compared in constant time.
 
-The file is looked at again while serving, so that keys can be added and withdrawn without a restart.
+The file is checked for changes while serving, so that keys can be added and revoked without a restart.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantserve.errors import UsageError
+from quantserve.homes import expand
 from quantserve.serve.asgi import Refused, header
 
 VARIABLE: Final = "QUANTSERVE_API_KEYS"
 OPEN_PATHS: Final = ("/health",)
-"""What load balancers ask without a key; they get the bare status then."""
-LOOK_S: Final = 1.0
-"""The keys file is looked at so often, at most."""
+"""Paths that load balancers may request without a key; such a response has the status only."""
+FILE_CHECK_S: Final = 1.0
+"""Shortest time between two checks of the keys file."""
 _SHORTEST: Final = 8
 
 logger = logging.getLogger(__name__)
@@ -37,9 +38,9 @@ class KeySet(BaseModel):
     """SHA-256 digests (hex) of API keys.
 
     Attributes:
-        fixed: of keys that stay as they are, such as those from the environment.
-        file: where further keys are, one per line; None when there is no such file.
-        from_file: of the keys it held when it was read.
+        fixed: of keys from the environment, which do not change.
+        file: path of a file with further keys, one per line; None without such a file.
+        from_file: of the keys in that file when it was last read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +51,7 @@ class KeySet(BaseModel):
 
     @property
     def digests(self) -> list[str]:
-        """All of them; empty means that no key is needed."""
+        """All digests; none means that no key is required."""
         return sorted({*self.fixed, *self.from_file})
 
 
@@ -58,16 +59,16 @@ def load_key_set(file: str | None) -> KeySet:
     """The API keys in `file` and in ``QUANTSERVE_API_KEYS``.
 
     The file has one key per line; empty lines and lines that begin with ``#`` are skipped. The variable has keys
-    separated by commas or whitespace. Only digests leave this function, so Ray never stores a key.
+    separated by commas or whitespace. Only digests are returned, so Ray never stores a key.
 
     Raises:
-        UsageError: the file cannot be read or holds no key, or a key is unusable.
+        UsageError: the file cannot be read or holds no key, or a key is invalid.
     """
     found = read_file(file) if file is not None else []
     given = [key for key in re.split(r"[,\s]+", os.environ.get(VARIABLE, "")) if key]
     if wrong := [number for number, key in enumerate(given, 1) if len(key) < _SHORTEST or not _usable(key)]:
         raise UsageError(_complaint(VARIABLE, wrong))
-    path = str(Path(file).expanduser().absolute()) if file is not None else None
+    path = str(expand(file).absolute()) if file is not None else None
     return KeySet(fixed=tuple(_digests(given)), file=path, from_file=tuple(found))
 
 
@@ -75,18 +76,18 @@ def read_file(file: str) -> list[str]:
     """Digests of the keys in a file.
 
     Raises:
-        UsageError: it cannot be read or holds no key, or a key is unusable.
+        UsageError: it cannot be read or holds no key, or a key is invalid.
     """
     try:
-        lines = Path(file).expanduser().read_text("utf-8").splitlines()
+        lines = expand(file).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        fix = "write one key per line there, or correct api_keys_file"
+        fix = "correct the path in api_keys_file (--api-keys-file), and write one key per line into that file"
         raise UsageError(f"API keys file {file}: {reason}\n  fix: {fix}") from None
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise UsageError(
-            f"API keys file {file} holds no key, which would leave the server open\n"
+            f"API keys file {file} holds no key; without keys anyone could use the API\n"
             "  fix: write one key per line, or remove api_keys_file"
         )
     if wrong := [number for number, key in enumerate(keys, 1) if len(key) < _SHORTEST or not _usable(key)]:
@@ -104,17 +105,19 @@ def _usable(key: str) -> bool:
 
 def _complaint(where: str, numbers: list[int]) -> str:
     listed = ", ".join(map(str, numbers[:5]))
-    return f"{where}: key number {listed} is shorter than {_SHORTEST} characters or not printable ASCII without spaces"
+    reason = f"shorter than {_SHORTEST} characters or not printable ASCII without spaces"
+    fix = "replace it, e.g. by the output of `openssl rand -hex 32`"
+    return f"{where}: key number {listed} is {reason}\n  fix: {fix}"
 
 
 class KeyFile:
-    """The keys as they are now: those that stay, and those of a file that is read again when it has changed.
+    """The current keys: the fixed ones, and those of a file that is read again when it changes.
 
-    A file that is gone, broken or empty leaves the keys as they were; the log says so once.
+    A file that is missing, invalid or empty does not change the keys; a warning is logged once.
 
     Args:
-        keys: as they were loaded.
-        clock: seconds, never going back.
+        keys: the keys loaded at the start.
+        clock: monotonic seconds.
     """
 
     def __init__(self, keys: KeySet, clock: Callable[[], float] = time.monotonic) -> None:
@@ -125,8 +128,8 @@ class KeyFile:
         self._seen: tuple[int, ...] | str | None = None
 
     def digests(self) -> Sequence[bytes]:
-        """Digests of the keys that count now."""
-        if self.keys.file is not None and self._clock() - self._looked >= LOOK_S:
+        """Digests of the current keys."""
+        if self.keys.file is not None and self._clock() - self._looked >= FILE_CHECK_S:
             self._looked = self._clock()
             self._look(self.keys.file)
         return self._digests
@@ -136,7 +139,7 @@ class KeyFile:
             status = os.stat(file)
         except OSError as error:
             if self._seen != (reason := str(error.strerror)):
-                logger.warning("API keys file %s: %s; the keys stay as they were", file, reason)
+                logger.warning("API keys file %s: %s; the previous keys stay valid", file, reason)
                 self._seen = reason
             return
         seen = (status.st_mtime_ns, status.st_size, status.st_ino)
@@ -146,22 +149,22 @@ class KeyFile:
         try:
             found = tuple(read_file(file))
         except UsageError as error:
-            logger.warning("%s; the keys stay as they were", str(error).partition("\n")[0])
+            logger.warning("%s; the previous keys stay valid", str(error).partition("\n")[0])
             return
         if found != self.keys.from_file:
             self.keys = self.keys.model_copy(update={"from_file": found})
             self._digests = [bytes.fromhex(digest) for digest in self.keys.digests]
-            logger.warning("API keys file %s: %d keys are now known", file, len(found))
+            logger.warning("API keys file %s was reloaded: %d keys", file, len(found))
 
 
 class ApiKeys:
-    """Pure ASGI layer that lets only requests with a known key through, as ``Authorization: Bearer KEY``.
+    """Pure ASGI layer that requires a valid API key, as ``Authorization: Bearer KEY``.
 
-    ``/health`` is answered without a key as well, but then with nothing but the status: no names of models.
+    ``/health`` also works without a key, but then returns the status only, without the names of models.
 
     Args:
-        app: what is protected.
-        keys: from `load_key_set`; without any, everything is let through.
+        app: the protected app.
+        keys: from `load_key_set`; an empty set lets every request pass.
     """
 
     def __init__(self, app: ASGIApp, keys: KeySet) -> None:
@@ -180,9 +183,9 @@ class ApiKeys:
         else:
             scheme, _, key = header(scope, b"authorization").partition(b" ")
             message = (
-                "the API key is not known to this server"
+                "Invalid API key."
                 if key and scheme.lower() == b"bearer"
-                else "no API key given; send it as `Authorization: Bearer KEY`"
+                else "Missing API key. Send the header `Authorization: Bearer KEY`."
             )
             raise Refused(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
@@ -196,13 +199,13 @@ class ApiKeys:
             return False
         given = sha256(key.strip()).digest()
         known = False
-        for digest in digests:  # all of them, so that the time says nothing
+        for digest in digests:  # always all of them: constant time
             known |= hmac.compare_digest(given, digest)
         return known
 
 
 async def _bare(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run an app that answers about health and pass on the status, not the names in the body."""
+    """Run the health endpoint and return its status without the model names in its body."""
     code, parts = 500, []
 
     async def collect(message: Message) -> None:
@@ -216,7 +219,7 @@ async def _bare(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
         code = refused.status
     status = "ok" if code == 200 else "unavailable"
     try:
-        said = json.loads(b"".join(parts))["status"]
+        given = json.loads(b"".join(parts))["status"]
     except (ValueError, KeyError, TypeError):
-        said = status
-    await JSONResponse({"status": said if isinstance(said, str) else status}, code)(scope, receive, send)
+        given = status
+    await JSONResponse({"status": given if isinstance(given, str) else status}, code)(scope, receive, send)

@@ -1,4 +1,4 @@
-"""What the server lets requests do: the policy as plain data, limits on each request, and all layers in order."""
+"""Request limits: the policy as plain data, the layer that enforces it, and the order of all public layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHOICE_FIELDS: Final = ("n", "best_of")
 STOP_FIELDS: Final = ("stop", "stop_sequences", "stop_token_ids")
 PROMPT_FIELDS: Final = ("prompt", "input", "documents")
 _SUSPECT: Final = re.compile(rb"\d{19}|\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-"""What a body must have in it to hold a number beyond 64 bits or half a surrogate pair."""
+"""Byte patterns without which a body has no number beyond 64 bits and no unpaired surrogate."""
 _WITH_BODY: Final = ("POST", "PUT", "PATCH", "DELETE")
 
 
@@ -35,7 +35,7 @@ class Policy(BaseModel):
     """The part of `HttpConfig` that acts on requests; plain data that goes to other processes as JSON.
 
     Attributes:
-        keys: digests of the API keys and where they came from.
+        keys: digests of the API keys and their source.
         max_body_bytes: longest request body.
         max_messages: most messages of one chat.
         max_prompts: most prompts or inputs of one request, times its choices.
@@ -44,7 +44,7 @@ class Policy(BaseModel):
         max_stops: most stop texts or stop token ids.
         cors_origins: origins whose pages may call the API; ``*`` is every origin.
         request_timeout_s: seconds a request may take.
-        queue_timeout_s: seconds a request may wait for a replica.
+        queue_timeout_s: seconds a request may wait in the queue.
         access_log: ``off``, ``stderr`` or a file.
     """
 
@@ -91,14 +91,14 @@ class Policy(BaseModel):
 
 
 def layers(app: ASGIApp, policy: Policy, observers: Sequence[Observer] = ()) -> ASGIApp:
-    """The app behind everything a public address needs: id and record, CORS, errors in the envelope, keys, limits.
+    """Wrap the app in the layers of a public address: request id and record, CORS, error envelope, API keys, limits.
 
-    CORS is outside of the errors, so that a page's script can read them.
+    The CORS layer is outside the error envelope, so that scripts of web pages can read error responses.
 
     Args:
-        app: answers the requests that are let through; its `Refused` become answers.
-        policy: what is let through.
-        observers: get the record of every request, beside the access log.
+        app: gets the requests that pass; its `Refused` exceptions become responses.
+        policy: the limits and keys.
+        observers: called with the record of every request, beside the access log.
     """
     app = Guard(ApiKeys(Limits(app, policy), policy.keys))
     if policy.cors_origins:
@@ -111,12 +111,12 @@ def layers(app: ASGIApp, policy: Policy, observers: Sequence[Observer] = ()) -> 
 class Limits:
     """Pure ASGI layer that refuses requests beyond the policy: 413 for the body, 400 for a field of it.
 
-    A JSON body is read whole and parsed once; the object is left at ``scope["quantserve.json"]``. Other bodies pass
-    through and are counted. A cap on tokens goes to the replica in a header, because only there it is known what a
-    request gets that names no number.
+    A JSON body is read completely and parsed once; the object is stored in ``scope["quantserve.json"]``. Other bodies
+    are streamed and counted. The cap on tokens is sent to the replica in a header, because only the replica knows the
+    default of a request without that field.
 
     Args:
-        app: what is protected.
+        app: the protected app.
         policy: the limits.
     """
 
@@ -132,7 +132,7 @@ class Limits:
         limit = self.policy.max_body_bytes
         declared = header(scope, b"content-length")
         if declared.isdigit() and int(declared[:20]) > limit:
-            raise _too_large(f"has {int(declared[:20])} bytes", limit)
+            raise _too_large(limit, int(declared[:20]))
         scope = self._with_cap(scope)
         if scope["method"] not in _WITH_BODY:
             await self.app(scope, receive, send)
@@ -149,7 +149,7 @@ class Limits:
             await self.app(scope, _counted(receive, limit), send)
 
     def check(self, body: Mapping[str, Any]) -> None:
-        """Check the fields of a body; what has the wrong type is left to the model's server.
+        """Check the fields of a body; fields of the wrong type are left to the model's server.
 
         Raises:
             Refused: 400, naming the field, its number and the limit.
@@ -182,10 +182,10 @@ class Limits:
         try:
             return await read_body(receive, limit)
         except Refused as refused:
-            raise _too_large("is longer than that", limit) from refused
+            raise _too_large(limit) from refused
 
     def _with_cap(self, scope: Scope) -> Scope:
-        """The scope with our cap on tokens in its headers, and never with a client's."""
+        """The scope with our token cap in its headers; a client's header of that name is removed."""
         headers = [pair for pair in scope["headers"] if pair[0] != MAX_TOKENS_HEADER]
         if self.policy.max_tokens is not None:
             headers.append((MAX_TOKENS_HEADER, str(self.policy.max_tokens).encode()))
@@ -193,7 +193,7 @@ class Limits:
 
 
 def _parse(scope: Scope, body: bytes) -> dict[str, Any] | None:
-    """The JSON object of a body; None for no body and for what nobody said was JSON."""
+    """The JSON object of a body; None for an empty body, and for one that is no JSON and has no Content-Type."""
     if not body:
         return None
     try:
@@ -205,10 +205,10 @@ def _parse(scope: Scope, body: bytes) -> dict[str, Any] | None:
 
 
 def _check_values(body: Mapping[str, Any]) -> None:
-    """Refuse what vLLM cannot send to its engine and would answer with a 500.
+    """Refuse values that vLLM cannot send to its engine, for which it would answer 500.
 
     Raises:
-        Refused: 400, a whole number does not fit into 64 bits, or a text is no Unicode.
+        Refused: 400, an integer does not fit into 64 bits, or a string is not valid Unicode.
     """
     for field, value in body.items():
         left = [field, value]
@@ -219,9 +219,9 @@ def _check_values(body: Mapping[str, Any]) -> None:
             elif isinstance(found, list):
                 left += found
             elif isinstance(found, int) and not -(2**63) <= found < 2**64:
-                raise _unusable(field, f"the number {str(found)[:40]}, which does not fit into 64 bits")
+                raise _unusable(field, f"the number {str(found)[:40]}, which does not fit into 64 bits.")
             elif isinstance(found, str) and not _is_unicode(found):
-                raise _unusable(field, "text that is not valid Unicode: half a surrogate pair")
+                raise _unusable(field, "text that is not valid Unicode (an unpaired surrogate).")
 
 
 def _is_unicode(text: str) -> bool:
@@ -238,7 +238,7 @@ def _unusable(field: str, has: str) -> Refused:
 
 
 def _counted(receive: Receive, limit: int) -> Receive:
-    """A receive channel that raises when the body becomes too long."""
+    """A receive channel that raises when the body exceeds the limit."""
     size = 0
 
     async def channel() -> Message:
@@ -246,14 +246,14 @@ def _counted(receive: Receive, limit: int) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > limit:
-            raise _too_large("is longer than that", limit)
+            raise _too_large(limit)
         return message
 
     return channel
 
 
 def _prompts(value: object) -> int:
-    """How many prompts a ``prompt`` or ``input`` holds: a list of token ids is one, a list of texts several."""
+    """Number of prompts in ``prompt`` or ``input``: a list of token ids is one prompt, a list of texts several."""
     if not isinstance(value, list):
         return 1
     return 1 if value and isinstance(value[0], int) else len(value)
@@ -273,6 +273,7 @@ def _too_many(field: str, has: str, limit: int) -> Refused:
     return Refused(400, message, param=field, code="array_above_max_length")
 
 
-def _too_large(has: str, limit: int) -> Refused:
-    message = f"this server takes request bodies of at most {limit} bytes ({limit / MIB:g} MiB); this one {has}"
+def _too_large(limit: int, size: int | None = None) -> Refused:
+    has = "" if size is None else f"{size} bytes, "
+    message = f"Request body too large: {has}the limit is {limit} bytes ({limit / MIB:g} MiB)."
     return Refused(413, message, code="request_too_large")

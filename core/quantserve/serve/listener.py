@@ -1,4 +1,4 @@
-"""A replica's end of the wire: an ASGI server for the front door alone."""
+"""The replica's end of the connection to gateways: an ASGI server for authenticated gateways only."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from starlette.types import ASGIApp, Message
 
 from quantserve.serve.asgi import request_scope
 from quantserve.serve.wire import Frames, Kind, frame, pack_head, unpack_request
+from quantserve.text import harmless
 
 LONGEST_HELLO: Final = 1 << 10
-"""Nobody who has not said the token may send more than this."""
+"""Longest frame that is accepted before the token."""
 HELLO_S: Final = 5.0
 TOGETHER: Final = 16
-"""Frames that are sent in one piece at most, so that the front door can begin while more are made."""
+"""Most frames that are sent in one write, so that the gateway can begin while more are produced."""
 
 logger = logging.getLogger(__name__)
 
 
 class Listener:
-    """Answers front doors that know the token.
+    """Accepts connections of gateways that present the token.
 
     Args:
         app: gets the requests, one task each.
-        token: what a front door must say first; other connections are closed without a word.
+        token: must be the first frame of a connection; other connections are closed without a response.
     """
 
     def __init__(self, app: ASGIApp, token: str) -> None:
@@ -39,11 +40,11 @@ class Listener:
         self._server: asyncio.Server | None = None
 
     async def start(self, listening: socket.socket) -> None:
-        """Take connections from a bound socket."""
+        """Accept connections on a bound socket."""
         self._server = await asyncio.get_running_loop().create_server(lambda: _Session(self), sock=listening)
 
     def close(self) -> None:
-        """Take no more connections and end those there are, once what was answered is on its way."""
+        """Stop accepting connections, and close the open ones after sending what is buffered."""
         if self._server is not None:
             self._server.close()
         for session in list(self.sessions):
@@ -51,7 +52,7 @@ class Listener:
 
 
 class _Session(asyncio.Protocol):
-    """The connection of one front door."""
+    """The connection of one gateway."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
@@ -66,11 +67,11 @@ class _Session(asyncio.Protocol):
 
     @property
     def full(self) -> bool:
-        """Whether the front door is slower than its answers."""
+        """Whether the send buffer is full because the gateway reads too slowly."""
         return self._full
 
     def write(self, data: bytes) -> None:
-        """Send a frame together with those that follow before the event loop looks around again."""
+        """Send a frame, in one write with those that follow in the same turn of the event loop."""
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._flush)
         self._unsent.append(data)
@@ -108,14 +109,14 @@ class _Session(asyncio.Protocol):
             elif kind == Kind.OPEN:
                 self._open(number, payload)
             elif (request := self._requests.get(number)) is not None:
-                request.told(kind)
+                request.on_frame(kind)
         if not self._known and self._frames.wanted > LONGEST_HELLO:
             self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._listener.sessions.discard(self)
         for request in self._requests.values():
-            request.told(Kind.CANCEL)
+            request.on_frame(Kind.CANCEL)
 
     def pause_writing(self) -> None:
         self._full = True
@@ -123,7 +124,7 @@ class _Session(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._full = False
         for request in self._requests.values():
-            request.go_on()
+            request.recheck()
 
     def _open(self, number: int, payload: bytes) -> None:
         request = self._requests[number] = _Request(self, number, payload)
@@ -135,10 +136,10 @@ class _Session(asyncio.Protocol):
         self._beginning.append(request)
 
     def _begin_next(self) -> None:
-        """Begin one request in every turn of the event loop.
+        """Begin one request per turn of the event loop.
 
-        Of many that come together the first is then in the engine while the last is still being read, instead of all
-        getting there as late as the last.
+        When many requests arrive together, the first one is in the engine while the last one is still being parsed;
+        otherwise all of them would reach the engine as late as the last.
         """
         self._begin(self._beginning.popleft())
         if self._beginning:
@@ -146,7 +147,7 @@ class _Session(asyncio.Protocol):
 
     def _begin(self, request: _Request) -> None:
         task = asyncio.get_running_loop().create_task(self._run(request))
-        self._tasks.add(task)  # asyncio itself holds tasks only weakly
+        self._tasks.add(task)  # asyncio keeps only weak references to tasks
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, request: _Request) -> None:
@@ -154,8 +155,8 @@ class _Session(asyncio.Protocol):
             if not request.left:
                 await self._listener.app(request.scope, request.receive, request.send)
         except Exception as error:
-            # The layers inside have turned what they could into an answer; what gets here broke off in the middle.
-            logger.warning("%s broke off: %s", request.scope["path"], type(error).__name__)
+            # The layers inside turn errors into responses; this one came after the response had begun.
+            logger.warning("response of %s ended early: %s", harmless(request.scope["path"]), type(error).__name__)
         finally:
             request.finish()
             self._requests.pop(request.number, None)
@@ -180,23 +181,23 @@ class _Request:
 
     @property
     def left(self) -> bool:
-        """Whether nobody waits for the answer any more."""
+        """Whether the client has disconnected."""
         return self._gone.is_set()
 
-    def told(self, kind: int) -> None:
-        """Do what the front door says about this request."""
+    def on_frame(self, kind: int) -> None:
+        """Handle a frame about this request: CANCEL, PAUSE or RESUME."""
         if kind == Kind.CANCEL:
             self._done = True
             self._gone.set()
         self._paused = kind == Kind.PAUSE
-        self.go_on()
+        self.recheck()
 
-    def go_on(self) -> None:
-        """Let `send` see again whether it may."""
+    def recheck(self) -> None:
+        """Let a waiting `send` check again whether it may continue."""
         self._may_send.set()
 
     async def receive(self) -> Message:
-        """ASGI: the body, then, when the client leaves or has its answer, the disconnect."""
+        """ASGI: the body, then the disconnect, when the client disconnects or the response is complete."""
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
@@ -204,7 +205,7 @@ class _Request:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """ASGI: pass a part of the answer on, waiting while the client or the connection is slow."""
+        """ASGI: send a part of the response; waits while the client or the connection is slow."""
         while (self._paused or self._session.full) and not self._done:
             self._may_send.clear()
             await self._may_send.wait()
@@ -224,7 +225,7 @@ class _Request:
             self._session.write(data)
 
     def finish(self) -> None:
-        """The app has returned: an answer that is not whole never will be."""
+        """The app has returned: report an incomplete response as failed."""
         if not self._done:
             self._done = True
             self._session.write(frame(Kind.FAILED, self.number))

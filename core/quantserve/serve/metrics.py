@@ -1,7 +1,7 @@
-"""Prometheus metrics of the front door and, merged with them, of the replicas behind it.
+"""Prometheus metrics of the gateway, merged with those of its replicas.
 
-What the front door sees of a request it counts here, per model, quantization method and path. What happens inside the
-engine vLLM counts; its text is fetched from every replica at each scrape.
+Request metrics are counted here, per model, quantization method and path. Engine metrics are counted by vLLM and
+fetched from every replica at each scrape.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ PATHS: Final = frozenset({
     "/score", "/rerank", "/pooling", "/classify", "/tokenize", "/detokenize", "/invocations",
     "/health", "/metrics", "/version", "/ping", "/load", "/docs", "/openapi.json",
 })  # fmt: skip
-"""Paths that are a label of their own; what follows them in ``/v1/models/ID`` is cut off, the rest is ``other``."""
+"""Values of the ``path`` label. The ID of ``/v1/models/ID`` is cut off; all other paths are ``other``."""
 REASONS: Final = {
     400: "invalid", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "invalid", 408: "timeout",
     413: "too_large", 415: "invalid", 422: "invalid", 429: "overload", 503: "unavailable", 504: "timeout",
 }  # fmt: skip
-"""Why the front door refused a request itself, by status, where the error's code does not say it."""
+"""The ``reason`` of a request that the gateway refused, by status, unless the error code is one of `OVERLOAD_CODES`."""
 OVERLOAD_CODES: Final = ("queue_full", "queue_timeout")
 STATES: Final = ("ready", "broken", "draining")
 UNKNOWN: Final = "unknown"
 OTHER: Final = "other"
 WINDOW_S: Final = 300.0
-"""What observed performance is a mean over."""
+"""Averaging window of the observed performance."""
 SCRAPE_TIMEOUT_S: Final = 1.0
 _LONGEST_TEXT: Final = 16 << 20
 _MOST_CODES: Final = 64
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """What a model's card says, as far as metrics are concerned."""
+    """The fields of a model's card that metrics need."""
 
     id: str
     method: str
@@ -90,8 +90,8 @@ class _Model:
 def expected_means(profile: Mapping[str, Any]) -> dict[str, float]:
     """A performance profile as ``ttft_seconds``, ``tpot_seconds`` and ``output_tokens_per_second``.
 
-    TPOT is (E2E - TTFT) / (tokens - 1), as vLLM counts it. An ITL that has the TTFT in it (E2E / tokens) gives the
-    number of tokens, and with that TPOT.
+    TPOT is (E2E - TTFT) / (tokens - 1), vLLM's definition. An ITL that includes the TTFT (E2E / tokens) is
+    converted: it gives the number of tokens, and that gives TPOT.
     """
     value = {key: float(number) for key, number in profile.items() if _positive(number)}
     e2e, ttft, itl, tpot = (value.get(f"{name}_ms") for name in ("e2e", "ttft", "itl", "tpot"))
@@ -109,7 +109,7 @@ def expected_means(profile: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Observed:
-    """Means per model over a sliding window, from what the replicas' vLLM counts since they started.
+    """Means per model over a sliding window, from the cumulative metrics of the replicas' vLLM.
 
     Args:
         window_s: length of the window.
@@ -122,7 +122,7 @@ class Observed:
             "vllm:request_time_per_output_token_seconds_sum",
             "vllm:request_time_per_output_token_seconds_count",
         ),
-        # Per user, like what is expected: tokens of the finished requests by the time these took.
+        # Per user, like the expected value: tokens of the completed requests / their total duration.
         "output_tokens_per_second": ("vllm:request_generation_tokens_sum", "vllm:e2e_request_latency_seconds_sum"),
     }
     NAMES: Final = tuple(sorted({name for pair in RATIOS.values() for name in pair}))
@@ -135,10 +135,10 @@ class Observed:
         self._marks: dict[str, deque[tuple[float, dict[str, float]]]] = {}
 
     def add(self, model: str, replica: str, text: bytes) -> None:
-        """Take in one replica's text; its first one only sets where counting starts."""
+        """Add one replica's metrics; the first call sets the baseline."""
         found = {**dict.fromkeys(self.NAMES, 0.0), **totals(text, self.NAMES)}
         before = self._last.get((model, replica), found)
-        if any(found[name] < before[name] for name in self.NAMES):  # the engine has started anew
+        if any(found[name] < before[name] for name in self.NAMES):  # the engine was restarted
             before = dict.fromkeys(self.NAMES, 0.0)
         sums = self._sums.setdefault(model, dict.fromkeys(self.NAMES, 0.0))
         for name in self.NAMES:
@@ -158,7 +158,7 @@ class Observed:
                 marks.popleft()
 
     def means(self, model: str) -> dict[str, float]:
-        """As `expected_means`; without what no request in the window says anything about."""
+        """As `expected_means`; metrics without a request in the window are omitted."""
         marks = self._marks.get(model)
         if not marks:
             return {}
@@ -171,14 +171,14 @@ class Observed:
 
 
 class GatewayMetrics(Collector):
-    """The front door's own metrics; an observer of traces with a registry of its own.
+    """The gateway's own metrics; a request observer with its own registry.
 
-    Labels stay few whatever clients send: models and paths that are not known become ``unknown`` and ``other``.
+    The number of label values is bounded: unknown models and paths become ``unknown`` and ``other``.
 
     Args:
         cards: of the models, as in ``/v1/models``.
-        pools: gives the models' pools, whose requests and replicas are counted at each scrape.
-        observed: performance seen in the engines, for comparison with the expected.
+        pools: returns the models' pools, whose requests and replicas are counted at each scrape.
+        observed: performance measured in the engines, for comparison with the expected one.
     """
 
     def __init__(
@@ -196,20 +196,23 @@ class GatewayMetrics(Collector):
         self._build = _build()
         own, path = ("model", "method"), ("model", "method", "path")
         self._requests = self._counter(
-            "requests", "Requests answered; status 499: the client left first.", *path, "status", "code"
+            "requests", "Completed requests; status 499: the client disconnected first.", *path, "status", "code"
         )
         self._first_byte = self._histogram(
-            "time_to_first_byte_seconds", "From the request's head to the first byte of a good answer.", *path, "stream"
+            "time_to_first_byte_seconds",
+            "From the request's head to the first byte of a good response.",
+            *path,
+            "stream",
         )
         self._duration = self._histogram(
-            "request_duration_seconds", "From the request's head to the answer's last byte.", *path, "outcome"
+            "request_duration_seconds", "From the request's head to the last byte of the response.", *path, "outcome"
         )
-        self._queue = self._histogram("queue_seconds", "Waiting for a place on a replica.", *own)
+        self._queue = self._histogram("queue_seconds", "Time in the queue for a replica.", *own)
         self._rejected = self._counter(
-            "rejected", "Requests the front door refused without asking a replica.", *own, "reason"
+            "rejected", "Requests that the gateway refused without a replica.", *own, "reason"
         )
-        self._retries = self._counter("retries", "Further replicas tried after one failed.", *own)
-        self._scrape_errors = self._counter("scrape_errors", "Replicas whose metrics did not come in time.", *own)
+        self._retries = self._counter("retries", "Retries on another replica.", *own)
+        self._scrape_errors = self._counter("scrape_errors", "Replicas whose metrics were not fetched in time.", *own)
         for model in self._models.values():
             # Zeros from the start, so that a rate sees the first event.
             self._retries.labels(model.id, model.method)
@@ -220,7 +223,7 @@ class GatewayMetrics(Collector):
         ProcessCollector(registry=self.registry)
 
     def __call__(self, trace: Trace) -> None:
-        """Count a request that is over."""
+        """Count a completed request."""
         own = self.labels(trace.model)
         path = (*own, self._path(trace.path))
         status = trace.status or (499 if trace.client_left else 500)
@@ -245,20 +248,20 @@ class GatewayMetrics(Collector):
         return (known.id, known.method) if known else (UNKNOWN, UNKNOWN)
 
     def scrape_failed(self, model: str) -> None:
-        """Count a replica whose metrics are missing in this scrape."""
+        """Count a replica whose metrics are missing from this scrape."""
         self._scrape_errors.labels(*self.labels(model)).inc()
 
     def render(self) -> bytes:
-        """The own metrics as text, without the creation times that the library adds to each series."""
+        """The gateway's own metrics as text, without the ``_created`` series of the library."""
         return generate_latest(_WithoutCreated(self.registry))
 
     def collect(self) -> Iterator[Metric]:
-        """What is not counted but looked up when it is asked for."""
+        """Gauges, computed at each scrape."""
         own = ["model", "method"]
-        running = _gauge("requests_in_progress", "Requests that are on a replica now.", own)
-        waiting = _gauge("queue_length", "Requests that wait for a place on a replica.", own)
+        running = _gauge("requests_in_progress", "Requests running on a replica.", own)
+        waiting = _gauge("queue_length", "Requests in the queue for a replica.", own)
         replicas = _gauge(
-            "replicas", "Replicas the front door knows; broken ones failed in the last second.", [*own, "state"]
+            "replicas", "Replicas known to the gateway; broken: failed within the last second.", [*own, "state"]
         )
         for pool in self.pools():
             labels = self.labels(pool.model_id)
@@ -269,7 +272,7 @@ class GatewayMetrics(Collector):
         info = _gauge("model_info", "Always 1: the models served.", [*own, "bits"])
         for model in self._models.values():
             info.add_metric([model.id, model.method, model.bits], 1)
-        build = _gauge("build_info", "Always 1: what this server is made of.", list(self._build))
+        build = _gauge("build_info", "Always 1: versions of this server's components.", list(self._build))
         build.add_metric(list(self._build.values()), 1)
         yield from (running, waiting, replicas, info, build)
         yield from self._performance()
@@ -282,10 +285,8 @@ class GatewayMetrics(Collector):
         }
         window = f"{self.observed.window_s / 60:g}"
         for name, meaning in meanings.items():
-            expected = _gauge(f"expected_{name}", f"Mean {meaning} that was expected.", ["model", "method", "source"])
-            seen = _gauge(
-                f"observed_{name}", f"Mean {meaning} in the engines, last {window} minutes.", ["model", "method"]
-            )
+            expected = _gauge(f"expected_{name}", f"Expected mean {meaning}.", ["model", "method", "source"])
+            seen = _gauge(f"observed_{name}", f"Measured mean {meaning}, last {window} minutes.", ["model", "method"])
             for model in self._models.values():
                 if name in model.expected:
                     expected.add_metric([model.id, model.method, model.source], model.expected[name])
@@ -300,7 +301,7 @@ class GatewayMetrics(Collector):
         return Histogram(f"quantserve_{name}", meaning, labels, registry=self.registry, buckets=BUCKETS)
 
     def _path(self, path: str) -> str:
-        """The path as a label, without a model's own route in front of it."""
+        """The ``path`` label, without the prefix of a model's route."""
         first, _, rest = path.lstrip("/").partition("/")
         path = "/" + (rest if first in self._routes else path.lstrip("/")).rstrip("/")
         if path in PATHS:
@@ -309,7 +310,7 @@ class GatewayMetrics(Collector):
         return head if head in ("/v1/models", "/v1/responses") else OTHER
 
     def _code(self, code: str) -> str:
-        """An error's code as a label; replicas make codes too, so their number is bounded here."""
+        """The ``code`` label. Replicas can return any code, so the number of values is bounded here."""
         if code and code not in self._codes:
             if len(self._codes) >= _MOST_CODES or len(code) > 64 or not code.isascii() or not code.isprintable():
                 return OTHER
@@ -326,14 +327,14 @@ class GatewayMetrics(Collector):
 
 
 class MetricsEndpoint:
-    """ASGI app for ``GET /metrics``: the front door's metrics and every replica's, in one text.
+    """ASGI app for ``GET /metrics``: the metrics of the gateway and of every replica, in one text.
 
-    Scrapes at the same time share one round over the replicas.
+    Concurrent scrapes share one round over the replicas.
 
     Args:
-        metrics: the front door's; its pools say which replicas there are.
-        fetch: gets a replica's text.
-        timeout_s: a replica that takes longer is left out and counted.
+        metrics: those of the gateway; its pools list the replicas.
+        fetch: fetches a replica's metrics.
+        timeout_s: a replica that takes longer is omitted and counted as a scrape error.
     """
 
     def __init__(
@@ -351,10 +352,10 @@ class MetricsEndpoint:
         """Answer a scrape.
 
         Raises:
-            Refused: 405, it is no GET.
+            Refused: 405, the method is not GET or HEAD.
         """
         if scope["method"] not in ("GET", "HEAD"):
-            raise Refused(405, f"{scope['method']} is not possible here", headers={"allow": "GET"})
+            raise Refused(405, f"Method {scope['method']} is not allowed here; use GET.", headers={"allow": "GET"})
         if self._round is None or self._round.done():
             self._round = asyncio.ensure_future(self.text())
         body = await asyncio.shield(self._round)
@@ -365,7 +366,7 @@ class MetricsEndpoint:
         await Response(body, headers=headers, media_type=CONTENT_TYPE)(scope, receive, send)
 
     async def text(self) -> bytes:
-        """Ask all replicas at once and merge what they say."""
+        """Fetch the metrics of all replicas concurrently and merge them."""
         metrics, asked = self._metrics, []
         for pool in metrics.pools():
             asked += [(pool.model_id, replica) for replica in pool.replicas.values()]
@@ -383,7 +384,7 @@ class MetricsEndpoint:
         merger.add(metrics.render())
         for labels, answer in texts:
             merger.add(answer, labels)
-            await asyncio.sleep(0)  # tokens of running requests go first
+            await asyncio.sleep(0)  # let the event loop send tokens of running requests first
         return merger.render()
 
     async def _ask(self, replica: Replica) -> bytes | None:
@@ -391,7 +392,7 @@ class MetricsEndpoint:
             async with asyncio.timeout(self._timeout_s):
                 return await self._fetch(replica)
         except Exception as error:
-            logger.warning("no metrics from replica %s: %s", replica.id, str(error) or type(error).__name__)
+            logger.warning("cannot fetch metrics of replica %s: %s", replica.id, str(error) or type(error).__name__)
             return None
 
 
@@ -400,7 +401,7 @@ async def fetch_metrics(replica: Replica) -> bytes:
 
     Raises:
         ReplicaLost: it cannot be reached.
-        ValueError: its answer is not 200, or longer than 16 MiB.
+        ValueError: the status is not 200, or the text is longer than 16 MiB.
     """
     response = await replica.upstream.request("GET", b"/metrics", [(b"accept", b"text/plain; version=0.0.4")])
     try:
@@ -418,7 +419,7 @@ async def fetch_metrics(replica: Replica) -> bytes:
 
 
 class _WithoutCreated(Collector):
-    """A registry without the ``_created`` series, which double the counters and say little."""
+    """A registry without the ``_created`` series, one more for each counter, which nothing uses."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

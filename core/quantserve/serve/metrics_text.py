@@ -1,7 +1,7 @@
-"""Prometheus' text format: several processes' metrics as one text, and totals read out of a text.
+"""Prometheus' text format: merges the metrics of several processes, and reads totals out of a text.
 
-A replica's text has about 1000 lines and is merged at every scrape, so lines are cut with `find` and only the rare
-ones (a label that clashes, an exemplar) are taken apart.
+A replica's text has about 1000 lines and is merged at every scrape, so most lines are only cut with `find`; lines with
+a clashing label or an exemplar, which are rare, are parsed.
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ class _Family:
 
 
 class Merger:
-    """Gathers texts family by family; what is not valid is left out, because one bad line costs the whole scrape."""
+    """Merges texts family by family; invalid lines are dropped, because one would invalidate the whole scrape."""
 
     def __init__(self) -> None:
         self._families: dict[bytes, _Family] = {}
 
     def add(self, text: bytes, labels: Mapping[str, str] | None = None) -> None:
-        """Take in one process's text, with labels for each of its samples.
+        """Add one process's text, with labels for each of its samples.
 
-        A label the text has already is kept as ``exported_NAME``, as Prometheus does. Exemplars, which the format
-        does not have, are dropped, and so are a last line without an end and a family that is of another type in an
-        earlier text.
+        A label that a sample already has is kept as ``exported_NAME``, like in Prometheus. Dropped are exemplars, which
+        this format does not have, an incomplete last line, and a family whose type differs in an earlier text.
         """
         extra = b",".join(
             key.encode() + b'="' + escaped(value).encode() + b'"' for key, value in (labels or {}).items()
@@ -87,9 +86,9 @@ class Merger:
         return b"\n".join([*parts, b""])
 
     def _declare(self, line: bytes, family: _Family | None) -> _Family | None:
-        """The family that a comment line speaks of; the current one where it is any other comment.
+        """The family that a HELP or TYPE line declares; the current one for any other comment.
 
-        One of another type than an earlier text's is a throwaway, which takes its samples with it.
+        A family whose type differs from an earlier text's gets a new object, which is dropped with its samples.
         """
         words = line.split(None, 3)
         if len(words) < 3 or words[0] != b"#" or words[1] not in (b"HELP", b"TYPE") or not _is_name(words[2]):
@@ -107,7 +106,7 @@ class Merger:
         return found
 
     def _family_of(self, name: bytes) -> _Family | None:
-        """The family of a sample that does not follow its declaration, or has none."""
+        """The family of a sample without a declaration directly before it."""
         stem = name.rpartition(b"_")[0]
         for candidate in (self._families.get(name), self._families.get(stem)):
             if candidate is not None and candidate.owns(name):
@@ -125,7 +124,7 @@ def merge(own: bytes, replicas: Sequence[tuple[Mapping[str, str], bytes]]) -> by
 
 
 def escaped(value: str) -> str:
-    """A label value as it stands between quotes."""
+    """A label value, escaped for use between quotes."""
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
@@ -155,7 +154,7 @@ def _name(line: bytes) -> tuple[bytes, bool]:
 
 
 def _plain(line: bytes, labelled: bool) -> bool:
-    """Whether a sample is whole and without an exemplar, as far as that is seen without taking it apart."""
+    """Whether a sample is complete and has no exemplar, by checks that need no parsing."""
     space = line.rfind(b" ")
     if b"#" in line or space < 0 or (labelled and not 0 < line.rfind(b"}") < space):
         return False
@@ -214,7 +213,7 @@ def _end_of_labels(line: bytes) -> int:
 
 
 def _taken_apart(line: bytes, name: bytes, keys: Sequence[bytes], extra: bytes) -> bytes:
-    """A sample with further labels, its clashing ones renamed and without its exemplar; empty when it is broken."""
+    """A parsed sample with further labels, clashing ones renamed and its exemplar removed; empty if it is invalid."""
     try:
         pairs, end = _labels(line, line.index(b"{") + 1) if _name(line)[1] else ([], len(name))
     except ValueError:

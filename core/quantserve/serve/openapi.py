@@ -1,4 +1,4 @@
-"""The OpenAPI schema of the front door, made of the schemas that the models' servers give of themselves."""
+"""The gateway's OpenAPI schema, merged from the schemas of the models' servers."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def public_schema(
     route: str = "",
     closed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The schema of what clients reach at one address.
+    """The schema of the paths that clients reach at one address.
 
     Args:
         schemas: of the models' own servers, at least one.
-        names: of models, as requests may have them in ``model``.
-        several: whether the front door has to find the model: then there are only POST requests in JSON beside its own
-            paths, and ``model`` is required.
-        metrics: whether it answers ``/metrics`` itself.
+        names: model names that requests may use in ``model``.
+        several: whether the gateway routes by ``model``: then the schema has only JSON POST requests, beside the
+            gateway's own paths, and ``model`` is required.
+        metrics: whether the gateway serves ``/metrics``.
         route: prefix of all paths.
-        closed: paths of the models' servers that clients do not reach.
+        closed: paths of the models' servers that clients cannot reach.
     """
     paths: dict[str, Any] = {}
     components: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def public_schema(
 
 
 def _routable(method: str, operation: Any) -> bool:
-    """Whether the front door can find the model of such a request, which its body must name."""
+    """Whether the gateway can route such a request by the ``model`` field of its body."""
     return method == "post" and JSON in ((operation.get("requestBody") or {}).get("content") or {})
 
 
@@ -99,7 +99,7 @@ def _operations(paths: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _name_models(operation: Mapping[str, Any], known: Mapping[str, Any], names: Sequence[str], required: bool) -> None:
-    """Write the names there are into the ``model`` of a request's body."""
+    """Set the allowed values of the ``model`` field of a request body."""
     body = ((operation.get("requestBody") or {}).get("content") or {}).get(JSON, {}).get("schema") or {}
     for option in (body, *body.get("anyOf", ()), *body.get("oneOf", ())):
         schema = known.get(str(option.get("$ref", "")).rpartition("/")[2])
@@ -111,7 +111,7 @@ def _name_models(operation: Mapping[str, Any], known: Mapping[str, Any], names: 
 
 
 def _own_paths(names: Sequence[str], metrics: bool) -> dict[str, Any]:
-    """The paths that the front door answers itself."""
+    """The paths that the gateway serves itself."""
     listed = {"type": "object", "properties": {"data": {"type": "array", "items": MODEL}}}
     one = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": list(names)}}
     sick = {"503": {"description": "A model is not available", "content": {JSON: {"schema": HEALTH}}}}
@@ -133,6 +133,6 @@ def _operation(summary: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rendered(texts: Sequence[bytes], names: Sequence[str], **settings: Any) -> bytes:
-    """`public_schema` of schemas as JSON."""
+    """`public_schema`, with schemas and result as JSON texts."""
     schema = public_schema([json.loads(text) for text in texts], names, **settings)
     return json.dumps(schema, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""What Ray Serve says about the applications, in one line per event."""
+"""Turns Ray Serve's application status into one line of text per event."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _LONGEST: Final = 600
 
 
 def cause(message: str) -> str:
-    """The one line of a deployment's failure message that says what went wrong, without the traceback."""
+    """The line of a deployment's failure message that has the cause, without the traceback."""
     for pattern in (_OURS, _ANY):
         if found := pattern.findall(message):
             return str(found[-1]).strip()[:_LONGEST]
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1][:_LONGEST] if lines else "no reason given"
+    return lines[-1][:_LONGEST] if lines else "no cause reported"
 
 
 class Progress:
-    """Follows applications from starting to ready or failed, and later between ready and unhealthy.
+    """Tracks applications from starting to ready or failed, and later between ready and unhealthy.
 
     Args:
         names: of the applications, in the order they are shown.
@@ -43,16 +43,16 @@ class Progress:
 
     @property
     def ready(self) -> list[str]:
-        """The applications that serve."""
+        """The applications that are serving, including unhealthy ones."""
         return [name for name, state in self._state.items() if state in ("ready", "unhealthy")]
 
     @property
     def failed(self) -> list[str]:
-        """The applications that did not start."""
+        """The applications that failed to start."""
         return [name for name, state in self._state.items() if state == "failed"]
 
     def update(self, applications: Mapping[str, Any]) -> Iterator[str]:
-        """Take in ``serve.status().applications``; yields a line for each thing that changed."""
+        """Process ``serve.status().applications``; yields one line per change."""
         for name, before in self._state.items():
             overview = applications.get(name)
             if overview is None or before == "failed":
@@ -72,7 +72,7 @@ class Progress:
                 yield self._line(name, f"{now}: {reason}")
 
     def _remark(self, name: str, messages: Sequence[str]) -> Iterator[str]:
-        """What holds a start up, such as resources that Ray cannot find; said once."""
+        """The reason of a slow start, such as missing resources; reported once."""
         message = next((message for message in messages if "taken more than" in message), "")
         if message and self._state[name] == "starting" and name not in self._remarks:
             self._remarks[name] = message

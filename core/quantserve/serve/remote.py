@@ -1,4 +1,4 @@
-"""A model whose replicas answer from other processes: one request, from admission to its last byte."""
+"""Proxies a request to a replica of its model: admission, retries, streaming, timeout, cancellation."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from quantserve.serve.wire import Headers
 
 ATTEMPTS: Final = 3
 DRAINING: Final = b"x-quantserve-draining"
-"""Header of a replica's refusal while it is being stopped; the request goes to another one."""
+"""Header of the refusal of a draining replica; the request is retried on another one."""
 NOT_FORWARDED: Final = frozenset({b"authorization"})
-"""The client's key ends at the front door."""
+"""The client's API key is not sent to replicas."""
 NOT_RETURNED: Final = frozenset({b"transfer-encoding", b"connection", b"keep-alive", b"date", b"server"})
 PREFIX_CHARACTERS: Final = 512
-"""How much of a prompt's beginning decides where it goes, with prefix affinity."""
+"""Length of the prompt prefix that prefix affinity hashes."""
 SESSION: Final = b"x-session-id"
 
 logger = logging.getLogger(__name__)
 
 
 class RemoteModel:
-    """ASGI app that answers from a replica of a model.
+    """ASGI app that forwards requests to the replicas of a model.
 
     Args:
         pool: the model's replicas.
-        timeout_s: longest time from the request to the end of the answer.
+        timeout_s: request timeout, from the request to the end of the response.
     """
 
     def __init__(self, pool: Pool, timeout_s: float = 600.0) -> None:
@@ -46,10 +46,10 @@ class RemoteModel:
         self.timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward one HTTP request. A client that leaves, or time that is up, cancels it in the replica.
+        """Forward one HTTP request. A disconnected client or the timeout cancels it in the replica.
 
         Raises:
-            Refused: the model has no place, no replica, or did not answer in time.
+            Refused: the queue is full, there is no replica, or the request timed out.
         """
         body = await read_body(receive)
         answer = _Answer(send)
@@ -73,7 +73,7 @@ class RemoteModel:
                 raise
             task.uncancel()
             if ended == "late":
-                message = f"the model did not finish within {self.timeout_s:g} s"
+                message = f"Request timed out: the model did not finish within {self.timeout_s:g} s."
                 await answer.fail(Refused(504, message, code="timeout"))
         except ReplicaLost as lost:
             logger.warning("model %s: %s", self.pool.model_id, lost)
@@ -83,7 +83,7 @@ class RemoteModel:
             leaving.cancel()
 
     async def _forward(self, scope: Scope, body: bytes, answer: _Answer) -> None:
-        """Try replicas until one answers; once something was sent there is no other attempt."""
+        """Try replicas until one responds; there is no retry once a part of the response was sent."""
         trace = trace_of(scope)
         target = _target(scope)
         headers = [(key, value) for key, value in scope["headers"] if key not in NOT_FORWARDED]
@@ -111,7 +111,7 @@ class RemoteModel:
     async def _exchange(
         replica: Replica, method: str, target: bytes, headers: Headers, body: bytes, answer: _Answer
     ) -> bool:
-        """Pass the request on and the answer back; False when the replica is being stopped and took it not."""
+        """Forward the request and its response; False when the replica is draining and refused it."""
         response: Response = await replica.upstream.request(method, target, headers, body)
         try:
             if response.status == 503 and any(name == DRAINING for name, _ in response.headers):
@@ -126,7 +126,7 @@ class RemoteModel:
         return True
 
     def _key(self, scope: Scope, body: bytes) -> str | None:
-        """What keeps this request together with others on one replica."""
+        """The affinity key of this request; None without affinity."""
         affinity = self.pool.limits.affinity
         if affinity == "none" or len(self.pool.replicas) < 2:
             return None
@@ -142,7 +142,7 @@ class RemoteModel:
 
 
 class _Answer:
-    """What the client has been sent so far."""
+    """The response to the client, and how much of it was sent."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -162,21 +162,21 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def fail(self, refused: Refused) -> None:
-        """Tell the client what went wrong, in the way that is left.
+        """Report an error to the client: as a response, as an event of a stream, or by closing the connection.
 
         Raises:
-            Refused: nothing was sent yet, so that it can be a whole answer.
-            ReplicaLost: half an answer was sent which cannot take an error; the connection must break.
+            Refused: nothing was sent yet, so the error becomes the response.
+            ReplicaLost: a part of a response other than a stream was sent; the connection must be closed.
         """
         if not self.started:
             raise refused
         if not self._events:
-            raise ReplicaLost("the answer was cut short")
+            raise ReplicaLost("the response ended early")
         await self.end(b"data: " + bytes(refused.response.body) + b"\n\n")
 
 
 def affinity_key(fields: Mapping[str, Any], affinity: str) -> str | None:
-    """The session a request names, or the beginning of its prompt."""
+    """The session id in the request, or with prefix affinity a hash of the beginning of its prompt."""
     for name in ("prompt_cache_key", "user"):
         if isinstance(value := fields.get(name), str) and value:
             return f"{name}:{value[:256]}"
@@ -190,7 +190,7 @@ def affinity_key(fields: Mapping[str, Any], affinity: str) -> str | None:
 
 
 def _target(scope: Scope) -> bytes:
-    """Path and query as they go on the wire."""
+    """Encoded path and query."""
     path = quote(scope["path"], safe="/:@!$&'()*+,;=~").encode()
     query: bytes = scope.get("query_string", b"")
     return path + (b"?" + query if query else b"")

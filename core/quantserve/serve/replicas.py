@@ -1,6 +1,6 @@
-"""Which replicas a model has, which one gets the next request, and how many may wait: the front door's book.
+"""Per-model replica pool: admission, queueing and replica choice.
 
-All requests pass one front door, so it knows exactly how many each replica has, and needs neither probes nor guesses.
+All requests pass one gateway, which therefore knows the exact number of requests on each replica, without probes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quantserve.serve.asgi import Refused
 from quantserve.serve.upstream import ReplicaLost, Upstream
 
 BROKEN_S: Final = 1.0
-"""How long a replica that could not be reached is passed over, when there are others."""
+"""How long a replica that could not be reached gets no requests, if there are other replicas."""
 HEALTH_S: Final = 3.0
 SLACK: Final = 4
 """A session or prefix stays on its replica until that has so many more requests than the least loaded one."""
@@ -28,12 +28,12 @@ RETRY_AFTER_S: Final = (1, 60)
 
 @dataclass(eq=False)
 class Replica:
-    """A replica as the front door sees it.
+    """A replica and its load.
 
     Attributes:
-        ongoing: requests in progress that came through this front door.
-        draining: it takes no new requests.
-        broken_until: time (monotonic) until which it is passed over.
+        ongoing: requests in progress that this gateway sent.
+        draining: it accepts no new requests.
+        broken_until: time (monotonic) until which other replicas are preferred.
     """
 
     id: str
@@ -45,16 +45,16 @@ class Replica:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much one model takes at a time.
+    """Admission limits of one model.
 
     Attributes:
         ongoing: requests in progress per replica.
-        queued: requests waiting for a replica; -1 is no limit.
-        queue_s: longest wait.
-        wakes: whether a model without replicas gets one when a request waits (it was scaled to zero).
-        affinity: what keeps requests together on a replica: ``none``, ``session`` or ``prefix``.
-        busy_status: HTTP status of a request that finds no place, 429 or 503.
-        retry_after_s: what such a request is told; None tells it how long the queue takes at the rate of late.
+        queued: most requests in the queue; -1 is no limit.
+        queue_s: queue timeout in seconds.
+        wakes: whether a queued request starts a replica when there is none (the model scales to zero).
+        affinity: which requests stay together on a replica: ``none``, ``session`` or ``prefix``.
+        busy_status: HTTP status of a request that is refused for lack of capacity, 429 or 503.
+        retry_after_s: ``Retry-After`` of such a refusal; None estimates it from the queue and the recent throughput.
     """
 
     ongoing: int = 256
@@ -68,7 +68,7 @@ class Limits:
 
 @dataclass(eq=False)
 class _Waiter:
-    """A request that waits for a place, and what is known about where it may go; see `Pool.slot`."""
+    """A queued request, with its affinity key and the replicas to avoid; see `Pool.slot`."""
 
     key: str | None
     avoid: frozenset[str]
@@ -76,14 +76,14 @@ class _Waiter:
 
     @property
     def given(self) -> Replica | None:
-        """The place, which is taken already."""
+        """The replica whose slot this request already holds, if any."""
         done = self.place.done() and not self.place.cancelled() and not self.place.exception()
         return self.place.result() if done else None
 
 
 @dataclass
 class Pool:
-    """The replicas of one model and the requests that wait for them."""
+    """The replicas of one model and the queue of requests for them."""
 
     model_id: str
     limits: Limits
@@ -93,7 +93,7 @@ class Pool:
     _finished: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
     def update(self, addresses: Sequence[Mapping[str, Any]]) -> None:
-        """Take in which replicas run now: each with ``id``, ``host`` and ``port``."""
+        """Set the running replicas: each with ``id``, ``host``, ``port`` and maybe ``draining``."""
         known = {str(address["id"]): address for address in addresses}
         for gone in set(self.replicas) - set(known):
             self.replicas.pop(gone).upstream.close()
@@ -106,24 +106,24 @@ class Pool:
 
     @property
     def wanted(self) -> bool:
-        """Whether requests wait while there is no replica at all."""
+        """Whether requests are queued and there is no replica."""
         return bool(self.waiting) and not self.replicas
 
     @property
     def reachable(self) -> bool:
-        """Whether requests are taken: there is a replica, or one is started for them."""
+        """Whether requests are accepted: there is a replica, or one is started on demand."""
         return bool(self.replicas) or self.limits.wakes
 
     @property
     def settled(self) -> bool:
-        """Whether no request waits for a replica, and none is draining or could not be reached of late."""
+        """Whether no request is queued, and no replica is draining or failed within the last `BROKEN_S`."""
         now = time.monotonic()
         return not self.waiting and not any(one.draining or one.broken_until > now for one in self.replicas.values())
 
     @property
     def _awaited(self) -> bool:
-        """Whether there may soon be another replica: one is started for those who wait, or takes over from one that is
-        being stopped, which the next look for replicas will tell.
+        """Whether another replica may appear soon: started on demand, or as the successor of a draining one, which the
+        next discovery poll finds.
         """
         return self.limits.wakes or any(replica.draining for replica in self.replicas.values())
 
@@ -134,14 +134,14 @@ class Pool:
 
     @asynccontextmanager
     async def slot(self, key: str | None = None, avoid: frozenset[str] = frozenset()) -> AsyncIterator[Replica]:
-        """A place on a replica for one request.
+        """A slot on a replica for one request; waits in the queue for one.
 
         Args:
-            key: requests with the same key go to the same replica where the load allows.
-            avoid: ids of replicas that failed this request already.
+            key: affinity key; requests with the same key go to the same replica if the load allows it.
+            avoid: ids of replicas on which this request already failed.
 
         Raises:
-            Refused: 429, all places and the queue are full, or the wait was too long; 503, there is no replica.
+            Refused: 429, the queue is full or the queue timeout passed; 503, there is no replica.
         """
         replica = await self._acquire(key, avoid)
         try:
@@ -153,10 +153,10 @@ class Pool:
 
     @asynccontextmanager
     async def visit(self, avoid: frozenset[str] = frozenset()) -> AsyncIterator[Replica]:
-        """A replica for a request that costs its engine nothing, such as one for metrics: it needs no place.
+        """A replica for a request without engine work, such as a metrics scrape: it needs no slot.
 
         Args:
-            avoid: ids of replicas that failed this request already.
+            avoid: ids of replicas on which this request already failed.
 
         Raises:
             Refused: 503, there is no replica.
@@ -167,7 +167,7 @@ class Pool:
         yield min(usable, key=lambda replica: (replica.broken_until > time.monotonic(), replica.ongoing))
 
     async def healthy(self) -> bool:
-        """Whether any replica answers and says that its engine is well, or a request would wake one."""
+        """Whether a replica's health check passes, or a request would start a replica."""
         if self.limits.wakes and not self._usable(frozenset()):
             return True
         return any(await asyncio.gather(*(self._healthy(replica) for replica in list(self.replicas.values()))))
@@ -187,7 +187,7 @@ class Pool:
             return False
 
     async def _acquire(self, key: str | None, avoid: frozenset[str]) -> Replica:
-        # Those who came first are served first: nobody overtakes the queue.
+        # First in, first out: a new request does not overtake the queue.
         if not self.waiting and (replica := self._choose(key, avoid)):
             replica.ongoing += 1
             return replica
@@ -201,7 +201,7 @@ class Pool:
             async with asyncio.timeout(self.limits.queue_s):
                 return await waiter.place
         except TimeoutError:
-            if replica := waiter.given:  # at the last moment
+            if replica := waiter.given:  # a slot was assigned just before the timeout
                 return replica
             raise self._too_long() from None
         except asyncio.CancelledError:
@@ -217,7 +217,7 @@ class Pool:
         return [replica for name, replica in self.replicas.items() if not replica.draining and name not in avoid]
 
     def _choose(self, key: str | None, avoid: frozenset[str]) -> Replica | None:
-        """The replica with the fewest requests, or the key's own while that is not much busier."""
+        """The replica with the fewest requests, or the one of the affinity key unless it has `SLACK` more."""
         now = time.monotonic()
         usable = self._usable(avoid)
         sound = [replica for replica in usable if replica.broken_until <= now] or usable
@@ -232,16 +232,16 @@ class Pool:
         return random.choice([replica for replica in free if replica.ongoing == least])
 
     def _wake(self) -> None:
-        """Give those who wait the places there are, in their order."""
+        """Assign free slots to queued requests, in order."""
         for waiter in tuple(self.waiting):
-            if waiter.place.done():  # its client has just left
+            if waiter.place.done():  # its client has disconnected
                 continue
             if replica := self._choose(waiter.key, waiter.avoid):
                 replica.ongoing += 1
                 waiter.place.set_result(replica)
             elif not (self._usable(waiter.avoid) or self._awaited):
                 waiter.place.set_exception(self.unavailable())
-            elif waiter.avoid:  # who avoids nothing may find one
+            elif waiter.avoid:  # a later request that avoids no replica may still find a slot
                 continue
             else:
                 break
@@ -249,25 +249,25 @@ class Pool:
 
     def unavailable(self) -> Refused:
         """The error of a model that has no replica."""
-        message = f"the model `{self.model_id}` is not available at the moment; try again"
+        message = f"The model `{self.model_id}` is temporarily unavailable: no replica is ready. Retry in 5 s."
         return Refused(503, message, code="model_unavailable", headers={"retry-after": "5"})
 
     def _full(self) -> Refused:
-        load = f"{self.ongoing} requests in progress and {len(self.waiting)} waiting"
-        return self._busy(f"the model `{self.model_id}` is busy: {load}, which is all it takes", "queue_full")
+        load = f"{self.ongoing} running, {len(self.waiting)} queued"
+        return self._busy(f"Model `{self.model_id}` is at capacity ({load}).", "queue_full")
 
     def _too_long(self) -> Refused:
-        waited = f"within {self.limits.queue_s:g} s"
-        return self._busy(f"the model `{self.model_id}` had no place for this request {waited}", "queue_timeout")
+        waited = f"{self.limits.queue_s:g} s"
+        return self._busy(f"Timed out after {waited} in the queue of model `{self.model_id}`.", "queue_timeout")
 
     def _busy(self, message: str, code: str) -> Refused:
         given = self.limits.retry_after_s
         retry = self._retry_after() if given is None else max(1, round(given))
         headers = {"retry-after": str(retry)}
-        return Refused(self.limits.busy_status, f"{message}; try again in {retry} s", code=code, headers=headers)
+        return Refused(self.limits.busy_status, f"{message} Retry in {retry} s.", code=code, headers=headers)
 
     def _retry_after(self) -> int:
-        """Seconds until those who wait now will have been served, at the rate of late."""
+        """Seconds until the current queue is served, at the rate of the last 64 completed requests."""
         low, high = RETRY_AFTER_S
         if len(self._finished) < 2:
             return low

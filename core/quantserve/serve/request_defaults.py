@@ -1,7 +1,7 @@
-"""Request fields with defaults: what a model's config says counts where a client says nothing.
+"""Request defaults: fields that a client leaves out get the value in the model's config.
 
-vLLM knows defaults for a few sampling fields and none for stops. This layer fills them into the JSON body, so that
-every field can have one. A field that is absent or null gets the default; stops are united with the client's.
+vLLM has defaults for a few sampling fields and none for stops. This layer writes them into the JSON body, so that every
+field can have one. A field that is absent or null gets the default; stops are added to those of the client.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from quantserve.serve.asgi import header, is_json, parse_object, read_body, repl
 
 PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 MAX_TOKENS_HEADER: Final = b"x-quantserve-max-tokens"
-"""From the front door: the most tokens a request gets that names no number."""
+"""Header from the gateway: the cap on tokens, also for requests that set none of the token fields."""
 CAPPED: Final = {
     "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
     "/v1/completions": ("max_tokens",),
     "/v1/responses": ("max_output_tokens",),
 }
-"""By path, the fields that say how many tokens are wanted."""
+"""By path, the fields for the number of output tokens."""
 UNITED: Final = ("stop", "stop_token_ids")
-"""Fields where the client's values and the model's both count."""
+"""Fields where the client's values and the defaults are combined."""
 LENGTH_HEADERS: Final = (b"content-length", b"transfer-encoding")
 REPLACED_BY: Final = {"max_tokens": "max_completion_tokens"}
-"""OpenAI's newer name of a field: given by the client, it keeps the default of the older one out."""
+"""OpenAI's newer name of a field: if the client sets it, the older field gets no default."""
 
 
 class RequestDefaults:
@@ -37,8 +37,8 @@ class RequestDefaults:
         app: the model's app.
         defaults: values by request field; ``stop`` a list of texts, ``stop_token_ids`` a list of ids. Without any,
             bodies are not read.
-        max_model_len: the model's length in tokens, which a cap of the front door must not exceed: vLLM refuses a
-            request for more, but shortens a request for less to what the prompt leaves.
+        max_model_len: context length in tokens. A cap of the gateway at or above it is ignored: vLLM refuses requests
+            for more, and limits the others to the room after the prompt.
     """
 
     def __init__(self, app: ASGIApp, defaults: Mapping[str, Any], max_model_len: int | None = None) -> None:
@@ -47,7 +47,7 @@ class RequestDefaults:
         self.defaults = {key: value for key, value in defaults.items() if value is not None and value != []}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Complete the body of a completion request, leave everything else alone."""
+        """Complete the body of a completion request; forward other requests unchanged."""
         if scope["type"] != "http" or scope["method"] != "POST" or (route := _route(scope)) not in CAPPED:
             await self.app(scope, receive, send)
             return
@@ -62,21 +62,21 @@ class RequestDefaults:
         await self.app(scope, receive, send)
 
     def _cap(self, scope: Scope) -> int | None:
-        """The front door's cap, where it is below the model's length."""
+        """The gateway's cap, if it is below the context length."""
         value = header(scope, MAX_TOKENS_HEADER)
         if not value.isdigit() or self.max_model_len is None or int(value) >= self.max_model_len:
             return None
         return int(value)
 
     def _completed(self, route: str, body: dict[str, Any], cap: int | None) -> dict[str, Any] | None:
-        """The body with defaults and within the cap, or None when it is that already."""
+        """The body with defaults and cap applied, or None if nothing changes."""
         completed = self.complete(body) if route in PATHS else None
         if cap is None:
             return completed
         return capped(route, body if completed is None else completed, cap) or completed
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any] | None:
-        """The body with defaults in it, or None when it needs none."""
+        """The body with defaults, or None if nothing changes."""
         missing: dict[str, Any] = {}
         for key, default in self.defaults.items():
             given = body.get(key)
@@ -94,9 +94,9 @@ class RequestDefaults:
 
 
 def capped(route: str, body: Mapping[str, Any], cap: int) -> dict[str, Any] | None:
-    """The body with a number of tokens in it, or None when it has one that is small enough.
+    """The body with the cap applied to its token field, or None if the value there is small enough.
 
-    A completion without the field gets vLLM's 16, with null as many as the model can hold.
+    A completion without the field gets vLLM's default of 16, with null as many as fit into the context.
     """
     fields = CAPPED[route]
     asked = [body[field] for field in fields if isinstance(body.get(field), int)]
@@ -118,7 +118,7 @@ def union(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
 
 
 def _keep_below_limit(missing: dict[str, Any], body: Mapping[str, Any]) -> None:
-    """A default minimum must not contradict a client's maximum, which vLLM would refuse."""
+    """Lower a default ``min_tokens`` to the client's maximum; vLLM would refuse a minimum above it."""
     for key in ("max_completion_tokens", "max_tokens"):
         limit = body.get(key)
         if isinstance(limit, int) and limit < missing["min_tokens"]:
@@ -126,6 +126,6 @@ def _keep_below_limit(missing: dict[str, Any], body: Mapping[str, Any]) -> None:
 
 
 def _route(scope: Scope) -> str:
-    """The path inside the app, without the prefix it is mounted at."""
+    """The path below the mount point."""
     path, root = scope["path"], scope.get("root_path", "")
     return str(path[len(root) :] if root and path.startswith(root) else path)

@@ -1,4 +1,4 @@
-"""`quantserve serve`: plans become Ray Serve applications on this machine, until Ctrl-C."""
+"""`quantserve serve`: runs plans as Ray Serve applications on this machine until it gets a signal to stop."""
 
 from __future__ import annotations
 
@@ -20,38 +20,39 @@ from quantserve.plan import Plan
 from quantserve.serve.app import check_routes
 from quantserve.serve.cluster import Processes, cluster_secret, listen, log_folder, start_ray, stop_ray
 from quantserve.serve.cpus import keep_off
-from quantserve.serve.directory import follow
+from quantserve.serve.directory import poll_replicas
 from quantserve.serve.engine import model_application
 from quantserve.serve.gateway_process import GatewayProcess
 from quantserve.serve.keys import VARIABLE
 from quantserve.serve.limits import Policy
 from quantserve.serve.progress import Progress
 from quantserve.serve.served import describe_models
+from quantserve.text import escaped
 
 POLL_S: Final = 0.5
 WATCH_S: Final = 5.0
 CALM_S: Final = 5.0
-"""Time between two looks for replicas while all are well: a look costs the engines time; nothing is updated here."""
+"""Seconds between discovery polls while all replicas are healthy: each poll costs the engines time."""
 REACHABLE_S: Final = 15.0
-"""A model that is lost again before the gateway heard of it does not keep the others from being announced."""
+"""Longest wait until the gateway knows all replicas; a model lost in between does not delay the others."""
 DRAIN_S: Final = 20
-"""Longest time that requests in progress get at the end."""
+"""Drain timeout: how long requests in progress may take to finish at shutdown."""
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = False) -> int:
     """Serve the planned models behind one address until SIGINT, SIGTERM or SIGHUP; returns the exit code.
 
-    Each model is a Ray Serve application; the front door at the address leads to all of them, by the ``model`` of a
-    request at ``/v1`` and by route at ``/MODEL_ID/v1``.
+    Each model is a Ray Serve application. The gateway at the address routes to all of them: at ``/v1`` by the ``model``
+    field of a request, at ``/MODEL_ID/v1`` by path.
 
     Args:
         plans: at least one; ids differ.
         http: address, API keys and limits.
-        keep_going: serve the models that start when others fail to.
+        keep_going: serve the models that start although others fail to start.
 
     Raises:
-        EngineError: the port is taken, Ray or a model did not start, or Ray died.
+        EngineError: the port is in use, Ray or a model failed to start, or Ray died.
         UsageError: the host, the port or the API keys file cannot be used.
     """
     check_routes(plans)
@@ -59,15 +60,19 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
     listener = listen(http.host, http.port)
     port = int(listener.getsockname()[1])
     if not policy.has_keys and not _is_loopback(http.host):
-        _say(f"warning: {http.host} can be reached from other machines and no API keys are set ({VARIABLE})")
+        _say(
+            f"Warning: listening on {http.host} without API keys: anyone who can reach this machine can use the API. "
+            f"Set {VARIABLE} or --api-keys-file."
+        )
     processes = Processes()
     interrupts = Interrupts()
     gateway: GatewayProcess | None = None
     try:
-        _say(f"starting Ray and {_count(plans)}")
+        _say(f"Starting Ray and {_count(plans)}; small models take 30 to 90 s, large ones several minutes.")
         ray_processes = start_ray()
         interrupts.install()  # Ray has installed handlers of its own
-        processes.look()
+        processes.scan()
+        _say(f"Logs: {log_folder()}")
         token, created = cluster_secret()
         progress = Progress([plan.app_name for plan in plans], log_folder())
         gateway = GatewayProcess(
@@ -81,7 +86,7 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
             _say,
         )
         _deploy(plans, token)
-        _follow(plans, gateway)
+        _start_discovery(plans, gateway)
         _wait_until_started(progress, processes, interrupts, keep_going)
         ready = [plan for plan in plans if plan.app_name in progress.ready]
         _wait_until_reachable(ready, gateway, interrupts)
@@ -98,7 +103,7 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
 
 
 class Interrupts:
-    """Signals that end serving: the first asks for an orderly stop, the second for a quick one."""
+    """Signals that end serving: the first one drains and stops, the second one stops at once."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -106,7 +111,7 @@ class Interrupts:
         self.install()
 
     def install(self) -> None:
-        """Take the signals; only the main thread can."""
+        """Install the signal handlers; Python allows that in the main thread only."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._received)
@@ -118,12 +123,12 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def stopping(self) -> None:
-        """From now on the first signal is being obeyed."""
+        """Shutdown has begun: the next signal stops at once."""
         self._stopping = True
 
 
 def _deploy(plans: Sequence[Plan], token: str) -> None:
-    """Start every application, without waiting for any."""
+    """Start every application without waiting for it to be ready."""
     from ray import serve
 
     targets = [
@@ -135,21 +140,22 @@ def _deploy(plans: Sequence[Plan], token: str) -> None:
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def _follow(plans: Sequence[Plan], gateway: GatewayProcess) -> None:
-    """Tell the gateway, from a thread of its own, where Ray Serve's replicas are."""
+def _start_discovery(plans: Sequence[Plan], gateway: GatewayProcess) -> None:
+    """Poll Ray Serve for replicas in a thread and send their addresses to the gateway."""
     from ray import serve
 
     handles = {plan.model_id: serve.get_app_handle(plan.app_name) for plan in plans}
-    threading.Thread(target=lambda: asyncio.run(follow(gateway, handles, CALM_S)), daemon=True, name="follow").start()
+    work = poll_replicas
+    threading.Thread(target=lambda: asyncio.run(work(gateway, handles, CALM_S)), daemon=True, name="discovery").start()
 
 
 def _for_one_machine(plan: Plan) -> Plan:
-    """A model that cannot start here will not start at the third attempt either: say so after the first."""
+    """The plan with one start attempt: on one machine a model that failed to start once fails again."""
     return plan.model_copy(update={"deployment": {"max_constructor_retry_count": 1, **plan.deployment}})
 
 
 def _wait_until_started(progress: Progress, processes: Processes, interrupts: Interrupts, keep_going: bool) -> None:
-    """Return when all models run, or with `keep_going` when at least one does and the others failed.
+    """Return when all models are ready, or with `keep_going` when at least one is and the others failed.
 
     Raises:
         EngineError: a model failed to start and `keep_going` is off, or all did.
@@ -157,26 +163,26 @@ def _wait_until_started(progress: Progress, processes: Processes, interrupts: In
     while progress.starting:
         for line in progress.update(_applications()):
             _say(line)
-        processes.look()
+        processes.scan()
         if progress.failed and (not keep_going or not (progress.starting or progress.ready)):
             names = ", ".join(progress.failed)
-            raise EngineError(f"{names} did not start\n  logs: {progress.logs}")
+            raise EngineError(f"failed to start: {names}\n  logs: {progress.logs}")
         interrupts.event.wait(POLL_S)
 
 
 def _wait_until_reachable(ready: Sequence[Plan], gateway: GatewayProcess, interrupts: Interrupts) -> None:
-    """Return when the gateway knows a replica of every model that is ready: a moment later than Ray Serve does."""
+    """Return when the gateway knows a replica of every ready model; discovery lags behind Ray Serve by one poll."""
     deadline = time.monotonic() + REACHABLE_S
     while not {plan.model_id for plan in ready} <= set(gateway.reachable) and time.monotonic() < deadline:
         interrupts.event.wait(0.05)
 
 
 def _watch(progress: Progress, processes: Processes, interrupts: Interrupts) -> None:
-    """Report what becomes of the models until a signal comes."""
+    """Print every change of a model's state until a signal arrives."""
     while not interrupts.event.wait(WATCH_S):
         for line in progress.update(_applications()):
             _say(line)
-        processes.look()
+        processes.scan()
 
 
 def _applications() -> dict[str, Any]:
@@ -185,12 +191,13 @@ def _applications() -> dict[str, Any]:
     try:
         return dict(serve.status().applications)
     except Exception as error:
-        raise EngineError(f"Ray Serve has stopped answering: {type(error).__name__}") from error
+        message = f"lost contact with the Ray Serve controller ({type(error).__name__}); shutting down"
+        raise EngineError(f"{message}\n  logs: {log_folder()}") from error
 
 
 def _stop(gateway: GatewayProcess | None, processes: Processes, interrupts: Interrupts) -> None:
     interrupts.stopping()
-    _say("stopping; Ctrl-C again to stop at once")
+    _say(f"Stopping: requests in progress have up to {DRAIN_S} s to finish. Press Ctrl-C again to stop at once.")
     began = time.monotonic()
     try:
         if gateway:
@@ -200,24 +207,25 @@ def _stop(gateway: GatewayProcess | None, processes: Processes, interrupts: Inte
         if gateway:
             gateway.stop(0)
         killed = stop_ray(processes, graceful=False)
-    _say(f"stopped in {time.monotonic() - began:.1f} s" + (f", {killed} processes killed" if killed else ""))
+    _say(f"Stopped in {time.monotonic() - began:.1f} s." + (f" {killed} processes had to be killed." if killed else ""))
 
 
 def _announce(ready: Sequence[Plan], wanted: int, host: str, port: int, keys: bool) -> None:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     base = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
     first = ready[0]
-    width = max(len(plan.model_id) for plan in ready)
-    _say("ready:")
-    if wanted > 1:
-        _say(f"  {'all models':{width}}  {base}/v1")
+    together = ["all models"] if wanted > 1 else []
+    width = max(map(len, [*together, *(plan.model_id for plan in ready)]))
+    _say("Ready:")
+    for name in together:
+        _say(f"  {name:{width}}  {base}/v1")
     for plan in ready:
         _say(f"  {plan.model_id:{width}}  {base}{plan.route_prefix}/v1")
     body = {"model": first.model_id, "messages": [{"role": "user", "content": "What does str.join do?"}]}
     key = ' -H "Authorization: Bearer $KEY"' if keys else ""
-    _say("try:")
+    _say("Try:")
     _say(f"  curl {base}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
-    _say("Ctrl-C stops.")
+    _say("Press Ctrl-C to stop.")
 
 
 def _is_loopback(host: str) -> bool:
@@ -234,4 +242,4 @@ def _count(plans: Sequence[Plan]) -> str:
 def _say(line: str) -> None:
     # The terminal or the pipe may be gone while there is still a server to stop.
     with contextlib.suppress(OSError):
-        print(line, flush=True)
+        print(escaped(line, "\n"), flush=True)

@@ -1,4 +1,4 @@
-"""How many replicas a model needs, for Ray Serve's controller, which imports this file and nothing else of ours."""
+"""Autoscaling policy for Ray Serve's controller, which imports this file and no other of quantserve."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def replicas_for_load(ctx: Any) -> tuple[int, dict[str, Any]]:
-    """``target_ongoing_requests`` per replica, of the requests that the replicas report.
+    """Replicas needed for ``target_ongoing_requests`` requests each, from the requests that the replicas report.
 
-    Serve adds its delays and bounds to the answer. Requests go to the replicas directly, so its own count knows only
-    those that wake a model which was scaled to zero.
+    Serve applies its delays and bounds to the result. Its own request count has only the requests that scale a model up
+    from zero, because all others bypass Serve.
     """
     reported = (ctx.aggregated_metrics or {}).get("ongoing") or {}
     requests = sum(reported.values()) + ctx.total_num_requests

@@ -1,4 +1,4 @@
-"""From plans to the front door's models: what it must know of each, as JSON, and the app made of it."""
+"""Turns plans into the gateway's model descriptions (JSON), and these into the gateway's app."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT_ONGOING = 256
 
 
 def describe_models(plans: Sequence[Plan], created: int, policy: Policy) -> list[dict[str, Any]]:
-    """What the front door needs to know of each model, as JSON.
+    """The models as the gateway needs them, as JSON: card, route, aliases and limits.
 
     Args:
         created: Unix time for ``/v1/models``.
@@ -39,7 +39,7 @@ def describe_models(plans: Sequence[Plan], created: int, policy: Policy) -> list
 
 
 def limits_of(plan: Plan, policy: Policy) -> Limits:
-    """Admission of one model, from its deployment options."""
+    """Admission limits of one model, from its deployment options."""
     options = plan.deployment
     ongoing = int(options.get("max_ongoing_requests") or DEFAULT_ONGOING)
     queued = options.get("max_queued_requests")
@@ -57,7 +57,7 @@ def limits_of(plan: Plan, policy: Policy) -> Limits:
 
 
 def public_app(models: Sequence[Mapping[str, Any]], directory: Directory, policy: Policy) -> ASGIApp:
-    """What listens at the public address: limits, keys, logs and metrics around the front door to the models' pools."""
+    """The app at the public address: limits, keys, logs and metrics around the router to the models' pools."""
     metrics = GatewayMetrics([model["card"] for model in models], lambda: directory.pools.values())
     served = []
     for model in models:

@@ -1,8 +1,8 @@
-"""Short prompts become tokens where they arrive.
+"""Renders and tokenizes short prompts on the event loop instead of in a thread.
 
-vLLM hands every chat template and every tokenization to a thread. That keeps long prompts from stopping the streams of
-other requests, but for a short one the way to the thread and back takes longer than the work, and while many requests
-begin at once all of them wait for it.
+vLLM runs every chat template and every tokenization in a thread. For long prompts that keeps the streams of other
+requests running. For short ones the two thread switches take longer than the work, and when many requests begin
+together, all of them wait for the thread.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from vllm.renderers.base import BaseRenderer
 from quantserve.serve.asgi import header
 
 SHORT: Final = 4096
-"""Bytes of a request whose tokens take 1 or 2 ms; the server reads and answers it for as long."""
+"""Longest short request in bytes: it takes 1 to 2 ms to tokenize, about as long as parsing and answering it."""
 T = TypeVar("T")
 
 _short: ContextVar[bool] = ContextVar("short", default=False)
 
 
 class ShortPrompts:
-    """Pure ASGI layer that tells `render_at_once` which requests are short.
+    """Pure ASGI layer that marks short requests for `render_at_once`.
 
     Args:
         app: vLLM's app.
@@ -35,21 +35,22 @@ class ShortPrompts:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app; a request that does not say its length is a long one."""
+        """Run the app; a request without Content-Length counts as long."""
         length = header(scope, b"content-length") if scope["type"] == "http" else b""
         _short.set(length.isdigit() and int(length) <= SHORT)
         await self.app(scope, receive, send)
 
 
 def render_at_once(renderer: BaseRenderer[Any], *, templates: bool) -> None:
-    """Let a renderer of vLLM's do short requests without its threads from now on.
+    """Make a vLLM renderer process short requests on the event loop instead of in its threads.
 
-    Long ones still use threads beside it, which only fast tokenizers of Hugging Face allow; others are left alone.
+    Long requests still use its threads at the same time. Only Hugging Face's fast tokenizers are safe for that;
+    renderers with other tokenizers are not changed.
 
     Args:
         renderer: of the engine's client.
-        templates: whether to apply chat templates at once, too: that of the model, which has been tried in a thread by
-            then. One that comes with a request may take for ever, which only a thread can be left to do.
+        templates: whether to apply chat templates on the event loop, too. Safe for the model's own template, which the
+            warm-up ran in a thread; a template in a request might never end.
     """
     if not isinstance(renderer, hf.HfRenderer) or not getattr(renderer.tokenizer, "is_fast", False):
         return
@@ -61,7 +62,7 @@ def render_at_once(renderer: BaseRenderer[Any], *, templates: bool) -> None:
 
 
 def _at_once(work: Callable[..., T], in_thread: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
-    """What does the work itself for a short request, and leaves it to a thread for others."""
+    """A function that does the work directly for short requests, and in a thread for others."""
 
     async def choose(*args: Any, **kwargs: Any) -> T:
         return work(*args, **kwargs) if _short.get() else await in_thread(*args, **kwargs)

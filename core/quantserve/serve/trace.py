@@ -1,4 +1,4 @@
-"""What became of one request: a record that every layer may write to and that observers get when it is over."""
+"""The record of one request: every layer may write to it, and observers get it when the request is complete."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Trace:
-    """A request, from its first byte to its last; times in seconds.
+    """The record of a request; times in seconds.
 
     Attributes:
         id: the client's ``x-request-id``, or one made here.
         method: HTTP method.
         path: as the client sent it, without the query.
         began: `time.perf_counter` when the request's head was read.
-        client: address the connection came from.
-        model: id of the model that was asked; empty while not known.
+        client: IP address of the client.
+        model: id of the requested model; empty until it is known.
         quant_method: its quantization method.
-        replica: which replica answered.
-        queued_s: time spent waiting for a place in a replica.
-        attempts: replicas that were tried.
+        replica: id of the replica that responded.
+        queued_s: time in the queue.
+        attempts: number of replicas tried.
         stream: whether the client asked for a stream.
-        status: HTTP status; 0 when nothing was answered.
-        first_byte_s: from `began` to the first bytes of the answer's body.
+        status: HTTP status; 0 without a response.
+        first_byte_s: from `began` to the first bytes of the response body.
         total_s: from `began` to the end.
-        chunks: pieces of the answer's body.
-        bytes_in: length of the request's body as far as it was read.
-        bytes_out: length of the answer's body.
-        error_code: ``error.code`` of an answer with status 400 and above, if it has one.
-        client_left: the client closed the connection before the answer was complete.
+        chunks: pieces of the response body.
+        bytes_in: bytes read of the request body.
+        bytes_out: length of the response body.
+        error_code: ``error.code`` of a response with status 400 and above, if it has one.
+        client_left: the client disconnected before the response was complete.
     """
 
     id: str
@@ -71,11 +71,11 @@ class Trace:
 
 
 Observer = Callable[[Trace], None]
-"""Called once per request, when it is over; it must not block."""
+"""Called once per request, when it is complete; must not block."""
 
 
 def trace_of(scope: Scope) -> Trace:
-    """The record of a request; a throwaway where no `Traced` layer made one."""
+    """The record of a request; an unused new one if there is no `Traced` layer."""
     trace = scope.get(KEY)
     return trace if isinstance(trace, Trace) else Trace("", scope.get("method", ""), scope.get("path", ""))
 
@@ -83,12 +83,12 @@ def trace_of(scope: Scope) -> Trace:
 class Traced:
     """Pure ASGI layer that gives every request an id and a `Trace`.
 
-    The id is the request header ``x-request-id`` where that is 1 to 128 printable ASCII characters. It goes on to the
-    app in that header and back to the client in the same. WebSockets get id and record, but are not observed.
+    The id is the request header ``x-request-id`` if it is 1 to 128 printable ASCII characters, else a new one. App and
+    client get it in the same header. WebSockets get id and record, but are not observed.
 
     Args:
-        app: what is observed.
-        observers: called in order with the finished record; one that raises is logged and harms nothing.
+        app: the observed app.
+        observers: called in order with the finished record; exceptions are logged and ignored.
     """
 
     def __init__(self, app: ASGIApp, observers: Sequence[Observer] = ()) -> None:
@@ -96,7 +96,7 @@ class Traced:
         self.observers = tuple(observers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app on a scope with id and record, and watch what it sends."""
+        """Run the app on a scope with id and record, and measure its response."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -147,16 +147,16 @@ class Traced:
                 try:
                     observer(trace)
                 except Exception:
-                    logger.exception("an observer of requests failed")
+                    logger.exception("a request observer failed")
 
 
 def usable(name: bytes) -> bool:
-    """Whether a client's request id is taken: 1 to 128 characters of printable ASCII."""
+    """Whether a client's request id is accepted: 1 to 128 characters of printable ASCII."""
     return 0 < len(name) <= LONGEST_ID and name.isascii() and name.decode("ascii").isprintable()
 
 
 def _error_code(body: bytes) -> str:
-    """``error.code`` of an answer in OpenAI's envelope."""
+    """``error.code`` of a response in OpenAI's envelope."""
     if len(body) > _LONGEST_ERROR or not body.startswith(b"{"):
         return ""
     try:

@@ -1,7 +1,7 @@
-"""The front door's end of the wire: requests to a replica, and their answers as they come.
+"""The gateway's end of the connection to a replica: sends requests and receives their responses.
 
-Every token of every request goes through here, so nothing is copied or parsed that need not be, and what has piled up
-while the client was slow travels together.
+Every token of every request passes this module, so it avoids copying and parsing, and data that was buffered for a slow
+client is sent in one piece.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from quantserve.serve.wire import Frames, Headers, Kind, frame, pack_request, un
 
 CONNECT_S: Final = 5.0
 HIGH_WATER: Final = 256 << 10
-"""Bytes waiting for a slow client before the replica is told to pause."""
+"""Bytes buffered for a slow client before PAUSE is sent to the replica."""
 KEEPALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""Seconds and attempts until a node that vanished is noticed."""
+"""TCP keepalive, in seconds and probes: an idle connection to a lost node fails after 25 s."""
 NUMBERS: Final = 1 << 32
-"""Numbers of requests begin again after so many."""
+"""Request numbers wrap around here."""
 NOT_FORWARDED: Final = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization",
                                   b"proxy-connection", b"transfer-encoding", b"expect"})  # fmt: skip
-"""Request headers that concern the client's connection."""
+"""Hop-by-hop request headers."""
 
 
 class ReplicaLost(Exception):
-    """A replica cannot be reached, or left before its answer was complete."""
+    """A replica cannot be reached, or its connection closed before the response was complete."""
 
 
 class Response:
-    """An answer on its way.
+    """A response that is being received.
 
     Attributes:
         status, headers: known when `Upstream.request` returns.
@@ -51,39 +51,39 @@ class Response:
         self.headers: Headers = []
 
     async def read(self) -> bytes:
-        """What has arrived since the last call, waiting for at least something; empty at the end.
+        """Data received since the last call; waits for at least one byte; empty at the end.
 
         Raises:
-            ReplicaLost: the replica left in the middle.
+            ReplicaLost: the connection closed before the end.
         """
         while not self._chunks:
             if self._complete:
                 return b""
             if self._lost:
-                raise ReplicaLost("the replica closed the connection in the middle of its answer")
+                raise ReplicaLost("the replica closed the connection in the middle of its response")
             await self._wait()
         data = self._chunks.popleft() if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._waiting = 0
         if self._paused:
             self._paused = False
-            self._connection.say(Kind.RESUME, self._number)
+            self._connection.send(Kind.RESUME, self._number)
         return data
 
     def close(self) -> None:
-        """No more of the answer is wanted; one that is not whole is cancelled in the replica."""
+        """Stop receiving; an incomplete response is cancelled in the replica."""
         if self._connection.forget(self._number) and not self._complete:
-            self._connection.say(Kind.CANCEL, self._number)
+            self._connection.send(Kind.CANCEL, self._number)
 
     async def head(self) -> None:
         """Wait for status and headers.
 
         Raises:
-            ReplicaLost: the replica left before it answered.
+            ReplicaLost: the connection closed before the response began.
         """
         while not self.status:
             if self._lost:
-                raise ReplicaLost("the replica closed the connection before it answered")
+                raise ReplicaLost("the replica closed the connection before it responded")
             await self._wait()
 
     async def _wait(self) -> None:
@@ -93,14 +93,14 @@ class Response:
         finally:
             self._ready = None
 
-    def take(self, kind: int, payload: bytes) -> None:
-        """Take in a frame of this answer."""
+    def on_frame(self, kind: int, payload: bytes) -> None:
+        """Handle a frame of this response."""
         if kind == Kind.DATA:
             self._chunks.append(payload)
             self._waiting += len(payload)
             if self._waiting > HIGH_WATER and not self._paused:
                 self._paused = True
-                self._connection.say(Kind.PAUSE, self._number)
+                self._connection.send(Kind.PAUSE, self._number)
         elif kind == Kind.END:
             self._complete = True
         elif kind == Kind.ANSWER:
@@ -113,7 +113,7 @@ class Response:
 
 
 class _Connection(asyncio.Protocol):
-    """The connection to a replica and the answers that come on it."""
+    """The connection to a replica, shared by all requests to it."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -130,28 +130,28 @@ class _Connection(asyncio.Protocol):
         response = self._answers[number] = Response(self, number)
         if self.usable:
             self.used = True
-            self.say(Kind.OPEN, number, payload)
-        else:  # lost while nobody looked
-            response.take(Kind.FAILED, b"")
+            self.send(Kind.OPEN, number, payload)
+        else:  # the connection was lost meanwhile
+            response.on_frame(Kind.FAILED, b"")
         return response
 
-    def say(self, kind: Kind, number: int, payload: bytes = b"") -> None:
+    def send(self, kind: Kind, number: int, payload: bytes = b"") -> None:
         if self._transport is not None and self.usable:
             self._transport.write(frame(kind, number, payload))
 
     def forget(self, number: int) -> bool:
-        """Drop an answer; whether it was still there."""
+        """Remove a response; returns whether it was known."""
         known = self._answers.pop(number, None) is not None
         if self._closing and not self._answers and self._transport is not None:
             self._transport.close()
         return known
 
     def close_after_use(self) -> None:
-        """Close when the answers that are asked for from now on are over."""
+        """Close when the responses to the requests sent from now on are complete."""
         self._closing = True
 
     def close(self) -> None:
-        """Close when the answers in progress are over."""
+        """Close when the responses in progress are complete."""
         self.close_after_use()
         if not self._answers and self._transport is not None:
             self._transport.close()
@@ -169,24 +169,24 @@ class _Connection(asyncio.Protocol):
         for option, value in KEEPALIVE.items():
             if hasattr(socket, option):
                 wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self.say(Kind.HELLO, 0, self._token.encode())
+        self.send(Kind.HELLO, 0, self._token.encode())
 
     def data_received(self, data: bytes) -> None:
         for kind, number, payload in self._frames.feed(data):
-            if (response := self._answers.get(number)) is not None:  # else its client has left
-                response.take(kind, payload)
+            if (response := self._answers.get(number)) is not None:  # otherwise its client has disconnected
+                response.on_frame(kind, payload)
 
     def connection_lost(self, error: Exception | None) -> None:
         for response in self._answers.values():
-            response.take(Kind.FAILED, b"")
+            response.on_frame(Kind.FAILED, b"")
 
 
 class Upstream:
     """A replica.
 
     Args:
-        host, port: where it listens.
-        token: shown when connecting; replicas answer nobody without it.
+        host, port: its address.
+        token: authenticates the connection; replicas close connections without it.
     """
 
     def __init__(self, host: str, port: int, token: str) -> None:
@@ -200,14 +200,14 @@ class Upstream:
     async def request(
         self, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]] = (), body: bytes = b""
     ) -> Response:
-        """Send a request; returns when the head of the answer is there. The caller must `close` the response.
+        """Send a request; returns when status and headers have arrived. The caller must `close` the response.
 
         Args:
             target: raw path and query.
-            headers: names in lower case; those of one connection are left out.
+            headers: names in lower case; hop-by-hop headers are removed.
 
         Raises:
-            ReplicaLost: nobody listens, or the replica left before it answered.
+            ReplicaLost: connecting failed, or the connection closed before the response began.
         """
         payload = pack_request(method, target, [pair for pair in headers if pair[0] not in NOT_FORWARDED], body)
         while True:
@@ -219,12 +219,12 @@ class Upstream:
             except BaseException as error:
                 response.close()
                 if isinstance(error, ReplicaLost) and kept and not connection.usable:
-                    continue  # perhaps it had been cut while nobody used it
+                    continue  # it may have been closed while idle: retry once on a new one
                 raise
             return response
 
     def close(self) -> None:
-        """Give up the connection when the answers in progress are over."""
+        """Close the connection when the responses in progress are complete."""
         self._closed = True
         if self._connection is not None:
             self._connection.close()
@@ -241,8 +241,8 @@ class Upstream:
                 async with asyncio.timeout(CONNECT_S):
                     made = await loop.create_connection(lambda: _Connection(self._token), self.host, self.port)
             except (OSError, TimeoutError) as error:
-                raise ReplicaLost(f"no connection to the replica: {type(error).__name__}") from None
-            if self._closed:  # meanwhile; what was to be sent still is
+                raise ReplicaLost(f"cannot connect to {self.host}:{self.port}: {type(error).__name__}") from None
+            if self._closed:  # close() was called meanwhile; this request is still sent
                 made[1].close_after_use()
                 return made[1]
             self._connection = made[1]

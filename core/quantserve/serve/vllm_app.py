@@ -1,7 +1,7 @@
-"""vLLM's engine and its own OpenAI server, as an ASGI app inside this process.
+"""vLLM's engine and its OpenAI server, as an ASGI app inside this process.
 
-The one module that touches the inside of vLLM's server; written for vLLM 0.32. Everything vLLM's server can do
-reaches the client, because it is vLLM's app that answers.
+The only module that uses internals of vLLM's server; written for vLLM 0.32. vLLM's own app serves the requests, so
+clients have all its features.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class EngineApp:
-    """A started engine and the app in front of it.
+    """A started engine and its ASGI app.
 
     Attributes:
         app: vLLM's OpenAI server.
-        engine: its client; the engine itself runs in processes of its own.
-        tasks: what the model can do, e.g. ``generate`` or ``embed``.
-        lifespan: what vLLM's app has running beside requests.
+        engine: the engine's client; the engine itself runs in separate processes.
+        tasks: supported tasks, e.g. ``generate`` or ``embed``.
+        lifespan: background tasks of vLLM's app.
     """
 
     app: ASGIApp
@@ -70,7 +70,7 @@ class EngineApp:
         await self.engine.check_health()
 
     async def ping(self) -> None:
-        """Return when the engine's own process has answered, which it does between two steps."""
+        """Return when the engine core has answered, which it does between two steps."""
         await self.engine.is_sleeping()
 
     def shutdown(self) -> None:
@@ -78,10 +78,10 @@ class EngineApp:
         self.engine.shutdown(timeout=0)
 
     async def warm_up(self) -> None:
-        """Send the first requests, which take seconds, before any client does.
+        """Send the first requests, which take seconds, before the model is ready for clients.
 
         Raises:
-            EngineError: the model answers them with a server error.
+            EngineError: one of them fails with a server error.
         """
         if "generate" not in self.tasks or self.engine.model_config.skip_tokenizer_init:
             return
@@ -93,19 +93,19 @@ class EngineApp:
 
     async def _first(self, path: str, body: dict[str, Any]) -> None:
         status, answer = await ask(self.app, "POST", path, body)
-        # A refusal is the model's answer to being asked that way (no chat template, say), not a failure.
+        # A client error only means that the model does not support the request (no chat template, say).
         if status >= 500:
             text = answer[:500].decode(errors="replace")
-            raise EngineError(f"the warm-up request to {path} was answered with status {status}: {text}")
+            raise EngineError(f"the warm-up request to {path} failed with status {status}: {text}")
 
 
 async def start(plan: Plan) -> EngineApp:
     """Start the engine that a plan describes and build vLLM's app in front of it; blocks for the whole start.
 
     Raises:
-        EngineError: the engine did not start; the message has the cause that its processes logged.
+        EngineError: the engine failed to start; the message has the cause from its processes' logs.
     """
-    # The engine's processes must not be forked from a process full of threads.
+    # Forking a process with threads is not safe.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     engine_processes.get_mp_context = _mp_context
     args, engine = _start_engine(plan)
@@ -118,7 +118,7 @@ async def start(plan: Plan) -> EngineApp:
     except BaseException:
         engine.shutdown(timeout=0)
         raise
-    # vLLM's error handlers tell the HTTP server to exit when the engine has died; here Serve's health check does that.
+    # vLLM's error handlers stop the HTTP server when the engine has died; here Serve replaces the replica instead.
     app.state.server = SimpleNamespace(should_exit=False)
     started = EngineApp(ShortPrompts(Envelope(app, lambda: engine.errored)), engine, tuple(tasks))
     try:
@@ -137,7 +137,7 @@ def _mp_context() -> BaseContext:
 
 
 def _start_engine(plan: Plan, *, repair: bool = True) -> tuple[Namespace, AsyncLLM]:
-    """Start the engine's processes; a compilation cache that an earlier death left in pieces is removed once."""
+    """Start the engine's processes; a compilation cache that a killed process left incomplete is removed once."""
     logs = EngineLogs()
     try:
         args, engine_args = arguments(plan)
@@ -161,7 +161,7 @@ def _start_engine(plan: Plan, *, repair: bool = True) -> tuple[Namespace, AsyncL
 
 
 def _broken_cache(cause: str) -> Path | None:
-    """The folder of vLLM's compilation cache that an error complains about."""
+    """The folder of vLLM's compilation cache that an error message mentions."""
     caches = Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache"
     if match := re.search(re.escape(str(caches)) + r"/(?:torch_aot_compile/)?[0-9a-f]{8,}(?=/)", cause):
         return Path(match[0])
@@ -169,14 +169,14 @@ def _broken_cache(cause: str) -> Path | None:
 
 
 def arguments(plan: Plan) -> tuple[Namespace, AsyncEngineArgs]:
-    """The arguments of vLLM's server as its command line would have made them, and the engine's alone.
+    """The arguments of vLLM's server, as its command line would parse them, and those of the engine.
 
     Raises:
         EngineError: vLLM does not know an argument, or refuses its value.
     """
     known = {field.name: field.type for field in dataclasses.fields(AsyncEngineArgs)}
     if unknown := sorted(set(plan.engine_args) - set(known)):
-        raise EngineError(f"this vLLM knows no engine argument {', '.join(unknown)}")
+        raise EngineError(f"the installed vLLM has no engine argument {', '.join(unknown)}")
     engine_args = AsyncEngineArgs(**{key: _typed(key, value, known[key]) for key, value in plan.engine_args.items()})
     frontend = FrontendArgs(**{"chat_template": plan.chat_template, **plan.frontend_args})
     values = {field.name: getattr(frontend, field.name) for field in dataclasses.fields(frontend)}
@@ -192,7 +192,7 @@ def arguments(plan: Plan) -> tuple[Namespace, AsyncEngineArgs]:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """A mapping from the plan as the config object that vLLM's command line makes of it; other values as they are.
+    """A mapping converted to vLLM's config object, as its command line does; other values unchanged.
 
     Raises:
         EngineError: vLLM refuses the mapping.

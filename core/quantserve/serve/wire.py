@@ -1,10 +1,10 @@
-"""How the front door and a replica talk: one connection on which all requests of all clients share the way.
+"""The frame protocol between gateway and replica: one connection that multiplexes the requests of all clients.
 
-An engine produces the tokens of all its requests in the same step. On a connection per request each of them would cost
-a system call and a wakeup on both sides; on one connection a step's tokens travel in one piece.
+An engine produces one token for each of its requests in every step. With a connection per request each token would cost
+a system call and a wakeup on both sides; on a shared connection the tokens of a step are sent in one write.
 
-A frame is its payload's length (4 bytes), the number of its request (4), a kind (1), and the payload. Requests are
-numbered by the front door.
+A frame is its payload's length (4 bytes), the number of its request (4), a kind (1), and the payload. The gateway
+assigns the request numbers.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ _LENGTH: Final = struct.Struct("!I")
 
 
 class Kind(IntEnum):
-    """What a frame says: HELLO to RESUME come from the front door, the others from the replica."""
+    """Type of a frame: the gateway sends HELLO to RESUME, the replica the others."""
 
     HELLO = 0
-    """The token; the first frame of a connection, or the replica closes it."""
+    """The token. It must be the first frame of a connection; otherwise the replica closes it."""
     OPEN = 1
-    """A request: head and whole body, see `pack_request`."""
+    """A request: head and complete body, see `pack_request`."""
     CANCEL = 2
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
     PAUSE = 3
-    """The client is slow: no more of this answer until RESUME."""
+    """The client reads slowly: send no more of this response until RESUME."""
     RESUME = 4
     ANSWER = 5
     """Status and headers, see `pack_head`."""
     DATA = 6
     """A piece of the body."""
     END = 7
-    """The answer is whole."""
+    """The response is complete."""
     FAILED = 8
-    """The answer breaks off here."""
+    """The response ends here, incomplete."""
 
 
 def frame(kind: Kind, number: int, payload: bytes = b"") -> bytes:
-    """A frame as it goes on the wire."""
+    """An encoded frame."""
     return _FRAME.pack(len(payload), number, kind) + payload
 
 
 class Frames:
-    """Cuts what arrives into frames, however it was split on the way."""
+    """Splits a byte stream into frames."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
@@ -76,18 +76,18 @@ class Frames:
 
     @property
     def wanted(self) -> int:
-        """Length of the frame that is not complete yet, as far as it is known."""
+        """Length of the incomplete frame, as far as its header is known."""
         return self._wanted
 
 
 def pack_head(first: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A first line and headers, one per line; a header that has a line break in it is left out."""
+    """A first line and headers, one per line; headers that contain a line break are dropped."""
     lines = [name + b":" + value for name, value in headers]
     return b"\n".join([first, *(line for line in lines if b"\n" not in line)])
 
 
 def unpack_head(head: bytes) -> tuple[bytes, Headers]:
-    """What `pack_head` put together."""
+    """The inverse of `pack_head`."""
     first, *lines = head.split(b"\n")
     headers = []
     for line in lines:

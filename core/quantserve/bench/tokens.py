@@ -6,12 +6,12 @@ import http.client
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 from quantserve.bench.request import Target
 from quantserve.bench.result import error_message
 from quantserve.errors import EngineError, UsageError, one_line
+from quantserve.homes import expand
 
 TIMEOUT_S: Final = 30.0
 CHARACTERS_PER_TOKEN: Final = 4.0
@@ -121,7 +121,7 @@ class FileTokenizer:
             from tokenizers import Tokenizer as Fast
         except ImportError:
             raise UsageError("--tokenizer needs the tokenizers package\n  fix: pip install tokenizers") from None
-        file = Path(path).expanduser()
+        file = expand(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         try:
             self._tokenizer = Fast.from_file(str(file))

@@ -24,6 +24,7 @@ from quantserve.calibrate.measure import Progress, Watch, typical
 from quantserve.checkpoint import Checkpoint
 from quantserve.config import load_object
 from quantserve.errors import EngineError, UsageError
+from quantserve.homes import temporary_folder
 from quantserve.performance.calibration import Calibration
 from quantserve.performance.machine import EngineCost, linear_cost, machine_of
 from quantserve.performance.predict import PLAIN
@@ -93,7 +94,7 @@ def with_engine(calibration: Calibration, progress: Progress) -> Calibration:
 
 def measured(layers: int, threads: int, eager: bool) -> list[Point]:
     """The steps of one small model, from an engine in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="quantserve-calibrate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="quantserve-calibrate-", dir=temporary_folder()) as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_of(layers)))
         log = Path(folder) / "engine.log"
         with log.open("w") as errors:

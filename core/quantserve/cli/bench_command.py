@@ -29,6 +29,7 @@ from quantserve.cli.sources import choose_target, load_sources, outcomes
 from quantserve.compose import Composition
 from quantserve.errors import QuantserveError, UsageError
 from quantserve.expectation import as_profile, expectation
+from quantserve.homes import temporary_folder
 from quantserve.performance import Workload
 from quantserve.plan import refusal
 from quantserve.registry import Registry
@@ -175,7 +176,7 @@ def _measure_own(
     expect = expected_of({r.model.model_id: r.composition for r in results if r.composition})
     groups = [chosen] if together else [[model] for model in chosen]
     for group in groups:
-        with tempfile.TemporaryDirectory(prefix="quantserve-bench-") as folder:
+        with tempfile.TemporaryDirectory(prefix="quantserve-bench-", dir=temporary_folder()) as folder:
             label = ", ".join(model.model_id for model in group)
             with Server(group, Path(folder), display.waiting(label)) as target:
                 display.started(label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from quantserve.cli.output import console, print_json, table
 from quantserve.errors import UsageError
+from quantserve.homes import settle
 from quantserve.performance.calibration import DISTURBED, Calibration, default_path, disturbance, save
 from quantserve.registry import Registry
 from quantserve.target import this_cpu
@@ -36,6 +38,8 @@ def command(out: Path | None, quick: bool, engine: bool, as_json: bool) -> None:
 
     path = out or default_path()
     err = console(stderr=True)
+    for note in settle(os.environ):  # for torch and vLLM
+        err.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("starting", total=None)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from quantserve.cli.output import console
 from quantserve.errors import CheckpointError, UsageError, one_line
+from quantserve.homes import expand, settle
 from quantserve.registry import Hooks, Plugin, Registry
 
 
@@ -24,12 +27,14 @@ def command(source: str, destination: Path, method: str | None, base: str | None
     SOURCE is a file, a folder or a hub id. DESTINATION must not exist; it appears only when it is whole.
     """
     plugin, converter = _converter(Registry.load(), method)
+    out = console(stderr=True)
+    for note in settle(os.environ):  # for downloads and torch
+        out.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     source_path = local_path(source)
-    if destination.exists():
+    if os.path.lexists(destination):
         raise UsageError(f"{destination} exists already\n  fix: name a new folder, or remove it first")
     base_path = local_path(base) if base else None
     convert = plugin.load_callable(converter)
-    out = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task("reading", total=None)
@@ -37,15 +42,22 @@ def command(source: str, destination: Path, method: str | None, base: str | None
         def progress(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        convert(source_path, destination, base=base_path, allow_pickle=allow_pickle, progress=progress)
+        try:
+            convert(source_path, destination, base=base_path, allow_pickle=allow_pickle, progress=progress)
+        except OSError as error:
+            where = error.filename or destination
+            raise UsageError(f"cannot convert to {destination}: {where}: {error.strerror or error}") from error
     out.print(f"wrote {destination}; next: quantserve check {destination}")
 
 
 def local_path(source: str) -> Path:
     """A path as it is; a hub id is downloaded into the HF cache, weights included."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    path = expand(source)
+    try:
+        if path.exists():
+            return path
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from None
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: no such file or folder")
     from huggingface_hub import snapshot_download

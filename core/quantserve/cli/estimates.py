@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from quantserve.advise import Advice, Candidate, advise
 from quantserve.config import ModelConfig, load, model_from_source
 from quantserve.errors import UsageError
+from quantserve.homes import expand
 from quantserve.performance import ENGINE_NOW, Prediction
 from quantserve.registry import Registry
 from quantserve.target import Target, gib
@@ -22,7 +22,7 @@ def model_of(source: str) -> ModelConfig:
         UsageError: the file holds several models.
         ConfigError: it is none of these.
     """
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.name == "config.json" and path.is_file():
         return model_from_source(path.parent)
     models = load([source]).models

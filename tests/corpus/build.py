@@ -1,0 +1,111 @@
+"""Write the computed parts of corpus entries: ``tensors`` from transformers, ``vllm`` from vLLM, both on the meta device.
+
+    PYTHONPATH=tests HF_HUB_OFFLINE=1 .venv/bin/python -m corpus.build [--tensors] [--truth] [NAME...]
+
+Entries with ``build`` get their tensors from transformers: the class of ``architectures`` (or ``build.class``) is made from
+the config without memory, its state dict is renamed as public checkpoints are (transformers' own conversion, reversed, then
+``build.rename``), and changed by ``build.drop``, ``build.add`` and ``build.dtype``. Entries with neither ``build`` nor
+``from`` were written by hand. Without NAME, only entries that lack a part get it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import re
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+from corpus import entries, truth
+from corpus.patterns import Spec, fold, unfold
+
+_SAFETENSORS = {
+    "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64", "torch.uint8": "U8",
+    "torch.int32": "I32", "torch.bool": "BOOL", "torch.float8_e4m3fn": "F8_E4M3",
+}  # fmt: skip
+
+
+def tensors(data: dict[str, Any]) -> dict[str, Spec]:
+    """Name -> (dtype, shape) of the checkpoint that transformers would have saved for this config."""
+    import torch
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    recipe = data["build"]
+    config = copy.deepcopy(data["config"])  # transformers writes into it
+    config.pop("quantization_config", None)
+    config.update(recipe.get("config", {}))
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    cls = getattr(transformers, recipe.get("class") or config["architectures"][0])
+    with torch.device("meta"):
+        model = cls._from_config(made, attn_implementation="eager") if hasattr(cls, "_from_config") else cls(made)
+    once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # blocks that are shared, once
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in once or recipe.get("untied")}
+    state = revert_weight_conversion(model, state)
+    tied = set(getattr(model, "_tied_weights_keys", None) or {}) if tie(made) else set()
+    result: dict[str, Spec] = {}
+    for name, tensor in state.items():
+        if any(re.search(key, name) for key in tied) and not recipe.get("untied"):
+            continue
+        for pattern, replacement in recipe.get("rename", ()):
+            name = re.sub(pattern, replacement, name)
+        if any(re.search(pattern, name) for pattern in recipe.get("drop", ())):
+            continue
+        dtype = _SAFETENSORS[str(tensor.dtype)]
+        result[name] = (recipe.get("dtype", dtype) if dtype in ("F32", "F16", "BF16") else dtype, tuple(tensor.shape))
+    return result | unfold(recipe.get("add", {}))
+
+
+def tie(config: Any) -> bool:
+    """Whether the embeddings are the output projection."""
+    text = config.get_text_config()
+    return bool(getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False))
+
+
+def main(argv: list[str]) -> int:
+    """Build what is asked for; returns the number of entries that failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tensors", action="store_true")
+    parser.add_argument("--truth", action="store_true")
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args(argv)
+    both = not options.tensors and not options.truth
+    failed = 0
+    wanted = [name.replace("/", "--") for name in options.names] or entries.names()
+    for name in wanted:
+        data = entries.raw(name)
+        if (options.tensors or both) and "build" in data and (options.names or not data.get("tensors")):
+            try:
+                data["tensors"] = fold(tensors(data))
+                _save(name, data)
+                print(f"{name}: {len(data['tensors'])} patterns", flush=True)
+            except Exception:
+                failed += 1
+                print(f"{name}: tensors:\n{traceback.format_exc(limit=-4)}", flush=True)
+                continue
+    for name in wanted:
+        data = entries.raw(name)
+        if (options.truth or both) and (options.names or not data.get("vllm")) and not data.get("by_hand"):
+            entries.forget()
+            entry = entries.read(name)
+            with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+                data["vllm"] = truth.of(entry, entry.write(Path(folder) / "model"))
+            _save(name, data)
+            print(f"{name}: {data['vllm']}", flush=True)
+    return failed
+
+
+def _save(name: str, data: dict[str, Any]) -> None:
+    order = ["model", "provenance", "note", "from", "build", "config", "files", "tokenizer", "shards", "weights"]
+    last = ["tensors", "vllm", "cases"]
+    keys = [*order, *[key for key in data if key not in order + last], *last]
+    (entries.FOLDER / f"{name}.json").write_text(entries.dump({key: data[key] for key in keys if key in data}))
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1:]), 1))

@@ -11,9 +11,11 @@ from hypothesis import settings
 
 # Before anything imports Ray or vLLM: tests report to nobody, and neither a variable of the shell nor this machine's
 # calibration changes what they see.
+for name in [name for name in os.environ if name.startswith("VLLM_")]:
+    del os.environ[name]
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
 os.environ["QUANTSERVE_CALIBRATION"] = "/nonexistent/calibration.json"
-for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS", "VLLM_PLUGINS"):
+for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS"):
     os.environ.pop(name, None)
 
 # The same examples in every run: new ones are tried with `--hypothesis-profile=default`, not in somebody's build.

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from quantserve.config import AppConfig, ModelConfig, load
 from quantserve.errors import ConfigError
@@ -143,19 +145,19 @@ def test_every_change_is_noted_with_its_line(load_app: LoadApp, tmp_path: Path) 
         "upscale_smoothing_factor": "is now `upscaling_factor`",
         "downscale_smoothing_factor": "is now `downscaling_factor`",
         "max_concurrent_queries": "`max_concurrent_queries` is now `max_ongoing_requests`",
-        "accelerator_type_a10": "is now `accelerator_type:A10G`, which Ray detects by itself",
+        "accelerator_type_a10": "is now `accelerator_type:A10G`, which Ray detects automatically",
         "type": "is ignored: vLLM is the only engine",
         "model_type": "is ignored",
-        "tokenizer_id": "now takes effect",
-        "max_num_batched_tokens": "changed its meaning: RayLLM's vLLM needed room for a whole prompt of up to 4096 tokens",
+        "tokenizer_id": "takes effect now",
+        "max_num_batched_tokens": "has a new meaning: in RayLLM's vLLM a whole prompt of up to 4096 tokens had to fit",
         "swap_space": "is ignored: vLLM recomputes",
         "max_paddings": "is ignored",
         "worker_use_ray": "is ignored",
         "engine_use_ray": "is ignored",
         "max_log_len": "is now `engine_config.frontend_kwargs.max_log_len`",
         "disable_log_requests": "`disable_log_requests: true` is now `enable_log_requests: false`",
-        "env_vars_to_propogate": "write the variables under engine_config.runtime_env.env_vars",
-        "accelerator_type_a100_80g": "is now `accelerator_type:A100`, which Ray detects by itself (Ray tells no memory",
+        "env_vars_to_propogate": "set the variables in engine_config.runtime_env.env_vars",
+        "accelerator_type_a100_80g": "`accelerator_type:A100`, which Ray detects automatically (without the memory size)",
         "pg_timeout_s": "is ignored: RayLLM never used it",
         "multiplex_config": "is ignored: RayLLM never used it",
     }
@@ -164,7 +166,7 @@ def test_every_change_is_noted_with_its_line(load_app: LoadApp, tmp_path: Path) 
         assert any(note.startswith(f"{line}: ") and text in note for note in notes), (key, line, notes)
     generate = next(n for n, content in enumerate(lines, 1) if "generate_kwargs" in content)
     assert sum(note.startswith(f"{generate}: ") for note in notes) == 3
-    assert any("'50256' is taken as a token id" in note for note in notes)
+    assert any("'50256' is used as a token id" in note for note in notes)
     assert len(notes) == len(expected) + 4
     assert [int(note.split(":")[0]) for note in notes] == sorted(int(note.split(":")[0]) for note in notes)
 
@@ -186,7 +188,7 @@ def test_todays_file_has_no_notes(load_app: LoadApp) -> None:
 def test_old_and_new_name_together(load_error: LoadError, old: str, new: str, section: str) -> None:
     (found,) = load_error("engine_config: {model_id: a}\n" + section % f"{old}, {new}")
     assert "is the old name of" in found
-    assert "both are given" in found
+    assert "both are set" in found
 
 
 def test_mistake_under_an_old_name_is_shown_under_that_name(load_error: LoadError) -> None:
@@ -198,20 +200,21 @@ def test_mistake_under_an_old_name_is_shown_under_that_name(load_error: LoadErro
     ("text", "expected"),
     [
         ("{model_id: a, type: TRTLLMEngine, model_local_path: /x, scheduler_policy: MAX_UTILIZATION}",
-         "1: engine_config.type: RayLLM's TensorRT-LLM engine is gone, vLLM is the engine; with it go model_local_path, "
-         "scheduler_policy; fix: name the Hugging Face checkpoint in hf_model_id"),
+         "1: engine_config.type: RayLLM's TensorRT-LLM engine is not supported; vLLM is the only engine; these keys belong "
+         "to it: model_local_path, scheduler_policy; fix: set hf_model_id to the Hugging Face checkpoint"),
         ("{model_id: a, type: EmbeddingEngine, optimize: onnx, max_batch_size: 4, batch_wait_timeout_s: 0.1}",
-         "embedding engine is gone, vLLM is the engine; with it go optimize, max_batch_size, batch_wait_timeout_s; "
+         "embedding engine is not supported; vLLM is the only engine; these keys belong to it: optimize, max_batch_size, "
+         "batch_wait_timeout_s; "
          "fix: remove type, optimize, max_batch_size and batch_wait_timeout_s, and set engine_kwargs: {runner: pooling}"),
-        ("{model_id: a, model_type: embedding}", "1: engine_config.model_type: RayLLM's embedding engine is gone"),
+        ("{model_id: a, model_type: embedding}", "1: engine_config.model_type: RayLLM's embedding engine is not"),
         ("{model_id: a, type: SGLang}", "1: engine_config.type: unknown engine 'SGLang'; fix: remove the line"),
         ("{model_id: a, s3_mirror_config: {bucket_uri: 's3://b/m', s3_sync_args: [], extra_files: []}}",
-         "1: engine_config.s3_mirror_config: a mirror cannot be honoured: weights are checked before anything starts, so "
-         "they must be in a folder or on a hub; fix: copy s3://b/m to a folder that every node sees"),
+         "1: engine_config.s3_mirror_config: weight mirrors are not supported: checkpoints are checked before the start, so "
+         "they must be in a folder or on a hub; fix: copy s3://b/m to a folder that all nodes can read"),
         ("{model_id: a, gcs_mirror_config: {bucket_uri: 'gs://b/m'}}", "fix: copy gs://b/m to a folder"),
         ("{model_id: a, engine_kwargs: {load_s3_path: x}}", "a feature of Anyscale's private vLLM"),
-        ("{model_id: a, engine_kwargs: {disable_log_requests: true, enable_log_requests: true}}", "both are given"),
-        ("{model_id: a, generation: {generate_kwargs: {do_sample: false, temperature: 0.5}}}", "asks for the likeliest"),
+        ("{model_id: a, engine_kwargs: {disable_log_requests: true, enable_log_requests: true}}", "both are set"),
+        ("{model_id: a, generation: {generate_kwargs: {do_sample: false, temperature: 0.5}}}", "means greedy decoding"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured(load_error: LoadError, text: str, expected: str) -> None:
@@ -222,7 +225,7 @@ def test_what_cannot_be_honoured(load_error: LoadError, text: str, expected: str
 def test_context_of_a_rayllm_file(load_app: LoadApp) -> None:
     app = load_app("engine_config: {model_id: a, type: VLLMEngine}")
     assert app.models[0].max_model_len == 2048
-    assert any("RayLLM's default 2048 is kept" in note for note in app.notes)
+    assert any("RayLLM's default 2048 is used" in note for note in app.notes)
     assert load_app("engine_config: {model_id: a}").models[0].max_model_len is None
 
 
@@ -259,7 +262,7 @@ def test_a_target_beyond_the_batch_is_noted(load_app: LoadApp) -> None:
         "engine_config: {model_id: a, engine_kwargs: {max_num_seqs: 64}}\n"
         "deployment_config: {max_ongoing_requests: 3000, autoscaling_config: {target_ongoing_requests: 200}}"
     )
-    assert any("target_ongoing_requests 200 is more than max_num_seqs 64" in note for note in app.notes)
+    assert any("target_ongoing_requests (200) exceeds max_num_seqs (64)" in note for note in app.notes)
 
 
 def test_cpu_accelerator_is_dropped(load_app: LoadApp) -> None:
@@ -330,11 +333,35 @@ def test_broken_serve_configs(load_error: LoadError, text: str, expected: str) -
     assert any(expected in line for line in found), found
 
 
-def test_rayllms_lightgpt_gave_a_key_twice(write: Write) -> None:
-    """RayLLM's own file did this, and the second, empty value won silently."""
-    text = (
-        "engine_config:\n  model_id: amazon/LightGPT\n  generation:\n    prompt_format:\n"
-        '      default_system_message: "Below is"\n      default_system_message: ""\n'
+LIGHTGPT = (
+    "engine_config:\n  model_id: amazon/LightGPT\n  type: VLLMEngine\n  generation:\n    prompt_format:\n"
+    '      system: "{instruction}\\n"\n      assistant: "{instruction}"\n      trailing_assistant: ""\n'
+    '      user: "{instruction}"\n      default_system_message: "Below is"\n      default_system_message: ""\n'
+)
+"""RayLLM's own amazon--LightGPT.yaml gives one key twice."""
+
+
+def test_a_key_given_twice_in_rayllms_layout_counts_the_last_time_as_there(write: Write) -> None:
+    config = load([write(LIGHTGPT)])
+    form = config.models[0].engine_config.generation.prompt_format
+    assert form is not None
+    assert (
+        form.default_system_message
+        == yaml.safe_load(LIGHTGPT)["engine_config"]["generation"]["prompt_format"]["default_system_message"]
     )
-    with pytest.raises(ConfigError, match=r"default_system_message: given twice, first on line 5"):
+    (note,) = [note for note in config.notes if "given twice" in note]
+    assert re.search(r":11: .*default_system_message: given twice, first on line 10; the last one counts", note)
+
+
+def test_whatever_is_given_twice_there_is_as_pyyaml_reads_it(write: Write) -> None:
+    text = LIGHTGPT + "  max_total_tokens: 1\n  max_total_tokens: 512\n  stop: [a]\n"
+    text = text.replace("  stop: [a]\n", "engine_config: {type: VLLMEngine, model_id: b, max_total_tokens: x}\n")
+    with pytest.raises(ConfigError, match=r":14: engine_config.max_total_tokens: must be a whole number"):
         load([write(text)])
+
+
+def test_a_key_given_twice_in_our_layout_is_refused(write: Write) -> None:
+    with pytest.raises(
+        ConfigError, match=r":10: .*default_system_message: given twice, first on line 9\n  fix: keep one"
+    ):
+        load([write(LIGHTGPT.replace("  type: VLLMEngine\n", ""))])

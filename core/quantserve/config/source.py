@@ -1,8 +1,8 @@
 """Config text becomes plain values, and every value keeps the line it was written on.
 
 YAML is read as ``yaml.safe_load`` would, through its node tree because only that has line numbers. Three differences,
-each because a silent answer would be worse: a key given twice is an error, dates and base-60 numbers (``1:30``) stay
-text, and size, depth and alias expansion are bounded.
+each because a silent answer would be worse: a key given twice is an error (a note in RayLLM's layout), dates and
+base-60 numbers (``1:30``) stay text, and size, depth and alias expansion are bounded.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Located:
         lines: line number (from 1) of each key path of the whole file; empty for values from no file.
         root: key path of ``value`` in that file.
         moved: new key path -> the path it was written under, for keys that were renamed after reading.
+        repeated: keys that a file in RayLLM's layout gives again: line and message.
     """
 
     value: Any
@@ -58,13 +59,14 @@ class Located:
     lines: Mapping[KeyPath, int] = field(default_factory=dict)
     root: KeyPath = ()
     moved: dict[KeyPath, KeyPath] = field(default_factory=dict)
+    repeated: tuple[str, ...] = ()
 
     def at(self, *path: str | int) -> Located:
         """The value under `path`, with its own location."""
         value = self.value
         for part in path:
             value = value[part]
-        return replace(self, value=value, root=self.root + path, moved={})
+        return replace(self, value=value, root=self.root + path, moved={}, repeated=())
 
     def where(self, *path: str | int) -> str:
         """``file:line`` of `path`, or of the nearest value around it that has a line."""
@@ -123,9 +125,20 @@ def parse(text: str, label: str, folder: Path | None = None, *, as_json: bool = 
     built = builder.build(node, (), 0) if node else None
     if not as_json and built is not None:
         from_object(built, label)  # escapes can make characters that are none
+    if is_rayllm(built):
+        again = tuple(f"{message}; the last one counts, as in RayLLM" for message in builder.repeated[:MAX_PROBLEMS])
+    else:
+        again = ()
+        builder.problems += [f"{message}\n  fix: keep one" for message in builder.repeated]
     if builder.problems:
         builder.stop()
-    return Located(value if as_json else built, label, folder, builder.lines)
+    return Located(value if as_json else built, label, folder, builder.lines, repeated=again)
+
+
+def is_rayllm(value: object) -> bool:
+    """Whether a model is in the layout of RayLLM, whose engines have a type."""
+    engine = value.get("engine_config") if isinstance(value, dict) else None
+    return isinstance(engine, dict) and ("type" in engine or "model_type" in engine)
 
 
 def from_object(value: object, label: str, folder: Path | None = None) -> Located:
@@ -229,6 +242,7 @@ class _Builder:
         self.label = label
         self.lines: dict[KeyPath, int] = {}
         self.problems: list[str] = []
+        self.repeated: list[str] = []
         self._values = 0
         self._constructor = SafeConstructor()
 
@@ -243,11 +257,15 @@ class _Builder:
         if isinstance(node, yaml.MappingNode) and kind == "map":
             return self._mapping(node, path, depth)
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [self.build(child, (*path, index), depth + 1) for index, child in enumerate(node.value)]
+            return [self._item(child, (*path, index), depth + 1) for index, child in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, kind)
         self._tag(node)
         return None
+
+    def _item(self, node: yaml.Node, path: KeyPath, depth: int) -> Any:
+        self.lines[path] = node.start_mark.line + 1  # even where the list is given again
+        return self.build(node, path, depth)
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -266,9 +284,9 @@ class _Builder:
                 self._add(key_node, f"YAML reads the key {key_node.value!r} as {key!r}", "put the key in quotes")
                 continue
             if key in seen:
-                self._add(key_node, f"{dotted((*path, key))}: given twice, first on line {seen[key]}", "keep one")
-                continue
-            seen[key] = line
+                message = f"{dotted((*path, key))}: given twice, first on line {seen[key]}"
+                self.repeated.append(f"{self.label}:{line}: {message}")
+            seen.setdefault(key, line)
             self.lines[(*path, key)] = line
             result[key] = self.build(value_node, (*path, key), depth + 1)
         for extra in merged:

@@ -208,7 +208,8 @@ MORE = "scaling_config: {num_gpus_per_worker: 0.6}"
     ],
 )
 def test_models_that_cannot_all_start_are_refused(tmp_path: Path, target: str, models: list[str]) -> None:
-    with pytest.raises(ConfigError, match=rf"not enough GPUs: the models need [\d.]+ and this machine has {target[0]}\b.*\n  m0: .*\n"):
+    message = rf"not enough GPUs: the models need [\d.]+ and this machine has {target[0]}\b.*\n  m0: .*\n"
+    with pytest.raises(ConfigError, match=message):
         require_gpus(together(tmp_path, target, *models))
 
 

@@ -1,7 +1,7 @@
-"""A composition becomes a plan: plain JSON that says exactly how one model will be run.
+"""Turns a composition into a plan: plain JSON with everything that decides how one model is run.
 
-Nothing after the plan makes decisions: the serving side does what the plan says, `quantserve plan`
-prints it, and tests compare it with golden files.
+No decisions are made after the plan: serving executes it, `quantserve plan` prints it, and tests compare it with golden
+files.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from quantserve.compose import Composition, Setting
+from quantserve.environment import (
+    KV_CACHE_SPACE,
+    RESERVE,
+    THREADS_BIND,
+    carried,
+    configured_environment,
+    engine_environment,
+)
 from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
 from quantserve.memory import shares_gpu
 
-# Ray asks for whole CPUs by default, which would keep three small models from sharing a laptop.
+# Ray's default is whole CPUs, with which three small models could not share a laptop.
 DEFAULT_CPUS_PER_CPU_REPLICA = 0.1
 RESERVED_CPUS = 1
-"""CPUs on which no engine computes, when several share a machine; as many as vLLM leaves free beside a single one."""
-RESERVE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+"""CPUs that the engines leave free when several share a machine; vLLM leaves as many beside a single engine."""
 GPU_GRAIN = 1e-4
-"""The smallest share of a GPU that Ray tells from another."""
-OWN_ENGINE_PLUGIN = "quantserve"
-"""Our own general plugin in vLLM's processes on a CPU: `quantserve.serve.engine_wait`."""
+"""Ray's resolution of GPU fractions."""
 
 
 class Plan(BaseModel):
@@ -38,18 +43,18 @@ class Plan(BaseModel):
         plugins: composed plugins with distribution and version, the method's first.
         target: the hardware planned for (`Target` as JSON).
         engine_args: vLLM ``EngineArgs``.
-        provenance: who set each engine argument: ``core``, ``config`` or a plugin's name.
+        provenance: source of each engine argument: ``core``, ``config`` or a plugin's name.
         frontend_args: arguments of vLLM's OpenAI server (tool parser and the like).
         chat_template: Jinja text that replaces the tokenizer's own, or None.
-        request_defaults: fields a request gets when the client leaves them out.
+        request_defaults: default values of request fields.
         app_name, route_prefix: the Ray Serve application.
         deployment: options of the Ray Serve deployment.
-        affinity: what keeps requests together on a replica: ``none``, ``session`` or ``prefix``.
-        runtime_env: Ray runtime environment of the replica and everything it starts.
-        memory: the estimate behind "it fits", bytes per device.
+        affinity: which requests stay together on a replica: ``none``, ``session`` or ``prefix``.
+        runtime_env: Ray runtime environment of the replica and its child processes.
+        memory: memory estimate, bytes per device.
         expected: expected performance, or None.
         description, url: shown by ``/v1/models``.
-        findings: warnings and remarks that did not refuse the model.
+        findings: warnings and notes on the model.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -78,7 +83,7 @@ class Plan(BaseModel):
 
     @property
     def max_model_len(self) -> int | None:
-        """Context length the engine is started with, when the config names one."""
+        """Context length of the engine, if the config sets one."""
         return self.engine_args.get("max_model_len")
 
 
@@ -120,24 +125,19 @@ def make_plan(composition: Composition) -> Plan:
 
 
 def make_plans(compositions: Sequence[Composition]) -> list[Plan]:
-    """Plan models that will run side by side; on a CPU they share its cores instead of binding to the same one.
+    """Plan models that run side by side; on a CPU their threads share the cores instead of binding to the same ones.
 
     Raises:
         FindingsError: a composition has errors.
-        ConfigError: a model reserves CPUs by something that is no number.
     """
     plans = [make_plan(composition) for composition in compositions]
     for plan in plans:
         ranks = plan.engine_args["tensor_parallel_size"]
-        given = plan.runtime_env["env_vars"].get(RESERVE, "0")
-        if not (given.isascii() and given.isdecimal()):
-            where = "engine_config.runtime_env.env_vars"
-            raise ConfigError(f'{plan.model_id}: {where}.{RESERVE} is {given!r}\n  fix: a number of CPUs, such as "1"')
-        # vLLM binds rank i to NUMA node i, always to the same cores of it.
+        # vLLM binds rank i to the same cores of NUMA node i in every engine.
         if plan.target["device"] == "cpu" and (len(plans) > 1 or ranks > plan.target["count"]):
             env_vars = plan.runtime_env["env_vars"]
-            env_vars.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            # Unbound, vLLM takes what OpenMP says, and Ray tells OpenMP the replica's small share of a CPU: one thread.
+            env_vars.setdefault(THREADS_BIND, "nobind")
+            # Unbound, vLLM uses OMP_NUM_THREADS, which Ray derives from the replica's CPU share: one thread.
             reserved = int(env_vars.setdefault(RESERVE, str(RESERVED_CPUS)))
             threads = (plan.target["cores"] - reserved) // (len(plans) * ranks)
             env_vars.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
@@ -145,10 +145,10 @@ def make_plans(compositions: Sequence[Composition]) -> list[Plan]:
 
 
 def require_gpus(plans: Sequence[Plan]) -> None:
-    """Refuse models that cannot all start on the GPUs of one machine; Ray would wait for more without an end.
+    """Refuse models that do not fit the GPUs of one machine together; Ray would wait for more GPUs forever.
 
     Raises:
-        ConfigError: says what each model needs, and what there is.
+        ConfigError: with the GPUs that each model needs and those of the machine.
     """
     if not plans or plans[0].target["device"] == "cpu" or not plans[0].target["count"]:
         return
@@ -163,14 +163,20 @@ def require_gpus(plans: Sequence[Plan]) -> None:
         free[gpu] -= share
     else:
         return
-    lines = [f"the models do not fit the GPUs at once: {gpus} here"]
+    total = sum(wanted)
+    short = "" if total > gpus else ", and these shares cannot be combined on them"
+    lines = [f"not enough GPUs: the models need {total:g} and this machine has {gpus}{short}"]
     for model_id, count, shares in needs:
-        of = f"{len(shares)} workers with {shares[0]:g} each" if len(shares) > 1 else f"{sum(shares):g}"
+        of = f"{len(shares)} workers with {shares[0]:g} GPU each" if len(shares) > 1 else f"{sum(shares):g} GPU"
         lines.append(f"  {model_id}: {of}" + (f", {count} replicas" if count > 1 else ""))
     beside = -(-len(wanted) // gpus)  # on a GPU, if all get the same share
     lines.append(
         "  fix: serve fewer models or replicas"
-        + (f", or give each scaling_config.num_gpus_per_worker: {100 // beside / 100:g}" if beside > 1 else "")
+        + (
+            f", or set num_gpus_per_worker: {100 // beside / 100:g} to put {beside} workers on a GPU"
+            if beside > 1
+            else ""
+        )
     )
     raise ConfigError("\n".join(lines))
 
@@ -184,14 +190,14 @@ def _first_replicas(plan: Plan) -> int:
 
 
 def _gpus_of_replica(plan: Plan) -> list[float]:
-    """The GPUs, or the share of one, that each process of a replica asks Ray for."""
+    """GPUs, or the fraction of one, that each process of a replica requests."""
     actor = plan.deployment["ray_actor_options"].get("num_gpus", 0)
     bundles = [bundle.get("GPU", 0) for bundle in plan.deployment.get("placement_group_bundles", [])]
     return [float(share) for share in (bundles or [actor]) if share]
 
 
 def refusal(findings: dict[str, list[Finding]]) -> FindingsError:
-    """The error that says which models are refused and why."""
+    """The error that lists the refused models with the codes of their findings."""
     lines = [f"{len(findings)} model{'s' if len(findings) != 1 else ''} refused:"]
     for model_id, errors in findings.items():
         lines.append(f"  {model_id}: {', '.join(sorted({finding.code for finding in errors}))}")
@@ -200,7 +206,7 @@ def refusal(findings: dict[str, list[Finding]]) -> FindingsError:
 
 
 def _core_settings(composition: Composition) -> dict[str, Setting]:
-    """What the core sets; a plugin or the user may have a say in all but the identity keys."""
+    """Engine arguments set by the core; plugins and users may override all but the identity keys."""
     model, target = composition.model, composition.target
     tensor_parallel = model.tensor_parallel_size
     settings: dict[str, Setting] = {
@@ -213,13 +219,16 @@ def _core_settings(composition: Composition) -> dict[str, Setting]:
         "trust_remote_code": Setting(False, "core"),
     }
     if tensor_parallel > 1:
-        # Ray places GPU workers over nodes; vLLM's Ray executor knows no CPU workers.
+        # Ray can place GPU workers on several nodes; vLLM's Ray executor does not support CPU workers.
         settings["distributed_executor_backend"] = Setting("mp" if target.device == "cpu" else "ray", "core")
-    safetensors = [name for name in composition.checkpoint.files if name.endswith(".safetensors")]
+    files = composition.checkpoint.files
+    safetensors = [name for name in files if name.endswith(".safetensors")]
     if 0 < sum(name.startswith("consolidated") for name in safetensors) < len(safetensors):
         # vLLM would take the Mistral files it finds here, and not those that were checked.
         hf = Setting("hf", "core")
-        settings |= {"load_format": hf, "config_format": hf, "tokenizer_mode": hf}
+        tekken = "tekken.json" in files and "tokenizer.json" not in files
+        tokenizer = Setting("mistral", "core") if tekken else hf
+        settings |= {"load_format": hf, "config_format": hf, "tokenizer_mode": tokenizer}
     if shares_gpu(model, target):
         share = model.scaling_config.num_gpus_per_worker
         settings["gpu_memory_utilization"] = Setting(round(0.92 * share, 4), "core")
@@ -260,10 +269,10 @@ def _deployment(composition: Composition) -> dict[str, Any]:
 
 def _runtime_env(composition: Composition) -> dict[str, Any]:
     model, target = composition.model, composition.target
-    given = dict(model.engine_config.runtime_env or {})
-    env_vars = {"VLLM_PLUGINS": composition.vllm_plugins, "VLLM_NO_USAGE_STATS": "1"}
-    if target.device == "cpu":
-        env_vars["VLLM_PLUGINS"] = ",".join(sorted({OWN_ENGINE_PLUGIN, *composition.vllm_plugins.split(",")} - {""}))
+    planned = {**composition.engine_environment, "VLLM_NO_USAGE_STATS": "1"}
+    # The shell's variables that were judged are part of the plan, so that the engine has them on every node.
+    judged = carried(engine_environment(model, target), target)
     if target.device == "cpu" and composition.memory:
-        env_vars["VLLM_CPU_KVCACHE_SPACE"] = str(composition.memory.cpu_kv_cache_gib)
-    return {**given, "env_vars": {**env_vars, **given.get("env_vars", {})}}
+        judged[KV_CACHE_SPACE] = str(composition.memory.cpu_kv_cache_gib)
+    env_vars = {**planned, **configured_environment(model), **judged}
+    return {**(model.engine_config.runtime_env or {}), "env_vars": env_vars}

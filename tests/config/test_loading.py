@@ -157,9 +157,9 @@ def test_models_need_no_list(write: Write, form: str) -> None:
         ("models: [one.yaml]\nhttp: {port: 70000}", "app.yaml:2: http.port: must be less than or equal to 65535, got the"),
         ("models: [one.yaml]\nhttp: {prot: 1}", "app.yaml:2: http.prot: unknown key `prot`; did you mean `port`?"),
         ("models: [one.yaml]\nhttp:\n  cors_origins:\n  - https://a.example\n  - https://b.example/chat",
-         "app.yaml:5: http.cors_origins[1]: 'https://b.example/chat' is no origin: scheme and host, perhaps a port, and"),
+         "app.yaml:5: http.cors_origins[1]: 'https://b.example/chat' is not an origin; write SCHEME://HOST or SCHEME://"),
         ("models: [one.yaml]\nhttp: {cors_origins: ['*', 'http://localhost:3000']}",
-         "app.yaml:2: http.cors_origins: \"*\" allows every origin, so the others say nothing"),
+         "app.yaml:2: http.cors_origins: \"*\" allows every origin and makes the others redundant"),
         ("models: [one.yaml]\nhttp: {max_body_mb: 0}", "app.yaml:2: http.max_body_mb: must be greater than or equal to 1"),
         ("models: [one.yaml]\nmodel: x", "app.yaml:2: model: unknown key `model`; did you mean `models`? (known: http, m"),
         ("models: [one.yaml, {engine_config: {model_id: one}}]", "app.yaml:1: 'one' has the id of another model, at "),
@@ -206,10 +206,13 @@ def test_problems_of_all_files_at_once(write: Write) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("nope", "nope: no such file or folder, and not a hub id (org/name) either"),
+        ("nope", "nope: no such file or folder, and not a hub id (org/name)\n  fix: correct the path or the id"),
         ("one.yml", "one.yml: no such file or folder; did you mean one.yaml?"),
         ("configs/two", "configs/two: no such file or folder; did you mean configs/two.yaml?"),
-        ("configs/q", "no hub id because a folder configs is here"),
+        (
+            "configs/q",
+            "not read as a hub id: a folder configs exists here\n  fix: correct the path; for a hub id write",
+        ),
         ("empty", "empty: a folder without config.json, and without config files (.yaml, .yml, .json)"),
         ("notes.txt", "notes.txt: not a config file"),
         ("w/model.safetensors", "model.safetensors: not a config file (.yaml, .yml, .json)\n  fix: name the folder, w"),
@@ -219,8 +222,8 @@ def test_problems_of_all_files_at_once(write: Write) -> None:
         ("", "an empty name"),
         (" ", "an empty name"),
         ("adapter", "adapter: a LoRA adapter (adapter_config.json), not a model"),
-        ("circle", "circle: a symbolic link that leads nowhere, to 'circle'"),
-        ("stale", "stale: a symbolic link that leads nowhere, to 'nowhere'"),
+        ("circle", "circle: a broken symbolic link to 'circle'"),
+        ("stale", "stale: a broken symbolic link to 'nowhere'"),
         ("links", "links/loop.yaml: not a regular file"),
     ],
 )
@@ -243,7 +246,8 @@ def test_sources_that_are_nothing(
 def test_a_folder_far_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantserve.config.paths.MAX_FOLDERS", 3)
     (tmp_path / "a/b/c/d/e").mkdir(parents=True)
-    assert "cannot be one server\n  fix: name a smaller folder" in failure(tmp_path)
+    limits = "the limits are 1000 config files and 3 folders\n  fix: give a smaller folder, or the files"
+    assert failure(tmp_path).endswith(f"too large to search: {limits}")
 
 
 def test_nothing_at_all() -> None:

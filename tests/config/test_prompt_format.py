@@ -171,7 +171,7 @@ def test_trailing_assistant_only_when_an_answer_is_asked_for() -> None:
 def test_two_system_messages_and_other_errors() -> None:
     with pytest.raises(jinja2.TemplateError, match="Only one system message can be specified"):
         render(BRACKETS, talk("sa", "ub", "sc"))
-    with pytest.raises(jinja2.TemplateError, match="plain text only"):
+    with pytest.raises(jinja2.TemplateError, match="plain-text messages only"):
         render(BRACKETS, [{"role": "user", "content": [{"type": "image_url"}]}])
     disabled = Generation.model_validate({"prompt_format": None}).template()
     with pytest.raises(jinja2.TemplateError, match="does not support chat completions"):
@@ -190,11 +190,11 @@ def test_developer_is_system_and_a_missing_content_is_empty() -> None:
         ({"system": ""}, "must contain the placeholder"),
         ({"assistant": "{instruction"}, "expected '}' before end of string"),
         ({"assistant": "{instruction} {"}, "single '{' encountered"),
-        ({"assistant": "{instruction!r}"}, "the placeholder {instruction!r} means nothing here"),
-        ({"assistant": "{instruction.x}"}, "the placeholder {instruction.x} means nothing"),
-        ({"assistant": "{} {instruction}"}, "the placeholder {} means nothing"),
-        ({"system": "{system} {instruction}"}, "the placeholder {system} means nothing here, only {instruction} does"),
-        ({"user": "{system}{instruction}"}, "the placeholder {system} means nothing here"),
+        ({"assistant": "{instruction!r}"}, "unknown placeholder {instruction!r} (known: {instruction})"),
+        ({"assistant": "{instruction.x}"}, "unknown placeholder {instruction.x}"),
+        ({"assistant": "{} {instruction}"}, "unknown placeholder {}"),
+        ({"system": "{system} {instruction}"}, "unknown placeholder {system} (known: {instruction})"),
+        ({"user": "{system}{instruction}"}, "unknown placeholder {system} (known: {instruction})"),
         ({"system_in_user": True}, "user must contain the placeholder {system}"),
     ],
 )

@@ -117,50 +117,50 @@ def test_where_and_accelerator_type(load_model: LoadModel) -> None:
         ("engine_config: {model_id: a, frontend_kwargs: {tool_parser: x}}", "vLLM's server has no argument `tool_parser`"),
         ("engine_config: {model_id: a, frontend_kwargs: {enable_auto_tool_choice: true}}", "needs tool_call_parser"),
         # runtime environment
-        ("engine_config: {model_id: a, runtime_env: {env_vars: {A: 1}}}", "1: engine_config.runtime_env.env_vars.A: an "
-         "environment variable is text, got the number 1; fix: put the value in quotes"),
+        ("engine_config: {model_id: a, runtime_env: {env_vars: {A: 1}}}", "1: engine_config.runtime_env.env_vars.A: must "
+         "be text, got the number 1; fix: put the value in quotes"),
         ("engine_config: {model_id: a, runtime_env: {env_vars: {VLLM_PLUGINS: x}}}", "list the plugin under `plugins:`"),
         ("engine_config: {model_id: a, runtime_env: {envvars: {}}}", "unknown key `envvars`; did you mean `env_vars`?"),
         ("engine_config: {model_id: a, runtime_env: {pip: [x], conda: y}}", "pip and conda exclude each other"),
         # deployment
         (ENGINE + "deployment_config: {num_replicas: 2, autoscaling_config: {}}", "2: deployment_config.num_replicas: "
          "num_replicas and autoscaling_config exclude each other"),
-        (ENGINE + "deployment_config: {num_replicas: auto}", '"auto" would mean a target of 2 requests per replica'),
-        (ENGINE + "deployment_config: {placement_group_bundles: []}", "is computed from scaling_config; fix: remove pla"),
+        (ENGINE + "deployment_config: {num_replicas: auto}", '"auto" means a target of 2 requests per replica in Ray'),
+        (ENGINE + "deployment_config: {placement_group_bundles: []}", "computed from scaling_config and cannot be set; fix"),
         (ENGINE + "deployment_config: {placement_group_strategy: PACK}", "is computed from scaling_config"),
         (ENGINE + "deployment_config: {ray_actor_options: {num_gpus: 1}}", "fix: remove it and set scaling_config.num_gp"),
-        (ENGINE + "deployment_config: {autoscaling_config: {min_replicas: 3, max_replicas: 2}}", "min_replicas 3 is more "
-         "than max_replicas 2"),
+        (ENGINE + "deployment_config: {autoscaling_config: {min_replicas: 3, max_replicas: 2}}", "2: deployment_config."
+         "autoscaling_config.min_replicas: must not exceed max_replicas (2), got 3"),
         (ENGINE + "deployment_config: {autoscaling_config: {initial_replicas: 3, max_replicas: 2}}",
-         "initial_replicas: initial_replicas 3 is not between min_replicas 1 and max_replicas 2"),
+         "initial_replicas: must be between min_replicas (1) and max_replicas (2), got 3"),
         (ENGINE + "deployment_config: {max_ongoing_requests: 8, autoscaling_config: {target_ongoing_requests: 9}}",
-         "autoscaling_config.target_ongoing_requests: target_ongoing_requests 9 is more than max_ongoing_requests 8"),
+         "autoscaling_config.target_ongoing_requests: must not exceed max_ongoing_requests (8), got 9: a replica could"),
         ("engine_config: {model_id: a, engine_kwargs: {max_num_seqs: 16}}\n"
          "deployment_config: {autoscaling_config: {target_ongoing_requests: 17}}", "2: deployment_config.autoscaling_config."
-         "target_ongoing_requests: target_ongoing_requests 17 is more than the 16 requests a replica takes"),
+         "target_ongoing_requests: must not exceed engine_kwargs.max_num_seqs (16), got 17: a replica could never"),
         (ENGINE + "deployment_config: {autoscaling_config: {look_back_period_s: 5}}", "must be longer than metrics_interv"),
         (ENGINE + "deployment_config: {autoscaling_config: {target_ongoing_requests: 0}}", "must be greater than 0"),
         (ENGINE + "deployment_config: {backpressure_config: {status_code: 500}}", "must be one of 429, 503, got the numbe"),
         # scaling
         (ENGINE + "scaling_config: {num_workers: 0}", "must be greater than or equal to 1, got the number 0"),
         (ENGINE + "scaling_config: {num_gpus_per_worker: 2}", "must be at most 1, got 2; fix: use more num_workers of 1"),
-        (ENGINE + "scaling_config: {num_workers: 2, num_gpus_per_worker: 0.5}", "2 workers of 0.5 GPU could land on one"),
+        (ENGINE + "scaling_config: {num_workers: 2, num_gpus_per_worker: 0.5}", "2 workers with 0.5 GPU each could share"),
         (ENGINE + "scaling_config: {placement_strategy: PAKC}", "must be one of 'PACK', 'STRICT_PACK', 'SPREAD', 'STRICT_"
          "SPREAD', got the text 'PAKC'"),
         (ENGINE + "scaling_config: {resources_per_worker: {GPU: 1}}", "GPU is set by num_gpus_per_worker"),
         ("engine_config: {model_id: a, engine_kwargs: {gpu_memory_utilization: 0.9}}\n"
          "scaling_config: {num_gpus_per_worker: 0.5}", "1: engine_config.engine_kwargs.gpu_memory_utilization: "
-         "gpu_memory_utilization 0.9 is more than the 0.5 GPU"),
+         "must not exceed scaling_config.num_gpus_per_worker (0.5), got 0.9"),
         # generation
         ("engine_config: {model_id: a, generation: {generate_kwargs: {temprature: 1}}}", "did you mean `temperature`?"),
         ("engine_config: {model_id: a, generation: {generate_kwargs: {temperature: -0.1}}}", "temperature: must be "
          "greater than or equal to 0, got the number -0.1"),
-        ("engine_config: {model_id: a, generation: {generate_kwargs: {stop: [x, '']}}}", "stop[1]: an empty text would"),
-        ("engine_config: {model_id: a, generation: {stopping_sequences: [x, [1, 2]]}}", "stopping_sequences[1]: a sequence"
-         " of 2 tokens cannot end an answer"),
+        ("engine_config: {model_id: a, generation: {generate_kwargs: {stop: [x, '']}}}", "stop[1]: an empty text is not"),
+        ("engine_config: {model_id: a, generation: {stopping_sequences: [x, [1, 2]]}}", "stopping_sequences[1]: must be a"
+         " text or a single token id, got a sequence of 2 tokens"),
         ("engine_config: {model_id: a, generation: {stopping_sequences: [1.5]}}", "must be a text or a token id, got the "),
         ("engine_config: {model_id: a, generation: {stopping_sequences: [true]}}", "a text or a token id, got true"),
-        ("engine_config: {model_id: a, generation: {stopping_sequences: [-1]}}", "negative token id ends nothing"),
+        ("engine_config: {model_id: a, generation: {stopping_sequences: [-1]}}", "negative token id never ends an"),
         ("engine_config: {model_id: a, generation: {prompt_format: null, chat_template: '{{ x }}'}}", "exclude each other"),
         ("engine_config: {model_id: a, generation: {chat_template: missing.jinja}}", "missing.jinja cannot be read"),
     ],
@@ -186,7 +186,7 @@ def test_all_mistakes_of_a_file_at_once_in_the_order_of_its_lines(load_error: Lo
 
 
 def test_python_construction_reports_the_same(load_app: Callable[[str], AppConfig]) -> None:
-    with pytest.raises(ValidationError, match="min_replicas 3 is more than max_replicas 2"):
+    with pytest.raises(ValidationError, match=r"must not exceed max_replicas \(2\), got 3"):
         ModelConfig.model_validate(
             {
                 "engine_config": {"model_id": "a"},

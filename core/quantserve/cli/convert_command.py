@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from quantserve.cli.output import console
-from quantserve.errors import CheckpointError, UsageError, one_line
+from quantserve.errors import CheckpointError, PluginError, UsageError, one_line
 from quantserve.homes import expand, settle
 from quantserve.registry import Hooks, Plugin, Registry
 
@@ -18,13 +18,20 @@ from quantserve.registry import Hooks, Plugin, Registry
 @click.command("convert")
 @click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--method", metavar="METHOD", help="Method of the files; needed when several methods can convert.")
-@click.option("--base", metavar="MODEL", help="Model that supplies what SOURCE lacks (LLaMA-1 style SqueezeLLM files).")
-@click.option("--allow-pickle", is_flag=True, help="Read .pt/.bin files, with an unpickler that runs no code.")
+@click.option(
+    "--method", metavar="METHOD", help="Quantization method of the files; needed if several methods have a converter."
+)
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Unquantized model that supplies what SOURCE lacks, for LLaMA-1 style SqueezeLLM files.",
+)
+@click.option("--allow-pickle", is_flag=True, help="Read .pt/.bin files, with an unpickler that executes no code.")
 def command(source: str, destination: Path, method: str | None, base: str | None, allow_pickle: bool) -> None:
     """Convert foreign checkpoint files to a safetensors folder.
 
-    SOURCE is a file, a folder or a hub id. DESTINATION must not exist; it appears only when it is whole.
+    SOURCE is a file, a folder or a hub id. DESTINATION must not exist; it is created only when
+    it is complete.
     """
     plugin, converter = _converter(Registry.load(), method)
     out = console(stderr=True)
@@ -51,7 +58,7 @@ def command(source: str, destination: Path, method: str | None, base: str | None
 
 
 def local_path(source: str) -> Path:
-    """A path as it is; a hub id is downloaded into the HF cache, weights included."""
+    """An existing path; a hub id is downloaded to the HF cache, including weights."""
     path = expand(source)
     try:
         if path.exists():
@@ -67,7 +74,7 @@ def local_path(source: str) -> Path:
         return Path(snapshot_download(source))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{source}: neither a path nor a model that can be downloaded: {one_line(error)}\n"
+            f"{source}: no such path, and downloading it as a hub id failed: {one_line(error)}\n"
             "  fix: check the spelling, HF_TOKEN for gated models, and HF_HUB_OFFLINE"
         ) from error
 
@@ -75,15 +82,24 @@ def local_path(source: str) -> Path:
 def _converter(registry: Registry, method: str | None) -> tuple[Plugin, str]:
     candidates = [registry.find_method(method)] if method else [p for p in registry.plugins.values() if p.method]
     hooks = Hooks(candidates)
-    found = [(p, named) for p in candidates if (named := hooks.call(p, "quantserve_converter"))]
+    found: list[tuple[Plugin, str]] = []
+    defects: list[PluginError] = []
+    for plugin in candidates:
+        try:
+            if reference := hooks.call(plugin, "quantserve_converter"):
+                found.append((plugin, reference))
+        except PluginError as error:
+            defects.append(error)
+    if defects and not found:
+        raise defects[0]
     if len(found) == 1:
         return found[0]
     if method:
-        raise UsageError(f"method {method!r} has no converter; its checkpoints are served as they are")
+        raise UsageError(f"method {method!r} has no converter: its checkpoints are served directly, without conversion")
     if not found:
         raise UsageError(
             "no installed plugin has a converter\n"
             "  fix: install the plugin of the files' method; `quantserve list` shows what is installed"
         )
     names = ", ".join(p.method.name for p, _ in found if p.method)
-    raise UsageError(f"several methods can convert\n  fix: choose one with --method ({names})")
+    raise UsageError(f"several methods have a converter\n  fix: choose one with --method ({names})")

@@ -1,4 +1,4 @@
-"""``quantserve``: the group of commands, and the one place where errors become exit codes."""
+"""``quantserve``: the command group, and the only place where errors become exit codes."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from quantserve.errors import QuantserveError, one_line, unknown_name
 from quantserve.text import LONGEST_ERROR, harmless
 
 COMMANDS = {
-    "list": "Show the installed quantization methods, and plugins that failed.",
-    "check": "Check models from their headers, before a GPU is touched.",
-    "plan": "Print exactly how models would be run.",
+    "list": "Show the installed quantization methods, and plugins that failed to load.",
+    "check": "Check models from file headers, without loading weights or using a GPU.",
+    "plan": "Print how models would be run: engine arguments, placement, memory.",
     "serve": "Check, plan and serve models behind an OpenAI-compatible API.",
-    "profile": "Print the performance to expect of a model: published numbers beside a prediction.",
+    "profile": "Print the expected performance of a model: published numbers and a prediction.",
     "recommend": "Rank the quantization methods for a model, a target and a workload.",
-    "calibrate": "Measure this machine, so that predictions rest on it.",
-    "bench": "Measure models under load, beside what is expected.",
+    "calibrate": "Measure this machine, to base predictions on its real speed.",
+    "bench": "Measure models under load, and compare with the expected performance.",
     "convert": "Convert foreign checkpoint files to a safetensors folder.",
     "schema": "Print the JSON Schema of the config.",
-    "doctor": "Examine this machine: engine, torch, kernels, Ray, HAProxy, GPU, plugins.",
+    "doctor": "Check this machine: engine, torch, kernels, Ray, HAProxy, GPU, plugins.",
 }
-INTERNAL_ERROR = 70  # sysexits.h EX_SOFTWARE: our own defect
+INTERNAL_ERROR = 70  # sysexits.h EX_SOFTWARE: a bug in quantserve
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module only to run it, so that `list` stays fast."""
+    """A command group that imports the module of a command only to run it, so that `list` stays fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order a user meets them."""
+        """Command names in the order of first use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, or None when there is none of that name."""
+        """The command, or None if it does not exist."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"quantserve.cli.{cmd_name}_command").command
@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Like click's, with the closest command in the error."""
+        """Like click's, but the error suggests the closest command."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(unknown_name("command", args[0], COMMANDS))
         return super().resolve_command(ctx, args)
@@ -63,13 +63,14 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Serve quantized LLMs from a config file.
 
-    Exit codes: 0 fine, 1 findings of severity error, 2 usage or config, 3 plugin defect, 4 the engine or Ray failed.
+    Exit codes: 0 success, 1 findings of severity error, 2 wrong usage or config, 3 plugin defect,
+    4 the engine or Ray failed, 70 bug in quantserve.
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    gc.set_threshold(100_000)  # looking for cycles among 36,000 linears of a large mixture took a third of the time
+    gc.set_threshold(100_000)  # default thresholds cost a third of the time for the 36,000 linears of a large mixture
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # the locale may lack a character of a name
@@ -98,13 +99,15 @@ def run(arguments: list[str] | None = None) -> int:
         click.echo(str(error), err=True)
         return error.exit_code
     except BrokenPipeError:
-        # The reader (head, less) has left; keep the interpreter from complaining at exit.
+        # The reader (head, less) has closed the pipe; prevent a second error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if debug:
             raise
         click.echo(f"internal error: {one_line(error)}", err=True)
-        click.echo("  this is a defect of quantserve; QUANTSERVE_DEBUG=1 shows the traceback to report", err=True)
+        click.echo(
+            "  This is a bug in quantserve. Run again with QUANTSERVE_DEBUG=1 and report the traceback.", err=True
+        )
         return INTERNAL_ERROR
     return result if isinstance(result, int) else 0

@@ -16,9 +16,9 @@ from quantserve.registry import Registry
 
 @click.command("serve")
 @source_options
-@click.option("--host", help="Address to bind; default 127.0.0.1.")
+@click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 picks a free one; default 8000.")
-@click.option("--api-keys-file", metavar="FILE", help="One API key per line; QUANTSERVE_API_KEYS works as well.")
+@click.option("--api-keys-file", metavar="FILE", help="File with one API key per line; or set QUANTSERVE_API_KEYS.")
 @click.option("--keep-going", is_flag=True, help="Serve the models that pass when others are refused.")
 def command(
     sources: tuple[str, ...],
@@ -31,7 +31,8 @@ def command(
 ) -> int:
     """Check, plan and serve models behind an OpenAI-compatible API.
 
-    One Ray Serve application per model, at /MODEL_ID/v1, and a front door for all of them at /v1. Ctrl-C stops it.
+    All models are at /v1, selected by the "model" field of a request; each one is also at /MODEL_ID/v1. Press Ctrl-C to
+    stop.
     """
     app = load_sources(sources, **bare)  # type: ignore[arg-type]
     target = choose_target(target_name)
@@ -53,17 +54,17 @@ def command(
 
 
 def _require_engine() -> None:
-    """Say what to install where only checking was possible so far."""
+    """Refuse to serve if only the dependencies of checking are installed."""
     missing = [name for name in ("vllm", "ray", "starlette") if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"serving needs {', '.join(missing)}, not installed here\n"
+            f"serving needs packages that are not installed: {', '.join(missing)}\n"
             "  fix: pip install 'quantserve[cpu]', or 'quantserve[cuda]' with an NVIDIA GPU"
         )
 
 
 def _refusal(refused: list[Outcome]) -> QuantserveError:
-    """The error to exit with when models are refused: the gravest one."""
+    """The error to exit with when models are refused: the one with the highest exit code."""
     gravest = max(refused, key=lambda result: result.exit_code)
     if gravest.error:
         return gravest.error

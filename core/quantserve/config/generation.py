@@ -1,4 +1,4 @@
-"""The ``generation`` section: how messages become a prompt, and what requests get when they say nothing."""
+"""The ``generation`` section: chat template and default values of request fields."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from quantserve.config.section import Section
 
 
 class PromptFormat(Section):
-    """How a conversation becomes one prompt, for models without a chat template of their own (RayLLM's format)."""
+    """RayLLM's prompt format: builds a prompt from messages, for models without their own chat template."""
 
     system: str = Field(description="Text of the system message; {instruction} is replaced by the message.")
     assistant: str = Field(description="Text of an assistant message; {instruction} is replaced by the message.")
-    trailing_assistant: str = Field(description="Text at the end of the prompt, after which the model answers.")
+    trailing_assistant: str = Field(description="Text at the end of the prompt, before the model's answer.")
     user: str = Field(
         description="Text of a user message; {instruction} is replaced by the message and, with system_in_user, "
         "{system} by the system text."
     )
-    default_system_message: str = Field(default="", description="System message of conversations that have none.")
+    default_system_message: str = Field(default="", description="System message of conversations without one.")
     system_in_user: bool = Field(
         default=False, description="Put the system text into the first user message, at {system}."
     )
     add_system_tags_even_if_message_is_empty: bool = Field(
-        default=False, description="Write the system text around nothing when there is no system message."
+        default=False, description="Write the system text around an empty message if there is no system message."
     )
     strip_whitespace: bool = Field(default=True, description="Strip whitespace around every message.")
 
@@ -53,23 +53,25 @@ class PromptFormat(Section):
 
 
 class GenerateKwargs(Section):
-    """Defaults of request fields: used when a client leaves the field out."""
+    """Default values of request fields, for clients that leave them out."""
 
     max_tokens: int | None = Field(default=None, ge=1, description="Most tokens to generate.")
     min_tokens: int | None = Field(default=None, ge=0, description="Fewest tokens to generate.")
     temperature: float | None = Field(
-        default=None, ge=0, description="Sampling temperature; 0 takes the likeliest token."
+        default=None, ge=0, description="Sampling temperature; 0 always takes the most likely token."
     )
     top_p: float | None = Field(
-        default=None, gt=0, le=1, description="Sample from the likeliest tokens that sum up to this."
+        default=None, gt=0, le=1, description="Sample from the most likely tokens with this total probability."
     )
     top_k: int | None = Field(
-        default=None, ge=-1, description="Sample from this many likeliest tokens; -1 or 0 means all."
+        default=None, ge=-1, description="Sample from this many most likely tokens; -1 or 0 means all."
     )
     min_p: float | None = Field(
-        default=None, ge=0, le=1, description="Least probability relative to the likeliest token's."
+        default=None, ge=0, le=1, description="Lowest probability of a token, relative to the most likely one."
     )
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Penalty of tokens that occurred.")
+    presence_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="Penalty on tokens that have occurred."
+    )
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Penalty per occurrence of a token.")
     repetition_penalty: float | None = Field(default=None, gt=0, description="Above 1 discourages repetition.")
     length_penalty: float | None = Field(default=None, description="Exponent on the length in beam search.")
@@ -79,12 +81,12 @@ class GenerateKwargs(Section):
     bad_words: list[str] | None = Field(default=None, description="Texts that must not be generated.")
     logit_bias: dict[str, float] | None = Field(default=None, description="Bias by token id.")
     include_stop_str_in_output: bool | None = Field(default=None, description="Keep the stop text in the answer.")
-    ignore_eos: bool | None = Field(default=None, description="Go on after the end-of-sequence token.")
-    skip_special_tokens: bool | None = Field(default=None, description="Leave special tokens out of the answer.")
+    ignore_eos: bool | None = Field(default=None, description="Continue after the end-of-sequence token.")
+    skip_special_tokens: bool | None = Field(default=None, description="Omit special tokens from the answer.")
     spaces_between_special_tokens: bool | None = Field(default=None, description="Put spaces between special tokens.")
     add_special_tokens: bool | None = Field(default=None, description="Let the tokenizer add its special tokens (BOS).")
     truncate_prompt_tokens: int | None = Field(
-        default=None, ge=-1, description="Keep this many last tokens of the prompt."
+        default=None, ge=-1, description="Keep only this many tokens at the end of the prompt."
     )
     vllm_xargs: dict[str, Any] | None = Field(default=None, description="Extra arguments for logits processors.")
 
@@ -97,27 +99,26 @@ class GenerateKwargs(Section):
     @classmethod
     def _not_empty(cls, values: list[str] | None) -> list[str] | None:
         if values and "" in values:
-            raise fault("an empty text would end every answer at once", at=(values.index(""),))
+            raise fault("an empty text is not allowed: it would end every answer at once", at=(values.index(""),))
         return values
 
 
 class Generation(Section):
-    """Prompting and request defaults of one model."""
+    """Chat template and request defaults of one model."""
 
     prompt_format: PromptFormat | None = Field(
         default=None,
-        description="Turns conversations into prompts, in RayLLM's format. Left out: the tokenizer's own chat "
-        "template. null: chat is disabled.",
+        description="RayLLM's prompt format. Without it the tokenizer's own chat template is used; null disables chat.",
     )
     chat_template: str | None = Field(
         default=None, description="Jinja chat template: the text, or the path of a .jinja file. Excludes prompt_format."
     )
     generate_kwargs: GenerateKwargs = Field(
-        default_factory=lambda: GenerateKwargs(), description="Defaults of request fields."
+        default_factory=lambda: GenerateKwargs(), description="Default values of request fields."
     )
     stopping_sequences: list[Any] = Field(
         default_factory=list,
-        description="Texts, or token ids as whole numbers, that end every answer.",
+        description="Texts or token ids that end every answer.",
         json_schema_extra={"items": {"type": ["string", "integer"]}},
     )
 
@@ -130,15 +131,15 @@ class Generation(Section):
             if isinstance(value, list):
                 if len(value) != 1:
                     raise fault(
-                        f"a sequence of {len(value)} tokens cannot end an answer, only a text or a single token can",
+                        f"must be a text or a single token id, got a sequence of {len(value)} tokens",
                         at=(index,),
-                        fix="write the text the tokens stand for",
+                        fix="write the text of these tokens",
                     )
                 value = value[0]
             if isinstance(value, bool) or not isinstance(value, str | int):
                 raise fault(f"must be a text or a token id, got {got(value)}", at=(index,))
             if value == "" or (isinstance(value, int) and value < 0):
-                raise fault("an empty text or a negative token id ends nothing", at=(index,), fix="remove it")
+                raise fault("an empty text or a negative token id never ends an answer", at=(index,), fix="remove it")
             result.append(value)
         return result
 
@@ -160,7 +161,7 @@ class Generation(Section):
         return chat_template(self.prompt_format) if self.prompt_format else self.chat_template
 
     def request_defaults(self) -> dict[str, Any]:
-        """Request fields with their default values, without duplicates among the stops."""
+        """Default values by request field; stops without duplicates."""
         given = self.generate_kwargs
         defaults: dict[str, Any] = given.model_dump(exclude_none=True)
         stops = [*(given.stop or ()), *(item for item in self.stopping_sequences if isinstance(item, str))]

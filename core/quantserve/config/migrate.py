@@ -1,7 +1,7 @@
-"""RayLLM 0.5 models become today's, with a note for every key that changed its name, place or meaning.
+"""Converts RayLLM 0.5 model configs, with a note for every key that changed its name, place or meaning.
 
-Works on plain values before they are validated, so that the schema knows today's names only. What cannot be honoured
-is a problem, not a note: an engine that is gone, weights in a mirror.
+Works on plain values before validation, so that the schema contains the current names only. Features without a
+successor (the TensorRT-LLM and embedding engines, weight mirrors) are problems, not notes.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any, Final
 
 from quantserve.config.engine_args import REMOVED, unverifiable
 from quantserve.config.report import Report
-from quantserve.config.source import KeyPath, Located
+from quantserve.config.source import KeyPath, Located, is_rayllm
 
 RAYLLM_CONTEXT: Final = 2048
-"""``max_total_tokens`` of a RayLLM file that names none."""
+"""Default of ``max_total_tokens`` in RayLLM."""
 
 LARGE_BATCH: Final = 8192
 
@@ -21,13 +21,13 @@ ACCELERATORS: Final = {
     "a10": "A10G", "a10g": "A10G", "a100": "A100", "a100_40g": "A100", "a100_80g": "A100", "a100_80g_aws": "A100",
     "h100": "H100", "h200": "H200", "l4": "L4", "l40s": "L40S", "t4": "T4", "v100": "V100", "cpu": "",
 }  # fmt: skip
-"""RayLLM's ``accelerator_type_<name>`` -> the name that Ray detects; "" where nothing is detected."""
+"""RayLLM's ``accelerator_type_<name>`` -> Ray's name; "" if Ray detects no such resource."""
 
 EMBEDDING_FIX: Final = (
     "remove type, optimize, max_batch_size and batch_wait_timeout_s, and set engine_kwargs: {runner: pooling}; "
     "vLLM serves the model at /v1/embeddings"
 )
-TRTLLM_FIX: Final = "name the Hugging Face checkpoint in hf_model_id and remove type and the TensorRT-LLM keys"
+TRTLLM_FIX: Final = "set hf_model_id to the Hugging Face checkpoint, and remove type and the TensorRT-LLM keys"
 _ENGINE_KEYS: Final = {
     "EmbeddingEngine": ("optimize", "max_batch_size", "batch_wait_timeout_s"),
     "TRTLLMEngine": (
@@ -36,7 +36,7 @@ _ENGINE_KEYS: Final = {
     ),
 }  # fmt: skip
 _UNUSED_GENERATE_KWARGS: Final = {
-    "return_token_type_ids": "is an argument of a tokenizer, which no engine reads",
+    "return_token_type_ids": "is a tokenizer argument without effect on generation",
     "early_stopping": "belongs to beam search",
     "num_beams": "belongs to beam search",
     "pad_token_id": "is taken from the tokenizer",
@@ -45,33 +45,33 @@ _UNUSED_GENERATE_KWARGS: Final = {
 
 
 def migrate(doc: Located, report: Report) -> bool:
-    """Rewrite the model in `doc`, which holds a dict of its own to change; False when it is hopeless."""
+    """Rewrite the model in `doc` in place; False if its engine is no longer supported."""
     model = doc.value
     _drop_nulls(model, keep={("engine_config", "generation", "prompt_format")})
     work = _Migration(doc, report)
     engine = work.section("engine_config")
     if not work.engine_is_served(engine):
         return False
-    rayllm = "type" in engine or "model_type" in engine
+    rayllm = is_rayllm(model)
     work.engine(engine)
     work.engine_kwargs(work.section("engine_config", "engine_kwargs"), engine)
     work.generation(work.section("engine_config", "generation"))
     work.deployment()
     work.scaling()
-    work.drop((), "multiplex_config", "RayLLM never used it, and neither does quantserve")
+    work.drop((), "multiplex_config", "RayLLM never used it")
     if rayllm and "max_total_tokens" not in engine:
         engine["max_total_tokens"] = RAYLLM_CONTEXT
         report.note(
             doc,
             ("engine_config",),
-            f"engine_config.max_total_tokens is missing; RayLLM's default {RAYLLM_CONTEXT} is kept "
-            "(today's default is the checkpoint's own context)",
+            f"engine_config.max_total_tokens is missing: RayLLM's default {RAYLLM_CONTEXT} is used "
+            "(without `type` or `model_type` the default is the checkpoint's context length)",
         )
     return True
 
 
 def _drop_nulls(value: object, keep: set[KeyPath], path: KeyPath = ()) -> None:
-    """Treat ``key:`` without a value as absent, except where null has a meaning, and inside free mappings."""
+    """Remove keys with a null value, except where null has a meaning, and inside free-form mappings."""
     if not isinstance(value, dict) or path[-1:] in (("engine_kwargs",), ("frontend_kwargs",), ("runtime_env",)):
         return
     for key in list(value):
@@ -86,7 +86,7 @@ class _Migration:
         self.doc, self.report = doc, report
 
     def section(self, *path: str) -> dict[str, Any]:
-        """The mapping under `path`, or an empty one to look into when it is missing or no mapping."""
+        """The mapping at `path`; an empty one if it is missing or not a mapping."""
         value: Any = self.doc.value
         for part in path:
             value = value.get(part) if isinstance(value, dict) else None
@@ -96,7 +96,7 @@ class _Migration:
         self.report.note(self.doc, path, message)
 
     def drop(self, path: tuple[str, ...], key: str, why: str) -> Any:
-        """Remove a key that has no effect any more, with a note."""
+        """Remove a key that no longer has an effect, with a note."""
         section = self.section(*path)
         if key not in section:
             return None
@@ -106,7 +106,7 @@ class _Migration:
     def rename(
         self, path: tuple[str, ...], old: str, new: str, into: tuple[str, ...] | None = None, quiet: bool = False
     ) -> None:
-        """Move ``path.old`` to ``(into or path).new``; giving both is a problem."""
+        """Move ``path.old`` to ``(into or path).new``; if both exist, that is a problem."""
         target_path = path if into is None else into
         source = self.section(*path)
         if old not in source:
@@ -116,7 +116,7 @@ class _Migration:
         if target is None:
             return
         if new in target:
-            message = f"`{old}` is the old name of `{shown}`, and both are given"
+            message = f"is the old name of `{shown}`, and both are set"
             self.report.problem(self.doc, (*path, old), message, f"remove `{old}`")
             return
         target[new] = value
@@ -141,10 +141,13 @@ class _Migration:
                 return True
         name, fix = ("TensorRT-LLM", TRTLLM_FIX) if kind == "TRTLLMEngine" else ("embedding", EMBEDDING_FIX)
         present = [key for key in _ENGINE_KEYS[kind] if key in engine]
-        lost = f"; with it go {', '.join(present)}" if present else ""
+        lost = f"; these keys belong to it: {', '.join(present)}" if present else ""
         at = "type" if "type" in engine else "model_type"
         self.report.problem(
-            self.doc, ("engine_config", at), f"RayLLM's {name} engine is gone, vLLM is the engine{lost}", fix
+            self.doc,
+            ("engine_config", at),
+            f"RayLLM's {name} engine is not supported; vLLM is the only engine{lost}",
+            fix,
         )
         return False
 
@@ -156,11 +159,11 @@ class _Migration:
         else:
             message = f"unknown engine {engine.pop('type')!r}"
             self.report.problem(self.doc, (*at, "type"), message, "remove the line; vLLM is the only engine")
-        self.drop(at, "model_type", "/v1/models tells what a model can do")
+        self.drop(at, "model_type", "the task of a model is detected from its checkpoint")
         for key in ("env_vars_to_propogate", "env_vars_to_propagate"):
-            self.drop(at, key, "write the variables under engine_config.runtime_env.env_vars (HF_TOKEN is inherited)")
+            self.drop(at, key, "set the variables in engine_config.runtime_env.env_vars (HF_TOKEN is inherited)")
         if rayllm and "tokenizer_id" in engine:
-            self.note((*at, "tokenizer_id"), "`tokenizer_id` now takes effect; RayLLM read it for embeddings only")
+            self.note((*at, "tokenizer_id"), "`tokenizer_id` takes effect now; RayLLM used it for embeddings only")
         for key in ("s3_mirror_config", "gcs_mirror_config"):
             if key in engine:
                 mirror = engine.pop(key)
@@ -168,9 +171,9 @@ class _Migration:
                 self.report.problem(
                     self.doc,
                     (*at, key),
-                    "a mirror cannot be honoured: weights are checked before anything starts, so they must be "
-                    "in a folder or on a hub",
-                    f"copy {uri or 'the bucket'} to a folder that every node sees and name it in hf_model_id, "
+                    "weight mirrors are not supported: checkpoints are checked before the start, so they must be in a "
+                    "folder or on a hub",
+                    f"copy {uri or 'the bucket'} to a folder that all nodes can read and set hf_model_id to it, "
                     "or set HF_ENDPOINT to a hub mirror",
                 )
 
@@ -193,8 +196,8 @@ class _Migration:
             self.report.problem(
                 self.doc,
                 (*at, "load_s3_path"),
-                "a feature of Anyscale's private vLLM, which vLLM does not have",
-                "copy the weights to a folder and name it in hf_model_id; load_format: sharded_state reads "
+                "is a feature of Anyscale's private vLLM and does not exist in vLLM",
+                "copy the weights to a folder and set hf_model_id to it; load_format: sharded_state reads "
                 "weights that were saved per GPU",
             )
         budget, context = kwargs.get("max_num_batched_tokens"), engine.get("max_total_tokens")
@@ -202,15 +205,15 @@ class _Migration:
             room = f" of up to {context} tokens" if type(context) is int else ""
             self.note(
                 (*at, "max_num_batched_tokens"),
-                f"`max_num_batched_tokens: {budget}` changed its meaning: RayLLM's vLLM needed room for a whole "
-                f"prompt{room}; today it is the token budget of one engine step, prompts are cut into chunks, and a "
-                "large budget costs memory and makes other requests wait (2048 to 8192 is usual; leave it out for "
-                "vLLM's own choice)",
+                f"`max_num_batched_tokens: {budget}` has a new meaning: in RayLLM's vLLM a whole prompt{room} had to "
+                "fit; now it is the token budget of one engine step, and longer prompts are split into chunks. A large "
+                "budget costs memory and delays other requests (usual: 2048 to 8192; without it vLLM chooses)",
             )
         for name in kwargs:
             if unverifiable(name):
                 self.note(
-                    (*at, name), f"`{name}` is no engine argument of vLLM 0.32, and no vLLM is installed here to ask"
+                    (*at, name),
+                    f"`{name}` is not an engine argument of vLLM 0.32; no vLLM is installed to check it against",
                 )
 
     def generation(self, generation: dict[str, Any]) -> None:
@@ -220,10 +223,10 @@ class _Migration:
             self.rename(at, "max_new_tokens", "max_tokens")
             for key, why in _UNUSED_GENERATE_KWARGS.items():
                 self.drop(at, key, f"it {why}")
-            sample = self.drop(at, "do_sample", "temperature decides whether tokens are sampled")
+            sample = self.drop(at, "do_sample", "temperature controls sampling")
             if sample is False and kwargs.setdefault("temperature", 0) != 0:
                 message = (
-                    f"`do_sample: false` asks for the likeliest token and temperature {kwargs['temperature']} does not"
+                    f"`do_sample: false` means greedy decoding, which contradicts temperature {kwargs['temperature']}"
                 )
                 self.report.problem(self.doc, (*at, "temperature"), message, "remove one of the two")
         stops = generation.get("stopping_sequences")
@@ -235,8 +238,8 @@ class _Migration:
                 generation["stopping_sequences"][index] = int(value[:18])
                 self.note(
                     ("engine_config", "generation", "stopping_sequences", index),
-                    f"stopping sequence {value[:18]!r} is taken as a token id, as RayLLM meant it; "
-                    "for the text put it into generate_kwargs.stop",
+                    f"stopping sequence {value[:18]!r} is used as a token id, like in RayLLM; "
+                    "to stop at the text, move it to generate_kwargs.stop",
                 )
 
     def deployment(self) -> None:
@@ -256,7 +259,7 @@ class _Migration:
         if type(seqs) is int and isinstance(target, int | float) and target > seqs:
             self.note(
                 (*scaling, "target_ongoing_requests"),
-                f"target_ongoing_requests {target:g} is more than max_num_seqs {seqs}: requests queue inside the "
+                f"target_ongoing_requests ({target:g}) exceeds max_num_seqs ({seqs}): requests will queue in the "
                 "engine before a replica is added",
             )
 
@@ -272,7 +275,7 @@ class _Migration:
 
     def scaling(self) -> None:
         at = ("scaling_config",)
-        self.drop(at, "pg_timeout_s", "RayLLM never used it; Ray waits for resources and reports that it does")
+        self.drop(at, "pg_timeout_s", "RayLLM never used it; Ray waits for resources and reports that")
         self._accelerators((*at, "resources_per_worker"))
 
     def _accelerators(self, path: tuple[str, ...]) -> None:
@@ -281,9 +284,9 @@ class _Migration:
             name = key.removeprefix("accelerator_type_")
             detected = ACCELERATORS.get(name.lower(), name.upper())
             if not detected:
-                self.drop(path, key, "Ray detects no such resource on CPU nodes")
+                self.drop(path, key, "Ray has no such resource on CPU nodes")
                 continue
             new = f"accelerator_type:{detected}"
-            lost = " (Ray tells no memory sizes apart)" if name.lower().startswith("a100_") else ""
-            self.note((*path, key), f"`{key}` is now `{new}`, which Ray detects by itself{lost}")
+            lost = " (without the memory size)" if name.lower().startswith("a100_") else ""
+            self.note((*path, key), f"`{key}` is now `{new}`, which Ray detects automatically{lost}")
             self.rename(path, key, new, quiet=True)

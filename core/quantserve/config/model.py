@@ -170,8 +170,8 @@ class ModelConfig(Section):
         share, used = gpus.num_gpus_per_worker, kwargs.get("gpu_memory_utilization")
         if 0 < share < 1 and used is not None and used > share:
             raise fault(
-                f"gpu_memory_utilization {used:g} is more than the {share:g} GPU of "
-                "scaling_config.num_gpus_per_worker, so models that share the GPU run out of memory",
+                f"must not exceed scaling_config.num_gpus_per_worker ({share:g}), got {used:g}: "
+                "models that share the GPU would run out of memory",
                 at=("engine_config", "engine_kwargs", "gpu_memory_utilization"),
                 fix="remove gpu_memory_utilization; it then follows num_gpus_per_worker",
             )
@@ -184,10 +184,10 @@ class ModelConfig(Section):
             scaling.target_ongoing_requests = float(max(1, limit // 2))
         elif scaling and scaling.target_ongoing_requests and scaling.target_ongoing_requests > limit:
             raise fault(
-                f"target_ongoing_requests {scaling.target_ongoing_requests:g} is more than the {limit} requests "
-                "a replica takes (engine_kwargs.max_num_seqs), so load adds no replicas",
+                f"must not exceed engine_kwargs.max_num_seqs ({limit}), got {scaling.target_ongoing_requests:g}: "
+                "a replica could never reach it, so no replicas would be added",
                 at=("deployment_config", "autoscaling_config", "target_ongoing_requests"),
-                fix=f"aim at about {max(1, limit // 2)}, or set max_ongoing_requests",
+                fix=f"set it to about {max(1, limit // 2)}, or set max_ongoing_requests",
             )
         return self
 

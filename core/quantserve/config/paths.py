@@ -1,4 +1,4 @@
-"""What the names that a person gives stand for: files, folders, hub ids."""
+"""Resolves names given by the user to files, folders and hub ids."""
 
 from __future__ import annotations
 
@@ -11,37 +11,49 @@ from typing import Final
 
 from quantserve.config.source import SUFFIXES
 from quantserve.errors import ConfigError
+from quantserve.homes import expand
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
-LORA: Final = "a LoRA adapter (adapter_config.json), not a model\n  fix: merge it into its base model, and name that"
+LORA: Final = (
+    "a LoRA adapter (adapter_config.json), not a model\n  fix: merge it into its base model and give that folder"
+)
+EMPTY: Final = "a folder without config.json and without config files (.yaml, .yml, .json)"
 MAX_FILES: Final = 1000
 MAX_FOLDERS: Final = 2000
 
 
-def expand(text: str) -> Path:
-    """`text` as a path, with ``~`` for the home directory where there is one."""
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a model: a config.json, Mistral's params.json, or weights without any config file."""
     try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        return Path(text)
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    if "config.json" in names or ("params.json" in names and any(name.startswith("consolidated") for name in names)):
+        return True
+    configs = [name for name in names if name.lower().endswith(SUFFIXES) and name not in ("params.json",)]
+    return not configs and any(name.endswith((".safetensors", ".gguf")) for name in names)
 
 
 def config_files(folder: Path) -> list[Path]:
-    """Config files under `folder`, without hidden folders and checkpoints."""
+    """Config files under `folder`, not searching hidden folders and checkpoints.
+
+    Raises:
+        ConfigError: there are too many files or folders.
+    """
     files: list[Path] = []
     for count, (here, folders, names) in enumerate(os.walk(folder)):
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and not (Path(here, name) / "config.json").is_file()
+            name for name in folders if not name.startswith(".") and not is_checkpoint(Path(here, name))
         )
         files += [Path(here, name) for name in sorted(names) if name.lower().endswith(SUFFIXES) and name[0] != "."]
         if len(files) > MAX_FILES or count > MAX_FOLDERS:
-            found = f"{len(files)} config files in more than {count} folders"
-            raise ConfigError(f"{folder}: {found}, which cannot be one server\n  fix: name a smaller folder")
+            limits = f"the limits are {MAX_FILES} config files and {MAX_FOLDERS} folders"
+            raise ConfigError(f"{folder}: too large to search: {limits}\n  fix: give a smaller folder, or the files")
     return files
 
 
 def resolved(text: str, folder: Path | None) -> str:
-    """`text` as an absolute path if it is one; hub ids stay as they are."""
+    """`text` as an absolute path if it is a path; hub ids are returned unchanged."""
     path = expand(text)
     if "\0" in text or "://" in text:
         return text
@@ -54,12 +66,12 @@ def resolved(text: str, folder: Path | None) -> str:
 
 
 def resolved_file(text: str, folder: Path | None) -> str:
-    """`text`, which names a file and no hub id, as an absolute path."""
+    """`text`, which is always a file and never a hub id, as an absolute path."""
     return resolved(text if expand(text).is_absolute() else "./" + text, folder)
 
 
 def is_hub_id(text: str, folders: Sequence[Path]) -> bool:
-    """Whether a name that is no path looks like ``org/name``; a folder called ``org`` makes it a mistyped path."""
+    """Whether a name that is not an existing path is a hub id ``org/name``; not if a folder ``org`` exists."""
     return (
         bool(HUB_ID.fullmatch(text))
         and not text.lower().endswith((*SUFFIXES, ".safetensors", ".bin", ".pt", ".txt"))
@@ -69,7 +81,7 @@ def is_hub_id(text: str, folders: Sequence[Path]) -> bool:
 
 
 def folder_id(path: Path) -> str:
-    """An id for a checkpoint folder: its name, or ``org/name`` for a snapshot in the Hugging Face cache."""
+    """The model id of a checkpoint folder: its name, or ``org/name`` for a snapshot in the Hugging Face cache."""
     path = path.resolve()
     cached = path.parent.parent.name
     if path.parent.name == "snapshots" and cached.startswith("models--"):
@@ -78,16 +90,16 @@ def folder_id(path: Path) -> str:
 
 
 def not_found(text: str, folders: Sequence[Path]) -> str:
-    """Say that nothing has this name, and which names are close."""
+    """The error message for a name that does not exist, with close matches."""
     shown = (text if text.isprintable() else repr(text))[:200]
     for folder in folders:
         path = folder / expand(text)
         try:
             if path.is_dir():
                 adapter = (path / "adapter_config.json").is_file()
-                return f"{shown}: {LORA if adapter else 'a folder without config.json, so it holds no model'}"
+                return f"{shown}: {LORA if adapter else EMPTY}"
             if path.is_symlink():
-                return f"{shown}: a symbolic link that leads nowhere, to {os.readlink(path)!r:.200}"
+                return f"{shown}: a broken symbolic link to {os.readlink(path)!r:.200}"
             names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
         except (OSError, ValueError):
             continue
@@ -96,7 +108,7 @@ def not_found(text: str, folders: Sequence[Path]) -> str:
             return f"{shown}: no such file or folder; did you mean {' or '.join(str(path.parent / n) for n in close)}?"
     if HUB_ID.fullmatch(text):
         return (
-            f"{shown}: no such file or folder, and no hub id because a folder {text.split('/', 1)[0]} is here\n"
-            "  fix: for a hub id, write a model file with engine_config.model_id"
+            f"{shown}: no such file or folder, and not read as a hub id: a folder {text.split('/', 1)[0]} exists here\n"
+            "  fix: correct the path; for a hub id write a model file with engine_config.model_id"
         )
-    return f"{shown}: no such file or folder, and not a hub id (org/name) either"
+    return f"{shown}: no such file or folder, and not a hub id (org/name)\n  fix: correct the path or the id"

@@ -1,16 +1,16 @@
-"""RayLLM's ``prompt_format`` as a Jinja chat template, rule by rule.
+"""Converts RayLLM's ``prompt_format`` to a Jinja chat template, by these rules:
 
-1. The one system message moves to the front, wherever it stands; two of them are an error.
-2. With ``system_in_user`` it goes into the first user turn instead, and is not stripped there.
-3. Without one, ``default_system_message`` is used, or empty tags with ``add_system_tags_even_if_message_is_empty``;
-   an explicit but empty one is dropped unless that flag is set.
+1. The system message moves to the front; two system messages are an error.
+2. With ``system_in_user`` it is written into the first user message instead, and is not stripped.
+3. Without a system message ``default_system_message`` is used, or empty tags with
+   ``add_system_tags_even_if_message_is_empty``; an explicit empty message is dropped unless that flag is set.
 4. ``strip_whitespace`` strips every message.
 5. Messages of other roles (tool) are skipped. ``developer``, the newer name of ``system``, counts as system.
-6. ``trailing_assistant`` ends the prompt when an answer is asked for (``add_generation_prompt``).
+6. ``trailing_assistant`` ends the prompt if ``add_generation_prompt`` is set.
 
 The texts are Python format strings, as in RayLLM: ``{{`` means one brace. ``trailing_assistant`` and
-``default_system_message`` are taken as they are. RayLLM let the tokenizer add its special tokens to the finished
-prompt, so requests need ``add_special_tokens: true``; a template cannot know whether a tokenizer has a BOS of its own.
+``default_system_message`` are used literally. RayLLM let the tokenizer add its special tokens to the finished prompt,
+so requests need ``add_special_tokens: true``; a template cannot detect whether the tokenizer adds a BOS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TWO_SYSTEM_MESSAGES = "Only one system message can be specified."
 CHAT_DISABLED = "This model does not support chat completions. Use the completions endpoint instead."
-NOT_TEXT = "This model takes messages of plain text only."
+NOT_TEXT = "This model supports plain-text messages only."
 
 Part = tuple[str, str]
 """A piece of a parsed text: ("text", literal) or ("field", name)."""
@@ -49,26 +49,26 @@ def parse_text(text: str, allowed: frozenset[str]) -> list[Part]:
             continue
         if name not in allowed or spec or conversion:
             written = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise ValueError(f"the placeholder {{{written}}} means nothing here, only {names} does; {literal_brace}")
+            raise ValueError(f"unknown placeholder {{{written}}} (known: {names}); {literal_brace}")
         parts.append(("field", name))
     if ("field", "instruction") not in parts:
-        raise ValueError("must contain the placeholder {instruction}, where the message goes")
+        raise ValueError("must contain the placeholder {instruction} for the message")
     return parts
 
 
 def literal(text: str) -> str:
-    """`text` as a Jinja string literal, in ASCII, that no template syntax inside it can end."""
+    """`text` as a Jinja string literal in ASCII, escaped so that no template syntax in it is evaluated."""
     escaped = text.encode("unicode_escape").decode("ascii").replace("'", "\\'")
     return f"'{escaped}'"
 
 
 def disabled_template() -> str:
-    """The template of a model whose ``prompt_format`` is null: every chat request gets a clear error."""
+    """The template for ``prompt_format: null``, which raises an error for every chat request."""
     return f"{{{{- raise_exception({literal(CHAT_DISABLED)}) -}}}}"
 
 
 def chat_template(form: PromptFormat) -> str:
-    """The Jinja template that renders messages as `form` says."""
+    """The Jinja template that is equivalent to `form`."""
     system, user, assistant = (
         parse_text(text, frozenset(fields))
         for text, fields in (

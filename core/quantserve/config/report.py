@@ -1,4 +1,4 @@
-"""Collects what is wrong with config files, so that a person sees all of it at once."""
+"""Collects the problems of config files, so that all of them are reported at once."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _WANTED = {
 
 
 Fault = tuple[str | KeyPath, str, str]
-"""Key inside the validated section, what is wrong with it, and the fix."""
+"""Key inside the validated section, message, and fix."""
 
 
 def fault(message: str, *, at: str | KeyPath = (), fix: str = "") -> PydanticCustomError:
-    """An error to raise in a validator; `at` is the key inside the validated section that has to change."""
+    """An error to raise in a validator; `at` is the offending key inside the validated section."""
     return faults([(at, message, fix)])
 
 
@@ -48,32 +48,32 @@ def faults(found: Sequence[Fault]) -> PydanticCustomError:
 
 @dataclass
 class Report:
-    """Problems that refuse the config and notes that do not."""
+    """Problems, which make a config invalid, and notes, which do not."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def problem(self, doc: Located, path: KeyPath, message: str, fix: str = "") -> None:
-        """Add a problem of the value under `path` of `doc`."""
+        """Add a problem with the value at `path` of `doc`."""
         name = doc.name(*path)
         text = f"{doc.where(*path)}: " + (f"{name}: " if name else "") + message + (f"\n  fix: {fix}" if fix else "")
         if text not in self.problems:
             self.problems.append(text)
 
     def note(self, doc: Located, path: KeyPath, message: str) -> None:
-        """Add a remark about the value under `path` of `doc`."""
+        """Add a note on the value at `path` of `doc`."""
         text = f"{doc.where(*path)}: {message}"
         if text not in self.notes:
             self.notes.append(text)
 
     def invalid(self, doc: Located, error: ValidationError, model: type[BaseModel]) -> None:
-        """Add everything pydantic found wrong with `doc` when it was validated as `model`."""
+        """Add all validation errors of `doc` as `model`."""
         for details in error.errors(include_url=False):
             for path, message, fix in explain(details, model):
                 self.problem(doc, path, message, fix)
 
     def sort(self, problems_from: int, notes_from: int) -> None:
-        """Put what was added since then, all of one file, in the order of its lines."""
+        """Sort the problems and notes from these indices on, all of one file, by line number."""
         for texts, start in ((self.problems, problems_from), (self.notes, notes_from)):
             texts[start:] = sorted(texts[start:], key=_line)
 
@@ -89,7 +89,7 @@ def _line(text: str) -> int:
 
 
 def explain(details: ErrorDetails, model: type[BaseModel]) -> list[tuple[KeyPath, str, str]]:
-    """One pydantic error in words: key paths, what is wrong with them, and the fixes."""
+    """One pydantic error as readable messages: key path, message and fix of each."""
     path: KeyPath = tuple(part for part in details["loc"] if part != "[key]")
     kind, value, context = details["type"], details.get("input"), details.get("ctx", {})
     if kind == "config":
@@ -114,7 +114,7 @@ def unknown_key(key: str, known: list[str]) -> tuple[str, str]:
 
 
 def known_keys(model: type[BaseModel], path: KeyPath) -> list[str]:
-    """The keys that the section under `path` of `model` takes."""
+    """The valid keys of the section at `path` of `model`."""
     section: type[BaseModel] | None = model
     for part in path:
         if section is None or isinstance(part, int) or part not in section.model_fields:
@@ -132,7 +132,7 @@ def _section(annotation: object) -> type[BaseModel] | None:
 
 
 def got(value: object) -> str:
-    """What the person wrote, in their words."""
+    """A value in the words of the config, for messages."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

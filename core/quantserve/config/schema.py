@@ -11,7 +11,7 @@ from quantserve.config.report import fault, got, unknown_key
 from quantserve.config.section import Section
 
 ACCELERATOR_SHARE = 0.001
-"""How much of ``accelerator_type:X`` a worker asks for: a constraint on the node, not an amount."""
+"""Amount of ``accelerator_type:X`` that a worker requests; only a constraint on the node."""
 
 RUNTIME_ENV_KEYS = (
     "env_vars", "pip", "uv", "conda", "working_dir", "py_modules", "py_executable", "excludes", "config",
@@ -29,26 +29,28 @@ class AutoscalingConfig(Section):
         default=None,
         gt=0,
         le=100_000,
-        description="Requests in progress per replica to aim at: above it replicas are added, below it removed. "
+        description="Target number of requests in progress per replica: above it replicas are added, below it removed. "
         "Default: half of max_ongoing_requests.",
     )
     upscale_delay_s: float | None = Field(
-        default=None, ge=0, description="Seconds of load before adding; Ray's default 30."
+        default=None, ge=0, description="Seconds of high load before replicas are added; default 30."
     )
     downscale_delay_s: float | None = Field(
-        default=None, ge=0, description="Seconds of idling before removing; default 600."
+        default=None, ge=0, description="Seconds of low load before replicas are removed; default 600."
     )
     downscale_to_zero_delay_s: float | None = Field(
-        default=None, ge=0, description="Seconds of idling before the last replica goes; default downscale_delay_s."
+        default=None,
+        ge=0,
+        description="Seconds without load before the last replica is removed; default downscale_delay_s.",
     )
     upscaling_factor: float | None = Field(
-        default=None, gt=0, description="Gain of additions; default 1, less is gentler."
+        default=None, gt=0, description="Factor on the number of replicas added at once; default 1."
     )
     downscaling_factor: float | None = Field(
-        default=None, gt=0, description="Gain of removals; default 1, less is gentler."
+        default=None, gt=0, description="Factor on the number of replicas removed at once; default 1."
     )
     look_back_period_s: float | None = Field(
-        default=None, gt=0, description="Seconds the load is averaged over; default 30."
+        default=None, gt=0, description="Window in seconds over which the load is averaged; default 30."
     )
     metrics_interval_s: float | None = Field(
         default=None,
@@ -57,7 +59,7 @@ class AutoscalingConfig(Section):
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S and RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S.",
     )
     aggregation_function: Literal["mean", "max", "min"] | None = Field(
-        default=None, description="How load reports inside the look-back period are combined; default mean."
+        default=None, description="How the load reports in the window are combined; default mean."
     )
 
     @model_validator(mode="after")
@@ -66,28 +68,30 @@ class AutoscalingConfig(Section):
         if "max_replicas" not in self.model_fields_set:
             high = self.max_replicas = max(high, low, first or 0)
         if low > high:
-            raise fault(f"min_replicas {low} is more than max_replicas {high}", at="min_replicas")
+            raise fault(f"must not exceed max_replicas ({high}), got {low}", at="min_replicas")
         if first is not None and not low <= first <= high:
             raise fault(
-                f"initial_replicas {first} is not between min_replicas {low} and max_replicas {high}",
+                f"must be between min_replicas ({low}) and max_replicas ({high}), got {first}",
                 at="initial_replicas",
             )
         interval = self.metrics_interval_s or 10.0
         if self.look_back_period_s is not None and self.look_back_period_s <= interval:
             raise fault(
-                f"look_back_period_s {self.look_back_period_s:g} must be longer than metrics_interval_s {interval:g}, "
-                "or there is nothing to average",
+                f"must be longer than metrics_interval_s ({interval:g}), got {self.look_back_period_s:g}: "
+                "the window must contain more than one report",
                 at="look_back_period_s",
             )
         return self
 
 
 class RayActorOptions(Section):
-    """What the replica itself asks Ray for, beside its workers."""
+    """Ray resources of the replica process itself, in addition to those of its workers."""
 
     num_cpus: float | None = Field(default=None, ge=0, description="CPUs of the replica.")
     num_gpus: float | None = Field(default=None, ge=0, description="Must be 0: GPUs are given in scaling_config.")
-    memory: float | None = Field(default=None, gt=0, description="Bytes of main memory the replica reserves.")
+    memory: float | None = Field(
+        default=None, gt=0, description="Bytes of main memory that Ray reserves for the replica."
+    )
     resources: dict[str, float] | None = Field(default=None, description="Custom resources of the replica.")
     accelerator_type: str | None = Field(default=None, description="Ray accelerator type of the node, e.g. A100.")
     label_selector: dict[str, str] | None = Field(default=None, description="Labels the node must have.")
@@ -97,14 +101,14 @@ class RayActorOptions(Section):
     def _no_gpus(cls, value: float | None) -> float | None:
         if value:
             raise fault(
-                f"the replica itself takes no GPU, got {value:g}",
+                f"must be 0, got {value:g}: GPUs belong to the workers",
                 fix="remove it and set scaling_config.num_gpus_per_worker",
             )
         return value
 
 
 class BackpressureConfig(Section):
-    """The answer to requests that find the queue full."""
+    """The response to requests when the queue is full."""
 
     status_code: Literal[429, 503] = Field(default=429, description="HTTP status of the refusal.")
     retry_after_s: float | None = Field(default=None, ge=0, description="Value of the Retry-After header, in seconds.")
@@ -113,28 +117,28 @@ class BackpressureConfig(Section):
 class DeploymentConfig(Section):
     """The Ray Serve deployment of one model."""
 
-    autoscaling_config: AutoscalingConfig | None = Field(default=None, description="Scale with the load.")
+    autoscaling_config: AutoscalingConfig | None = Field(default=None, description="Scale the replicas with the load.")
     num_replicas: int | None = Field(default=None, ge=1, description="A fixed number of replicas; default 1.")
     max_ongoing_requests: int | None = Field(
         default=None,
         ge=1,
         le=100_000,
-        description="Most requests in progress in one replica; further ones wait in the router. "
+        description="Most requests in progress on one replica; further ones wait in the gateway's queue. "
         "Default: engine_kwargs.max_num_seqs, else 256.",
     )
     max_queued_requests: int | None = Field(
         default=None,
         ge=-1,
-        description="Most requests waiting for a replica before new ones are refused; -1 for no limit. "
+        description="Most requests in the queue; further ones are refused; -1 for no limit. "
         "Default: max_ongoing_requests.",
     )
     backpressure_config: BackpressureConfig = Field(
-        default_factory=lambda: BackpressureConfig(), description="How requests beyond the queue are refused."
+        default_factory=lambda: BackpressureConfig(), description="The response to requests when the queue is full."
     )
     affinity: Literal["none", "session", "prefix"] = Field(
         default="none",
-        description="What keeps requests on one of several replicas, where its cache knows them: the session "
-        "(header x-session-id, `user` or `prompt_cache_key`), or also the beginning of the prompt.",
+        description="Which requests stay on the same replica, to reuse its prefix cache: those of one session "
+        "(header x-session-id, `user` or `prompt_cache_key`), or also those whose prompts begin alike.",
     )
     ray_actor_options: RayActorOptions | None = Field(default=None, description="Resources of the replica itself.")
     health_check_period_s: float | None = Field(
@@ -144,18 +148,20 @@ class DeploymentConfig(Section):
         default=None, gt=0, description="Seconds a health check may take; default 30."
     )
     graceful_shutdown_timeout_s: float | None = Field(
-        default=None, ge=0, description="Seconds a stopping replica may take to finish its requests; default 20."
+        default=None,
+        ge=0,
+        description="Drain timeout: seconds a stopping replica has to finish its requests; default 20.",
     )
     graceful_shutdown_wait_loop_s: float | None = Field(
-        default=None, gt=0, description="Seconds between looks at whether they are finished; default 2."
+        default=None, gt=0, description="Seconds between checks whether they are finished; default 2."
     )
     max_constructor_retry_count: int | None = Field(default=None, ge=1, description="Attempts to start a replica.")
     max_surge_percent: int | None = Field(
         default=None,
         ge=0,
         le=100,
-        description="Replicas, in percent, that may start beside the old ones when a changed config is deployed, "
-        "so that these serve until then. Default: 100 without GPUs, else 0, as there may be none to spare.",
+        description="Rolling update: new replicas, in percent, that may start while the old ones still serve. "
+        "Default: 100 without GPUs; 0 with GPUs, because spare GPUs are not certain.",
     )
     logging_config: dict[str, Any] | None = Field(default=None, description="Ray Serve logging of the replica.")
 
@@ -164,10 +170,10 @@ class DeploymentConfig(Section):
     def _named_elsewhere(cls, value: object) -> object:
         for key in ("placement_group_bundles", "placement_group_strategy"):
             if isinstance(value, dict) and key in value:
-                raise fault(f"{key} is computed from scaling_config", at=key, fix=f"remove {key}")
+                raise fault("is computed from scaling_config and cannot be set", at=key, fix=f"remove {key}")
         if isinstance(value, dict) and value.get("num_replicas") == "auto":
             raise fault(
-                '"auto" would mean a target of 2 requests per replica, which starves an engine that batches',
+                '"auto" means a target of 2 requests per replica in Ray Serve, too few for an engine that batches',
                 at="num_replicas",
                 fix="write an autoscaling_config; its defaults follow max_ongoing_requests",
             )
@@ -181,10 +187,10 @@ class DeploymentConfig(Section):
         target, limit = scaling.target_ongoing_requests if scaling else None, self.max_ongoing_requests
         if target and limit and target > limit:
             raise fault(
-                f"target_ongoing_requests {target:g} is more than max_ongoing_requests {limit}, "
-                "so a replica can never reach it and load adds no replicas",
+                f"must not exceed max_ongoing_requests ({limit}), got {target:g}: "
+                "a replica could never reach it, so no replicas would be added",
                 at=("autoscaling_config", "target_ongoing_requests"),
-                fix=f"aim at about {max(1, limit // 2)}",
+                fix=f"set it to about {max(1, limit // 2)}",
             )
         return self
 
@@ -200,15 +206,15 @@ class ScalingConfig(Section):
     """The workers of one replica."""
 
     num_workers: int = Field(
-        default=1, ge=1, le=1024, description="Workers per replica, which is the tensor parallel size."
+        default=1, ge=1, le=1024, description="Workers per replica; this is the tensor parallel size."
     )
     num_gpus_per_worker: float = Field(
         default=1,
         ge=0,
-        description="GPUs of each worker: 1; less lets models share a GPU (one worker only). Without effect on a CPU; "
-        "on a GPU 0 is refused.",
+        description="GPUs per worker: 1, or a fraction to let models share a GPU (one worker only). Ignored on a CPU; "
+        "0 is refused on a GPU.",
     )
-    num_cpus_per_worker: float = Field(default=1, ge=0, description="CPUs that Ray reserves per worker.")
+    num_cpus_per_worker: float = Field(default=1, ge=0, description="CPUs that Ray reserves for each worker.")
     placement_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(
         default="PACK", description="How Ray places the workers; STRICT_PACK keeps them on one node."
     )
@@ -226,7 +232,7 @@ class ScalingConfig(Section):
             )
         if 0 < share < 1 and self.num_workers > 1:
             raise fault(
-                f"{self.num_workers} workers of {share:g} GPU could land on one GPU, which NCCL refuses",
+                f"{self.num_workers} workers with {share:g} GPU each could share one GPU, which NCCL does not allow",
                 at="num_gpus_per_worker",
                 fix="use 1 GPU per worker, or one worker",
             )
@@ -243,32 +249,31 @@ class ScalingConfig(Section):
 
 
 class HttpConfig(Section):
-    """Where the API listens, who may use it and how much one request may ask for."""
+    """Address, access and request limits of the API."""
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to bind; 0.0.0.0 for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 picks a free one.")
     api_keys_file: str | None = Field(
         default=None,
-        description="File with one API key per line; relative to this file. Changes are taken over while serving.",
+        description="File with one API key per line; relative to this file. Reloaded when it changes.",
     )
     cors_origins: list[str] = Field(
         default_factory=list,
         description='Origins whose web pages may call the API, e.g. https://chat.example.org; ["*"] for every origin.',
     )
-    max_body_mb: int = Field(default=64, ge=1, le=1024, description="Longest request body in MiB; beyond it 413.")
+    max_body_mb: int = Field(default=64, ge=1, le=1024, description="Largest request body in MiB; larger ones get 413.")
     max_messages: int = Field(default=2048, ge=1, description="Most messages of one chat.")
     max_prompts: int = Field(default=2048, ge=1, description="Most prompts or inputs of one request.")
     max_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens a request may ask for, and what a chat gets that names no number; default the model's "
-        "length.",
+        description="Most output tokens of a request, and the default of chats; default: the context length.",
     )
     max_choices: int = Field(default=128, ge=1, description="Largest `n` and `best_of`.")
     max_stops: int = Field(default=64, ge=1, description="Most stop texts or stop token ids of one request.")
-    request_timeout_s: float = Field(default=600, gt=0, description="Seconds a request may take; beyond them 504.")
+    request_timeout_s: float = Field(default=600, gt=0, description="Request timeout in seconds; then 504.")
     queue_timeout_s: float = Field(
-        default=30, ge=0, description="Seconds a request may wait for a replica; beyond them it is refused."
+        default=30, ge=0, description="Queue timeout: seconds a request may wait for a replica; then it is refused."
     )
     access_log: str = Field(
         default="stderr",
@@ -282,17 +287,17 @@ class HttpConfig(Section):
         for index, origin in enumerate(origins):
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#*@]+", origin):
                 raise fault(
-                    f"{origin[:80]!r} is no origin: scheme and host, perhaps a port, and nothing after it",
+                    f"{origin[:80]!r} is not an origin; write SCHEME://HOST or SCHEME://HOST:PORT, without a path",
                     at=(index,),
                     fix='write e.g. https://chat.example.org, or "*" alone for every origin',
                 )
         if "*" in origins and len(origins) > 1:
-            raise fault('"*" allows every origin, so the others say nothing', fix='keep "*" or the others')
+            raise fault('"*" allows every origin and makes the others redundant', fix='keep "*" or the others')
         return origins
 
 
 def check_runtime_env(env: dict[str, Any]) -> dict[str, Any]:
-    """Check a Ray runtime environment: known keys, text values, and nothing the composition decides."""
+    """Check a Ray runtime environment: known keys, text values, and no variable that quantserve sets itself."""
     for key in env:
         if key not in RUNTIME_ENV_KEYS:
             raise fault(unknown_key(key, list(RUNTIME_ENV_KEYS))[0], at=key)
@@ -304,10 +309,10 @@ def check_runtime_env(env: dict[str, Any]) -> dict[str, Any]:
     for name, value in variables.items():
         if not isinstance(value, str):
             at = ("env_vars", name)
-            raise fault(f"an environment variable is text, got {got(value)}", at=at, fix="put the value in quotes")
+            raise fault(f"must be text, got {got(value)}", at=at, fix="put the value in quotes")
     if "VLLM_PLUGINS" in variables:
         raise fault(
-            "VLLM_PLUGINS is set by quantserve to exactly the plugins this model names",
+            "is set by quantserve to the plugins of this model",
             at=("env_vars", "VLLM_PLUGINS"),
             fix="list the plugin under `plugins:`",
         )

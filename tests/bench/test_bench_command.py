@@ -170,9 +170,12 @@ def test_rayllm_2023_runs_in_rounds(bench: Callable[..., int], server: ModelServ
 def test_the_gate(bench: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("-n", "3", "--model", "demo-awq", "--fail-under", "0.01") == 0
     assert bench("-n", "3", "--model", "demo-awq", "--fail-under", "1000", "--overwrite") == 1
-    assert "and --fail-under is 1000" in capsys.readouterr().err
+    assert "below --fail-under 1000" in capsys.readouterr().err
     assert bench("-n", "3", "--model", "demo-fp16", "--fail-under", "0.01", "--overwrite") == 1
-    assert "demo-fp16, 10 users: the server names no expected performance" in capsys.readouterr().err
+    assert (
+        "demo-fp16, 10 users: --fail-under needs an expected performance, and the server reports none"
+        in capsys.readouterr().err
+    )
 
 
 def test_failed_requests_are_counted_and_fail_the_gate(
@@ -194,7 +197,7 @@ def test_failed_requests_are_counted_and_fail_the_gate(
 def test_prompts_by_estimate_without_tokenize(bench: Callable[..., int], server: ModelServer, tmp_path: Path) -> None:
     server.tokenizes = False
     assert bench("-n", "2", "--model", "demo-awq") == 0
-    assert "prompts were made by estimated length" in str(results(tmp_path)["measurements"][0]["warnings"])
+    assert "prompt lengths are estimates" in str(results(tmp_path)["measurements"][0]["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -202,25 +205,25 @@ def test_prompts_by_estimate_without_tokenize(bench: Callable[..., int], server:
     [
         (["--model", "demo-akq"], "did you mean 'demo-awq'"),
         (["--workload", "lmperf"], "unknown workload 'lmperf'; did you mean 'llmperf'?"),
-        (["--workload", "trace"], "name it with --trace FILE"),
-        (["--rate", "5", "-c", "4"], "--rate is an open load"),
+        (["--workload", "trace"], "give it with --trace FILE"),
+        (["--rate", "5", "-c", "4"], "--rate (open load) excludes --concurrency"),
         (["--rate-end", "5"], "--rate-end needs --rate and --ramp"),
-        (["--max-concurrency", "5"], "--max-concurrency limits an open load"),
+        (["--max-concurrency", "5"], "--max-concurrency needs an open load"),
         (["--slo", "tttf=5"], "unknown limit 'tttf'"),
         (["--slo", "ttft=fast"], "is not a number of milliseconds"),
         (["--metadata", "x"], "'x' is not NAME=VALUE"),
         (["--extra", "{"], "--extra: not JSON"),
-        (["--extra", "[1]"], "no JSON object"),
-        (["-c", "0"], "no list of whole numbers above 0"),
-        (["-c", "1,x"], "no list of whole numbers above 0"),
-        (["--rate", "inf"], "no list of numbers above 0"),
+        (["--extra", "[1]"], "[1] is not a JSON object"),
+        (["-c", "0"], "not a comma-separated list of whole numbers above 0"),
+        (["-c", "1,x"], "not a comma-separated list of whole numbers above 0"),
+        (["--rate", "inf"], "not a comma-separated list of numbers above 0"),
         (["--input-tokens", "12/x"], "is not MEAN or MEAN/SD"),
         (["--tokenizer", "nowhere"], "name a tokenizer.json"),
-        (["--compare", "awq"], "--compare and --together are for a CONFIG"),
+        (["--compare", "awq"], "--compare and --together need a CONFIG"),
         (["models/demo.yaml"], "fix: give one of them"),
     ],
 )
-def test_mistakes_are_said(
+def test_usage_errors(
     bench: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert bench("-n", "2", *arguments) == 2
@@ -231,17 +234,17 @@ def test_mistakes_are_said(
 
 def test_a_server_is_named_with_url(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "http://127.0.0.1:8000"]) == 2
-    assert "fix: --url http://127.0.0.1:8000" in capsys.readouterr().err
+    assert "fix: use --url http://127.0.0.1:8000" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_said_before_anything_is_measured(
+def test_too_long_requests_are_refused_before_the_measurement(
     bench: Callable[..., int], server: ModelServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.max_model_len = 512
     assert bench("-n", "4", "--workload", "random") == 2
-    assert (
-        "4 of 4 requests need more than the 512 tokens that demo-awq takes, the longest 640" in capsys.readouterr().err
-    )
+    err = capsys.readouterr().err
+    assert "4 of 4 requests exceed the context length of demo-awq: the limit is 512 tokens" in err
+    assert "the longest request needs 640\n  fix: multiply --scale (default 1) by 0.8" in err
     assert server.bodies() == []
     assert bench("-n", "4", "--workload", "random", "--scale", "0.8") == 0
 
@@ -249,11 +252,11 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(
 def test_keys(bench: Callable[..., int], server: ModelServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.key = "sesame"
     assert bench("-n", "2") == 2
-    assert "give its key with --api-key" in capsys.readouterr().err
+    assert "fix: set --api-key" in capsys.readouterr().err
     assert bench("-n", "2", "--api-key", "sesame") == 0
 
 
-def test_a_refusal_is_said_once(
+def test_a_refusal_is_reported_once(
     bench: Callable[..., int], server: ModelServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.script = lambda number, body: [whole(400, {"error": {"message": "no such parameter"}})]
@@ -267,7 +270,7 @@ def test_nothing_listens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run(["bench", "--url", "http://127.0.0.1:9", "--out", str(tmp_path / "out")]) == 4
     assert "start the server, or correct --url" in capsys.readouterr().err
     assert run(["bench"]) == 2
-    assert "name a server with --url, or a CONFIG to serve" in capsys.readouterr().err
+    assert "give a running server with --url, or a CONFIG to serve" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_refused_before_anything_is_measured(
@@ -388,7 +391,7 @@ def test_ctrl_c_keeps_what_was_complete(server: ModelServer, tmp_path: Path) -> 
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; out holds what was complete" in err
+    assert "interrupted; the completed measurements are in out" in err
     assert "Traceback" not in err
     assert [m["model"] for m in results(tmp_path)["measurements"]] == ["demo-awq"]
 

@@ -123,12 +123,12 @@ def test_is_killed_when_it_does_not_listen(
     assert not alive(tmp_path)
 
 
-def test_an_early_end_is_said_with_the_last_lines(
+def test_a_failed_start_is_reported_with_the_last_lines(
     tmp_path: Path, models: list[ModelConfig], command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_MODE", "fails")
     with (
-        pytest.raises(EngineError, match=r"exit code 1 before it was ready:(\n.*)*the engine has no memory left"),
+        pytest.raises(EngineError, match=r"exited with code 1 during its start:(\n.*)*the engine has no memory left"),
         Server(models, tmp_path, command=command),
     ):
         pass

@@ -200,13 +200,16 @@ def test_a_trace(tmp_path: Path) -> None:
         ("{", ":1: not JSON"),
         ("[1]", ":1: not a JSON object"),
         ({"timestamp": 0, "input_lenght": 3}, "did you mean 'input_length'"),
-        ({"timestamp": "x", "prompt": "a"}, "timestamp is 'x', not a number"),
+        ({"timestamp": "x", "prompt": "a"}, "timestamp must be a number, got 'x'"),
         ({"timestamp": 0, "input_length": 3}, "needs prompt or messages, or input_length and output_length"),
-        ({"timestamp": 0, "prompt": "a", "max_tokens": 0}, "the output length is 0"),
-        ("", "no requests in it"),
+        (
+            {"timestamp": 0, "prompt": "a", "max_tokens": 0},
+            "the output length must be a number of tokens above 0, got 0",
+        ),
+        ("", "the file has no requests"),
     ],
 )
-def test_a_wrong_trace_is_said_with_its_line(tmp_path: Path, line: object, message: str) -> None:
+def test_a_wrong_trace_line_is_reported_with_its_number(tmp_path: Path, line: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read_trace(trace(tmp_path, line), WORKLOADS["trace"], None, 0, "")
     with pytest.raises(UsageError, match="cannot be read"):

@@ -1,7 +1,7 @@
-"""An HTTP client for OpenAI-compatible servers that knows when every token came, and costs little itself.
+"""An HTTP client for OpenAI-compatible servers that records the arrival time of every token at little cost.
 
-While a stream runs, each read is stamped and put aside: nothing is decoded, and the framing is parsed only when a read
-may be the last. What the server said is worked out when the run is over (`Result.decode`).
+During a stream each read is stored with its time and not decoded; the framing is parsed only when a read may be the
+last. The answers are decoded after the run (`Result.decode`).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from quantserve.bench.wire import ProtocolError, ResponseReader
 from quantserve.errors import one_line
 
 END: Final = b"\r\n\r\n"
-"""What a chunked body ends with; other reads may too, so it only asks for a closer look."""
+"""End of a chunked body; other reads may end like this too, so the framing is parsed then."""
 CONTENT: Final = re.compile(rb'"(?:content|text|reasoning|reasoning_content)" ?: ?"[^"]')
 CONNECT_TIMEOUT_S: Final = 10.0
 
 
 @dataclass
 class Live:
-    """Counters that change while a load runs, for whoever shows it.
+    """Counters of a running load, for a display.
 
     Attributes:
         sent, finished, failed: requests.
-        events: events with text seen so far, roughly: what one read brought counts by its ``data:`` lines.
+        events: approximate number of events with text so far, counted by ``data:`` lines.
         first_tokens: seconds from start to first text of the requests so far.
     """
 
@@ -45,7 +45,7 @@ class Live:
 
     @property
     def in_flight(self) -> int:
-        """Requests on their way."""
+        """Requests in flight."""
         return self.sent - self.finished
 
 
@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         """Send a request and wait for the end of its response; the bytes go into `result`.
 
         Returns:
-            What went wrong on the way; what the response says is found by `Result.decode`.
+            A failure of the transport; the response itself is checked by `Result.decode`.
         """
         assert self._transport is not None
         self._reader = result._reader = ResponseReader()
@@ -112,7 +112,7 @@ class Connection(asyncio.Protocol):
         return failure
 
     def close(self) -> None:
-        """Drop the connection."""
+        """Abort the connection."""
         if self._transport:
             self._transport.abort()
 
@@ -123,7 +123,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no instances of it
 
     def data_received(self, data: bytes) -> None:
-        """Stamp a read; look closer only when it may be the last."""
+        """Store a read with its time; parse the framing only if it may be the last."""
         now = perf_counter()
         self._reads.append((now, data))
         if not self._seen_content:
@@ -134,7 +134,7 @@ class Connection(asyncio.Protocol):
         self._advance()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection is gone, in the middle of an exchange or between two."""
+        """The connection was closed, during an exchange or between two."""
         self._transport = None
         if error is not None:
             self._end(Failure("reset", one_line(error)))
@@ -150,7 +150,7 @@ class Connection(asyncio.Protocol):
     # --- inner working
 
     def _advance(self) -> None:
-        if self._done is None:  # bytes nobody asked for
+        if self._done is None:  # data outside of an exchange
             self.close()
             return
         try:
@@ -187,9 +187,9 @@ class Connection(asyncio.Protocol):
     def _check(self) -> None:
         now = perf_counter()
         if now >= self._deadline:
-            self._end(Failure("timeout", f"no complete answer in {self._deadline - self._began:g} s"))
+            self._end(Failure("timeout", f"no complete answer within {self._deadline - self._began:g} s"))
         elif self._stall_s and now >= self._last_sign + self._stall_s:
-            self._end(Failure("stalled", f"nothing came for {self._stall_s:g} s"))
+            self._end(Failure("stalled", f"no data for {self._stall_s:g} s"))
         else:
             self._watch(now)
 
@@ -199,7 +199,7 @@ class Connection(asyncio.Protocol):
 
 
 class _Ended(Exception):
-    """An exchange did not come to its end."""
+    """An exchange failed."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -207,12 +207,12 @@ class _Ended(Exception):
 
 
 class Client:
-    """Sends requests over connections that it keeps open.
+    """Sends requests over kept-alive connections.
 
     Args:
-        target: where to.
-        timeout_s: for a whole request, connecting included; None waits for ever.
-        stall_s: longest silence within a request; None allows any.
+        target: the server.
+        timeout_s: request timeout, including connecting; None for no timeout.
+        stall_s: longest time without data within a request; None for no limit.
         live: counters to update.
     """
 
@@ -227,16 +227,16 @@ class Client:
         self._tls = ssl.create_default_context() if target.tls else None
 
     async def open(self, count: int) -> None:
-        """Connect beforehand, so that no request waits for it; what fails will fail again where it is counted."""
+        """Open connections in advance; failures are ignored here and counted when a request fails."""
         opened = await asyncio.gather(*(self._connect() for _ in range(count)))
         self._idle.extend(connection for connection in opened if isinstance(connection, Connection))
 
     async def send(self, request: Request, wire: bytes, number: int = 0, scheduled: float | None = None) -> Result:
-        """Send one request, wait for its end; never raises for what goes wrong on the way.
+        """Send one request and wait for its end; failures are in the result, not raised.
 
         Args:
             request: goes into the result.
-            wire: `Request.encode` of it, made beforehand.
+            wire: the request, encoded by `Request.encode`.
             number: goes into the result.
             scheduled: when it was meant to be sent; now when None.
         """
@@ -257,7 +257,7 @@ class Client:
         return result
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all connections."""
         for connection in self._idle:
             connection.close()
         self._idle.clear()
@@ -275,7 +275,7 @@ class Client:
             failure = await connection.exchange(result, wire, self._timeout_s, self._stall_s)
             if connection.usable:
                 self._idle.append(connection)
-            # A server may close an idle connection at the very moment it is used; that is no answer.
+            # A server may close an idle connection just when it is used: retry on a new one.
             if kept_alive and failure and failure.code in ("closed", "reset") and not result._reads:
                 continue
             return failure
@@ -297,9 +297,9 @@ class Client:
                     lambda: Connection(self.live), target.host, target.port, ssl=self._tls
                 )
         except TimeoutError:
-            return Failure("connect-timeout", f"no connection to {target.host}:{target.port} in {limit:g} s")
+            return Failure("connect-timeout", f"cannot connect to {target.host}:{target.port} within {limit:g} s")
         except ConnectionRefusedError:
-            return Failure("refused", f"nothing listens at {target.host}:{target.port}")
+            return Failure("refused", f"connection refused by {target.host}:{target.port}: no server listens there")
         except socket.gaierror as error:
             return Failure("dns", f"{target.host}: {error.strerror}")
         except OSError as error:

@@ -1,4 +1,4 @@
-"""llmperf's result files, so that what reads them goes on working.
+"""Writes llmperf's result files, for tools that read them.
 
 Names, keys and nesting are those of llmperf's token benchmark (version 2023-08-31). Three things differ on purpose:
 numbers are numbers where llmperf wrote some as text, token counts are the server's where it has any, and failed

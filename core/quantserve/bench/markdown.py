@@ -162,9 +162,9 @@ def conditions(measurements: Sequence[Measurement], settings: dict[str, Any]) ->
         f"workload {workload['name']}: {workload['requests'] or 'all'} requests, {lengths('input_tokens')} tokens in, "
         f"{exact} {lengths('output_tokens')} out",
         f"warm-up {settings['warmup']} requests, seed {settings['seed']}, "
-        + ("prompts that no run had before" if settings["unique"] else "the same prompts every run"),
+        + ("unique prompts" if settings["unique"] else "the same prompts every run"),
         f"server version {versions}; prompt lengths by {first.tokenizer or 'estimate'}; output tokens by "
-        + ", ".join(sorted({source for m in measurements for source in m.measured.sources}) or ["nobody"]),
+        + ", ".join(sorted({source for m in measurements for source in m.measured.sources}) or ["none"]),
     ]
     if settings["slo"]:
         lines.append("goodput limits " + ", ".join(f"{key} {value:g} ms" for key, value in settings["slo"].items()))

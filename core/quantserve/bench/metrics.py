@@ -1,7 +1,7 @@
-"""What is measured: each metric with its definition, and what other tools call it.
+"""The metrics, each with its definition and its names in other tools.
 
-A name alone says little: what one tool calls TPOT another calls ITL. So every metric here has its formula in words,
-in `METRICS`, and every report prints it.
+Names alone are ambiguous: one tool's TPOT is another one's ITL. So `METRICS` has the formula of every metric in words,
+and every report prints it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same run under the names and by the definitions of other tools."""
+"""The metrics of a run by the names and definitions of other tools."""
 
 from __future__ import annotations
 

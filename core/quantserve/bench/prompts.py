@@ -45,13 +45,13 @@ class Lengths:
 
 @dataclass
 class Maker:
-    """What making a request may use.
+    """State for making requests.
 
     Attributes:
-        workload: with the lengths that hold.
-        chance: seeded.
+        workload: with the lengths to use.
+        chance: seeded random generator.
         tokenizer: None estimates lengths from characters.
-        nonce: differs from run to run, so that no prompt is in a prefix cache; empty for the same prompts every time.
+        nonce: differs between runs, so that no prompt is in a prefix cache; empty for the same prompts in every run.
         number: of the request.
     """
 
@@ -65,11 +65,11 @@ class Maker:
 
     @property
     def stamp(self) -> str:
-        """What a unique prompt begins with."""
+        """The unique prefix of a prompt."""
         return f"[{self.nonce}-{self.number}] " if self.nonce else ""
 
     def cost(self, text: str) -> int:
-        """Tokens of a short text, remembered."""
+        """Tokens of a short text, cached."""
         if text not in self._costs:
             self._costs[text] = count_tokens(self.tokenizer, text)
         return self._costs[text]
@@ -98,7 +98,7 @@ class Maker:
         return self.tokenizer.decode(self.tokenizer.encode(text)[:tokens]) if tokens else ""
 
     def any_token(self, chance: random.Random) -> int:
-        """An id that occurs in text: no special token, none the model has never seen."""
+        """A token id that occurs in ordinary text, so no special or unused token."""
         assert self.tokenizer is not None
         if not self._pool:
             self._pool.extend(sorted(set(self.tokenizer.encode("\n".join(poem()[:200])))))
@@ -168,7 +168,7 @@ def random_request(maker: Maker) -> Request:
     if maker.tokenizer is None:
         raise UsageError(
             "the workload random needs exact token counts, and the server has no /tokenize\n"
-            "  fix: name the model's tokenizer with --tokenizer FILE, or choose another --workload"
+            "  fix: give the model's tokenizer with --tokenizer FILE, or use another --workload"
         )
     length = maker.workload.input_tokens.draw(maker.chance)
     # The beginning must differ between runs when prompts are unique; ids are short and need no stamp.

@@ -1,4 +1,4 @@
-"""What is sent and where to."""
+"""Requests and their target."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantserve.errors import UsageError
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go.
+    """The server that requests are sent to.
 
     Args:
         url: ``http://host:port``, with or without a path or ``/v1``; https works too.
@@ -23,7 +23,7 @@ class Target:
         headers: further headers of every request.
 
     Raises:
-        UsageError: the URL is none, or the key cannot be sent.
+        UsageError: the URL or the API key is invalid.
     """
 
     url: str
@@ -38,9 +38,13 @@ class Target:
         except ValueError:
             usable = False
         if not usable:
-            raise UsageError(f"{self.url!r} is not a URL\n  fix: write it as http://HOST:PORT or https://HOST/PATH/v1")
+            raise UsageError(
+                f"{self.url!r} is not a valid URL\n  fix: write it as http://HOST:PORT or https://HOST/PATH/v1"
+            )
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise UsageError("the API key holds characters that no header can\n  fix: copy it again, without line ends")
+            raise UsageError(
+                "the API key has characters other than printable ASCII\n  fix: copy it again, without line breaks"
+            )
 
     @property
     def host(self) -> str:
@@ -85,10 +89,10 @@ class Request:
         prompt: text or token ids of a completion.
         max_tokens: cap of the answer.
         temperature: None leaves it to the server.
-        ignore_eos: make the answer exactly `max_tokens` long (vLLM and relatives).
-        stream: False asks for the whole answer at once; there is no TTFT then.
-        extra: further keys of the body; they win.
-        input_tokens: how long the workload made the prompt, in tokens; None when it did not count.
+        ignore_eos: generate exactly `max_tokens` tokens (vLLM and compatible servers).
+        stream: False requests the answer in one piece, without a TTFT.
+        extra: further fields of the body; they override the others.
+        input_tokens: prompt length in tokens according to the workload; None if unknown.
     """
 
     messages: Sequence[Mapping[str, Any]] | None = None
@@ -123,7 +127,7 @@ class Request:
         return body | dict(self.extra)
 
     def encode(self, target: Target) -> bytes:
-        """The request as it goes over the wire."""
+        """The encoded request."""
         body = json.dumps(self.body(target.model), ensure_ascii=False).encode()
         head = target.head("POST", self.path)
         return b"%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (head, len(body), body)

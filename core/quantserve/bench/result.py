@@ -1,4 +1,4 @@
-"""What became of a request: its bytes while it runs, what they said afterwards."""
+"""The result of a request: its raw bytes during the run, decoded afterwards."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Failure:
 
 @dataclass
 class Result:
-    """What became of one request. Times are seconds on the clock of `time.perf_counter`.
+    """The result of one request. Times are seconds on the clock of `time.perf_counter`.
 
     Attributes:
         request: what was sent.
@@ -134,7 +134,7 @@ class Result:
         return sum(len(data) for _, data in self._reads)
 
     def decode(self) -> Result:
-        """Work out from the reads what the server said, and let go of them; returns itself.
+        """Decode the stored reads and free them; returns itself.
 
         `run` does this for every result before it returns.
         """

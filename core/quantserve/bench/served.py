@@ -1,4 +1,4 @@
-"""What a server says about its models."""
+"""Reads the models of a server from its API."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from quantserve.errors import EngineError, UsageError, unknown_name
 
 @dataclass(frozen=True)
 class Served:
-    """A model as its server describes it.
+    """A model, as its server describes it.
 
     Attributes:
         id: in requests.
-        method, bits: quantization, empty and None where the server does not say.
+        method, bits: quantization; empty and None if unknown.
         max_model_len: in tokens, None when unknown.
         expected: performance profile as JSON.
-        server: what versions the server names.
+        server: versions of the server's components.
     """
 
     id: str
@@ -35,17 +35,19 @@ def served_models(target: Target) -> list[Served]:
     """The models of a server, from its ``/v1/models``.
 
     Raises:
-        EngineError: it does not answer.
-        UsageError: it refuses, or is no server of models.
+        EngineError: it does not respond.
+        UsageError: it refuses the API key, or has no such API.
     """
     session = Session(target)
     try:
         status, answer = session.ask("GET", "/v1/models")
         if status in (401, 403):
-            raise UsageError(f"{target.url} answers {status}: {_words(answer)}\n  fix: give its key with --api-key")
+            raise UsageError(
+                f"{target.url} refused the request with status {status}: {_words(answer)}\n  fix: set --api-key"
+            )
         if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
             raise UsageError(
-                f"{target.url}/v1/models answers {status}\n  fix: give the address of an OpenAI-compatible API"
+                f"{target.url} has no OpenAI-compatible API: /v1/models returned {status}\n  fix: correct --url"
             )
         version = _version(session)
     finally:
@@ -93,5 +95,5 @@ def choose_models(served: Sequence[Served], names: Sequence[str]) -> list[Served
             raise UsageError(unknown_name("model", name, by_id))
     chosen = [by_id[name] for name in names] if names else list(served)
     if not chosen:
-        raise UsageError("the server names no models\n  fix: name one with --model")
+        raise UsageError("the server lists no models in /v1/models\n  fix: start a model on it, or correct --url")
     return chosen

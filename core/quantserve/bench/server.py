@@ -1,4 +1,4 @@
-"""A server for the time of a benchmark: ``quantserve serve`` as a process of its own."""
+"""A server for the duration of a benchmark: ``quantserve serve`` as a child process."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ LINES_SHOWN: Final = 12
 
 
 class Server:
-    """Serves models from the moment it is entered until it is left, whatever happens in between.
+    """Serves models while its context is active; always stops the server at the end.
 
     Args:
-        models: what to serve.
-        folder: for its config and its log.
-        waiting: called while it starts, with the seconds so far.
-        command: what serves; the config and ``--port N`` are appended.
+        models: models to serve.
+        folder: for config and log.
+        waiting: called during the start, with the seconds so far.
+        command: server command; the config and ``--port N`` are appended.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Server:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Target:
-        """Start it and wait until every model answers.
+        """Start the server and wait until every model is healthy.
 
         Raises:
-            EngineError: it ended, or did not get ready in time; the message holds its last lines.
+            EngineError: the server exited, or the start timeout passed; the message has its last lines.
         """
         models = [json.loads(model.model_dump_json(exclude_unset=True)) for model in self._models]
         self._config.write_text(json.dumps({"models": models}))
@@ -65,7 +65,7 @@ class Server:
         environment = {key: value for key, value in os.environ.items() if key != "QUANTSERVE_API_KEYS"}
         self._take_signals()
         with self.log.open("wb") as log:
-            # A session of its own: Ctrl-C reaches this process only, which then stops the server in order.
+            # In its own session, because Ctrl-C must reach only this process, which then stops the server.
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
@@ -87,7 +87,7 @@ class Server:
             self._give_signals_back()
 
     def _take_signals(self) -> None:
-        """SIGTERM and SIGHUP act like Ctrl-C while the server runs, so that it is stopped; only the main thread can."""
+        """Make SIGTERM and SIGHUP act like Ctrl-C, so that the server is stopped; possible in the main thread only."""
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             raise KeyboardInterrupt
@@ -101,7 +101,7 @@ class Server:
         self._handlers = {}
 
     def stop(self) -> None:
-        """Stop it: first as Ctrl-C does, then by force."""
+        """Stop the server: SIGINT, then SIGTERM, then SIGKILL."""
         process = self._process
         if process is None or process.poll() is not None:
             return
@@ -114,7 +114,7 @@ class Server:
                 except subprocess.TimeoutExpired:
                     continue
         finally:
-            if process.poll() is None:  # also when a second Ctrl-C cut the waiting short
+            if process.poll() is None:  # also after a second Ctrl-C
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
@@ -123,12 +123,12 @@ class Server:
         began = time.monotonic()
         while (passed := time.monotonic() - began) < START_S:
             if (code := self._process.poll()) is not None:
-                raise EngineError(f"the server ended with exit code {code} before it was ready:\n{self._last_lines()}")
+                raise EngineError(f"the server exited with code {code} during its start:\n{self._last_lines()}")
             if is_healthy(target):
                 return
             self._waiting(passed)
             time.sleep(POLL_S)
-        raise EngineError(f"the server was not ready after {START_S:.0f} s:\n{self._last_lines()}")
+        raise EngineError(f"the server was not ready within {START_S:.0f} s:\n{self._last_lines()}")
 
     def _last_lines(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
@@ -136,7 +136,7 @@ class Server:
 
 
 def is_healthy(target: Target) -> bool:
-    """Whether ``/health`` answers 200."""
+    """Whether ``/health`` returns 200."""
     session = Session(target, timeout_s=5)
     try:
         return session.ask("GET", "/health")[0] == 200
@@ -147,7 +147,7 @@ def is_healthy(target: Target) -> bool:
 
 
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
+    """A port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -176,6 +176,6 @@ def choose(models: Sequence[ModelConfig], names: Sequence[str], methods: dict[st
             raise UsageError(unknown_name("model or method", name, known))
         if len(found) > 1:
             ids = ", ".join(model.model_id for model in found)
-            raise UsageError(f"{name} is the method of several models: {ids}\n  fix: name them by id")
+            raise UsageError(f"{name} is the method of several models: {ids}\n  fix: select them by id")
         chosen += found
     return chosen

@@ -1,4 +1,4 @@
-"""One measurement after another: models x concurrencies, of a server that runs."""
+"""Measures the models of a running server, one after the other, at each load level."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from quantserve.errors import EngineError, UsageError
 
 SHOW_EVERY_S: Final = 0.25
 TEMPLATE_TOKENS: Final = 32
-"""Room for what a chat template adds to a prompt."""
+"""Allowance for the tokens that a chat template adds to a prompt."""
 GROUPED: Final = 1.5
-"""Tokens per event from which on a reader is told."""
+"""Tokens per event above which the report has a warning."""
 CACHED: Final = 0.1
-"""Share of cached input tokens from which on a reader is told."""
+"""Share of cached input tokens above which the report has a warning."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a measurement, besides the server.
+    """All parameters of a measurement except the server.
 
     Attributes:
-        workload: with the lengths and the count of requests that hold.
+        workload: with the lengths and the number of requests to use.
         concurrencies: of a closed load, one measurement each.
         rates: of an open load in requests per second, one measurement each; empty for a closed load.
         rate_end, ramp_s, poisson, max_concurrency, rounds: as for `workloads.shape`.
         warmup: requests before each measurement.
         seed: of prompts, lengths and arrivals.
-        unique: begin each prompt with what no run had before.
+        unique: begin each prompt with a unique text.
         max_duration_s, timeout_s, stall_s: as for `load.run`.
         slo: limits in ms.
         extra: further keys of each request's body.
@@ -89,10 +89,10 @@ class Measurement:
         served: the model.
         load: the shape.
         run, measured: raw and in numbers.
-        expected: performance profile as JSON, None when nobody expects anything.
+        expected: performance profile as JSON, or None.
         verdicts: against the expected performance.
-        tokenizer: who counted prompt lengths; empty when they were estimated.
-        warnings: what a reader must know before believing the numbers.
+        tokenizer: source of the prompt lengths; empty if they were estimated.
+        warnings: facts that limit the validity of the numbers.
     """
 
     served: Served
@@ -124,7 +124,7 @@ class Measurement:
 Show = Callable[[Served, Load, Live, int | None], None]
 """Called a few times a second with the model, the load, its counters and how many requests are planned."""
 Expect = Callable[[Served, Load, Measured], Mapping[str, Any] | None]
-"""What was to be expected of a model under the load that was measured; asked afterwards, when lengths are known."""
+"""Returns the expected performance of a model under the measured load; called afterwards, when lengths are known."""
 
 
 def measure_models(
@@ -142,12 +142,12 @@ def measure_models(
         models: in this order.
         settings: what to measure.
         show: for a display.
-        expect: by default what the server says of the model.
-        done: results are appended here as they come, so that an interrupted caller keeps them.
+        expect: default: the expected performance that the server reports.
+        done: results are appended here one by one, so that they survive an interruption.
 
     Raises:
         UsageError: a request does not fit into a model, or the workload needs a tokenizer.
-        EngineError: the server does not answer.
+        EngineError: the server does not respond.
     """
     done = [] if done is None else done
     for served in models:
@@ -237,7 +237,7 @@ def _plan(settings: Settings, level: float, tokenizer: Tokenizer | None, nonce: 
 
 
 def _check_lengths(served: Served, made: Sequence[Request]) -> None:
-    """Refuse what the model would refuse, before minutes are spent on errors."""
+    """Refuse requests that exceed the model's context length, before the measurement starts."""
     limit = served.max_model_len
     if limit is None:
         return
@@ -250,14 +250,14 @@ def _check_lengths(served: Served, made: Sequence[Request]) -> None:
     if over:
         factor = int(100 * limit / max(needs)) / 100
         raise UsageError(
-            f"{over} of {len(made)} requests need more than the {limit} tokens that {served.id} takes, the longest "
-            f"{max(needs)}\n  fix: multiply --scale (1 by default) by {max(0.01, factor):g}, or shorten --input-tokens "
-            "and --output-tokens"
+            f"{over} of {len(made)} requests exceed the context length of {served.id}: the limit is {limit} tokens, "
+            f"the longest request needs {max(needs)}\n  fix: multiply --scale (default 1) by "
+            f"{max(0.01, factor):g}, or reduce --input-tokens and --output-tokens"
         )
 
 
 def _check_answer(target: Target, settings: Settings, request: Request) -> None:
-    """Send one short request first: a wrong key or model is said once, not as a hundred errors.
+    """Send one short request first, so that a wrong key or model gives one error instead of hundreds.
 
     Raises:
         UsageError: it was refused.
@@ -269,7 +269,7 @@ def _check_answer(target: Target, settings: Settings, request: Request) -> None:
     outcome = run_blocking(run(target, [probe], Closed(1), timeout_s=settings.timeout_s)).results[0]
     if outcome.failure is None:
         return
-    message = f"{target.url} answered a first request to {target.model} with {outcome.failure.code}: "
+    message = f"the first request to {target.model} at {target.url} failed with {outcome.failure.code}: "
     message += outcome.failure.message
     if isinstance(outcome.failure.code, int) and 400 <= outcome.failure.code < 500 and outcome.failure.code != 429:
         raise UsageError(message)
@@ -296,23 +296,23 @@ def _warnings(result: Run, measured: Measured, tokenizer: Tokenizer | None) -> l
     ]
     share = measured.totals["client_share"]
     if share > SATURATED:
-        warnings.append(f"the client used {share:.0%} of a core: it may be what was measured")
+        warnings.append(f"the client used {share:.0%} of a core: it may limit the measured performance")
     if by_events := measured.sources.get("events"):
-        warnings.append(f"nobody counted tokens: {by_events} answers count one per event")
+        warnings.append(f"the server reported no token counts: in {by_events} answers each event counts as one token")
     per_event = measured.summaries.get("tokens_per_event")
     if per_event and per_event.mean > GROUPED:
-        warnings.append(f"{per_event.mean:.1f} tokens come per event: chunk gaps are no gaps between tokens")
+        warnings.append(f"{per_event.mean:.1f} tokens per event: chunk gaps are not gaps between tokens")
     cached = sum(timing.cached_tokens or 0 for timing in measured.timings)
     prompts = sum(timing.input_tokens or 0 for timing in measured.timings)
     if prompts and cached > CACHED * prompts:
         warnings.append(f"{cached / prompts:.0%} of the input tokens came from the server's prefix cache")
     if tokenizer is None and result.results and result.results[0].request.input_tokens is not None:
-        warnings.append("the server has no /tokenize: prompts were made by estimated length")
+        warnings.append("the server has no /tokenize: prompt lengths are estimates")
     return warnings
 
 
 def scaled(workload: Workload, factor: float) -> Workload:
-    """A workload with all lengths by a factor."""
+    """A workload with all lengths multiplied by a factor."""
     return replace(
         workload,
         input_tokens=workload.input_tokens.scaled(factor),

@@ -12,7 +12,7 @@ from quantserve.bench.result import TOKENS, Kind, Result
 Count = Callable[[str], int]
 """Tokens of a text, without special tokens."""
 Source = Literal["usage", "tokenizer", "events"]
-"""Who counted the output tokens: the server, a tokenizer, or nobody: then each event with text counts as one."""
+"""Source of the output token count: the server, a tokenizer, or the events with text, each counted as one token."""
 
 
 @dataclass(frozen=True)

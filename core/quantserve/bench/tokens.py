@@ -1,4 +1,4 @@
-"""Counting tokens as the served model does: by its own server, or by its tokenizer file."""
+"""Counts tokens with the served model's tokenizer: over the server's API, or from a tokenizer file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from quantserve.homes import expand
 
 TIMEOUT_S: Final = 30.0
 CHARACTERS_PER_TOKEN: Final = 4.0
-"""English text with the tokenizers of large models; a guess where nothing can count."""
+"""Estimate for English text with the tokenizers of large models, used without a tokenizer."""
 
 
 class Tokenizer(Protocol):
-    """What workloads need of a tokenizer; special tokens are left out."""
+    """The tokenizer interface of workloads; without special tokens."""
 
     name: str
-    """For the report: who counted."""
+    """Source of the token counts, for the report."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
 
 
 class Session:
-    """Small JSON requests to a server, over one connection; not for measuring.
+    """Small JSON requests to a server over one connection; not for measurements.
 
     Args:
         target: the server; its model is not used.
@@ -48,7 +48,7 @@ class Session:
         """Status and body of a request; the body is JSON, or text where it is none.
 
         Raises:
-            EngineError: no answer.
+            EngineError: the server does not respond.
         """
         headers = {"Content-Type": "application/json", **self._target.headers}
         if self._target.api_key:
@@ -61,7 +61,7 @@ class Session:
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise EngineError(
-                f"no answer from {self._target.url}: {one_line(error)}\n  fix: start the server, or correct --url"
+                f"no response from {self._target.url}: {one_line(error)}\n  fix: start the server, or correct --url"
             ) from None
         try:
             return response.status, json.loads(raw)
@@ -91,7 +91,7 @@ class ServerTokenizer:
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         status, answer = self._session.ask("POST", "/tokenize", body)
         if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
-            raise EngineError(f"/tokenize answered {status}: {answer}")
+            raise EngineError(f"/tokenize returned status {status}: {answer}")
         return cast("list[int]", answer["tokens"])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -102,7 +102,7 @@ class ServerTokenizer:
         """
         status, answer = self._session.ask("POST", "/detokenize", {"model": self._model, "tokens": list(ids)})
         if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("prompt"), str):
-            raise EngineError(f"/detokenize answered {status}: {answer}")
+            raise EngineError(f"/detokenize returned status {status}: {answer}")
         return cast("str", answer["prompt"])
 
 

@@ -1,4 +1,4 @@
-"""Traces: requests with their times from a file of JSON lines."""
+"""Traces: requests and their times from a JSON lines file."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ TRACE_KEYS: Final = {
 
 def read_trace(path: Path, workload: Workload, tokenizer: Tokenizer | None, seed: int, nonce: str, unit: str = "s",
                limit: int | None = None) -> tuple[list[Request], list[float]]:  # fmt: skip
-    """Requests of a trace and when they are due, in seconds from the first.
+    """Requests of a trace and their send times, in seconds from the first.
 
     A line has ``timestamp`` and either a ``prompt`` or ``messages`` with ``max_tokens``, or ``input_length`` and
-    ``output_length`` (``input_tokens``, ``output_tokens`` mean the same); then a prompt of that length is made and the
-    end of the text ignored.
+    ``output_length`` (aliases: ``input_tokens``, ``output_tokens``); then a prompt of that length is made and EOS is
+    ignored.
 
     Args:
         path: JSON lines.
-        workload: for what the lines leave open.
+        workload: defaults of values that a line does not set.
         tokenizer: for lengths.
         seed, nonce: as for `requests`.
         unit: of the timestamps: ``s`` or ``ms``.
@@ -49,10 +49,12 @@ def read_trace(path: Path, workload: Workload, tokenizer: Tokenizer | None, seed
         made.append(_trace_request(maker, line, where))
         at = line.get("timestamp", times[-1] if times else 0.0)
         if not isinstance(at, int | float) or isinstance(at, bool):
-            raise UsageError(f"{where}: timestamp is {at!r}, not a number")
+            raise UsageError(f"{where}: timestamp must be a number, got {at!r}")
         times.append(float(at) / (1000.0 if unit == "ms" else 1.0))
     if not made:
-        raise UsageError(f"{path}: no requests in it")
+        raise UsageError(
+            f"--trace {path}: the file has no requests\n  fix: write one JSON object with a timestamp per line"
+        )
     order = sorted(range(len(times)), key=times.__getitem__)
     return [made[i] for i in order], [times[i] - min(times) for i in order]
 
@@ -84,14 +86,14 @@ def _trace_lines(path: Path, limit: int | None) -> Iterator[tuple[int, dict[str,
 def _trace_request(maker: Maker, line: Mapping[str, Any], where: str) -> Request:
     cap = line.get("max_tokens", line.get("output_length", line.get("output_tokens")))
     if cap is not None and (not isinstance(cap, int) or cap < 1):
-        raise UsageError(f"{where}: the output length is {cap!r}, not a number of tokens")
+        raise UsageError(f"{where}: the output length must be a number of tokens above 0, got {cap!r}")
     temperature = maker.workload.temperature
     if "prompt" in line or "messages" in line:
         prompt, messages = line.get("prompt"), line.get("messages")
         return Request(messages, prompt if messages is None else None, max_tokens=cap, temperature=temperature)
     length = line.get("input_length", line.get("input_tokens"))
     if not isinstance(length, int) or length < 1 or cap is None:
-        raise UsageError(f"{where}: needs prompt or messages, or input_length and output_length")
+        raise UsageError(f"{where}: a line needs prompt or messages, or input_length and output_length")
     sized = replace(maker.workload, input_tokens=Lengths(length), output_tokens=Lengths(cap), ignore_eos=True)
     chance = random.Random(f"{maker.chance.random()}")
     local = replace(maker, workload=sized, chance=chance)

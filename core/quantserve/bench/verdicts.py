@@ -10,7 +10,7 @@ from quantserve.bench.measured import Measured
 from quantserve.bench.metrics import METRICS
 
 AS_EXPECTED: Final = (0.8, 1.25)
-"""Scores between these are as expected: a prediction is held good to within a fifth."""
+"""Scores in this range are as expected: within a factor of 1.25."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def compare(expected: Mapping[str, Any] | None, measured: Measured) -> list[Verd
 
 
 def _keys(expected: Mapping[str, Any]) -> dict[str, str]:
-    """Keys of a performance profile -> of `METRICS` or `TOTALS`; what its ITL is it says itself."""
+    """Keys of a performance profile -> keys of `METRICS` or `TOTALS`, by the definition of ITL in the profile."""
     with_ttft = "E2E" in str(expected.get("itl_definition", "E2E"))
     return {
         "e2e_ms": "e2e",

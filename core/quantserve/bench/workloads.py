@@ -1,4 +1,4 @@
-"""The workloads by name: what is asked, how often, in which shape."""
+"""The workloads by name: prompts, number of requests, load shape."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Workload:
         summary: one line.
         requests: how many.
         concurrency: users, or the size of a round.
-        input_tokens, output_tokens: lengths; the output's is a cap, or exact with `ignore_eos`.
+        input_tokens, output_tokens: lengths; that of the output is a maximum, or exact with `ignore_eos`.
         rounds: barrier rounds instead of a closed loop.
-        ignore_eos: answers have exactly the length asked for.
+        ignore_eos: answers have exactly the requested length.
         temperature: None leaves it to the server.
-        prefix_tokens: beginning that all prompts share.
-        make: makes a request; for a trace only those of the warm-up.
+        prefix_tokens: length of the common prefix of all prompts.
+        make: makes a request; for a trace only warm-up requests.
     """
 
     name: str
@@ -60,8 +60,8 @@ WORKLOADS: Final[Mapping[str, Workload]] = {
     for workload in (
         Workload(
             "rayllm-2023",
-            "the RayLLM quantization tables: legacy llmperf, 300 requests in rounds of 10, about 500 tokens in, at "
-            "most 384 out, temperature 0",
+            "RayLLM's quantization tables of 2023: legacy llmperf, 300 requests in rounds of 10, about 500 tokens in, "
+            "at most 384 out, temperature 0",
             requests=300,
             concurrency=10,
             input_tokens=Lengths(POEM_TOKENS),
@@ -72,7 +72,7 @@ WORKLOADS: Final[Mapping[str, Workload]] = {
         ),
         Workload(
             "llmperf",
-            "llmperf since December 2023: 550 sd 150 tokens in, 150 sd 80 out at most, 10 users",
+            "llmperf since December 2023: 550 sd 150 tokens in, at most 150 sd 80 out, 10 users",
             requests=100,
             concurrency=10,
             input_tokens=Lengths(550, 150),
@@ -81,7 +81,7 @@ WORKLOADS: Final[Mapping[str, Workload]] = {
         ),
         Workload(
             "random",
-            "random tokens, exact lengths: 512 in, 128 out, end of text ignored (vllm bench serve's random)",
+            "random tokens of exact lengths: 512 in, 128 out, EOS ignored (like random of vllm bench serve)",
             requests=100,
             concurrency=10,
             input_tokens=Lengths(512),
@@ -92,7 +92,7 @@ WORKLOADS: Final[Mapping[str, Workload]] = {
         ),
         Workload(
             "sonnet",
-            "lines of poetry after a beginning of 200 tokens that all prompts share: 550 in, 150 out at most",
+            "lines of poetry with a common prefix of 200 tokens: 550 in, at most 150 out",
             requests=100,
             concurrency=10,
             input_tokens=Lengths(550),
@@ -102,7 +102,7 @@ WORKLOADS: Final[Mapping[str, Workload]] = {
         ),
         Workload(
             "trace",
-            "a file of JSON lines with timestamps and lengths or prompts, sent at its times (--trace FILE)",
+            "a JSON lines file with timestamps and lengths or prompts, replayed at its times (--trace FILE)",
             requests=0,
             concurrency=10,
             input_tokens=Lengths(64),
@@ -118,7 +118,7 @@ def find_workload(name: str) -> Workload:
     """A workload by name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: the name is unknown.
     """
     if name not in WORKLOADS:
         raise UsageError(unknown_name("workload", name, WORKLOADS))
@@ -133,8 +133,8 @@ def requests(
     Args:
         workload: any but a trace.
         tokenizer: None estimates lengths.
-        seed: of all that is drawn.
-        nonce: begins every prompt, so that none was seen before; empty for none.
+        seed: of all random choices.
+        nonce: prefix that makes every prompt unique; empty for none.
         first: number of the first request.
     """
     maker = Maker(workload, random.Random(f"{seed}/{first}"), tokenizer, nonce)
@@ -145,7 +145,7 @@ def requests(
 
 
 def warmup_requests(workload: Workload, tokenizer: Tokenizer | None, count: int, nonce: str) -> list[Request]:
-    """Requests like the workload's, but with short answers and prompts of their own."""
+    """Requests like those of the workload, but with other prompts and short answers."""
     made = islice(requests(workload, tokenizer, seed=-1, nonce=nonce and nonce + "w", first=10**6), count)
     return [replace(request, max_tokens=min(WARMUP_TOKENS, request.max_tokens or WARMUP_TOKENS)) for request in made]
 
@@ -163,13 +163,13 @@ def shape(
     max_concurrency: int | None = None,
     seed: int = 0,
 ) -> Load:
-    """The load shape that the options ask for.
+    """The load shape for these options.
 
     Args:
-        workload: gives the shape where nothing else is said.
+        workload: has the default shape.
         concurrency: users of a closed load, or size of a round.
         rate, rate_end, ramp_s, poisson, max_concurrency, seed: as for `Open`.
-        rounds: barrier rounds, or a closed load although the workload has rounds.
+        rounds: whether to send in barrier rounds; None for the workload's default.
         times: of a trace.
     """
     if rate is not None:

@@ -40,48 +40,107 @@ WARMUP: Final = 10
 
 @click.command("bench")
 @click.argument("sources", nargs=-1, metavar="[CONFIG|MODEL]...")
-@click.option("--config", "configs", multiple=True, metavar="FILE", help="The same as CONFIG.")
-@click.option("--compare", metavar="A,B", help="Of the config's models only these, by method or id, in this order.")
-@click.option("--together", is_flag=True, help="Start all models at once; default: one after another.")
-@click.option("--url", metavar="URL", help="Measure a server that runs already.")
+@click.option("--config", "configs", multiple=True, metavar="FILE", help="Same as the CONFIG argument.")
+@click.option(
+    "--compare", metavar="A,B", help="Measure only these models of the config, by method or id, in this order."
+)
+@click.option("--together", is_flag=True, help="Serve all models at the same time; default: one after the other.")
+@click.option("--url", metavar="URL", help="Measure a running server at this address.")
 @click.option("--model", "names", metavar="A,B", help="Models of the server at --url; default: all.")
-@click.option("--api-key", envvar="QUANTSERVE_API_KEY", metavar="KEY", help="Key of the server, or QUANTSERVE_API_KEY.")
+@click.option(
+    "--api-key", envvar="QUANTSERVE_API_KEY", metavar="KEY", help="API key of the server; or set QUANTSERVE_API_KEY."
+)
 @click.option("--workload", "workload_name", default="llmperf", show_default=True, metavar="NAME",
-              help=f"One of {', '.join(WORKLOADS)}.")  # fmt: skip
-@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Trace to replay, as JSON lines.")
-@click.option("--trace-unit", type=click.Choice(["s", "ms"]), default="s", show_default=True, help="Of its timestamps.")
-@click.option("-n", "--requests", "count", type=click.IntRange(min=1), help="Requests; default: the workload's.")
-@click.option("-c", "--concurrency", type=Commas(int), help="Users; several numbers are measured one by one.")
-@click.option("--rounds/--no-rounds", default=None, help="Send in groups, each when the last was answered whole.")
-@click.option("--rate", type=Commas(float), help="Open load: requests per second, whatever was answered.")
-@click.option("--rate-end", type=click.FloatRange(min=0), metavar="R", help="Rate that --rate becomes over --ramp.")
+              help=f"Workload: {', '.join(WORKLOADS)}.")  # fmt: skip
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Trace file to replay, in JSON lines.")
+@click.option(
+    "--trace-unit",
+    type=click.Choice(["s", "ms"]),
+    default="s",
+    show_default=True,
+    help="Unit of the trace's timestamps.",
+)
+@click.option(
+    "-n", "--requests", "count", type=click.IntRange(min=1), help="Number of requests; default: that of the workload."
+)
+@click.option(
+    "-c",
+    "--concurrency",
+    type=Commas(int),
+    help="Number of concurrent users; several numbers are measured one after the other.",
+)
+@click.option(
+    "--rounds/--no-rounds",
+    default=None,
+    help="Send requests in groups; a group starts when all answers of the previous one are complete.",
+)
+@click.option("--rate", type=Commas(float), help="Open load: requests per second, independent of the answers.")
+@click.option("--rate-end", type=click.FloatRange(min=0), metavar="R", help="Open load: rate at the end of --ramp.")
 @click.option("--ramp", type=click.FloatRange(min=0), default=0.0, metavar="S",
-              help="Seconds until --rate-end, or until all users have joined.")  # fmt: skip
+              help="Seconds until --rate-end is reached, or until all users have started.")  # fmt: skip
 @click.option("--arrival", type=click.Choice(["poisson", "constant"]), default="poisson", show_default=True,
-              help="Of an open load.")  # fmt: skip
-@click.option("--max-concurrency", type=click.IntRange(min=1), help="Open load: further requests wait in the client.")
-@click.option("--input-tokens", type=LengthType(), help="Prompt length.")
-@click.option("--output-tokens", type=LengthType(), help="Answer length.")
-@click.option("--prefix-tokens", type=click.IntRange(min=0), help="Beginning that all prompts of sonnet share.")
-@click.option("--scale", type=click.FloatRange(min=0.001), metavar="F", help="All lengths of the workload times this.")
-@click.option("--ignore-eos/--respect-eos", default=None, help="Answers of exactly the length asked for.")
-@click.option("--temperature", type=click.FloatRange(min=0), help="Default: the workload's.")
-@click.option("--extra", metavar="JSON", help="Further keys of every request.")
-@click.option("--tokenizer", metavar="FILE", help="tokenizer.json for prompt lengths; default: the server's /tokenize.")
-@click.option("--unique/--no-unique", default=True, show_default=True, help="Prompts that no prefix cache has seen.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts, lengths and arrivals.")
-@click.option("--warmup", type=click.IntRange(min=0), default=WARMUP, show_default=True, help="Requests beforehand.")
-@click.option("--max-duration", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Send nothing later.")
+              help="Distribution of the arrivals of an open load.")  # fmt: skip
+@click.option(
+    "--max-concurrency",
+    type=click.IntRange(min=1),
+    help="Open load: most requests in flight; further ones wait in the client.",
+)
+@click.option("--input-tokens", type=LengthType(), help="Prompt length in tokens.")
+@click.option("--output-tokens", type=LengthType(), help="Answer length in tokens.")
+@click.option(
+    "--prefix-tokens",
+    type=click.IntRange(min=0),
+    help="Length in tokens of the common prefix of all prompts (workload sonnet).",
+)
+@click.option("--scale", type=click.FloatRange(min=0.001), metavar="F", help="Factor on all lengths of the workload.")
+@click.option("--ignore-eos/--respect-eos", default=None, help="Generate answers of exactly the requested length.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), help="Sampling temperature; default: that of the workload."
+)
+@click.option("--extra", metavar="JSON", help="Further fields of every request, as a JSON object.")
+@click.option(
+    "--tokenizer", metavar="FILE", help="tokenizer.json that counts prompt tokens; default: the server's /tokenize."
+)
+@click.option(
+    "--unique/--no-unique",
+    default=True,
+    show_default=True,
+    help="Make every prompt unique, so that no prefix cache contains it.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of prompts, lengths and arrivals.")
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=WARMUP,
+    show_default=True,
+    help="Warm-up requests before each measurement.",
+)
+@click.option(
+    "--max-duration",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Stop sending after this many seconds.",
+)
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True, metavar="S",
-              help="Of a request.")  # fmt: skip
-@click.option("--stall", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Longest silence in an answer.")
-@click.option("--slo", metavar="K=MS,...", help=f"Limits for goodput, of {', '.join(SLO_KEYS)}.")
-@click.option("--metadata", metavar="K=V,...", help="Kept in the result files.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: bench-results/TIME-WORKLOAD.")
-@click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
-@click.option("--plots/--no-plots", default=True, help="Draw plots where matplotlib is installed.")
+              help="Request timeout in seconds.")  # fmt: skip
+@click.option(
+    "--stall",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="A request fails if no data arrives for this many seconds.",
+)
+@click.option("--slo", metavar="K=MS,...", help=f"Limits in ms for goodput: {', '.join(SLO_KEYS)}.")
+@click.option("--metadata", metavar="K=V,...", help="Metadata for the result files.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the results; default: bench-results/TIME-WORKLOAD.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the results in --out.")
+@click.option("--plots/--no-plots", default=True, help="Draw plots, if matplotlib is installed.")
 @click.option("--fail-under", type=click.FloatRange(min=0, min_open=True), metavar="RATIO",
-              help="Exit 1 when a metric reaches less than this share of the expected, or requests fail.")  # fmt: skip
+              help="Exit 1 if a metric is below this share of the expected value, or if requests fail.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     sources: tuple[str, ...],
@@ -99,10 +158,10 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Measure models under load: a server at --url, or CONFIG, started for the time of the benchmark.
+    """Measure models under load: a server at --url, or a CONFIG, which is served during the benchmark.
 
-    Prints means per request beside what is expected, and writes tables, plots, CSV and JSON to --out. Every metric is
-    written with its definition.
+    Prints the means per request and the expected performance, and writes tables, plots, CSV and JSON to --out. Every
+    metric is written with its definition.
     """
     sources = (*sources, *configs)
     _check_subject(sources, url, names, compare, together)
@@ -124,7 +183,7 @@ def command(
         except (QuantserveError, KeyboardInterrupt) as error:
             if not done:
                 raise
-            failed = error  # what was measured before is worth keeping
+            failed = error  # keep the measurements completed so far
     values = write(out, done, settings, notes, plots=plots)
     if as_json:
         print_json(values)
@@ -133,7 +192,7 @@ def command(
     if isinstance(failed, QuantserveError):
         raise failed
     if failed:
-        err.print(f"interrupted; {out} holds what was complete")
+        err.print(f"interrupted; the completed measurements are in {out}")
         return INTERRUPTED
     return gate(err, done, fail_under)
 
@@ -142,16 +201,22 @@ def _check_subject(
     sources: Sequence[str], url: str | None, names: str | None, compare: str | None, together: bool
 ) -> None:
     if url and sources:
-        raise UsageError("--url measures a server that runs, CONFIG one that is started\n  fix: give one of them")
+        raise UsageError(
+            "--url (a running server) and CONFIG (a server to start) exclude each other\n  fix: give one of them"
+        )
     if not url and not sources:
-        raise UsageError("nothing to measure\n  fix: name a server with --url, or a CONFIG to serve")
+        raise UsageError("nothing to measure\n  fix: give a running server with --url, or a CONFIG to serve")
     for source in sources:
         if source.startswith(("http://", "https://")):
-            raise UsageError(f"{source} is no CONFIG but a server\n  fix: --url {source}")
+            raise UsageError(f"{source} is the address of a server, not a CONFIG\n  fix: use --url {source}")
     if names and not url:
-        raise UsageError("--model chooses models of --url\n  fix: choose models of a CONFIG with --compare")
+        raise UsageError(
+            "--model selects models of a server at --url\n  fix: use --compare to select models of a CONFIG"
+        )
     if (compare or together) and url:
-        raise UsageError("--compare and --together are for a CONFIG\n  fix: choose models of --url with --model")
+        raise UsageError(
+            "--compare and --together need a CONFIG, not --url\n  fix: use --model to select models of the server"
+        )
 
 
 def _measure_own(
@@ -162,7 +227,7 @@ def _measure_own(
     display: Display,
     done: list[Measurement],
 ) -> None:
-    """Serve the models of a config, one after another or together, and measure them."""
+    """Serve the models of a config, one after the other or together, and measure them."""
     app = load_sources(sources, None, None, None, False)
     results = list(outcomes(app.models, Registry.load(), choose_target(None)))
     methods = {r.model.model_id: r.composition.method.name for r in results if r.composition and r.composition.method}
@@ -186,7 +251,7 @@ def _measure_own(
 
 
 def expected_of(compositions: Mapping[str, Composition]) -> Expect:
-    """What to expect of our own models: numbers published of exactly this, else a prediction for what was measured."""
+    """The expected performance of served models: published numbers if there are any, else a prediction for the load."""
 
     def expect(served: Served, load: Load, measured: Measured) -> Mapping[str, Any] | None:
         composition = compositions.get(served.id)
@@ -199,7 +264,7 @@ def expected_of(compositions: Mapping[str, Composition]) -> Expect:
 
 
 def predicted(composition: Composition, load: Closed | Rounds, measured: Measured) -> dict[str, Any] | None:
-    """A prediction for the concurrency and the token counts that were measured; None when nothing can be predicted."""
+    """A prediction for the measured concurrency and token counts; None if none is possible."""
     plugin, model = composition.method_plugin, composition.model
     if plugin is None:
         return None
@@ -221,9 +286,11 @@ def predicted(composition: Composition, load: Closed | Rounds, measured: Measure
 
 
 def gate(err: Console, measurements: Sequence[Measurement], fail_under: float | None) -> int:
-    """1 when nothing was answered, or with a limit: when a metric stays below it or requests failed; else 0."""
+    """Exit code: 1 without a complete answer, or with a limit if a metric is below it or a request failed; else 0."""
     problems = [
-        f"{m.served.id}, {m.load_label}: no request was answered" for m in measurements if not m.measured.timings
+        f"{m.served.id}, {m.load_label}: no request got a complete answer"
+        for m in measurements
+        if not m.measured.timings
     ]
     if fail_under is not None:
         problems += [problem for m in measurements if (problem := _below(m, fail_under))]
@@ -238,10 +305,10 @@ def _below(measurement: Measurement, limit: float) -> str | None:
         return f"{name}: {errors} requests failed"
     worst = lowest(measurement.verdicts)
     if worst is None:
-        return f"{name}: the server names no expected performance, so there is nothing to compare with"
+        return f"{name}: --fail-under needs an expected performance, and the server reports none"
     if worst.score < limit:
         return (
             f"{name}: {worst.key} is {markdown.number(worst.measured)}, expected {markdown.number(worst.expected)}: "
-            f"{worst.score:.2f} of it, and --fail-under is {limit:g}"
+            f"ratio {worst.score:.2f}, below --fail-under {limit:g}"
         )
     return None

@@ -1,4 +1,4 @@
-"""What ``quantserve bench`` shows: a progress bar while it measures, tables afterwards."""
+"""Terminal output of ``quantserve bench``: a progress bar during measurements, tables afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLUMNS: Final = ("model", "method", "load", "E2E", "TTFT", "ITL", "tok/s", "tok
 
 
 class Display:
-    """A progress bar per measurement on a terminal, nothing elsewhere; a context manager."""
+    """A progress bar per measurement, if the output is a terminal; a context manager."""
 
     def __init__(self, out: Console) -> None:
         self._progress = Progress(
@@ -37,7 +37,7 @@ class Display:
             TextColumn("{task.fields[now]}"),
             console=out,
             disable=not out.is_terminal,
-            auto_refresh=False,  # no second thread that wakes up beside the measurement
+            auto_refresh=False,  # no refresh thread, which would disturb the measurement
         )
         self._tasks: dict[str, TaskID] = {}
         self._seen: dict[str, deque[tuple[float, int]]] = {}
@@ -50,7 +50,7 @@ class Display:
         self._progress.stop()
 
     def waiting(self, label: str) -> Callable[[float], None]:
-        """What to call while a server starts."""
+        """The callback that shows the seconds while a server starts."""
 
         def show(seconds: float) -> None:
             task = self._task(label, f"starting {label}", None)
@@ -59,12 +59,12 @@ class Display:
         return show
 
     def started(self, label: str) -> None:
-        """The server is there."""
+        """The server is ready."""
         self._progress.remove_task(self._task(label, label, None))
         self._tasks.pop(label, None)
 
     def show(self, served: Served, load: Load, live: Live, planned: int | None) -> None:
-        """Counters of the measurement that runs."""
+        """Show the counters of the running measurement."""
         label = f"{served.id}, {describe(load)}"
         task = self._task(label, label, planned)
         now = perf_counter()
@@ -74,7 +74,7 @@ class Display:
             seen.popleft()
         rate = (live.events - seen[0][1]) / (now - seen[0][0]) if now > seen[0][0] else 0.0
         recent = live.first_tokens[-FIRST_TOKENS_SHOWN:]
-        parts = [f"{rate:,.0f} tok/s", f"{live.in_flight} on their way"]
+        parts = [f"{rate:,.0f} tok/s", f"{live.in_flight} in flight"]
         if recent:
             parts.insert(1, f"TTFT {1000 * sum(recent) / len(recent):,.0f} ms")
         if live.failed:
@@ -88,7 +88,7 @@ class Display:
 
 
 def print_results(out: Console, measurements: Sequence[Measurement], folder: Path) -> None:
-    """Tables for people."""
+    """Print the result tables."""
     shown = [
         [
             escape(m.served.id),

@@ -18,7 +18,7 @@ from quantserve.errors import UsageError, unknown_name
 
 
 class Commas(click.ParamType[Any]):
-    """A list with commas of numbers above 0."""
+    """A comma-separated list of numbers above 0."""
 
     def __init__(self, number: type[int] | type[float]) -> None:
         self.name = "A,B,..."
@@ -34,7 +34,7 @@ class Commas(click.ParamType[Any]):
             numbers = ()
         if not numbers or not all(0 < number < float("inf") for number in numbers):
             kind = "whole numbers" if self._number is int else "numbers"
-            self.fail(f"{value!r} is no list of {kind} above 0, like 1,4,16", param, ctx)
+            self.fail(f"{value!r} is not a comma-separated list of {kind} above 0, like 1,4,16", param, ctx)
         return numbers
 
 
@@ -85,13 +85,17 @@ def make_settings(
     """
     workload = find_workload("trace" if trace else workload_name)
     if workload.name == "trace" and not trace:
-        raise UsageError("the workload trace needs a file\n  fix: name it with --trace FILE")
+        raise UsageError("the workload trace needs a file\n  fix: give it with --trace FILE")
     if rate and (concurrency or same["rounds"]):
-        raise UsageError("--rate is an open load, --concurrency and --rounds are closed ones\n  fix: give one of them")
+        raise UsageError(
+            "--rate (open load) excludes --concurrency and --rounds (closed load)\n  fix: give one of them"
+        )
     if same["rate_end"] is not None and not (rate and ramp):
-        raise UsageError("--rate-end needs --rate and --ramp")
+        raise UsageError("--rate-end needs --rate and --ramp\n  fix: e.g. --rate 1 --rate-end 10 --ramp 60")
     if same["max_concurrency"] and not (rate or trace):
-        raise UsageError("--max-concurrency limits an open load\n  fix: for a closed load give --concurrency")
+        raise UsageError(
+            "--max-concurrency needs an open load (--rate or --trace)\n  fix: use --concurrency for a closed load"
+        )
     given: dict[str, Any] = {
         "requests": count if count or not trace else 0,
         "input_tokens": input_tokens,
@@ -104,7 +108,8 @@ def make_settings(
     if scale:
         workload = scaled(workload, scale)
     if not same["unique"] and workload.prefix_tokens >= workload.input_tokens.mean:
-        raise UsageError("--prefix-tokens must be less than --input-tokens")
+        limit = f"--input-tokens ({workload.input_tokens.mean:g})"
+        raise UsageError(f"--prefix-tokens ({workload.prefix_tokens}) must be less than {limit}")
     return Settings(
         workload,
         concurrencies=concurrency or (workload.concurrency,),
@@ -122,7 +127,7 @@ def make_settings(
 
 
 def split(text: str | None) -> list[str]:
-    """A comma list."""
+    """A comma-separated list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
@@ -130,7 +135,7 @@ def pairs(option: str, text: str | None) -> dict[str, str]:
     """``a=b,c=d``.
 
     Raises:
-        UsageError: a part is none.
+        UsageError: a part has another form.
     """
     out = {}
     for part in split(text):
@@ -145,7 +150,7 @@ def limits(text: str | None) -> dict[str, float]:
     """Limits in ms.
 
     Raises:
-        UsageError: an unknown name, or no number.
+        UsageError: a name is unknown, or a value is not a number.
     """
     out = {}
     for key, value in pairs("--slo", text).items():
@@ -162,7 +167,7 @@ def json_object(option: str, text: str | None) -> Mapping[str, Any]:
     """A JSON object.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not a JSON object.
     """
     if not text:
         return {}
@@ -171,5 +176,5 @@ def json_object(option: str, text: str | None) -> Mapping[str, Any]:
     except ValueError as error:
         raise UsageError(f"{option}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UsageError(f'{option}: {text} is no JSON object, like {{"top_p": 0.9}}')
+        raise UsageError(f'{option}: {text} is not a JSON object, like {{"top_p": 0.9}}')
     return value

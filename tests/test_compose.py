@@ -91,20 +91,20 @@ def test_a_raising_detect_only_matters_when_nobody_else_claims(site: Site, make:
 
 
 def test_findings_are_concatenated_and_say_who_said_them(site: Site, make: Make) -> None:
-    finding = "validate(checkpoint, model, target): yield Finding.warning('odd', target.name)"
+    finding = "validate(checkpoint, model, target): yield Finding.warning('a-odd', target.name)"
     site.install("quantserve-a", plugin("a", DETECTS) + helper(finding), name="a")
-    site.install("house-policy", helper("validate(model): return [Finding.error('house', model.model_id)]"))
+    site.install("house-policy", helper("validate(model): return [Finding.error('house-policy-id', model.model_id)]"))
     composed = make(("house-policy",))
     said = {(finding.source, finding.code) for finding in composed.findings}
-    assert {("a", "odd"), ("house-policy", "house")} <= said
-    assert [error.code for error in composed.errors] == ["house"]
+    assert {("a", "a-odd"), ("house-policy", "house-policy-id")} <= said
+    assert [error.code for error in composed.errors] == ["house-policy-id"]
 
 
 @pytest.mark.parametrize(
     ("hook", "reason"),
     [
         ("validate(checkpoint): raise ZeroDivisionError('group size')", "group size"),
-        ("validate(checkpoint):\n    yield Finding.info('a', 'b')\n    raise RuntimeError('late')", "late"),
+        ("validate(checkpoint):\n    yield Finding.info('a-b', 'b')\n    raise RuntimeError('late')", "late"),
         ("validate(checkpoint): return ['no group size']", "str among its findings"),
         ("validate(checkpoint): return 7", "int, not findings"),
         (kwargs("['dtype']"), "list, not a mapping"),
@@ -161,9 +161,9 @@ def test_a_plugin_no_model_names_is_never_called(site: Site, make: Make) -> None
         ("engine_kwargs(checkpoint): return ['seed']", "returned list, not a mapping"),
         ("engine_kwargs(checkpoint): return 0", "returned int, not a mapping"),
         ("engine_kwargs(checkpoint): return {'seed': object()}", "not JSON"),
-        ("engine_kwargs(checkpoint): yield 'seed'", "returned list, not a mapping"),
+        ("engine_kwargs(checkpoint): yield 'seed'", "returned generator, not a mapping"),
         ("performance(checkpoint): return 7", "returned int, not PerformanceProfile"),
-        ("performance(checkpoint): return PerformanceProfile('reference', {1})", "not JSON"),
+        ("performance(checkpoint): return PerformanceProfile('reference', {1})", "conditions is set, not text"),
         ("kernel(target): return 7", "returned int, not KernelProfile"),
         ("detect(checkpoint): return 'yes'", "returned str, not True, False or None"),
     ],

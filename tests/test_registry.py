@@ -78,8 +78,8 @@ def test_two_distributions_with_one_entry_point_name_both_lose(site: Site) -> No
     assert all("quantserve-one 1.0 and quantserve-two 2.0" in failure.reason for failure in registry.failures)
 
 
-def test_two_plugins_with_one_method_name_or_alias_both_lose(site: Site) -> None:
-    site.method("quantserve-a", "a", ("shared",), name="a")
+def test_two_plugins_with_one_method_name_both_lose(site: Site) -> None:
+    site.method("quantserve-a", "shared", name="a")
     site.method("quantserve-b", "shared", name="b")
     site.method("quantserve-c", "c", name="c")
     registry = load(site)
@@ -89,15 +89,18 @@ def test_two_plugins_with_one_method_name_or_alias_both_lose(site: Site) -> None
         registry.find_method("shared")
 
 
-def test_an_engine_side_claimed_by_a_stranger_is_refused(site: Site) -> None:
-    site.method("quantserve-mine", "mine", name="mine", engine={"mine": "os:getcwd"})
-    site.method("quantserve-thief", "thief", name="thief", engine={"mine": "os:abort"})
+def test_a_name_beats_an_alias_and_both_plugins_stay(site: Site) -> None:
+    site.method("quantserve-a", "a", ("shared",), name="a")
+    site.method("quantserve-b", "shared", name="b")
     registry = load(site)
-    assert set(registry.plugins) == {"thief"}
-    assert "quantserve-mine and quantserve-thief" in only_failure(registry, "engine")
+    assert registry.find_method("shared") is registry.plugins["b"]
+    assert registry.methods.keys() == {"a", "shared"}
+    assert registry.plugins["a"].notes == (
+        "alias 'shared' of a (quantserve-a 1.0) is dropped: it belongs to b (quantserve-b 1.0)",
+    )
 
 
-def test_vllm_plugins_names_exactly_what_is_composed(site: Site) -> None:
+def test_the_engine_environment_names_exactly_what_is_composed(site: Site) -> None:
     site.method("quantserve-x", "x", name="x", engine={"x": "os:getcwd", "other": "os:abort"})
     site.method("quantserve-y", "y", name="y", engine={"y": "os:abort"})
     site.method("quantserve-z", "z", name="z")
@@ -107,8 +110,12 @@ def test_vllm_plugins_names_exactly_what_is_composed(site: Site) -> None:
         "[vllm.platform_plugins]\nnpu = os:getcwd\n[vllm.general_plugins]\nstray = os:abort\n"
     )
     registry = load(site)
-    assert registry.vllm_plugins([registry.plugins["x"]]) == "npu,x"
-    assert registry.vllm_plugins([registry.plugins["z"]]) == "npu"
+    assert registry.engine_environment([registry.plugins["x"]]) == {
+        "VLLM_PLUGINS": "npu,quantserve",
+        "QUANTSERVE_ENGINE_PLUGINS": "quantserve-x:x",
+    }
+    assert registry.engine_environment([registry.plugins["z"]]) == {"VLLM_PLUGINS": "npu"}
+    assert registry.engine_environment([], own=True) == {"VLLM_PLUGINS": "npu,quantserve"}
 
 
 def test_switches_from_outside(site: Site) -> None:
@@ -214,14 +221,14 @@ def test_an_entry_point_that_names_no_module(site: Site, target: str, stage: str
     assert reason in only_failure(load(site), stage)
 
 
-def test_two_entry_points_to_one_module_name_both(site: Site) -> None:
+def test_of_two_entry_points_to_one_module_the_one_with_the_methods_name_stays(site: Site) -> None:
     module = site.method("quantserve-a", "a", name="a")
     (site.path / "quantserve_a-1.0.dist-info" / "entry_points.txt").write_text(
         f"[quantserve.plugins]\na = {module}\nb = {module}\n"
     )
     registry = load(site)
-    assert not registry.plugins
-    assert all("a (quantserve-a 1.0) and b (quantserve-a 1.0)" in failure.reason for failure in registry.failures)
+    assert set(registry.plugins) == {"a"}
+    assert "a (quantserve-a 1.0) and b (quantserve-a 1.0); it belongs to a" in only_failure(registry, "names")
 
 
 def test_what_a_plugin_prints_stays_out_of_stdout(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

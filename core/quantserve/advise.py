@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from math import log
-from typing import Any
+from typing import Any, TypeVar
 
 from quantserve.architecture import FAMILIES, read_architecture
 from quantserve.checkpoint import Checkpoint, open_checkpoint
+from quantserve.claims import OURS
 from quantserve.compose import compose
 from quantserve.config import ModelConfig
+from quantserve.contract import profile_of
+from quantserve.detection import own_copy
 from quantserve.errors import CheckpointError, PluginError, UsageError
-from quantserve.expectation import Expectation, expectation, kernel_key, kernel_of, quality_of, width_of
+from quantserve.expectation import Expectation, expectation, kernel_of, quality_of, width_of
 from quantserve.finding import Severity
 from quantserve.memory import MemoryEstimate, estimate
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
@@ -24,8 +28,7 @@ from quantserve.registry import Hooks, Plugin, Registry
 from quantserve.target import Target, gib
 
 RANKS = (1, 2, 4, 8)
-# Methods that have a plugin in this project, named when they are not installed.
-OURS = ("fp16", "awq", "squeezellm")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Candidate:
     """One method at one width for one model on one target.
 
     Attributes:
-        key: ``awq-4``; the calibration uses the same names.
+        key: ``awq-4``.
         plugin, method, bits: who serves it, and how wide.
         label: for people: the method's name, with the width where it has several.
         model: the config it would have, tensor parallel size included.
@@ -44,6 +47,7 @@ class Candidate:
         made: what predictions rest on; None when nothing can be predicted.
         published: the row of a published table for exactly this, at whatever tensor parallel size.
         quality: the published cost in quality; None when unknown.
+        failure: a hook of the plugin that failed; nothing is predicted then.
     """
 
     key: str
@@ -59,6 +63,12 @@ class Candidate:
     made: Expectation | None
     published: PerformanceProfile | None
     quality: QualityNote | None
+    failure: PluginError | None = None
+
+    @property
+    def failed(self) -> str:
+        """``failed: `` with the hook and the reason; "" when no hook failed."""
+        return f"failed: {self.failure.stage}: {self.failure.reason}" if self.failure else ""
 
     @property
     def ranks(self) -> int:
@@ -86,6 +96,7 @@ class Advice:
         candidates: one per method and width.
         notes: what is missing or was left out.
         installable: methods of this project that are not installed.
+        named: whether the methods were chosen by the user.
     """
 
     model: ModelConfig
@@ -94,6 +105,13 @@ class Advice:
     candidates: Sequence[Candidate]
     notes: Sequence[str] = ()
     installable: Sequence[str] = field(default=())
+    named: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """3 when the plugin of the files' own method, or of a method the user chose, is defective."""
+        failed = any(candidate.failure and (candidate.in_files or self.named) for candidate in self.candidates)
+        return PluginError.exit_code if failed else 0
 
 
 def advise(
@@ -119,19 +137,22 @@ def advise(
     Raises:
         UsageError: an unknown method, or a model whose shape nobody here knows.
         CheckpointError: there is nothing to read.
+        PluginError: every plugin is defective.
     """
     checkpoint = open_checkpoint(model.source, revision=model.revision, allow_pickle=model.allow_pickle)
     if not checkpoint.config:
         why = next((f.message for f in checkpoint.problems if f.severity is Severity.ERROR), "config.json is missing")
         raise CheckpointError(f"{model.source}: {why}\n  fix: name a folder or hub id with a config.json")
     plugins = [registry.find_method(name) for name in methods] or [p for p in registry.plugins.values() if p.method]
-    own = _own_method(model, registry, target, checkpoint)
+    own, defect = _own_method(model, registry, target, checkpoint)
     candidates = [
         candidate
         for plugin in dict.fromkeys(plugins)
-        for candidate in _candidates(plugin, model, checkpoint, target, own, ranks, engine, as_published)
+        for candidate in _candidates(plugin, model, checkpoint, target, own, defect, ranks, engine, as_published)
     ]
     if not any(candidate.made for candidate in candidates):
+        if candidates and all(candidate.failure for candidate in candidates):
+            raise next(candidate.failure for candidate in candidates if candidate.failure)
         kind = checkpoint.text_config.get("model_type") or "without model_type"
         raise UsageError(
             f"{model.source}: nothing can be predicted for a model of type {str(kind)[:40]!r} "
@@ -141,15 +162,25 @@ def advise(
     if not checkpoint.tensors:
         notes.append("no weights here: sizes follow from config.json and the method's bits")
     installable = [name for name in OURS if not methods and name not in registry.methods]
-    return Advice(model, checkpoint, target, candidates, notes, installable)
+    return Advice(model, checkpoint, target, candidates, notes, installable, bool(methods))
 
 
-def _own_method(model: ModelConfig, registry: Registry, target: Target, checkpoint: Checkpoint) -> Plugin | None:
-    """The plugin that serves the files as they are; None for a bare config.json or files nobody claims."""
+def _own_method(
+    model: ModelConfig, registry: Registry, target: Target, checkpoint: Checkpoint
+) -> tuple[Plugin | None, PluginError | None]:
+    """The plugin that serves the files as they are, and what is wrong with it.
+
+    None for a bare config.json or files nobody claims.
+    """
     if not checkpoint.tensors:
-        return None
-    composition = compose(model, registry, target)
-    return composition.method_plugin
+        return None, None
+    try:
+        return compose(model, registry, target).method_plugin, None
+    except PluginError as error:
+        plugin = registry.plugins.get(error.plugin)
+        if plugin is None or plugin.method is None:
+            raise
+        return plugin, error
 
 
 def _candidates(
@@ -158,6 +189,7 @@ def _candidates(
     checkpoint: Checkpoint,
     target: Target,
     own: Plugin | None,
+    defect: PluginError | None,
     ranks: int | None,
     engine: str,
     as_published: bool,
@@ -167,13 +199,15 @@ def _candidates(
     in_files = plugin is own
     widths = (width_of(method, stored_bits_per_weight(checkpoint)),) if in_files else tuple(sorted(method.bits)[::-1])
     for bits in widths:
-        kernel = kernel_of(plugin, target, bits, engine)
+        failures = [defect] if in_files and defect else []
+        kernel = _asked(failures, partial(kernel_of, plugin, target, bits, engine))
         refusal = _unsupported(method, kernel, checkpoint, target)
         files = checkpoint if in_files else imagined(checkpoint, kernel.bits_per_weight if kernel else bits + 0.1)
         config = _with(model, method, ranks=1) if not in_files else model
         published, published_ranks = None, 0
         if bits == max(method.bits):
-            published, published_ranks = _published(plugin, files, config, target)
+            found = _asked(failures, partial(_published, plugin, files, config, target))
+            published, published_ranks = found or (None, 0)
         given = target.count > 1 or model.tensor_parallel_size > 1
         chosen = ranks or (published_ranks if as_published and not given else 0)
         if not chosen:
@@ -183,9 +217,11 @@ def _candidates(
         refusal = refusal or next((f.message for f in findings if f.severity is Severity.ERROR), "")
         made = None
         if kernel is not None:
-            made = expectation(plugin, files, config, target, memory, bits=bits, engine=engine)
+            ask = partial(expectation, plugin, files, config, target, memory, bits=bits, engine=engine)
+            made = _asked(failures, ask)
+        quality = _asked(failures, partial(quality_of, plugin, bits))
         yield Candidate(
-            key=kernel_key(method, bits),
+            key=f"{method.name}-{bits}",
             plugin=plugin,
             method=method,
             bits=bits,
@@ -195,10 +231,20 @@ def _candidates(
             in_files=in_files,
             memory=memory,
             refusal=refusal,
-            made=made,
+            made=None if failures else made,
             published=published,
-            quality=quality_of(plugin, bits),
+            quality=quality,
+            failure=next(iter(failures), None),
         )
+
+
+def _asked(failures: list[PluginError], ask: Callable[[], T]) -> T | None:
+    """What a plugin says; None when its hook fails, which is added to the failures."""
+    try:
+        return ask()
+    except PluginError as error:
+        failures.append(error)
+        return None
 
 
 def _with(model: ModelConfig, method: Method | None, ranks: int) -> ModelConfig:
@@ -249,18 +295,10 @@ def _published(
 ) -> tuple[PerformanceProfile | None, int]:
     """The published row at this tensor parallel size, else at another one, and that size."""
     hooks = Hooks([plugin])
-    hook = "quantserve_performance"
     for ranks in dict.fromkeys((model.tensor_parallel_size, *RANKS)):
         config = _with(model, None, ranks)
-        profile = hooks.call(plugin, hook, checkpoint=checkpoint, model=config, target=target)
-        if profile is not None and not isinstance(profile, PerformanceProfile):
-            raise PluginError(
-                plugin.name,
-                plugin.distribution,
-                plugin.version,
-                hook,
-                f"returned {type(profile).__name__}, not PerformanceProfile or None",
-            )
+        asked = {"checkpoint": own_copy(checkpoint), "model": config, "target": target}
+        profile = hooks.call(plugin, "quantserve_performance", profile_of, **asked)
         if profile is not None:
             return profile, ranks
     return None, 0

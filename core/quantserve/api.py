@@ -3,16 +3,36 @@
 Everything a plugin's light module needs is here, and nothing else in ``quantserve`` is promised to
 stay. Importing this module imports no torch, vLLM or Ray. `ModelConfig` brings pydantic, so a light
 module imports it for its annotations only, under ``TYPE_CHECKING``, and `quantserve list` stays fast.
+
+A plugin implements some of these functions, each with the decorator ``@hookimpl``; parameters may be left out from the
+right. ``help(quantserve.hookspecs)`` says when each is called and what it returns.
+
+    quantserve_method()                                     the method's name, bits, devices
+    quantserve_detect(checkpoint)                           whether a checkpoint is in this format
+    quantserve_validate(checkpoint, model, target)          what is wrong with it
+    quantserve_engine_kwargs(checkpoint, model, target)     vLLM's arguments
+    quantserve_performance(checkpoint, model, target)       what was measured
+    quantserve_kernel(target, bits, engine)                 what the kernel reaches
+    quantserve_quality(bits)                                what it costs in quality
+    quantserve_quantizer()                                  "module:callable" that quantizes
+    quantserve_converter()                                  "module:callable" that converts foreign files
+
+`VERSION` is the version of all this; a plugin may say which it was written for with ``Method(api=1)``.
 """
 
 from typing import TYPE_CHECKING
 
 from quantserve.checkpoint import Checkpoint, Tensor
-from quantserve.checks.linear import Expected, check_fused_groups, check_linears, check_shards, quantized_linears
+from quantserve.checks.fused import check_fused_groups
+from quantserve.checks.linear import Expected, check_linears, check_shards, quantized_linears
+from quantserve.checks.skipped import SkipList
+from quantserve.dtypes import method_dtype, served_dtype
 from quantserve.finding import Finding, Severity
+from quantserve.hookspecs import API_VERSION as VERSION
 from quantserve.hookspecs import hookimpl
 from quantserve.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
+from quantserve.performance import Fastest, fastest_kernel
 from quantserve.published import PublishedRun, published_profile
 from quantserve.target import Target
 
@@ -20,8 +40,10 @@ if TYPE_CHECKING:
     from quantserve.config import ModelConfig
 
 __all__ = [
+    "VERSION",
     "Checkpoint",
     "Expected",
+    "Fastest",
     "Finding",
     "KernelProfile",
     "Linear",
@@ -31,17 +53,21 @@ __all__ = [
     "PublishedRun",
     "QualityNote",
     "Severity",
+    "SkipList",
     "Target",
     "Tensor",
     "check_fused_groups",
     "check_linears",
     "check_shards",
+    "fastest_kernel",
     "hookimpl",
     "linears",
+    "method_dtype",
     "modules",
     "other_tensors",
     "published_profile",
     "quantized_linears",
+    "served_dtype",
     "shard_k",
     "shard_n",
 ]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from quantserve.checkpoint import Checkpoint, open_checkpoint
 from quantserve.checks import check_model
 from quantserve.config import ModelConfig
-from quantserve.contract import findings_breach, kwargs_breach
-from quantserve.errors import PluginError, unknown_name
+from quantserve.contract import findings_of, kwargs_of, profile_of
+from quantserve.detection import Detected, detect, own_copy
 from quantserve.expectation import EXPECTED_WORKLOAD, as_profile, expectation
 from quantserve.finding import Finding, Severity
 from quantserve.memory import MemoryEstimate, estimate
 from quantserve.method import Method, PerformanceProfile
-from quantserve.registry import Hooks, Plugin, Registry, how_to_install
+from quantserve.plugin_arguments import checked, unsafe
+from quantserve.registry import Hooks, Plugin, Registry
 from quantserve.target import Target
 
 CORE_KEYS = frozenset({"model", "served_model_name", "tensor_parallel_size", "max_model_len", "tokenizer", "revision"})
@@ -46,7 +46,7 @@ class Composition:
         findings: core's and the plugins', in that order.
         memory: what it will need; None when the config is too broken to tell.
         expected: what the method plugin knows was measured of exactly this, else what is predicted; None when neither.
-        vllm_plugins: value of ``VLLM_PLUGINS`` for this model's processes.
+        engine_environment: variables with which this model's processes load the plugins' engine sides, and no others.
     """
 
     model: ModelConfig
@@ -58,7 +58,7 @@ class Composition:
     findings: tuple[Finding, ...]
     memory: MemoryEstimate | None
     expected: PerformanceProfile | None
-    vllm_plugins: str
+    engine_environment: Mapping[str, str]
 
     @property
     def method(self) -> Method | None:
@@ -82,11 +82,9 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     extra = [registry.find_plugin(name, model.where) for name in model.plugins]
     named = registry.find_method(model.quantization, model.where) if model.quantization else None
     checkpoint = open_checkpoint(model.source, revision=model.revision, allow_pickle=model.allow_pickle)
-    findings: list[Finding] = []
-    method_plugin = named
-    if method_plugin is None:
-        method_plugin, said = _detect(checkpoint, registry)
-        findings += said
+    detected = Detected(named) if named else detect(checkpoint, registry)
+    method_plugin = detected.plugin
+    findings = [finding.said_by("core") for finding in detected.findings]
 
     plugins = tuple(dict.fromkeys([method_plugin, *extra] if method_plugin else extra))
     hooks = Hooks(plugins)
@@ -98,11 +96,16 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     findings += [finding.said_by("core") for finding in check_model(checkpoint, effective, target, method, dtype_by)]
     for plugin in plugins:
         findings += _validate(hooks, plugin, checkpoint, model, target)
+    findings += _unsafe(kwargs, plugins)
 
     memory, said = estimate(checkpoint, effective, target)
     expected = _expected(hooks, method_plugin, checkpoint, model, target)
     if expected is None and method_plugin and memory and memory.fits:
-        expected = _predicted(hooks, method_plugin, checkpoint, effective, target, memory)
+        argument = kwargs["quantization"].value if "quantization" in kwargs else None
+        expected = _predicted(hooks, method_plugin, checkpoint, effective, target, memory, argument)
+    findings += [*conflicts, *(finding.said_by("core") for finding in said)]
+    if detected.others and any(finding.severity is Severity.ERROR for finding in findings):
+        findings.append(_also_claimed(detected.others))
     return Composition(
         model=model,
         checkpoint=checkpoint,
@@ -110,84 +113,50 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
         method_plugin=method_plugin,
         plugins=plugins,
         engine_kwargs=kwargs,
-        findings=(*findings, *conflicts, *(finding.said_by("core") for finding in said)),
+        findings=tuple(findings),
         memory=memory,
         expected=expected,
-        vllm_plugins=registry.vllm_plugins(plugins),
+        engine_environment=registry.engine_environment(plugins, own=target.device == "cpu"),
     )
 
 
-def _detect(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin | None, list[Finding]]:
-    """The one plugin that claims the checkpoint, or findings that say why there is none."""
-    candidates = [plugin for plugin in registry.plugins.values() if plugin.method]
-    hooks = Hooks(candidates)
-    claimants: list[Plugin] = []
-    defects: list[PluginError] = []
-    for plugin in candidates:
-        try:
-            said = hooks.call(plugin, "quantserve_detect", checkpoint=_own_copy(checkpoint))
-            if said is not None and not isinstance(said, bool):
-                raise plugin.defect("quantserve_detect", f"returned {type(said).__name__}, not True, False or None")
-            if said:
-                claimants.append(plugin)
-        except PluginError as error:
-            defects.append(error)
-    if len(claimants) == 1:
-        return claimants[0], []
-    if len(claimants) > 1:
-        names = [f"{p.name} ({p.distribution} {p.version})" for p in claimants]
-        fix = "name the method in engine_kwargs.quantization"
-        message = f"{len(claimants)} plugins claim this checkpoint"
-        return None, [Finding.error("method-ambiguous", message, names, fix).said_by("core")]
-    if defects:
-        raise defects[0]
-    declared = (checkpoint.quantization_config or {}).get("quant_method")
-    known = sorted(registry.methods)
-    if isinstance(declared, str) and declared:
-        # A broken or switched-off plugin that would have served the declared method is the real cause: say so.
-        registry.why_unusable(declared.lower())
-        message = f"the checkpoint declares {unknown_name('quantization method', declared[:80], known)}"
-        fix = how_to_install(declared)
-    elif not checkpoint.tensors and any(problem.severity is Severity.ERROR for problem in checkpoint.problems):
-        return None, []  # nothing could be read, which the problems say
-    else:
-        message = f"no installed plugin recognises this checkpoint (installed methods: {', '.join(known) or 'none'})"
-        fix = "name the method in engine_kwargs.quantization, or install its plugin"
-    return None, [Finding.error("method-not-detected", message, (), fix).said_by("core")]
+def _also_claimed(others: Sequence[Plugin]) -> Finding:
+    """A refused model may be in the format of a plugin that came second."""
+    return Finding.info(
+        "method-also-claimed",
+        "other plugins claim this checkpoint as well",
+        [plugin.label for plugin in others],
+        "name the method in engine_kwargs.quantization if it is in the format of one of them",
+    ).said_by("core")
 
 
-def _ask(hooks: Hooks, plugin: Plugin, hook: str, checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Any:
+def _ask(
+    hooks: Hooks,
+    plugin: Plugin,
+    hook: str,
+    take: Callable[[Any], Any],
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    target: Target,
+) -> Any:
     """Call one hook with copies, so that a plugin that changes its arguments changes nobody else's."""
     own = model.model_copy(deep=True)
-    return hooks.call(plugin, hook, checkpoint=_own_copy(checkpoint), model=own, target=target)
-
-
-def _own_copy(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with read-only tensors and files and a config of its own."""
-    try:
-        config, quant_files = json.loads(json.dumps([checkpoint.config, checkpoint.quant_files]))
-    except (TypeError, ValueError, RecursionError):
-        return checkpoint  # nested to the limit of the stack, or built in a test from what is no JSON
-    return replace(
-        checkpoint,
-        config=config,
-        quant_files=quant_files,
-        tensors=MappingProxyType(checkpoint.tensors),
-        files=MappingProxyType(checkpoint.files),
-    )
+    return hooks.call(plugin, hook, take, checkpoint=own_copy(checkpoint), model=own, target=target)
 
 
 def _validate(
     hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target
 ) -> list[Finding]:
-    hook = "quantserve_validate"
-    findings = _ask(hooks, plugin, hook, checkpoint, model, target)
-    if findings is None:
-        return []
-    listed = list(findings) if isinstance(findings, tuple | set | frozenset) else findings
-    if reason := findings_breach(listed):
-        raise plugin.defect(hook, reason)
-    return [finding.said_by(plugin.name) for finding in listed]
+    names = [*(plugin.method.names if plugin.method else ()), plugin.name]
+    take = partial(findings_of, names=names)
+    findings, more = _ask(hooks, plugin, "quantserve_validate", take, checkpoint, model, target) or ([], "")
+    said = [finding.said_by(plugin.name) for finding in findings]
+    if more:
+        message = (
+            f"plugin {plugin.label} gave {more} more findings; the first {len(said):,} are shown, errors before others"
+        )
+        said.append(Finding.warning("findings-cut", message).said_by("core"))
+    return said
 
 
 def _merge_kwargs(
@@ -218,20 +187,24 @@ def _plugin_kwargs(
     hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target
 ) -> Mapping[str, object]:
     hook = "quantserve_engine_kwargs"
-    kwargs = _ask(hooks, plugin, hook, checkpoint, model, target)
-    if kwargs is None:
-        return {}
-    if reason := kwargs_breach(kwargs, CORE_KEYS):
-        raise plugin.defect(hook, reason)
-    _must_be_json(plugin, hook, dict(kwargs))
-    return dict(kwargs)
+    take = partial(kwargs_of, reserved=CORE_KEYS)
+    kwargs, wrong = checked(_ask(hooks, plugin, hook, take, checkpoint, model, target) or {})
+    if wrong:
+        raise plugin.defect(hook, wrong)
+    return kwargs
 
 
-def _must_be_json(plugin: Plugin, hook: str, value: object) -> None:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise plugin.defect(hook, f"returned a value that is not JSON: {error}") from error
+def _unsafe(kwargs: Mapping[str, Setting], plugins: Sequence[Plugin]) -> Iterator[Finding]:
+    """Warn of arguments with which a plugin makes vLLM run code; the user's own are the user's decision."""
+    for plugin in plugins:
+        own = {key: setting.value for key, setting in kwargs.items() if setting.source == plugin.name}
+        for key, what in unsafe(own):
+            yield Finding.warning(
+                "plugin-unsafe-argument",
+                f"plugin {plugin.label} sets the engine argument {key}: {what}",
+                [f"engine_kwargs.{key}"],
+                f"set {key.partition('.')[0]} in engine_kwargs, which wins, or leave the plugin out",
+            ).said_by("core")
 
 
 def _with_kwargs(model: ModelConfig, kwargs: Mapping[str, Setting]) -> ModelConfig:
@@ -247,16 +220,17 @@ def _expected(
     if plugin is None:
         return None
     hook = "quantserve_performance"
-    profile = _ask(hooks, plugin, hook, checkpoint, model, target)
-    if profile is not None and not isinstance(profile, PerformanceProfile):
-        raise plugin.defect(hook, f"returned {type(profile).__name__}, not PerformanceProfile or None")
-    if profile is not None:
-        _must_be_json(plugin, hook, profile.to_json())
-    return profile
+    return _ask(hooks, plugin, hook, profile_of, checkpoint, model, target)  # type: ignore[no-any-return]
 
 
 def _predicted(
-    hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target, memory: MemoryEstimate
+    hooks: Hooks,
+    plugin: Plugin,
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    target: Target,
+    memory: MemoryEstimate,
+    argument: object,
 ) -> PerformanceProfile | None:
-    made = expectation(plugin, checkpoint, model, target, memory, hooks=hooks)
+    made = expectation(plugin, checkpoint, model, target, memory, hooks=hooks, argument=argument)
     return as_profile(made, made.predict(EXPECTED_WORKLOAD), target) if made else None

@@ -70,18 +70,19 @@ class PluginError(QuantserveError):
     Attributes:
         plugin: entry-point name.
         distribution, version: what was installed.
-        stage: where it failed: ``load``, ``hooks``, ``method`` or the name of the raising hook.
+        stage: where it failed: a stage of loading (`quantserve.plugin.Failure`), ``register`` or the name of a hook.
         reason: one line.
+        fix: what to do; by default to upgrade, uninstall or disable the plugin.
     """
 
     exit_code = 3
 
-    def __init__(self, plugin: str, distribution: str, version: str, stage: str, reason: str) -> None:
+    def __init__(self, plugin: str, distribution: str, version: str, stage: str, reason: str, fix: str = "") -> None:
         plugin, distribution, version, stage = (harmless(text, 200) for text in (plugin, distribution, version, stage))
         reason = harmless(reason)
+        fix = harmless(fix) or f"upgrade or uninstall {distribution}, or leave it out with QUANTSERVE_DISABLE={plugin}"
         super().__init__(
-            f"plugin {plugin!r} of {distribution} {version} failed at stage {stage!r}: {reason}\n"
-            f"  fix: upgrade or uninstall {distribution}, or leave it out with QUANTSERVE_DISABLE={plugin}"
+            f"plugin {plugin!r} of {distribution} {version} failed at stage {stage!r}: {reason}\n  fix: {fix}"
         )
         self.plugin = plugin
         self.distribution = distribution

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from quantserve.contract import kernel_breach, quality_breach
-from quantserve.engine_defaults import context_length, max_num_batched_tokens, max_num_seqs
+from quantserve import contract
+from quantserve.context import context_length
+from quantserve.engine_defaults import max_num_batched_tokens, max_num_seqs
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.performance import (
     ENGINE_2023,
@@ -77,6 +78,7 @@ def expectation(
     bits: int | None = None,
     engine: str = ENGINE_NOW,
     hooks: Hooks | None = None,
+    argument: object = None,
 ) -> Expectation | None:
     """What a model with the method of `plugin` can be predicted from; None when the plugin or the shape is unknown.
 
@@ -84,6 +86,7 @@ def expectation(
         memory: estimate that says how many tokens the KV cache holds; None for no limit.
         bits: one of the method's; None is what the files hold.
         engine: ``vllm-0.32``, or ``vllm-0.2.2`` for the 2023 tables.
+        argument: the ``quantization`` argument of the plan, which chooses among a method's kernels; None for its first.
 
     Raises:
         PluginError: the plugin's hook is defective.
@@ -96,6 +99,7 @@ def expectation(
     kernel = kernel_of(plugin, target, width, engine, hooks)
     if kernel is None:
         return None
+    kernel = next((other for other in kernel.alternatives if other.argument == argument), kernel)
     found = find_calibration(target)
     machine = machine_of(target, found.calibration, engine, eager=model.engine_kwargs.get("enforce_eager") is True)
     length = context_length(checkpoint, model) or 0
@@ -107,16 +111,16 @@ def expectation(
         prefill_first=machine.engine.prefill_first,
         window=shape.window,
     )
-    linears = linear_cost(machine, kernel, kernel_key(plugin.method, width), stored)
+    linears = linear_cost(machine, kernel, kernel_key(plugin.method, width, kernel), stored)
     notes = (*machine.notes, *([found.note] if found.note else []))
     if machine.source == "calibration" and linears.measured is None:
-        notes = (*notes, f"{plugin.method.name}, {width} bits: its kernel is not in the calibration, shares are used")
+        notes = (*notes, f"{kernel.name}, {width} bits: this kernel is not in the calibration, shares are used")
     return Expectation(shape, machine, kernel, linears, limits, length, notes)
 
 
-def kernel_key(method: Method, bits: int) -> str:
-    """The name of a method's kernel in a calibration: ``awq-4``."""
-    return f"{method.name}-{bits}"
+def kernel_key(method: Method, bits: int, kernel: KernelProfile) -> str:
+    """The name of a kernel in a calibration: ``squeezellm-4``; of one of several, ``quantserve_awq-4``."""
+    return f"{kernel.argument or method.name}-{bits}"
 
 
 def width_of(method: Method, stored: float | None) -> int:
@@ -134,20 +138,17 @@ def kernel_of(
     Raises:
         PluginError: it raised, or returned something else.
     """
-    hook = "quantserve_kernel"
-    profile = (hooks or Hooks([plugin])).call(plugin, hook, target=target, bits=bits, engine=engine)
-    if profile is not None and (reason := kernel_breach(profile)):
-        raise plugin.defect(hook, reason)
-    return profile  # type: ignore[no-any-return]
+    called = (hooks or Hooks([plugin])).call
+    return called(  # type: ignore[no-any-return]
+        plugin, "quantserve_kernel", contract.kernel_of, target=target, bits=bits, engine=engine
+    )
 
 
 def quality_of(plugin: Plugin, bits: int) -> QualityNote | None:
     """Ask a method plugin for the published cost in quality; raises like `kernel_of`."""
-    hook = "quantserve_quality"
-    note = Hooks([plugin]).call(plugin, hook, bits=bits)
-    if note is not None and (reason := quality_breach(note)):
-        raise plugin.defect(hook, reason)
-    return note  # type: ignore[no-any-return]
+    return Hooks([plugin]).call(  # type: ignore[no-any-return]
+        plugin, "quantserve_quality", contract.quality_of, bits=bits
+    )
 
 
 def fitted(workload: Workload, max_model_len: int) -> Workload:

@@ -8,7 +8,9 @@ lives in another module of the same distribution, under an entry point *of the s
 
 Hooks return values and the host aggregates them. Every hook is called for one plugin at a time, so an
 exception in one plugin never discards what another said; it becomes a ``PluginError`` (exit 3) for the
-models that need the plugin. Parameters are positional and may be left out from the right by name.
+models that need the plugin. So does a hook that does not end within 10 s (``QUANTSERVE_HOOK_TIMEOUT``), and one
+that changes the environment, the working folder or ``sys.path`` of the process. Parameters are positional and may be
+left out from the right by name.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from quantserve.target import Target
 
 PROJECT = "quantserve"
+API_VERSION = 1
+"""Rises when a hook or a type of ``quantserve.api`` changes in a way that breaks plugins."""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
@@ -38,7 +42,8 @@ def quantserve_method() -> Method | None:
 
     Fires once per plugin, when the registry loads it. A plugin that is no method of its own (a house
     policy, a KV-cache dtype) leaves the hook out or returns None; configs name it under ``plugins:``.
-    Two plugins that claim one name or alias both lose it, and both are named in the error.
+    Two plugins that claim one name: the one whose distribution is ``quantserve-NAME`` keeps it. A name
+    beats an alias, and an alias of two plugins belongs to neither.
     """
 
 
@@ -49,10 +54,12 @@ def quantserve_method() -> Method | None:
 def quantserve_detect(checkpoint: Checkpoint) -> bool | None:
     """Say whether this checkpoint is in this plugin's format.
 
-    Fires once per model whose config names no ``quantization``, for every plugin that has a method.
-    True claims the checkpoint; False and None pass. Exactly one plugin may claim a checkpoint, else
-    the model is refused and the claimants are named. Decide from ``checkpoint.quantization_config``
-    and tensor names; never open files.
+    Fires for models whose config names no ``quantization``: first for the plugin whose method has the
+    name or alias that the checkpoint declares (``quant_method``), and when that one does not claim it,
+    for every plugin that has a method. True claims the checkpoint; False and None pass. Of several
+    claims that of a method of this project counts; a plugin that claims any checkpoint at all counts
+    least; else the model is refused and the claimants are named. Decide from
+    ``checkpoint.quantization_config`` and tensor names; never open files.
     """
 
 
@@ -62,7 +69,9 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 
     Fires for every plugin a model composes, in ``quantserve check`` and before every deploy. Findings
     of all plugins are concatenated after the core's own; None means no findings. Report mistakes of
-    the checkpoint or the config as findings; an exception means the plugin itself is defective.
+    the checkpoint or the config as findings; an exception means the plugin itself is defective. Codes are
+    kebab-case and begin with the name of the method (or of the plugin, where it has none). At most 1000
+    findings of a plugin are kept, errors first, with 2000 characters of message and 50 offenders each.
     """
 
 
@@ -75,8 +84,12 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 
     Fires once per plan for every plugin a model composes. Mappings are merged; two plugins that set
     one key to different values are a conflict that names both, and the user's own ``engine_kwargs``
-    win and are shown as such. ``model``, ``served_model_name``, ``tensor_parallel_size`` and
-    ``max_model_len`` belong to the core. None means nothing to add.
+    win and are shown as such. Names are checked like the user's: one that vLLM does not have is a defect
+    of the plugin. Arguments with which vLLM runs code from elsewhere (``trust_remote_code``,
+    ``worker_cls``) are set, with a warning that names the plugin. ``quantization`` may be set, where the
+    engine's name for the method differs from what checkpoints declare. ``model``, ``served_model_name``,
+    ``tokenizer``, ``revision``, ``tensor_parallel_size`` and ``max_model_len`` belong to the core. None
+    means nothing to add.
     """
 
 

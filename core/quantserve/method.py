@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,10 @@ class Method:
         minimum_capability: lowest CUDA compute capability times ten (75 is 7.5); 0 is any.
         devices: device types it runs on, of ``cuda``, ``rocm``, ``cpu``.
         dtypes: activation dtypes it supports, of ``float16``, ``bfloat16``, ``float32``.
+        accepts: for a ``quant_method`` that files declare, by device: the further ``quantization`` arguments vLLM takes
+            for it. A declared name that is neither ``vllm_name`` nor a name of the method is the method's if it is here.
         homepage: where to read about it.
+        api: version of the plugin API the plugin was written for (``quantserve.api.VERSION`` of that time).
     """
 
     name: str
@@ -30,6 +34,8 @@ class Method:
     devices: tuple[str, ...] = ("cuda", "cpu")
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     homepage: str = ""
+    api: int = 1
+    accepts: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict, hash=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -38,7 +44,7 @@ class Method:
 
     def to_json(self) -> dict[str, object]:
         """Plain data for ``--json`` and the plan."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in ("api", "accepts")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,10 @@ class KernelProfile:
         benchmark: ``module:callable`` that `quantserve calibrate` calls as ``callable(n, k, bits)`` for a function of
             x [rows, k] in bfloat16 and the bytes of weight it reads; "" when there is none.
         experts: whether it serves the experts of a mixture as well.
+        amx: whether it multiplies with AMX where a CPU has that; the rate of other kernels is lower there.
+        argument: vLLM's ``quantization`` argument that leads to this kernel, where a method has several; "" else.
+        alternatives: the method's other kernels on this device; ``calibrate`` measures them too, and a plan that names
+            another ``argument`` is predicted with theirs.
     """
 
     name: str
@@ -97,6 +107,9 @@ class KernelProfile:
     uncertainty: float = 0.35
     benchmark: str = ""
     experts: bool = True
+    amx: bool = True
+    argument: str = ""
+    alternatives: tuple[KernelProfile, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Plain data for ``--json``."""

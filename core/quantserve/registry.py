@@ -8,116 +8,31 @@ that needs the plugin. A `Registry` is an instance: tests and servers build thei
 from __future__ import annotations
 
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError, distributions, entry_points, metadata
-from types import ModuleType
+from itertools import islice
 from typing import Any
 
-import pluggy
+from quantserve import foreign
+from quantserve.claims import duplicate, settle, unusable_name
+from quantserve.contract import MOST_READ
+from quantserve.errors import UsageError, one_line, unknown_name
+from quantserve.plugin import Disabled, Failure, Plugin, load, manager, origin
+from quantserve.target import Target
 
-from quantserve import hookspecs
-from quantserve.contract import method_breach, module_breach
-from quantserve.errors import PluginError, UsageError, one_line, unknown_name
-from quantserve.method import Method
+__all__ = ["Disabled", "Failure", "Hooks", "Plugin", "Registry", "how_to_install"]
 
 GROUP = "quantserve.plugins"
 ENGINE_GROUP = "vllm.general_plugins"
 # VLLM_PLUGINS filters these groups by name as well; what is installed there is not ours to drop.
 OTHER_ENGINE_GROUPS = ("vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
 GROUPS = (GROUP, ENGINE_GROUP, *OTHER_ENGINE_GROUPS)
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """A plugin that loaded and keeps the contracts.
-
-    Attributes:
-        name: entry-point name.
-        distribution, version: where it was installed from.
-        module: the light module with the hook implementations.
-        method: the quantization method it serves, or None for a plugin listed under ``plugins:``.
-        has_engine_side: whether vLLM must load its ``vllm.general_plugins`` twin.
-    """
-
-    name: str
-    distribution: str
-    version: str
-    module: ModuleType
-    method: Method | None
-    has_engine_side: bool
-
-    def defect(self, stage: str, reason: str) -> PluginError:
-        """The error that blames this plugin."""
-        return PluginError(self.name, self.distribution, self.version, stage, reason)
-
-    def load_callable(self, reference: object) -> Callable[..., Any]:
-        """Import the heavy ``"module:callable"`` that one of this plugin's hooks named.
-
-        Raises:
-            PluginError: it is no such text, or cannot be imported.
-            UsageError: it needs a package that is not installed, such as torch.
-        """
-        if not isinstance(reference, str) or not all(reference.partition(":")):
-            raise self.defect("import", f"{reference!r} is not 'module:callable'")
-        module, _, name = reference.partition(":")
-        try:
-            with _foreign_code():
-                found = getattr(import_module(module), name)
-        except _Raised as raised:
-            error = raised.error
-            if (
-                isinstance(error, ModuleNotFoundError)
-                and error.name
-                and error.name.partition(".")[0] != module.partition(".")[0]
-            ):
-                raise UsageError(
-                    f"{self.name} needs the package {error.name!r}, which is not installed\n"
-                    "  fix: install the engine, `pip install 'quantserve[cpu]'` or `'quantserve[cuda]'`"
-                ) from error
-            raise self.defect("import", one_line(error)) from error
-        if not callable(found):
-            raise self.defect("import", f"{reference} is a {type(found).__name__} and cannot be called")
-        return found  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A plugin that is installed and cannot be used; a row in ``quantserve list``.
-
-    Attributes:
-        stage: ``duplicate``, ``load``, ``hooks``, ``method``, ``names`` or ``engine``.
-        reason: one line.
-        claims: method names it would have served, when it got as far as saying so.
-    """
-
-    name: str
-    distribution: str
-    version: str
-    stage: str
-    reason: str
-    claims: tuple[str, ...] = ()
-    cause: BaseException | None = None
-
-    def error(self) -> PluginError:
-        """The same as an exception, chained to its cause."""
-        error = PluginError(self.name, self.distribution, self.version, self.stage, self.reason)
-        error.__cause__ = self.cause
-        return error
-
-
-@dataclass(frozen=True)
-class Disabled:
-    """A plugin left out by ``QUANTSERVE_PLUGINS`` or ``QUANTSERVE_DISABLE``."""
-
-    name: str
-    distribution: str
-    version: str
-    reason: str
+ENGINE_PLUGIN = "quantserve"
+"""Our own general plugin, which loads those of a model in vLLM's processes: `quantserve.serve.engine_plugins`."""
+ENGINE_PLUGINS_VARIABLE = "QUANTSERVE_ENGINE_PLUGINS"
+"""Which those are: ``distribution:entry-point`` with commas. Names alone may be another distribution's as well."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +45,7 @@ class Registry:
         disabled: plugins left out from outside.
         other_engine_plugins: names in vLLM's other plugin groups, which ``VLLM_PLUGINS`` must keep.
         notes: remarks for ``quantserve list``, such as an unknown name in ``QUANTSERVE_DISABLE``.
+        contested: aliases that several plugins claim, with the reason why none of them has it.
     """
 
     plugins: Mapping[str, Plugin]
@@ -137,42 +53,51 @@ class Registry:
     disabled: tuple[Disabled, ...] = ()
     other_engine_plugins: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    contested: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ, installed: EntryPoints | None = None) -> Registry:
-        """Discover what is installed. Never raises for a plugin's fault."""
+        """Discover what is installed. Never raises for a plugin's fault.
+
+        Raises:
+            UsageError: ``QUANTSERVE_HOOK_TIMEOUT`` is no number.
+        """
         points, notes = _installed() if installed is None else (installed, [])
         allowed = _names(environ.get("QUANTSERVE_PLUGINS"))
         denied = _names(environ.get("QUANTSERVE_DISABLE")) or frozenset()
-        engine_side = defaultdict(set)
-        for point in points.select(group=ENGINE_GROUP):
-            engine_side[point.name].add(_origin(point)[0])
+        seconds = foreign.hook_seconds(environ)
+        engine_sides = {(point.name, origin(point)[0]) for point in points.select(group=ENGINE_GROUP)}
 
         plugins: list[Plugin] = []
         failures: list[Failure] = []
         disabled: list[Disabled] = []
-        found = sorted(_unique(points.select(group=GROUP)), key=lambda point: (point.name, _origin(point)))
-        owners = defaultdict(list)
+        found = sorted(_unique(points.select(group=GROUP)), key=lambda point: (point.name, origin(point)))
+        wanted = []
         for point in found:
-            owners[point.name].append(_origin(point))
-        for point in found:
-            distribution, version = _origin(point)
-            left_out = _left_out(point.name, allowed, denied)
-            if left_out:
-                disabled.append(Disabled(point.name, distribution, version, left_out))
-            elif len(owners[point.name]) > 1:
-                names = " and ".join(f"{d} {v}" for d, v in owners[point.name])
-                reason = f"entry-point name {point.name!r} is claimed by {names}; neither is used"
-                failures.append(Failure(point.name, distribution, version, "duplicate", reason))
+            if left_out := _left_out(point, allowed, denied):
+                disabled.append(Disabled(point.name, *origin(point), left_out))
             else:
-                loaded = _load(point, engine_side[point.name])
+                wanted.append(point)
+        owners = defaultdict(list)
+        for point in wanted:
+            owners[point.name].append(origin(point))
+        for point in wanted:
+            distribution, version = origin(point)
+            if clash := duplicate(point.name, owners[point.name], distribution):
+                reason, fix = clash
+                failures.append(Failure(point.name, distribution, version, "duplicate", reason, fix=fix))
+            elif reason := unusable_name(point.name):
+                failures.append(Failure(point.name, distribution, version, "names", reason))
+            else:
+                loaded = load(point, (point.name, distribution) in engine_sides, seconds)
                 (plugins if isinstance(loaded, Plugin) else failures).append(loaded)  # type: ignore[arg-type]
 
-        plugins, clashes = _drop_clashes(plugins)
-        unknown = sorted((denied | (allowed or frozenset())) - set(owners))
+        settled = settle(plugins)
+        known = {name for point in found for name in (point.name, origin(point)[0])}
+        unknown = sorted((denied | (allowed or frozenset())) - known)
         return cls(
-            plugins={plugin.name: plugin for plugin in plugins},
-            failures=(*failures, *clashes),
+            plugins={plugin.name: plugin for plugin in settled.plugins},
+            failures=(*failures, *settled.failures),
             disabled=tuple(disabled),
             other_engine_plugins=tuple(
                 sorted({point.name for group in OTHER_ENGINE_GROUPS for point in points.select(group=group)})
@@ -180,10 +105,11 @@ class Registry:
             notes=(
                 *notes,
                 *(
-                    f"QUANTSERVE_PLUGINS / QUANTSERVE_DISABLE: {unknown_name('plugin', name, owners)}"
+                    f"QUANTSERVE_PLUGINS / QUANTSERVE_DISABLE: {unknown_name('plugin', name, known)}"
                     for name in unknown
                 ),
             ),
+            contested=settled.contested,
         )
 
     @property
@@ -196,7 +122,7 @@ class Registry:
 
         Raises:
             PluginError: the plugin that would serve it is broken.
-            UsageError: nothing installed serves it, or it is switched off.
+            UsageError: nothing installed serves it, it is switched off, or it is an alias of several plugins.
         """
         if plugin := self.methods.get(name):
             return plugin
@@ -208,25 +134,38 @@ class Registry:
             return plugin
         return self._missing("plugin", name, self.plugins, where)
 
-    def vllm_plugins(self, composed: Iterable[Plugin]) -> str:
-        """The value of ``VLLM_PLUGINS`` that loads the engine sides of ``composed`` and no others."""
-        ours = [plugin.name for plugin in composed if plugin.has_engine_side]
-        return ",".join(sorted({*ours, *self.other_engine_plugins}))
+    def engine_environment(self, composed: Iterable[Plugin], own: bool = False) -> dict[str, str]:
+        """Environment variables with which vLLM's processes load the engine sides of ``composed`` and no others.
+
+        Args:
+            composed: the plugins of a model.
+            own: whether our own general plugin is needed without them as well.
+        """
+        sides = sorted(f"{plugin.distribution}:{plugin.name}" for plugin in composed if plugin.has_engine_side)
+        names = {*self.other_engine_plugins, *([ENGINE_PLUGIN] if sides or own else [])}
+        variables = {"VLLM_PLUGINS": ",".join(sorted(names))}
+        return {**variables, ENGINE_PLUGINS_VARIABLE: ",".join(sides)} if sides else variables
 
     def why_unusable(self, name: str, what: str = "quantization method", where: str = "") -> None:
         """Raise when a plugin of this name, or one that claims this method, is installed but cannot be used.
 
         Raises:
             PluginError: it is broken.
-            UsageError: it is switched off.
+            UsageError: it is switched off, or the name is an alias of several plugins.
         """
         for failure in self.failures:
             if name == failure.name or name in failure.claims:
                 raise failure.error()
         prefix = f"{where}: " if where else ""
+        if reason := self.contested.get(name):
+            raise UsageError(f"{prefix}{what} {reason}\n  fix: name the method itself in engine_kwargs.quantization")
         for entry in self.disabled:
             if name == entry.name:
-                raise UsageError(f"{prefix}{what} {name!r} ({entry.distribution}) is switched off: {entry.reason}")
+                variable = entry.reason.rpartition(" ")[2]
+                raise UsageError(
+                    f"{prefix}{what} {name!r} ({entry.distribution}) is switched off: {entry.reason}\n"
+                    f"  fix: {'remove it from' if variable.endswith('DISABLE') else 'add it to'} {variable}"
+                )
 
     def _missing(self, what: str, name: str, known: Iterable[str], where: str) -> Plugin:
         self.why_unusable(name, what, where)
@@ -234,59 +173,40 @@ class Registry:
         raise UsageError(f"{prefix}{unknown_name(what, name, known)}\n  fix: {how_to_install(name)}")
 
 
+def _as_it_is(returned: Any) -> Any:
+    return list(islice(returned, MOST_READ)) if isinstance(returned, Iterator) else returned
+
+
 class Hooks:
     """The hooks of the plugins one model composes: its own plugin manager, one plugin at a time."""
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
         self.plugins = tuple(plugins)
-        self._manager = _manager()
+        self._manager = manager()
         for plugin in self.plugins:
             self._manager.register(plugin.module, plugin.name)
 
-    def call(self, plugin: Plugin, hook: str, **arguments: object) -> Any:
-        """Call ``hook`` of one plugin; None when it does not implement the hook.
+    def call(self, plugin: Plugin, hook: str, take: Callable[[Any], Any] = _as_it_is, **arguments: object) -> Any:
+        """Call ``hook`` of one plugin; None when it does not implement the hook, or returns None.
+
+        Args:
+            plugin: whose hook.
+            hook: its name.
+            take: makes plain data of what the hook returned; runs as the plugin's own code.
+            arguments: the hook's; a `Target` is copied.
 
         Raises:
-            PluginError: the hook raised.
+            PluginError: the hook or `take` raised, or they did not end in time.
         """
         others = [other.module for other in self.plugins if other is not plugin]
         caller = self._manager.subset_hook_caller(hook, others)
-        try:
-            with _foreign_code():
-                result = next(iter(caller(**arguments)), None)
-                # Generators, map objects and the like run here, where their exceptions are still this plugin's.
-                return list(result) if isinstance(result, Iterator) else result
-        except _Raised as raised:
-            raise plugin.defect(hook, one_line(raised.error)) from raised.error
+        given = {name: replace(value) if isinstance(value, Target) else value for name, value in arguments.items()}
 
+        def code() -> Any:
+            returned = next(iter(caller(**given)), None)
+            return None if returned is None else take(returned)
 
-class _Raised(Exception):
-    """What code of a plugin raised."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-@contextmanager
-def _foreign_code() -> Iterator[None]:
-    """Run a plugin's code: its prints go to stderr, because stdout may be JSON; whatever it raises is a `_Raised`.
-
-    A KeyboardInterrupt stays one: the person at the keyboard may have meant us.
-    """
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # sys.exit and pytest.skip are no Exceptions
-        raise _Raised(error) from error
-
-
-def _manager() -> pluggy.PluginManager:
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    return manager
+        return plugin.run(hook, code, foreign.hook_seconds())
 
 
 def how_to_install(name: str) -> str:
@@ -308,18 +228,14 @@ def _names(value: str | None) -> frozenset[str] | None:
     return None if value is None else frozenset(name.strip() for name in value.split(",") if name.strip())
 
 
-def _left_out(name: str, allowed: frozenset[str] | None, denied: frozenset[str]) -> str:
-    if name in denied:
+def _left_out(point: EntryPoint, allowed: frozenset[str] | None, denied: frozenset[str]) -> str:
+    """Why a plugin is switched off, by its entry-point name or its distribution's; "" when it is not."""
+    names = {point.name, origin(point)[0]}
+    if names & denied:
         return "named in QUANTSERVE_DISABLE"
-    if allowed is not None and name not in allowed:
+    if allowed is not None and not names & allowed:
         return "not named in QUANTSERVE_PLUGINS"
     return ""
-
-
-def _origin(point: EntryPoint) -> tuple[str, str]:
-    """Distribution name and version of an entry point."""
-    dist = point.dist
-    return (dist.name or "unknown distribution", dist.version or "?") if dist else ("unknown distribution", "?")
 
 
 def _installed() -> tuple[EntryPoints, list[str]]:
@@ -340,53 +256,4 @@ def _installed() -> tuple[EntryPoints, list[str]]:
 
 def _unique(points: Iterable[EntryPoint]) -> list[EntryPoint]:
     """Drop what one distribution seen twice on sys.path repeats word for word."""
-    return list({(point.name, point.value, _origin(point)[0]): point for point in points}.values())
-
-
-def _load(point: EntryPoint, engine_owners: set[str]) -> Plugin | Failure:
-    distribution, version = _origin(point)
-
-    def failure(stage: str, reason: str, claims: tuple[str, ...] = (), cause: BaseException | None = None) -> Failure:
-        return Failure(point.name, distribution, version, stage, reason, claims, cause)
-
-    stage = "load"
-    try:
-        with _foreign_code():
-            module = point.load()
-            stage = "hooks"
-            if reason := module_breach(module):
-                return failure(stage, reason)
-            manager = _manager()
-            manager.register(module, point.name)
-            manager.check_pending()
-            stage = "method"
-            method = next(iter(manager.hook.quantserve_method()), None)
-            if method is not None and (reason := method_breach(method)):
-                return failure(stage, reason)
-    except _Raised as raised:
-        return failure(stage, one_line(raised.error), cause=raised.error)
-    strangers = engine_owners - {distribution}
-    if distribution in engine_owners and strangers:
-        reason = f"the name {point.name!r} in {ENGINE_GROUP} is claimed by {' and '.join(sorted(engine_owners))}"
-        return failure("engine", reason, method.names if method else ())
-    return Plugin(point.name, distribution, version, module, method, distribution in engine_owners)
-
-
-def _drop_clashes(plugins: list[Plugin]) -> tuple[list[Plugin], list[Failure]]:
-    """Take out every plugin that claims a method name or alias another one claims as well."""
-    claimants: dict[str, list[Plugin]] = defaultdict(list)
-    for plugin in plugins:
-        for name in plugin.method.names if plugin.method else ():
-            claimants[name].append(plugin)
-    reasons: dict[str, str] = {}
-    for name, owners in claimants.items():
-        if len(owners) > 1:
-            who = " and ".join(f"{p.name} ({p.distribution} {p.version})" for p in owners)
-            for plugin in owners:
-                reasons.setdefault(plugin.name, f"method name {name!r} is claimed by {who}; neither is used")
-    failures = [
-        Failure(p.name, p.distribution, p.version, "names", reasons[p.name], p.method.names if p.method else ())
-        for p in plugins
-        if p.name in reasons
-    ]
-    return [plugin for plugin in plugins if plugin.name not in reasons], failures
+    return list({(point.name, point.value, origin(point)[0]): point for point in points}.values())

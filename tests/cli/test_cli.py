@@ -84,7 +84,9 @@ def test_plan_of_squeezellm_loads_its_engine_side_only(tmp_path: Path, capsys: p
     folder = make_llama(tmp_path / "model", "squeezellm")
     assert run(["plan", str(folder), "--target", "a100-80g", "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
-    assert plan["runtime_env"]["env_vars"]["VLLM_PLUGINS"] == "squeezellm"
+    variables = plan["runtime_env"]["env_vars"]
+    assert variables["VLLM_PLUGINS"] == "quantserve"
+    assert variables["QUANTSERVE_ENGINE_PLUGINS"] == "quantserve-squeezellm:squeezellm"
     assert plan["engine_args"]["quantization"] == "squeezellm"
 
 

@@ -31,13 +31,15 @@ class Site:
         version: str = "1.0",
         engine: dict[str, str] | None = None,
         module: str = "",
+        requires: str = "",
     ) -> str:
         """Install a distribution with one module and one plugin entry point; returns the module's name."""
         module = module or distribution.replace("-", "_") + "_plugin"
         (self.path / f"{module}.py").write_text(dedent(code))
         info = self.path / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        (info / "METADATA").write_text(metadata + (f"Requires-Dist: {requires}\n" if requires else ""))
         lines = ["[quantserve.plugins]", f"{name or distribution} = {module}"]
         if engine:
             lines += ["", "[vllm.general_plugins]", *(f"{key} = {value}" for key, value in engine.items())]

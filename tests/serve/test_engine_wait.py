@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from quantserve.plan import OWN_ENGINE_PLUGIN
+from quantserve.registry import ENGINE_PLUGIN
 
 
 def _rests(found: multiprocessing.Queue[int]) -> None:
     """How often a process sleeps while it waits for a fifth of a second."""
     from vllm.distributed.device_communicators import shm_broadcast
 
-    (plugin,) = entry_points(group="vllm.general_plugins", name=OWN_ENGINE_PLUGIN)
+    (plugin,) = entry_points(group="vllm.general_plugins", name=ENGINE_PLUGIN)
     register = plugin.load()
     register()
     register()  # vLLM loads plugins in every process, some of them twice

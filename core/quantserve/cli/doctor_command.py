@@ -96,11 +96,14 @@ def _plugins() -> Iterator[Row]:
         yield Row("methods", "fail", "no quantization plugin can be used", "pip install 'quantserve[all]'")
     for failure in registry.failures:
         detail = f"{failure.name} of {failure.distribution} {failure.version}: {failure.stage}: {failure.reason}"
-        yield Row("plugin", "warning", detail, f"upgrade or uninstall {failure.distribution}")
+        yield Row("plugin", "warning", detail, failure.advice)
     for entry in registry.disabled:
         yield Row("plugin", "ok", f"{entry.name} of {entry.distribution} is switched off: {entry.reason}")
-    for note in registry.notes:
+    for note in (*registry.notes, *(note for plugin in registry.plugins.values() for note in plugin.notes)):
         yield Row("plugin", "warning", note)
+    if registry.plugins:
+        times = sorted((plugin.import_s, plugin.name) for plugin in registry.plugins.values())
+        yield Row("plugin imports", "ok", ", ".join(f"{name} {seconds:.2f} s" for seconds, name in reversed(times)))
 
 
 def _hardware(target: Target) -> Row:

@@ -110,6 +110,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "tensor_parallel_size": candidate.ranks,
         "in_files": candidate.in_files,
         "refusal": candidate.refusal or None,
+        "failed": str(candidate.failure).partition("\n")[0] if candidate.failure else None,
         "memory": candidate.memory.to_json() if candidate.memory else None,
         "kernel": kernel.to_json() if kernel else None,
         "kernel_measured_here": bool(candidate.made and candidate.made.measured),

@@ -56,7 +56,12 @@ def _print(registry: Registry) -> None:
         )
     if registry.failures:
         failed = [
-            (f"[red]{escape(f.name)}[/]", escape(f"{f.distribution} {f.version}"), f.stage, escape(f.reason))
+            (
+                f"[red]{escape(f.name)}[/]",
+                escape(f"{f.distribution} {f.version}"),
+                f.stage,
+                f"{escape(f.reason)}\n[green]fix[/] {escape(f.advice)}",
+            )
             for f in registry.failures
         ]
         out.print(
@@ -69,7 +74,7 @@ def _print(registry: Registry) -> None:
         )
     for entry in registry.disabled:
         out.print(f"[dim]switched off: {escape(entry.name)} ({escape(entry.distribution)}): {escape(entry.reason)}[/]")
-    for note in registry.notes:
+    for note in (*registry.notes, *(note for plugin in registry.plugins.values() for note in plugin.notes)):
         out.print(f"[yellow]note[/] {escape(note)}")
 
 
@@ -87,12 +92,21 @@ def _as_json(registry: Registry) -> dict[str, object]:
                 "distribution": p.distribution,
                 "version": p.version,
                 "engine_side": p.has_engine_side,
+                "import_s": round(p.import_s, 3),
+                "notes": list(p.notes),
                 "method": p.method.to_json() if p.method else None,
             }
             for p in registry.plugins.values()
         ],
         "failures": [
-            {"name": f.name, "distribution": f.distribution, "version": f.version, "stage": f.stage, "reason": f.reason}
+            {
+                "name": f.name,
+                "distribution": f.distribution,
+                "version": f.version,
+                "stage": f.stage,
+                "reason": f.reason,
+                "fix": f.advice,
+            }
             for f in registry.failures
         ],
         "disabled": [

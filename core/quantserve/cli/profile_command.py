@@ -59,7 +59,7 @@ def command(
     engine: str,
     explain: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Print the performance to expect of MODEL: published numbers beside a prediction.
 
     MODEL is a folder (a bare config.json is enough), a hub id or a model file. The first table has the layout and the
@@ -71,7 +71,7 @@ def command(
     loads = [Workload("closed loop", input_tokens, output_tokens, count) for count in users]
     if as_json:
         print_json(_as_json(advice, loads, engine))
-        return
+        return advice.exit_code
     out = console()
     print_reference(out, advice, engine)
     print_loads(out, advice, loads)
@@ -79,6 +79,7 @@ def command(
         print_steps(out, advice, loads)
     print_refusals(out, advice)
     print_notes(out, advice)
+    return advice.exit_code
 
 
 def print_reference(out: Console, advice: Advice, engine: str) -> None:
@@ -102,6 +103,8 @@ def print_reference(out: Console, advice: Advice, engine: str) -> None:
             which = "" if engine == ENGINE_NOW else f", {engine} formulas"
             on = "" if candidate.ranks == 1 else f", {devices(candidate, advice.target)}"
             rows.append((label, *cells, within(prediction), f"{source_of(prediction, advice)}{on}{which}"))
+        if candidate.failed:
+            rows.append((label, "-", "-", "-", "-", "", f"[red]{escape(candidate.failed)}[/]"))
     where = escape(f"{advice.model.model_id} on {target_label(advice.target)}")
     out.print(table(where, TABLE, rows, wrap=("source",)))
     shown = fitted(load, _context(advice))
@@ -165,7 +168,11 @@ def print_steps(out: Console, advice: Advice, loads: Sequence[Workload]) -> None
 def print_refusals(out: Console, advice: Advice) -> None:
     """What cannot be served on this target, and why."""
     for candidate in advice.candidates:
-        if candidate.refusal:
+        if candidate.failure:
+            message, _, fix = str(candidate.failure).partition("\n  fix: ")
+            out.print(f"  [red]{escape(candidate.label)}[/] failed: {escape(message)}", soft_wrap=True)
+            out.print(f"    [green]fix[/] {escape(fix)}", soft_wrap=True)
+        elif candidate.refusal:
             out.print(f"  [red]{escape(candidate.label)}[/] cannot be served: {escape(candidate.refusal)}")
         elif candidate.made is None:
             out.print(f"  [yellow]{escape(candidate.label)}[/]: its plugin names no kernel, so nothing is predicted")

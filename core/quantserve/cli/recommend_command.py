@@ -75,7 +75,7 @@ def command(
     plot: Path | None,
     config: Path | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Rank the quantization methods for MODEL on a target and a workload.
 
     MODEL is a folder (a bare config.json is enough), a hub id or a model file. Workloads: rayllm-2023, llmperf, chat,
@@ -91,7 +91,9 @@ def command(
     advice = advice_for(source, target, methods, ranks)
     order_of = ranked(advice, workload, order)
     if not order_of:
-        lines = [f"{c.label}: {c.refusal or 'nothing is known of its kernel'}" for c in advice.candidates]
+        if any(candidate.failure for candidate in advice.candidates) and advice.exit_code:
+            raise next(candidate.failure for candidate in advice.candidates if candidate.failure)
+        lines = [f"{c.label}: {c.failed or c.refusal or 'nothing is known of its kernel'}" for c in advice.candidates]
         raise FindingsError(f"nothing serves {advice.model.model_id} on {target}\n  " + "\n  ".join(lines), {})
     changes = leaders(advice, workload, most)
     if plot is not None:
@@ -99,7 +101,7 @@ def command(
     written = write_config(config, order_of, workload, advice) if config is not None else ""
     if as_json:
         print_json(_as_json(advice, workload, order, order_of, changes))
-        return
+        return advice.exit_code
     out = console()
     print_ranking(out, advice, workload, order, order_of)
     print_leaders(out, changes)
@@ -111,6 +113,7 @@ def command(
         out.print(f"drew {escape(str(plot))}")
     if written:
         out.print(written)
+    return advice.exit_code
 
 
 def print_ranking(out: Console, advice: Advice, workload: Workload, order: str, order_of: Sequence[Ranked]) -> None:
@@ -125,7 +128,7 @@ def print_ranking(out: Console, advice: Advice, workload: Workload, order: str, 
     def cell(name: str, item: Ranked, value: float) -> str:
         return f"[bold]{number(value)}[/]" if best[name] is item else number(value)
 
-    rows = []
+    rows: list[Sequence[str]] = []
     for place, item in enumerate(order_of, 1):
         candidate, prediction = item.candidate, item.prediction
         on = f" on {devices(candidate, advice.target)}" if candidate.ranks > 1 else ""
@@ -143,6 +146,9 @@ def print_ranking(out: Console, advice: Advice, workload: Workload, order: str, 
                 quality(candidate),
             )
         )
+    for candidate in advice.candidates:
+        if candidate.failed:
+            rows.append(("-", escape(candidate.label), *["-"] * 7, f"[red]{escape(candidate.failed)}[/]"))
     title = escape(f"{advice.model.model_id} on {target_label(advice.target)}, by {order}: {workload}")
     out.print(table(title, COLUMNS, rows, wrap=("Method", "weights", "KV cache", "quality")))
     first = order_of[0]

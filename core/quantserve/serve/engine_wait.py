@@ -1,4 +1,4 @@
-"""Makes vLLM's processes on a CPU yield the core while they wait; loaded by vLLM as a general plugin.
+"""Makes vLLM's processes on a CPU yield the core while they wait; `engine_plugins` calls it.
 
 vLLM's engine core and its workers spin with ``sched_yield`` while they wait for each other, and for a second after the
 last step. On Linux 6.18 a spinning process can block another process on the same core, such as the one that sends the

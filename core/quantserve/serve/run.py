@@ -49,10 +49,10 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
     Args:
         plans: at least one; ids differ.
         http: address, API keys and limits.
-        keep_going: serve the models that start although others fail to start.
+        keep_going: return 0 although some models failed to start; otherwise 4 then.
 
     Raises:
-        EngineError: the port is in use, Ray or a model failed to start, or Ray died.
+        EngineError: the port is in use, Ray or all models failed to start, or Ray died.
         UsageError: the host, the port or the API keys file cannot be used.
     """
     check_routes(plans)
@@ -67,6 +67,7 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
     processes = Processes()
     interrupts = Interrupts()
     gateway: GatewayProcess | None = None
+    progress: Progress | None = None
     try:
         _say(f"Starting Ray and {_count(plans)}; small models take 30 to 90 s, large ones several minutes.")
         ray_processes = start_ray()
@@ -87,19 +88,21 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
         )
         _deploy(plans, token)
         _start_discovery(plans, gateway)
-        _wait_until_started(progress, processes, interrupts, keep_going)
+        _wait_until_started(progress, processes, interrupts)
         ready = [plan for plan in plans if plan.app_name in progress.ready]
         _wait_until_reachable(ready, gateway, interrupts)
         ray_processes.keep_off(gateway.taken_cpus)
         keep_off(os.getpid(), gateway.taken_cpus)
         _announce(ready, len(plans), http.host, port, policy.has_keys)
+        if progress.failed:
+            _say(f"Not served, because they failed to start (reasons above): {', '.join(progress.failed)}")
         _watch(progress, processes, interrupts)
     except KeyboardInterrupt:
         pass
     finally:
         listener.close()
         _stop(gateway, processes, interrupts)
-    return 0
+    return EngineError.exit_code if progress and progress.failed and not keep_going else 0
 
 
 class Interrupts:
@@ -154,17 +157,17 @@ def _for_one_machine(plan: Plan) -> Plan:
     return plan.model_copy(update={"deployment": {"max_constructor_retry_count": 1, **plan.deployment}})
 
 
-def _wait_until_started(progress: Progress, processes: Processes, interrupts: Interrupts, keep_going: bool) -> None:
-    """Return when all models are ready, or with `keep_going` when at least one is and the others failed.
+def _wait_until_started(progress: Progress, processes: Processes, interrupts: Interrupts) -> None:
+    """Return when all models are ready or failed; one that fails is reported at once and does not stop the others.
 
     Raises:
-        EngineError: a model failed to start and `keep_going` is off, or all did.
+        EngineError: all models failed to start.
     """
     while progress.starting:
         for line in progress.update(_applications()):
             _say(line)
         processes.scan()
-        if progress.failed and (not keep_going or not (progress.starting or progress.ready)):
+        if progress.failed and not (progress.starting or progress.ready):
             names = ", ".join(progress.failed)
             raise EngineError(f"failed to start: {names}\n  logs: {progress.logs}")
         interrupts.event.wait(POLL_S)

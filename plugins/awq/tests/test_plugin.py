@@ -106,7 +106,6 @@ def test_every_name_becomes_the_one_the_platform_takes(tmp_path: Path, name: str
         ({"group_size": "128"}, "awq-bad-keys", "group_size is '128'"),
         ({"bits": "four"}, "awq-bad-keys", "bits is 'four'"),
         ({"zero_point": 1}, "awq-bad-keys", "zero_point is '1'"),
-        ({"zero_point": False}, "awq-zero-point", "zero_point: false"),
         ({"version": "gemv_fast"}, "awq-version", "version gemv_fast"),
         ({"group_size": 64}, "awq-group-size", "group_size 64, the scales are of groups of 128"),
         ({"group_size": -1}, "awq-group-size", "group_size -1"),
@@ -319,27 +318,35 @@ def test_capability_and_dtype_gates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "target", "served"),
-    [
-        ("BF16", "cpu", "bfloat16"),
-        ("BF16", "a100-80g", "bfloat16"),
-        ("BF16", "t4", "float16"),
-        ("F32", "a100-80g", "float16"),
-    ],
+    [("BF16", "cpu", None), ("BF16", "a100-80g", None), ("BF16", "t4", None), ("F32", "a100-80g", None)],
 )
-def test_served_dtype(tmp_path: Path, dtype: str, target: str, served: str) -> None:
+def test_vllms_own_dtype_is_left_to_vllm(tmp_path: Path, dtype: str, target: str, served: str | None) -> None:
     composition = composed(make_llama(tmp_path / "m", "awq", dtype=dtype), target)
-    assert composition.engine_kwargs["dtype"].value == served
-    assert composition.engine_kwargs["dtype"].source == "awq"
+    assert not errors(composition)
+    assert composition.engine_kwargs.get("dtype") == served
     json.dumps({key: setting.value for key, setting in composition.engine_kwargs.items()}, allow_nan=False)
 
 
-@pytest.mark.parametrize(("feature", "served"), [("avx512_bf16", "bfloat16"), ("avx512f", "float16")])
-def test_float16_activations_are_not_emulated(tmp_path: Path, feature: str, served: str) -> None:
+def cpu(*features: str) -> Target:
+    """A CPU with these instruction sets."""
+    return Target("cpu", "cpu", 2**34, count=1, cores=2, features=features)
+
+
+@pytest.mark.parametrize(("feature", "served"), [("avx512_bf16", "bfloat16"), ("avx512f", None)])
+def test_float16_activations_are_not_emulated(tmp_path: Path, feature: str, served: str | None) -> None:
     composition = composed(make_llama(tmp_path / "m", "awq"))
-    target = Target("cpu", "cpu", 2**34, count=1, cores=2, features=(feature,))
-    assert plugin.quantserve_engine_kwargs(composition.checkpoint, composition.model, target)["dtype"] == served
-    said = {finding.code for finding in plugin.quantserve_validate(composition.checkpoint, composition.model, target)}
+    arguments = composition.checkpoint, composition.model, cpu(feature)
+    assert plugin.quantserve_engine_kwargs(*arguments).get("dtype") == served
+    said = {finding.code for finding in plugin.quantserve_validate(*arguments)}
     assert ("awq-dtype" in said) == (served == "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "half"])
+def test_the_users_dtype_stays(tmp_path: Path, dtype: str) -> None:
+    composition = composed(make_llama(tmp_path / "m", "awq"), dtype=dtype)
+    arguments = composition.checkpoint, composition.model, cpu("avx512_bf16")
+    assert "dtype" not in plugin.quantserve_engine_kwargs(*arguments)
+    assert "awq-dtype" not in {finding.code for finding in plugin.quantserve_validate(*arguments)}
 
 
 @pytest.mark.parametrize(
@@ -350,6 +357,8 @@ def test_float16_activations_are_not_emulated(tmp_path: Path, feature: str, serv
         ("awq_vllm", "cpu", "awq"),
         ("awq", "a100-80g", "awq"),
         ("awq_vllm", "a100-80g", "awq"),
+        ("quantserve_awq", "cpu", "quantserve_awq"),
+        ("quantserve_awq", "a100-80g", "awq"),
     ],
 )
 def test_the_kernel_of_a_cpu_can_be_chosen(tmp_path: Path, asked: str, target: str, given: str) -> None:
@@ -358,7 +367,7 @@ def test_the_kernel_of_a_cpu_can_be_chosen(tmp_path: Path, asked: str, target: s
     assert composition.method.name == "awq"
     assert composition.engine_kwargs["quantization"].value == given
     assert not errors(composition)
-    assert "awq" in composition.vllm_plugins.split(",")
+    assert composition.engine_environment["QUANTSERVE_ENGINE_PLUGINS"] == "quantserve-awq:awq"
 
 
 @pytest.mark.parametrize(
@@ -376,8 +385,7 @@ def test_without_compiled_kernels_vllms_own_is_used_and_said(
     else:
         monkeypatch.setattr(quantserve_kernels, "status", lambda: found)
     composition = composed(make_llama(tmp_path / "m", "awq"))
-    cpu = Target("cpu", "cpu", 2**34, count=1, cores=2)
-    arguments = composition.checkpoint, composition.model, cpu
+    arguments = composition.checkpoint, composition.model, cpu()
     assert plugin.quantserve_engine_kwargs(*arguments)["quantization"] == "awq"
     said = {finding.code: finding for finding in plugin.quantserve_validate(*arguments)}
     assert words in said["awq-slow-kernel"].message

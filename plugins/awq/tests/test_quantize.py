@@ -193,7 +193,7 @@ def test_vllm_answers_like_transformers_in_float32(
     assert kwargs["quantization"] == {"awq": "quantserve_awq", "awq_vllm": "awq"}[method]
     kwargs["model"] = str(exported)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment["VLLM_PLUGINS"] = composition.vllm_plugins
+    environment |= composition.engine_environment
     if ranks := options.get("tensor_parallel_size"):
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))] * int(str(ranks))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores[: int(str(ranks))])

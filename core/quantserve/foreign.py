@@ -1,0 +1,310 @@
+"""Running a plugin's code: bounded in time, without harm to this process, and with its own faults told from ours.
+
+`run` calls the code with stdout sent to stderr (stdout may be JSON) and turns whatever it raises into `Raised`, which
+keeps the exception. After its time limit the code is ended:
+
+- in the main thread a timer signal raises inside it. Code that swallows that three times ends the process, with the
+  plugin's name; a call into C that never returns to Python is ended by `faulthandler`, which prints where it was;
+- in other threads, which signals do not reach, the code runs in a thread that is told to raise, and is left behind.
+
+What the code changed of the process is put back: the environment, the working folder, ``sys.path``, the recursion
+limit. Such a change is a fault of the plugin as well.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextvars import copy_context
+from types import FrameType
+from typing import Any, Final, TypeVar
+
+from quantserve.errors import UsageError
+from quantserve.text import harmless
+
+HOOK_S: Final = 10.0
+"""Longest time of one hook, in seconds; ``QUANTSERVE_HOOK_TIMEOUT`` sets another, and the two below in proportion."""
+IMPORT_PARTS: Final = 6
+"""An import may take so many times as long as a hook."""
+REGISTER_PARTS: Final = 60
+"""The engine side's ``register()``, which imports vLLM's modules, may take so many times as long as a hook."""
+NOTICE_S: Final = 2.0
+"""After so long an import is named on stderr."""
+VARIABLE: Final = "QUANTSERVE_HOOK_TIMEOUT"
+_LOOK_S: Final = 1.0
+_SWALLOWED: Final = 3
+_GRACE_S: Final = 5.0
+_LONGEST: Final = 500
+_GUARDED: Final = ("VLLM_", "QUANTSERVE_")
+"""Variables that steer the engine and quantserve: code of a plugin may not set them either."""
+
+T = TypeVar("T")
+
+
+class Breach(Exception):
+    """A plugin does not keep a contract; the message is the reason, for its author."""
+
+
+class Raised(Exception):
+    """Code of a plugin failed.
+
+    Attributes:
+        error: what it raised, or a `Breach`.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(type(error).__name__)
+        self.error = error
+
+
+class _Overdue(BaseException):
+    """Raised inside code whose time is up."""
+
+
+def hook_seconds(environ: Mapping[str, str] = os.environ) -> float:
+    """Longest time of one hook in seconds; 0 is no limit.
+
+    Raises:
+        UsageError: ``QUANTSERVE_HOOK_TIMEOUT`` is no such number.
+    """
+    given = environ.get(VARIABLE, "")
+    try:
+        seconds = float(given or HOOK_S)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 1e6:
+        raise UsageError(f"{VARIABLE} is {given[:40]!r}\n  fix: give seconds, such as {HOOK_S:g}; 0 is no limit")
+    return seconds
+
+
+def run(code: Callable[[], T], what: str, seconds: float, notice: str = "") -> T:
+    """Call a plugin's code.
+
+    Args:
+        code: what to call.
+        what: the plugin and the stage, for messages.
+        seconds: time limit; 0 for none.
+        notice: a line for stderr after 2 s.
+
+    Raises:
+        Raised: the code raised, left damage, or did not end in time.
+        KeyboardInterrupt: the user pressed Ctrl-C; one that the code raises by itself is a `Raised`.
+    """
+    before = _Process()
+    call = _in_main_thread if _signals_work() else _in_thread
+    try:
+        with redirect_stdout(sys.stderr):
+            result = call(code, what, seconds, notice)
+    except BaseException as error:
+        before.restore()
+        if isinstance(error, _Overdue):  # it came when the code had just ended
+            raise _late(seconds) from None
+        raise
+    if damage := before.restore():
+        raise Raised(Breach(damage))
+    return result
+
+
+def reason(error: BaseException, package: str) -> str:
+    """An exception of a plugin in one line: type, message, notes, and where in the plugin it was raised.
+
+    Args:
+        package: first part of the plugin's module name.
+    """
+    if isinstance(error, Breach):
+        return harmless(str(error), 2 * _LONGEST)
+    try:
+        text = str(error).strip().splitlines()
+    except BaseException:  # its __str__ is the plugin's as well
+        text = []
+    said = f"{type(error).__name__}: {harmless(text[0], _LONGEST)}" if text else type(error).__name__
+    notes = "".join(f" ({harmless(str(note), _LONGEST)})" for note in getattr(error, "__notes__", ()))
+    return f"{said}{_place(error, package)}{notes}"
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, if there is one."""
+    with suppress(OSError, ValueError, AttributeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _place(error: BaseException, package: str) -> str:
+    """`` at plugin.py:17``: the innermost line of the plugin itself."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] == package:
+            return f" at {os.path.basename(frame.f_code.co_filename)}:{line}"
+    return ""
+
+
+def _signals_work() -> bool:
+    return threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+
+
+def _late(seconds: float) -> Raised:
+    return Raised(Breach(f"did not end within {seconds:g} s and was ended; {VARIABLE} sets the limit"))
+
+
+def _in_main_thread(code: Callable[[], T], what: str, seconds: float, notice: str) -> T:
+    began = time.monotonic()
+    unsaid = [notice] if notice else []
+    overdue: list[float] = []
+    interrupts: list[int] = []
+    previous_interrupt = signal.getsignal(signal.SIGINT)
+
+    def look(number: int, frame: FrameType | None) -> None:
+        elapsed = time.monotonic() - began
+        if unsaid and elapsed >= NOTICE_S:
+            say(unsaid.pop())
+        if seconds and elapsed >= seconds:
+            overdue.append(elapsed)
+            if len(overdue) > _SWALLOWED:
+                say(f"error: {what} did not end within {seconds:g} s and cannot be ended; leaving")
+                os._exit(3)
+            raise _Overdue
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        if callable(previous_interrupt):
+            previous_interrupt(number, frame)
+
+    with ExitStack() as stack:
+        if callable(previous_interrupt):
+            stack.enter_context(_handler(signal.SIGINT, interrupted))
+        if seconds or notice:
+            stack.enter_context(_handler(signal.SIGALRM, look))
+            stack.enter_context(_timer(min(seconds or _LOOK_S, _LOOK_S)))
+        if seconds:
+            stack.enter_context(_last_resort(seconds + _SWALLOWED * _LOOK_S + _GRACE_S))
+        try:
+            result = code()
+        except KeyboardInterrupt as error:
+            if interrupts:
+                raise
+            raise Raised(error) from error
+        except BaseException as error:  # sys.exit and pytest.skip are no Exceptions
+            raise (_late(seconds) if overdue else Raised(error)) from error
+        if overdue:
+            raise _late(seconds)
+        return result
+
+
+@contextmanager
+def _handler(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
+@contextmanager
+def _timer(first: float) -> Iterator[None]:
+    """SIGALRM after `first` seconds and then every second; a timer that ran before goes on afterwards."""
+    began = time.monotonic()
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, first, _LOOK_S)
+    try:
+        yield
+    finally:
+        left = max(0.001, delay - (time.monotonic() - began)) if delay else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+
+
+@contextmanager
+def _last_resort(seconds: float) -> Iterator[None]:
+    """End the process with a traceback when not even a signal handler gets to run."""
+    try:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+    except (OSError, ValueError, AttributeError, RuntimeError):  # stderr is no file
+        yield
+        return
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _in_thread(code: Callable[[], T], what: str, seconds: float, notice: str) -> T:
+    results: list[T] = []
+    errors: list[BaseException] = []
+    context = copy_context()
+
+    def work() -> None:
+        try:
+            results.append(context.run(code))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name=f"quantserve: {what}", daemon=True)
+    began = time.monotonic()
+    thread.start()
+    if notice:
+        thread.join(min(NOTICE_S, seconds) if seconds else NOTICE_S)
+        if thread.is_alive():
+            say(notice)
+    thread.join(max(0.0, began + seconds - time.monotonic()) if seconds else None)
+    if thread.is_alive():
+        import ctypes
+
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Overdue))
+        thread.join(_LOOK_S)
+        raise _late(seconds)
+    if errors:
+        raise Raised(errors[0]) from errors[0]
+    return results[0]
+
+
+class _Process:
+    """What a plugin's code may not change of this process."""
+
+    def __init__(self) -> None:
+        self._environ = dict(os.environ)
+        self._path = list(sys.path)
+        self._recursion = sys.getrecursionlimit()
+        self._folder = _folder()
+
+    def restore(self) -> str:
+        """Put back what was changed; gives what that was, "" for nothing."""
+        return "; ".join(filter(None, (self._restore_environ(), *self._restore_others())))
+
+    def _restore_environ(self) -> str:
+        now = dict(os.environ)
+        removed = sorted(self._environ.keys() - now.keys())
+        changed = sorted(
+            name for name, value in now.items() if name.startswith(_GUARDED) and self._environ.get(name) != value
+        )
+        for name in changed:
+            os.environ.pop(name)
+        os.environ.update({name: self._environ[name] for name in (*removed, *changed) if name in self._environ})
+        done = [f"removed {_some(removed)}"] if removed else []
+        done += [f"set {_some(changed)}"] if changed else []
+        return f"{' and '.join(done)} in the environment; put back" if done else ""
+
+    def _restore_others(self) -> Iterator[str]:
+        if self._folder and _folder() != self._folder:
+            os.chdir(self._folder)
+            yield "changed the working folder; put back"
+        if missing := [entry for entry in self._path if entry not in sys.path]:
+            sys.path[:] = self._path
+            yield f"removed {_some(missing)} from sys.path; put back"
+        if sys.getrecursionlimit() < self._recursion:
+            yield f"set the recursion limit to {sys.getrecursionlimit()}; put back"
+            sys.setrecursionlimit(self._recursion)
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was deleted
+        return ""
+
+
+def _some(names: list[Any]) -> str:
+    first = ", ".join(harmless(str(name), 80) for name in names[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first

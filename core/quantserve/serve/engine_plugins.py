@@ -1,0 +1,53 @@
+"""Loads the engine sides of a model's plugins in vLLM's processes; vLLM calls it as a general plugin.
+
+vLLM itself would load every general plugin of the right name, from whichever distribution, and report a failing one
+without a name. Here each is called under a guard: an exception, damage to the environment and a call that does not end
+become an error that names plugin, distribution, version and the stage ``register``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import EntryPoints, entry_points
+
+from quantserve import foreign
+from quantserve.errors import PluginError
+from quantserve.plugin import origin
+from quantserve.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE
+
+STAGE = "register"
+
+
+def register() -> None:
+    """Load the plugins of this model, and on a CPU let the processes rest while they wait."""
+    load_plugins(os.environ)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from quantserve.serve import engine_wait
+
+        engine_wait.register()
+
+
+def load_plugins(environ: Mapping[str, str], installed: EntryPoints | None = None) -> None:
+    """Call ``register()`` of every plugin that ``QUANTSERVE_ENGINE_PLUGINS`` names.
+
+    Raises:
+        PluginError: one is not installed here, or failed.
+    """
+    points = entry_points(group=ENGINE_GROUP) if installed is None else installed.select(group=ENGINE_GROUP)
+    for side in filter(None, environ.get(ENGINE_PLUGINS_VARIABLE, "").split(",")):
+        distribution, _, name = side.partition(":")
+        point = next((p for p in points if p.name == name and origin(p)[0] == distribution), None)
+        if point is None:
+            fix = f"install {distribution} on every node of the cluster"
+            raise PluginError(name, distribution, "?", STAGE, "it is not installed on this machine", fix)
+        version = origin(point)[1]
+        what = f"plugin {name} ({distribution} {version}) at stage {STAGE!r}"
+        seconds = foreign.hook_seconds(environ) * foreign.REGISTER_PARTS
+        try:
+            foreign.run(foreign.run(point.load, what, seconds), what, seconds)
+        except foreign.Raised as raised:
+            reason = foreign.reason(raised.error, point.module.partition(".")[0])
+            raise PluginError(name, distribution, version, STAGE, reason) from raised.error

@@ -1,0 +1,678 @@
+"""Some fifty broken plugins: each is named where it is needed, and changes nothing for the models of other plugins."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoints, entry_points
+from pathlib import Path
+
+import pytest
+
+from helpers.checkpoints import make_llama
+from helpers.dists import METHOD, Site
+from quantserve import api, foreign
+from quantserve.advise import advise
+from quantserve.cli.check_command import _as_json
+from quantserve.cli.sources import Outcome, outcomes
+from quantserve.compose import compose
+from quantserve.config import ModelConfig, model_from_source
+from quantserve.errors import PluginError, UsageError
+from quantserve.performance import find_workload
+from quantserve.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE, GROUP, Registry
+from quantserve.serve.engine_plugins import load_plugins
+from quantserve.target import find_target
+
+OURS = ("fp16", "awq", "squeezellm")
+TARGET = "a100-80g"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin of the method ``broken`` that is broken in one way.
+
+    Attributes:
+        name: of the test.
+        code: of its module, after a method and a detection of ``quant_method: broken`` unless `whole`.
+        says: part of what `check` of its own model says.
+        exit_code: of that.
+        whole: whether the code is the whole module.
+        seconds: ``QUANTSERVE_HOOK_TIMEOUT``.
+    """
+
+    name: str
+    code: str
+    says: str
+    exit_code: int = 3
+    whole: bool = False
+    seconds: str = "10"
+
+    @property
+    def module(self) -> str:
+        own = METHOD.format(name="broken", aliases=()) + (
+            "\nfrom quantserve.api import *\n@hookimpl\ndef quantserve_detect(checkpoint):\n"
+            "    return (checkpoint.quantization_config or {}).get('quant_method') == 'broken'\n"
+        )
+        return self.code if self.whole else own + self.code
+
+
+def hook(text: str) -> str:
+    return f"@hookimpl\ndef quantserve_{text}\n"
+
+
+def validate(body: str) -> str:
+    return hook(f"validate(checkpoint, model, target):\n    {body}")
+
+
+def kwargs(value: str) -> str:
+    return hook(f"engine_kwargs(checkpoint): return {value}")
+
+
+KERNEL = "KernelProfile(name='k', bits_per_weight=8, bandwidth_share=((1, {0}),), flops_share=((1, 0.5),), source='s')"
+WARNING = "Finding.warning('broken-a', 'a')"
+LATE = "did not end within"
+
+BROKEN = [
+    # importing
+    Broken(
+        "import-raises", "raise RuntimeError('at import')", "RuntimeError: at import at quantserve_broken", whole=True
+    ),
+    Broken("import-exits", "import sys\nsys.exit(3)", "SystemExit: 3", whole=True),
+    Broken("import-interrupts", "raise KeyboardInterrupt", "KeyboardInterrupt", whole=True),
+    Broken("import-recursion", "def f(): f()\nf()", "RecursionError", whole=True),
+    Broken("import-syntax", "def f(:", "SyntaxError", whole=True),
+    Broken("import-sleeps", "import time\ntime.sleep(60)", f"{LATE} 1.2 s", whole=True, seconds="0.2"),
+    Broken("import-loops", "while True: pass", f"{LATE} 1.2 s", whole=True, seconds="0.2"),
+    Broken("import-clears-environ", "import os\nos.environ.clear()", "in the environment; put back", whole=True),
+    Broken(
+        "import-sets-vllm", "import os\nos.environ['VLLM_PLUGINS'] = 'x'", "set VLLM_PLUGINS in the env", whole=True
+    ),
+    Broken("import-changes-folder", "import os\nos.chdir('/')", "changed the working folder", whole=True),
+    Broken("import-empties-path", "import sys\nsys.path.clear()", "from sys.path; put back", whole=True),
+    Broken("import-recursion-limit", "import sys\nsys.setrecursionlimit(200)", "the recursion limit", whole=True),
+    Broken(
+        "exception-without-text", "class E(Exception):\n    def __str__(self): 1 / 0\nraise E", ": E at", whole=True
+    ),
+    Broken("exception-of-10-MB", "raise ValueError('x' * 10_000_000)", "(10,000,000 characters)", whole=True),
+    Broken("exception-with-escapes", "raise ValueError('a\\x1b[2Jb')", "a\\x1b[2Jb", whole=True),
+    Broken("later-api", "from quantserve.api import AnInventionOf2027", "fix: upgrade quantserve", whole=True),
+    Broken(
+        "api-2",
+        "from quantserve.api import *\n" + hook("method(): return Method('broken', 's', (8,), None, api=2)"),
+        "version 2 of the plugin API; quantserve 0.1.0 has version 1",
+        whole=True,
+    ),
+    Broken(
+        "method-loops",
+        "from quantserve.api import *\n" + hook("method():\n    while True: pass"),
+        LATE,
+        whole=True,
+        seconds="0.2",
+    ),
+    # detecting
+    Broken("detect-raises", hook("detect(checkpoint): raise OSError('disk')"), "OSError: disk at quantserve_broken"),
+    Broken("detect-returns-1", hook("detect(checkpoint): return 1"), "returned int, not True, False or None"),
+    Broken("detect-loops", hook("detect(checkpoint):\n    while True: pass"), f"{LATE} 0.3 s", seconds="0.3"),
+    Broken("detect-claims-all", hook("detect(checkpoint): return True"), "", 0),
+    Broken(
+        "detect-claims-plain",
+        hook("detect(checkpoint): return not checkpoint.quantization_config"),
+        "method-not-detected",
+        1,
+    ),
+    # findings
+    Broken(
+        "validate-raises", validate("raise KeyError('weight')"), "KeyError: 'weight' at quantserve_broken_plugin.py:"
+    ),
+    Broken(
+        "validate-raises-late",
+        validate(f"yield {WARNING}\n    raise KeyError('w')"),
+        "after 1 findings, first warning broken-a: a",
+    ),
+    Broken("validate-exits", validate("raise SystemExit(1)"), "SystemExit: 1"),
+    Broken("validate-interrupts", validate("raise KeyboardInterrupt"), "quantserve_validate': KeyboardInterrupt"),
+    Broken("validate-loops", validate("while True: pass"), f"'quantserve_validate': {LATE} 0.3 s", seconds="0.3"),
+    Broken("validate-sleeps", validate("import time; time.sleep(100)"), LATE, seconds="0.3"),
+    Broken("validate-waits", validate("import threading; threading.Event().wait()"), LATE, seconds="0.3"),
+    Broken(
+        "validate-never-yields",
+        validate("import itertools\n    for n in itertools.count():\n        if n < 0: yield n"),
+        LATE,
+        seconds="0.3",
+    ),
+    Broken(
+        "validate-swallows-once",
+        validate("try:\n        while True: pass\n    except BaseException: return []"),
+        LATE,
+        seconds="0.3",
+    ),
+    Broken("regex-backtracks", validate("import re; re.match('(a*)*b', 'a' * 40)"), LATE, seconds="0.3"),
+    Broken("endless-findings", validate(f"while True: yield {WARNING}"), "gave 9,000+ more findings", 0),
+    Broken("million-findings", validate(f"return [{WARNING}] * 1_000_000"), "gave 999,000 more findings", 0),
+    Broken(
+        "error-after-2000",
+        validate(f"return [{WARNING}] * 2000 + [Finding.error('broken-b', 'the error')]"),
+        "the error",
+        1,
+    ),
+    Broken(
+        "message-of-10-MB",
+        validate("return [Finding.warning('broken-a', 'm' * 10_000_000)]"),
+        "(10,000,000 characters)",
+        0,
+    ),
+    Broken(
+        "100000-offenders",
+        validate("return [Finding.warning('broken-a', 'm', ['o' * 999] * 100_000)]"),
+        "and 99,950 more",
+        0,
+    ),
+    Broken(
+        "code-of-another",
+        validate("return [Finding.error('awq-bits', 'm')]"),
+        "'awq-bits' must be kebab-case and begin with broken-",
+    ),
+    Broken("code-not-kebab", validate("return [Finding.error('broken_Bits', 'm')]"), "must be kebab-case"),
+    Broken("code-with-escapes", validate("return [Finding.error('broken-\\x1b[2J', 'm')]"), "must be kebab-case"),
+    Broken(
+        "findings-of-others", validate("import itertools; return itertools.count()"), "returned int among its findings"
+    ),
+    Broken(
+        "finding-subclass",
+        "class F(Finding):\n    def to_json(self): 1 / 0\n" + validate("return [F(Severity.INFO, 'broken-a', 'm')]"),
+        "broken-a",
+        0,
+    ),
+    Broken("target-changed", validate("object.__setattr__(target, 'memory_bytes', 0); return []"), "", 0),
+    # engine arguments
+    Broken("kwargs-nan", kwargs("{'seed': 1, 'watermark': float('nan')}"), "not JSON: watermark: "),
+    Broken("kwargs-lambda", kwargs("{'hf_overrides': {'a': [lambda: 0]}}"), "not JSON: hf_overrides: "),
+    Broken("kwargs-circular", "x = {}\nx['x'] = x\n" + kwargs("{'hf_overrides': x}"), "not JSON: hf_overrides: "),
+    Broken(
+        "kwargs-of-the-core",
+        kwargs("{'model': 'x', 'tensor_parallel_size': 2}"),
+        "sets model, tensor_parallel_size, which belong to the core",
+    ),
+    Broken(
+        "kwargs-misspelt",
+        kwargs("{'max_num_seq': 4}"),
+        "vLLM has no engine argument `max_num_seq`; did you mean `max_num_seqs`",
+    ),
+    Broken("kwargs-of-the-server", kwargs("{'middleware': ['evil.py']}"), "middleware"),
+    Broken("kwargs-value", kwargs("{'max_num_seqs': -1}"), "max_num_seqs: must be a whole number of at least 1"),
+    Broken("kwargs-parallel", kwargs("{'pipeline_parallel_size': 2}"), "pipeline"),
+    Broken("kwargs-secret", kwargs("{'hf_token': 'hf_x'}"), "hf_token"),
+    Broken(
+        "kwargs-endless",
+        "import collections\nclass M(collections.UserDict):\n    def items(self):\n        while True: pass\n"
+        + kwargs("M(a=1)"),
+        LATE,
+        seconds="0.3",
+    ),
+    Broken("kwargs-trust", kwargs("{'trust_remote_code': True}"), "sets the engine argument trust_remote_code", 0),
+    Broken("kwargs-worker", kwargs("{'worker_cls': 'evil.Worker'}"), "sets the engine argument worker_cls", 0),
+    Broken(
+        "kwargs-executor",
+        kwargs("{'distributed_executor_backend': 'evil.Executor'}"),
+        "distributed_executor_backend",
+        0,
+    ),
+    Broken(
+        "kwargs-connector",
+        kwargs("{'kv_transfer_config': {'kv_connector_module_path': 'evil'}}"),
+        "kv_transfer_config.kv_connector_module_path",
+        0,
+    ),
+    # predictions
+    Broken("performance-text", hook("performance(checkpoint): return 53.4"), "returned float, not PerformanceProfile"),
+    Broken(
+        "performance-negative",
+        hook("performance(checkpoint): return PerformanceProfile('reference', 'c', e2e_ms=-5)"),
+        "e2e_ms must be a positive number",
+    ),
+    Broken(
+        "performance-inf",
+        hook("performance(checkpoint): return PerformanceProfile('reference', 'c', ttft_ms=1e999)"),
+        "ttft_ms must be",
+    ),
+    Broken("performance-loops", hook("performance(checkpoint):\n    while True: pass"), LATE, seconds="0.3"),
+    Broken("kernel-dict", hook("kernel(target, bits, engine): return {}"), "returned dict, not KernelProfile"),
+    Broken(
+        "kernel-nan",
+        hook(f"kernel(target, bits, engine): return {KERNEL.format('float(chr(110)+chr(97)+chr(110))')}"),
+        "shares must be above 0",
+    ),
+    Broken(
+        "kernel-negative", hook(f"kernel(target, bits, engine): return {KERNEL.format(-1)}"), "shares must be above 0"
+    ),
+    Broken("kernel-raises", hook("kernel(target, bits, engine): raise KeyError(bits)"), "KeyError: 8"),
+]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    path = tmp_path / "site"
+    path.mkdir()
+    monkeypatch.syspath_prepend(str(path))
+    site = Site(path)
+    yield site
+    site.forget()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelConfig]:
+    """Small models: two of this project's methods, and one that declares the method ``broken``."""
+    base = tmp_path_factory.mktemp("models")
+    folders = {
+        "fp16": make_llama(base / "fp16"),
+        "awq": make_llama(base / "awq", "awq"),
+        "broken": make_llama(base / "broken", config={"quantization_config": {"quant_method": "broken"}}),
+    }
+    return {name: model_from_source(str(folder)) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(models: dict[str, ModelConfig]) -> dict[str, str]:
+    """`check --json` of the models of this project with no other plugin."""
+    return {name: checked(models[name], Registry.load({}, ours())) for name in ("fp16", "awq")}
+
+
+def ours() -> EntryPoints:
+    """The plugins of this project."""
+    points = entry_points()
+    return EntryPoints(p for group in (GROUP, ENGINE_GROUP) for p in points.select(group=group) if p.name in OURS)
+
+
+def load(site: Site, environ: dict[str, str] | None = None) -> Registry:
+    return Registry.load(environ or {}, EntryPoints([*ours(), *site.entry_points()]))
+
+
+def outcome(model: ModelConfig, registry: Registry) -> Outcome:
+    return next(outcomes([model], registry, find_target(TARGET)))
+
+
+def checked(model: ModelConfig, registry: Registry) -> str:
+    return json.dumps(_as_json(outcome(model, registry)))
+
+
+def said(result: Outcome) -> str:
+    """Everything `check` says about a model."""
+    if result.composition is None:
+        return str(result.error)
+    return "\n".join(" ".join([f.code, f.message, *f.offenders, f.fix]) for f in result.composition.findings)
+
+
+@pytest.fixture
+def broken_registry(site: Site, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Registry:
+    """All plugins of this project and one broken one."""
+    broken: Broken = request.param
+    monkeypatch.setenv(foreign.VARIABLE, broken.seconds)
+    site.install("quantserve-broken", broken.module, name="broken", version="0.9")
+    return load(site, {foreign.VARIABLE: broken.seconds})
+
+
+def every(cases: list[Broken]) -> pytest.MarkDecorator:
+    ids = [broken.name for broken in cases]
+    return pytest.mark.parametrize(
+        ("broken_registry", "broken"), zip(cases, cases, strict=True), ids=ids, indirect=["broken_registry"]
+    )
+
+
+@every(BROKEN)
+def test_its_own_model_names_it_and_the_others_are_as_without_it(
+    broken_registry: Registry, broken: Broken, models: dict[str, ModelConfig], alone: dict[str, str]
+) -> None:
+    began = time.monotonic()
+    result = outcome(models["broken"], broken_registry)
+    if broken.exit_code == 3:
+        assert result.exit_code == 3, said(result)
+        assert "'broken' of quantserve-broken 0.9" in said(result)
+        assert all(character.isprintable() for character in said(result).replace("\n", ""))
+    assert broken.says in said(result)
+    assert len(said(result)) < 4_000_000
+    for name, before in alone.items():
+        assert checked(models[name], broken_registry) == before
+    assert time.monotonic() - began < 30
+
+
+HARMLESS = ("detect-claims-all", "kwargs-trust", "target-changed")
+
+
+@every([case for case in BROKEN if case.seconds == "10" and case.name not in HARMLESS])
+def test_predictions_of_the_others_go_on(
+    broken_registry: Registry, broken: Broken, models: dict[str, ModelConfig]
+) -> None:
+    advice = advise(models["fp16"], broken_registry, find_target(TARGET))
+    assert advice.exit_code == 0
+    workload = find_workload("chat")
+    predicted = {c.method.name for c in advice.candidates if c.predict(workload)}
+    assert {"fp16", "awq", "squeezellm"} <= predicted
+    failed = {c.method.name for c in advice.candidates if c.failed}
+    assert failed == ({"broken"} if broken.name.startswith(("kernel-", "performance-")) else set())
+
+
+# --- names -------------------------------------------------------------------------------------------
+
+
+def rows(registry: Registry) -> str:
+    return "\n".join(f"{f.label} {f.stage}: {f.reason}; fix: {f.advice}" for f in registry.failures)
+
+
+@pytest.mark.parametrize(
+    ("method", "aliases", "name"),
+    [
+        ("awq", (), "mine"),  # the name of a method
+        ("auto_awq", (), "mine"),  # the alias of a method
+        ("mine", ("fp16", "awq", "sqllm"), "mine"),  # aliases
+        ("mine", (), "awq"),  # the entry point of a plugin
+        ("awq", ("fp16",), "awq"),
+    ],
+)
+def test_a_newcomer_takes_no_name_of_ours(
+    site: Site, models: dict[str, ModelConfig], alone: dict[str, str], method: str, aliases: tuple[str, ...], name: str
+) -> None:
+    site.method("newcomer", method, aliases, name=name)
+    registry = load(site)
+    for model, before in alone.items():
+        assert checked(models[model], registry) == before
+    assert {"fp16", "awq", "squeezellm", "auto_awq", "sqllm"} <= set(registry.methods)
+    if method == "mine" and name == "mine":
+        assert registry.methods["mine"].method.names == ("mine",)  # type: ignore[union-attr]
+        assert "alias 'fp16' of mine (newcomer 1.0) is dropped" in registry.plugins["mine"].notes[0]
+    else:
+        assert "newcomer 1.0" in rows(registry)
+        assert "uninstall newcomer" in rows(registry)
+        assert "quantserve-awq 0.1.0" in rows(registry)
+
+
+def test_the_distribution_named_for_a_method_keeps_it(site: Site) -> None:
+    site.method("quantserve-nf4", "nf4", name="nf4")
+    site.method("zeta", "nf4", name="zeta")
+    registry = load(site)
+    assert registry.methods["nf4"].distribution == "quantserve-nf4"
+    assert "it belongs to nf4 (quantserve-nf4 1.0); fix: uninstall zeta, or QUANTSERVE_DISABLE=zeta" in rows(registry)
+    with pytest.raises(PluginError, match="it belongs to nf4"):
+        registry.find_plugin("zeta")
+
+
+def test_where_nothing_distinguishes_two_plugins_both_are_named_with_both_fixes(site: Site) -> None:
+    site.method("alpha", "nf4", name="a")
+    site.method("beta", "nf4", name="b")
+    registry = load(site)
+    assert "nf4" not in registry.methods
+    with pytest.raises(PluginError, match=r"a \(alpha 1\.0\) and b \(beta 1\.0\); neither") as caught:
+        registry.find_method("nf4")
+    assert "uninstall alpha or beta, or QUANTSERVE_DISABLE=a or QUANTSERVE_DISABLE=b" in str(caught.value)
+
+
+def test_an_alias_of_two_plugins_belongs_to_neither_and_they_stay(site: Site) -> None:
+    site.method("alpha", "a", ("shared",), name="a")
+    site.method("beta", "b", ("shared",), name="b")
+    registry = load(site)
+    assert {"a", "b"} <= set(registry.methods)
+    with pytest.raises(UsageError, match=r"alias of a \(alpha 1\.0\) and of b \(beta 1\.0\)"):
+        registry.find_method("shared")
+
+
+def test_two_distributions_with_one_entry_point_are_switched_off_by_distribution(site: Site) -> None:
+    site.method("alpha", "a", name="same")
+    site.method("beta", "b", name="same")
+    registry = load(site)
+    assert "QUANTSERVE_DISABLE=alpha or beta" in rows(registry)
+    assert load(site, {"QUANTSERVE_DISABLE": "beta"}).plugins["same"].distribution == "alpha"
+    assert load(site, {"QUANTSERVE_PLUGINS": "beta"}).plugins["same"].distribution == "beta"
+
+
+@pytest.mark.parametrize("name", ["core", "config", "quantserve", "a,b", "x y", "-x"])
+def test_an_entry_point_name_that_would_be_taken_for_another(site: Site, name: str) -> None:
+    site.method("newcomer", "m", name=name)
+    assert "the entry-point name" in rows(load(site))
+
+
+# --- whose checkpoint it is ----------------------------------------------------------------------------
+
+
+def test_a_switched_off_plugin_is_named(site: Site, models: dict[str, ModelConfig]) -> None:
+    site.method("quantserve-nf4", "nf4", name="nf4")
+    registry = load(site, {"QUANTSERVE_DISABLE": "nf4"})
+    result = outcome(models["broken"], registry)
+    assert result.exit_code == 1
+    assert "nf4 (quantserve-nf4 1.0) is switched off: named in QUANTSERVE_DISABLE" in said(result)
+    with pytest.raises(UsageError, match="remove it from QUANTSERVE_DISABLE"):
+        registry.find_method("nf4")
+
+
+def test_of_two_strangers_the_one_that_claims_everything_counts_least(
+    site: Site, models: dict[str, ModelConfig]
+) -> None:
+    detect = "\n@hookimpl\ndef quantserve_detect(checkpoint): return {}\n"
+    site.install("all", METHOD.format(name="all", aliases=()) + detect.format("True"), name="all")
+    mine = "checkpoint.config['quantization_config']['quant_method'] == 'broken'"
+    site.install("mine", METHOD.format(name="mine", aliases=()) + detect.format(mine), name="mine")
+    composition = compose(models["broken"], load(site), find_target(TARGET))
+    assert composition.method is not None
+    assert composition.method.name == "mine"
+
+
+def test_two_strangers_that_claim_one_checkpoint(site: Site, models: dict[str, ModelConfig]) -> None:
+    mine = "checkpoint.config['quantization_config'].get('quant_method') == 'broken'"
+    detect = f"\n@hookimpl\ndef quantserve_detect(checkpoint): return {mine}\n"
+    for name in ("one", "two"):
+        site.install(name, METHOD.format(name=name, aliases=()) + detect, name=name)
+    found = said(outcome(models["broken"], load(site)))
+    assert "method-ambiguous" in found
+    assert "leave one plugin out: QUANTSERVE_DISABLE=one or QUANTSERVE_DISABLE=two" in found
+
+
+def test_a_refused_model_names_who_else_claims_it(site: Site, tmp_path: Path) -> None:
+    code = METHOD.format(name="dotted", aliases=()) + "\n@hookimpl\ndef quantserve_detect(checkpoint):\n"
+    code += "    return any(name.endswith('.odd') for name in checkpoint.tensors)\n"
+    site.install("dotted", code, name="dotted")
+    folder = make_llama(tmp_path / "m", extra={"model.layers.0.self_attn.q_proj.odd": ("U8", (4,))})
+    result = outcome(model_from_source(str(folder)), load(site))
+    assert "method-also-claimed other plugins claim this checkpoint as well dotted (dotted 1.0)" in said(result)
+
+
+# --- versions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("requires", "says"),
+    [
+        ("quantserve>=2", "needs quantserve>=2, this is 0.1.0; fix: upgrade quantserve"),
+        ("quantserve (>=0.1,<0.2)", ""),
+        ("quantserve<0.1", "needs quantserve<0.1, this is 0.1.0; fix: upgrade newcomer"),
+        ("quantserve==3.*; extra == 'x'", ""),
+        ("quantserve-kernels>=9", ""),
+        ("not a requirement !!", ""),
+    ],
+)
+def test_the_version_of_quantserve_that_a_plugin_requires(site: Site, requires: str, says: str) -> None:
+    site.install("newcomer", METHOD.format(name="m", aliases=()), name="m", requires=requires)
+    found = rows(load(site))
+    assert says in found if says else found == ""
+
+
+def test_the_api_has_a_version() -> None:
+    assert api.VERSION == api.Method("m", "s", (4,), None).api == 1
+
+
+# --- time, signals, threads ------------------------------------------------------------------------------
+
+
+def test_a_hook_that_did_not_end_is_not_called_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch, models: dict[str, ModelConfig]
+) -> None:
+    monkeypatch.setenv(foreign.VARIABLE, "0.2")
+    site.install(
+        "quantserve-broken", Broken("", hook("detect(checkpoint):\n    while True: pass"), "").module, name="broken"
+    )
+    registry = load(site)
+    began = time.monotonic()
+    for _ in range(20):
+        assert outcome(models["fp16"], registry).exit_code == 0
+    assert time.monotonic() - began < 4
+
+
+def test_the_limit_can_be_changed_and_switched_off() -> None:
+    assert foreign.hook_seconds({}) == 10
+    assert foreign.hook_seconds({foreign.VARIABLE: "2.5"}) == 2.5
+    assert foreign.hook_seconds({foreign.VARIABLE: "0"}) == 0
+    with pytest.raises(UsageError, match="QUANTSERVE_HOOK_TIMEOUT is 'soon'"):
+        Registry.load({foreign.VARIABLE: "soon"}, EntryPoints([]))
+
+
+@pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(100)"])
+def test_outside_the_main_thread_a_call_ends_as_well(code: str) -> None:
+    results: list[str] = []
+
+    def work() -> None:
+        began = time.monotonic()
+        with pytest.raises(foreign.Raised) as caught:
+            foreign.run(lambda: exec(code), "a plugin", 0.2)
+        results.append(f"{foreign.reason(caught.value.error, '')} {time.monotonic() - began < 5}")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(20)
+    assert results == [f"{LATE} 0.2 s and was ended; QUANTSERVE_HOOK_TIMEOUT sets the limit True"]
+
+
+def test_what_a_call_gives_in_another_thread() -> None:
+    results: list[object] = []
+
+    def work() -> None:
+        results.append(foreign.run(lambda: 7, "a plugin", 5))
+        with pytest.raises(foreign.Raised) as caught:
+            foreign.run(lambda: 1 // 0, "a plugin", 5)
+        results.append(type(caught.value.error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(20)
+    assert results == [7, ZeroDivisionError]
+
+
+def test_ctrl_c_during_a_hook_is_the_users() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        foreign.run(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(5)), "a plugin", 10)
+    with pytest.raises(foreign.Raised):
+        foreign.run(lambda: exec("raise KeyboardInterrupt"), "a plugin", 10)
+
+
+def test_handlers_and_timers_are_put_back() -> None:
+    fired: list[float] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: fired.append(time.monotonic()))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        began = time.monotonic()
+        foreign.run(lambda: time.sleep(0.05), "a plugin", 10)
+        interrupt = signal.getsignal(signal.SIGINT)
+        while not fired and time.monotonic() - began < 5:
+            time.sleep(0.01)
+        assert 0.4 < fired[0] - began < 2
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+SWALLOWS = "while True:\n    try:\n        n = 0\n        while True: n += 1\n    except BaseException: pass"
+
+
+@pytest.mark.parametrize(
+    ("code", "returncode", "says"),
+    [
+        (SWALLOWS, 3, "plugin broken (dist 1) did not end"),
+        ("sum(iter(int, 1))", 1, "Timeout"),
+    ],
+)
+def test_what_cannot_be_ended_ends_the_process(tmp_path: Path, code: str, returncode: int, says: str) -> None:
+    (tmp_path / "endless.py").write_text(code)
+    program = "from quantserve import foreign; import importlib; foreign._GRACE_S = 0.2; "
+    program += "foreign.run(lambda: importlib.import_module('endless'), 'plugin broken (dist 1)', 0.2)"
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environ, check=False
+    )
+    assert done.returncode == returncode, done.stderr
+    assert says in done.stderr
+    assert returncode == 3 or "endless.py" in done.stderr
+
+
+def test_a_slow_import_is_named(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(foreign, "NOTICE_S", 0.1)
+    monkeypatch.setitem(sys.modules, "ray", sys.modules.get("ray"))
+    del sys.modules["ray"]
+    (site.path / "ray.py").write_text("")
+    site.install("slow", "import time, ray\ntime.sleep(1.1)\n" + METHOD.format(name="slow", aliases=()), name="slow")
+    plugin = load(site).plugins["slow"]
+    assert plugin.import_s > 1
+    assert capsys.readouterr().err == "loading plugin slow (slow 1.0) ...\n"
+    (note,) = plugin.notes
+    assert note.startswith("importing plugin 'slow' of slow took 1.")
+    assert "and brought in ray, in every command" in note
+
+
+def test_with_debug_a_plugin_is_named_before_it_is_imported(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QUANTSERVE_DEBUG", "1")
+    site.method("newcomer", "m", name="m")
+    load(site)
+    assert "importing plugin m (newcomer 1.0)\n" in capsys.readouterr().err
+
+
+# --- the engine's side ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise RuntimeError('cannot register')", "RuntimeError: cannot register at engine_side.py:3"),
+        ("raise SystemExit(1)", "SystemExit: 1"),
+        ("print('hi'); os.environ.clear()", "in the environment; put back"),
+        ("os.environ['VLLM_CPU_KVCACHE_SPACE'] = '400'", "set VLLM_CPU_KVCACHE_SPACE in the environment"),
+        ("while True: pass", LATE),
+    ],
+)
+def test_a_failing_register_is_named(site: Site, body: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (site.path / "engine_side.py").write_text(f"import os\ndef register():\n    {body}\n")
+    site.method("quantserve-broken", "broken", name="broken", engine={"broken": "engine_side:register"})
+    registry = load(site)
+    variables = registry.engine_environment([registry.plugins["broken"], registry.plugins["fp16"]])
+    assert variables["VLLM_PLUGINS"] == "quantserve"
+    assert variables[ENGINE_PLUGINS_VARIABLE] == "quantserve-broken:broken"
+    before = dict(os.environ)
+    environ = {**variables, foreign.VARIABLE: "0.01" if says == LATE else "10"}
+    with pytest.raises(
+        PluginError, match=r"plugin 'broken' of quantserve-broken 1\.0 failed at stage 'register'"
+    ) as caught:
+        load_plugins(environ, site.entry_points())
+    assert says in str(caught.value)
+    assert dict(os.environ) == before
+
+
+def test_a_strangers_engine_side_of_the_same_name_is_not_loaded(site: Site) -> None:
+    (site.path / "good_side.py").write_text(
+        "def register():\n    import sys\n    sys.modules[__name__].called = True\n"
+    )
+    site.method("quantserve-good", "good", name="good", engine={"good": "good_side:register"})
+    site.method("thief", "thief", name="thief", engine={"good": "os:abort"})
+    registry = load(site)
+    assert {"good", "thief"} <= set(registry.plugins)
+    load_plugins(registry.engine_environment([registry.plugins["good"]]), site.entry_points())
+    assert sys.modules["good_side"].called  # type: ignore[attr-defined]
+
+
+def test_an_engine_side_that_is_not_installed_there(site: Site) -> None:
+    with pytest.raises(PluginError, match="not installed on this machine"):
+        load_plugins({ENGINE_PLUGINS_VARIABLE: "quantserve-gone:gone"}, site.entry_points())

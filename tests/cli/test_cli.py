@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from helpers.checkpoints import make_llama
-from quantserve.cli.main import COMMANDS, run
+from quantserve.cli.main import COMMANDS, cli, run
 
 HEAVY = ("torch", "vllm", "ray", "transformers", "numpy")
 
@@ -230,3 +231,12 @@ def test_plugins_that_are_switched_off_are_said_to_be(
         "detail": "no quantization plugin can be used",
         "fix": "pip install 'quantserve[all]'",
     }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_help_text(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert command.help
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    assert [option.opts[-1] for option in options if not (option.help or "").endswith((".", ")"))] == []

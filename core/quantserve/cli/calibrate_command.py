@@ -19,10 +19,11 @@ from quantserve.target import this_cpu
 
 
 @click.command("calibrate")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File; default: where predictions look.")
-@click.option("--quick", is_flag=True, help="Fewer batch sizes.")
-@click.option("--engine", "engine", is_flag=True, help="Measure vLLM's own costs as well: some minutes.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
+              help="Output file; default: the file that predictions use.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Measure fewer batch sizes.")
+@click.option("--engine", "engine", is_flag=True, help="Also measure the cost of vLLM itself; takes some minutes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def command(out: Path | None, quick: bool, engine: bool, as_json: bool) -> None:
     """Measure this machine's CPU, so that predictions for it rest on measurements.
 

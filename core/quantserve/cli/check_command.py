@@ -21,7 +21,7 @@ from quantserve.target import Target, gib
 @source_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(sources: tuple[str, ...], target_name: str | None, as_json: bool, **bare: object) -> int:
-    """Check models from their headers, before a GPU is touched.
+    """Check models from file headers, without loading weights or using a GPU.
 
     Reads config.json, quantization configs and safetensors headers, never weights. Exits 1 when a model has errors.
     """

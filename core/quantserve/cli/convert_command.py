@@ -66,7 +66,9 @@ def local_path(source: str) -> Path:
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from None
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: no such file or folder")
+        raise CheckpointError(
+            f"{source}: no such file or folder, and not a hub id (org/name)\n  fix: correct the path or the id"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -45,9 +45,9 @@ class Row:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quick", is_flag=True, help="Skip importing the engine and the kernels, which takes some seconds.")
 def command(as_json: bool, quick: bool) -> int:
-    """Examine this machine: engine, torch, kernels, Ray, HAProxy, GPU, plugins.
+    """Check this machine: engine, torch, kernels, Ray, HAProxy, GPU, plugins.
 
-    Exits 1 when something keeps models down.
+    Exits with code 1 if models cannot be served.
     """
     rows = list(examine(quick))
     if as_json:
@@ -180,12 +180,8 @@ def _ray() -> Iterator[Row]:
     elif binary := shutil.which("haproxy"):
         yield Row("HAProxy", "ok", binary)
     else:
-        yield Row(
-            "HAProxy",
-            "warning",
-            "not found: Ray's Python proxy is used, about half as fast",
-            "pip install 'ray[serve]'",
-        )
+        detail = "not found; `quantserve serve` does not need it, `serve run` and KubeRay use Ray's slower Python proxy"
+        yield Row("HAProxy", "ok", detail)
 
 
 def _folders(homes: Homes) -> Iterator[Row]:
@@ -216,9 +212,8 @@ def _port(port: int) -> Row:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            return Row(
-                "port", "warning", f"{port} cannot be bound: {error.strerror}", "serve with --port, 0 picks a free one"
-            )
+            fix = "stop the process that uses it, or serve with --port (0 picks a free one)"
+            return Row("port", "warning", f"{port} cannot be bound: {error.strerror}", fix)
     return Row("port", "ok", f"{port} is free")
 
 

@@ -39,14 +39,19 @@ PARTS = ("linears", "lm_head", "attention", "vectors", "communication", "overhea
 
 @click.command("profile")
 @click.argument("source", metavar="MODEL")
-@click.option("--target", "target_name", metavar="NAME", help="Hardware, e.g. a100-80g, 4xh100, cpu; default: here.")
+@click.option("--target", "target_name", metavar="NAME",
+              help="Hardware, e.g. a100-80g, 4xh100, cpu; default: this machine.")  # fmt: skip
 @click.option("--method", "methods", multiple=True, metavar="METHOD", help="Only this method; may be repeated.")
-@click.option("--concurrency", default="1,4,16,64", show_default=True, help="Clients of the second table.")
-@click.option("--input-tokens", type=click.IntRange(1, 1 << 20), default=512, show_default=True)
-@click.option("--output-tokens", type=click.IntRange(1, 1 << 20), default=128, show_default=True)
-@click.option("--tensor-parallel-size", "ranks", type=click.IntRange(1, 64), help="Default: the smallest that fits.")
-@click.option("--engine", type=click.Choice([ENGINE_NOW, ENGINE_2023]), default=ENGINE_NOW, show_default=True)
-@click.option("--explain", is_flag=True, help="Show where the time of a decode step goes.")
+@click.option("--concurrency", default="1,4,16,64", show_default=True, help="Numbers of clients in the second table.")
+@click.option("--input-tokens", type=click.IntRange(1, 1 << 20), default=512, show_default=True,
+              help="Prompt tokens per request in the second table.")  # fmt: skip
+@click.option("--output-tokens", type=click.IntRange(1, 1 << 20), default=128, show_default=True,
+              help="Answer tokens per request in the second table.")  # fmt: skip
+@click.option("--tensor-parallel-size", "ranks", type=click.IntRange(1, 64),
+              help="Tensor parallel size; default: the smallest that fits.")  # fmt: skip
+@click.option("--engine", type=click.Choice([ENGINE_NOW, ENGINE_2023]), default=ENGINE_NOW, show_default=True,
+              help="Engine version to predict for.")  # fmt: skip
+@click.option("--explain", is_flag=True, help="Show the parts of the time of a decode step.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     source: str,

@@ -55,13 +55,18 @@ COLUMNS = (
 
 @click.command("recommend")
 @click.argument("source", metavar="MODEL")
-@click.option("--target", "target_name", metavar="NAME", help="Hardware, e.g. l4, 4xa100-80g, cpu; default: here.")
-@click.option("--workload", "workload_name", default="chat", show_default=True, help="A name, or IN/OUT/CONCURRENCY.")
+@click.option("--target", "target_name", metavar="NAME",
+              help="Hardware, e.g. l4, 4xa100-80g, cpu; default: this machine.")  # fmt: skip
+@click.option("--workload", "workload_name", default="chat", show_default=True,
+              help="Workload: a name, or IN/OUT/CONCURRENCY (tokens, tokens, clients).")  # fmt: skip
 @click.option("--method", "methods", multiple=True, metavar="METHOD", help="Only this method; may be repeated.")
-@click.option("--by", "order", type=click.Choice(ORDERS), default="throughput", show_default=True)
-@click.option("--most", type=click.IntRange(1, MOST_USERS), default=256, show_default=True, help="Clients compared.")
-@click.option("--tensor-parallel-size", "ranks", type=click.IntRange(1, 64), help="Default: the smallest that fits.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw throughput by clients (SVG).")
+@click.option("--by", "order", type=click.Choice(ORDERS), default="throughput", show_default=True,
+              help="What to rank the methods by.")  # fmt: skip
+@click.option("--most", type=click.IntRange(1, MOST_USERS), default=256, show_default=True,
+              help="Largest number of concurrent clients to compare.")  # fmt: skip
+@click.option("--tensor-parallel-size", "ranks", type=click.IntRange(1, 64),
+              help="Tensor parallel size; default: the smallest that fits.")  # fmt: skip
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw throughput over clients (SVG).")
 @click.option("--write", "config", type=click.Path(path_type=Path, dir_okay=False), help="Write a model config (YAML).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(

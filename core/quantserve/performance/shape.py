@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantserve.architecture import Architecture, read_architecture
-from quantserve.engine_defaults import DTYPE_BYTES, served_dtype
+from quantserve.dtypes import DTYPE_BYTES, served_dtype
 from quantserve.kv_cache import KvCache, kv_cache
 from quantserve.layers import linears
 
@@ -132,7 +132,7 @@ def _shape(arch: Architecture, ranks: int, dtype_bytes: int, cache: KvCache, exp
         hidden=arch.hidden,
         heads=heads,
         head_dim=arch.head_dim,
-        kv_bytes=cache.bytes_per_token / arch.layers,
+        kv_bytes=cache.bytes_per_token / max(1, cache.full_layers + cache.sliding_layers),
         sliding_layers=cache.sliding_layers,
         window=cache.window,
         dtype_bytes=dtype_bytes,

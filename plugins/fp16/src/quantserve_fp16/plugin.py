@@ -21,6 +21,7 @@ from quantserve.api import (
     Target,
     check_linears,
     hookimpl,
+    method_dtype,
 )
 from quantserve_fp16 import speed
 from quantserve_fp16.reference import published
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
 FLOATS = ("F16", "BF16", "F32")
+DTYPES = ("float16", "bfloat16", "float32")
 QUANTIZED = ("qweight", "qzeros", "lookup_table", "weight_packed", "weight_scale", "weight_scale_inv")
 
 
@@ -42,7 +44,7 @@ def quantserve_method() -> Method:
         vllm_name=None,
         aliases=("none", "unquantized"),
         devices=("cuda", "rocm", "cpu"),
-        dtypes=("float16", "bfloat16", "float32"),
+        dtypes=DTYPES,
         homepage="https://docs.vllm.ai",
     )
 
@@ -70,7 +72,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     if checkpoint.tensors_complete:
         # Every linear must be one plain weight [n, k]; the helper compares names, shapes and dtypes.
         findings += check_linears(checkpoint, layout, code="fp16")
-    if model.dtype in (None, "auto") and emulates_float16(checkpoint, target):
+    if method_dtype(checkpoint, model, target, DTYPES) == "bfloat16":
         findings.append(
             Finding.info(
                 "fp16-dtype",
@@ -85,7 +87,8 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """Give the vLLM arguments this model needs; what the config itself sets wins over them."""
-    return {"dtype": "bfloat16"} if emulates_float16(checkpoint, target) else {}
+    dtype = method_dtype(checkpoint, model, target, DTYPES)  # None: what vLLM decides by itself is right
+    return {"dtype": dtype} if dtype else {}
 
 
 @hookimpl
@@ -111,8 +114,3 @@ def layout(linear: Linear) -> Mapping[str, Expected]:
 def quantized_tensors(checkpoint: Checkpoint) -> list[str]:
     """Names of tensors that only quantized checkpoints have."""
     return sorted(name for name in checkpoint.tensors if name.rpartition(".")[2] in QUANTIZED)
-
-
-def emulates_float16(checkpoint: Checkpoint, target: Target) -> bool:
-    """Whether a float16 checkpoint meets a CPU that multiplies bfloat16 itself and float16 only by emulation."""
-    return checkpoint.torch_dtype == "float16" and target.prefers_bfloat16

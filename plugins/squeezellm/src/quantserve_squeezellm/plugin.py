@@ -18,6 +18,7 @@ from quantserve.api import (
     QualityNote,
     Target,
     hookimpl,
+    method_dtype,
 )
 from quantserve_squeezellm import speed
 from quantserve_squeezellm.config import config_findings, read_settings
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 NAMES = ("squeezellm", "sqllm")
 PICKLES = (".pt", ".bin", ".pth")
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @hookimpl
@@ -42,7 +44,7 @@ def quantserve_method() -> Method:
         aliases=("sqllm",),
         minimum_capability=70,
         devices=("cuda", "rocm", "cpu"),
-        dtypes=("float16", "bfloat16", "float32"),
+        dtypes=DTYPES,
         homepage="https://arxiv.org/abs/2306.07629",
     )
 
@@ -86,10 +88,9 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
-    """The method, which vLLM cannot see in the original files, and the dtype of the activations."""
-    old = target.device == "cuda" and (target.capability or 80) < 80  # no bfloat16 before Ampere
-    bfloat16 = (checkpoint.torch_dtype == "bfloat16" and not old) or target.prefers_bfloat16
-    return {"quantization": "squeezellm", "dtype": "bfloat16" if bfloat16 else "float16"}
+    """The method, which vLLM cannot see in the original files, and the dtype where a CPU prefers another."""
+    dtype = method_dtype(checkpoint, model, target, DTYPES)
+    return {"quantization": "squeezellm", **({"dtype": dtype} if dtype else {})}
 
 
 @hookimpl
@@ -154,14 +155,13 @@ def kernel_findings(target: Target) -> list[Finding]:
 
 
 def dtype_finding(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> list[Finding]:
-    """Says so when float16 activations become bfloat16 for the CPU's sake."""
-    if model.dtype is not None or checkpoint.torch_dtype == "bfloat16" or not target.prefers_bfloat16:
+    """An info where float16 activations become bfloat16 because the CPU only emulates float16."""
+    if method_dtype(checkpoint, model, target, DTYPES) != "bfloat16":
         return []
     return [
         Finding.info(
             "squeezellm-dtype",
-            f"the model is {checkpoint.torch_dtype or 'of unknown dtype'}; its activations will be bfloat16, which "
-            "this CPU multiplies itself",
+            "the model is float16; its activations will be bfloat16, which this CPU multiplies in hardware",
             ["engine_kwargs.dtype"],
             "set engine_kwargs.dtype to float16 or float32 to keep more bits, more slowly",
         )

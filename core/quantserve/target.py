@@ -32,7 +32,7 @@ class Target:
         bandwidth_bytes_per_s: memory bandwidth per device, None when unknown.
         flops_per_s: dense bfloat16 (float16 where there is none) per device, None when unknown.
         cores: CPU cores this process may use; 0 when the target is not a CPU.
-        features: CPU instruction sets that matter here: avx2, avx512f, avx512_bf16, amx_bf16.
+        features: CPU instruction sets that matter here and may be used: avx2, avx512f, avx512_bf16, amx_bf16.
         interconnect_bytes_per_s: between two devices of one machine, per direction; None when unknown.
     """
 
@@ -48,9 +48,19 @@ class Target:
     interconnect_bytes_per_s: float | None = None
 
     @property
+    def is_here(self) -> bool:
+        """Whether this is the machine itself, and not an accelerator of the table."""
+        return self.name not in _KNOWN
+
+    @property
     def prefers_bfloat16(self) -> bool:
         """Whether this is a CPU that multiplies bfloat16 itself and float16 only by emulation."""
-        return self.device == "cpu" and "avx512_bf16" in self.features
+        return self.device == "cpu" and bool({"avx512_bf16", "amx_bf16"} & set(self.features))
+
+    @property
+    def has_amx(self) -> bool:
+        """Whether this is a CPU with AMX tiles that this process may use."""
+        return self.device == "cpu" and bool({"amx_bf16", "amx_int8"} & set(self.features))
 
     def to_json(self) -> dict[str, object]:
         """Plain data for ``--json`` and the plan."""
@@ -255,12 +265,27 @@ def _cores() -> int:
     return cores
 
 
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+_ARCH_PRCTL, _GET_SUPPORTED, _TILE_DATA = 158, 0x1021, 1 << 18  # of Linux on x86-64
+
+
 def _cpu_features() -> tuple[str, ...]:
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
     present = set(match[1].split()) if match else set()
-    return tuple(
-        name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if name in present
-    )
+    amx = any(name.startswith("amx") for name in present) and _may_use_amx()
+    return tuple(name for name in _FEATURES if name in present and (amx or not name.startswith("amx")))
+
+
+def _may_use_amx() -> bool:
+    """Whether the kernel lets a process ask for AMX tiles: some sandboxes show the flag and refuse the call."""
+    import ctypes
+
+    supported = ctypes.c_uint64(0)
+    try:
+        failed = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _GET_SUPPORTED, ctypes.byref(supported))
+    except (OSError, AttributeError):
+        return False
+    return not failed and bool(supported.value & _TILE_DATA)
 
 
 def _read(path: str) -> str:

@@ -4,7 +4,7 @@
 arithmetic on headers; nothing imports torch.
 """
 
-from quantserve.performance.calibration import Calibration, find_calibration
+from quantserve.performance.calibration import Calibration, Fastest, fastest_kernel, find_calibration
 from quantserve.performance.machine import ENGINE_2023, ENGINE_NOW, Machine, machine_of
 from quantserve.performance.predict import Prediction, predict
 from quantserve.performance.shape import Shape, read_shape
@@ -15,10 +15,12 @@ __all__ = [
     "ENGINE_NOW",
     "WORKLOADS",
     "Calibration",
+    "Fastest",
     "Machine",
     "Prediction",
     "Shape",
     "Workload",
+    "fastest_kernel",
     "find_calibration",
     "find_workload",
     "machine_of",

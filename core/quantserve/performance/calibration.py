@@ -8,18 +8,19 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from quantserve.errors import UsageError
-from quantserve.performance.machine import EngineCost
+from quantserve.homes import expand, look
+from quantserve.performance.machine import EngineCost, measured_at
 from quantserve.target import Target
 
 VARIABLE = "QUANTSERVE_CALIBRATION"
-VERSION = 1
+VERSION = 2
 STALE_DAYS = 90
 DISTURBED = 0.1
 _FIELDS = ("cpu", "cores", "features")
@@ -35,9 +36,10 @@ class Calibration:
         versions: of torch, the kernels and vLLM.
         threads: that computed together.
         read_bytes_per_s, matmul_flops_per_s: of memory, and of large bfloat16 products.
-        kernels: method and bits -> (rows, seconds per weight), rising rows.
-        calls: method and bits -> seconds of one call beside its weights, which small matrices feel.
-        about: method and bits -> the kernel that was measured.
+        kernels: key -> (rows, seconds per weight), rising rows. The key is method and bits, ``squeezellm-4``; where a
+            method has several kernels, the ``quantization`` argument of each and bits, ``quantserve_awq-4``.
+        calls: key -> seconds of one call beside its weights, which small matrices feel.
+        about: key -> the kernel that was measured.
         engine: costs of the engine; None when they were not measured and defaults hold.
         eager: the same for a model that is not compiled.
         seconds: the whole measurement took.
@@ -80,7 +82,7 @@ class Calibration:
     def from_json(cls, data: Any) -> Calibration:
         """Read what `to_json` gave. Raises ValueError for anything else."""
         if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise ValueError(f"no calibration of version {VERSION}")
+            raise ValueError(f"no calibration of version {VERSION}; run `quantserve calibrate` again")
         try:
             created = datetime.fromisoformat(data["created"])
             engine, eager = (EngineCost(**data[key]) if data.get(key) else None for key in ("engine", "eager"))
@@ -131,11 +133,10 @@ def disturbance(calibration: Calibration) -> str:
 
 
 def default_path() -> Path:
-    """Where the calibration is kept: ``QUANTSERVE_CALIBRATION``, else quantserve's folder of the XDG cache."""
+    """Where the calibration is kept: ``QUANTSERVE_CALIBRATION``, else quantserve's folder of the user's cache."""
     if given := os.environ.get(VARIABLE):
-        return Path(given).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "quantserve" / "calibration.json"
+        return expand(given)
+    return look(os.environ).cache / "calibration.json"
 
 
 def fingerprint(target: Target) -> dict[str, Any]:
@@ -234,3 +235,39 @@ def find_calibration(target: Target) -> Found:
     if calibration.engine is None:
         notes.append("the engine's own cost is a default, not measured here: `quantserve calibrate --engine` does")
     return Found(replace(calibration, notes=tuple(notes)))
+
+
+# Rows of x -> calls: three requests of 512 prompt tokens, and 128 tokens each decoded in batches of 16, of 4 and alone.
+_WORK = ((512, 3), (16, 8), (4, 32), (1, 128))
+
+
+@dataclass(frozen=True, slots=True)
+class Fastest:
+    """Which of several kernels a calibration of this machine makes the fastest.
+
+    Attributes:
+        key: of the fastest, as in `Calibration.kernels`.
+        date: of the calibration.
+        seconds: by key: of one million weights for three requests of 512 tokens in and 128 out, decoded in batches of
+            16, of 4 and alone.
+    """
+
+    key: str
+    date: str
+    seconds: Mapping[str, float]
+
+
+def fastest_kernel(target: Target, keys: Sequence[str]) -> Fastest | None:
+    """The kernel that was fastest on this machine; None when not all of them were measured here.
+
+    Args:
+        target: only a CPU target has a calibration.
+        keys: ``quantserve_awq-4``, ``awq-4``: the ``quantization`` argument and the bits.
+    """
+    calibration = find_calibration(target).calibration
+    if calibration is None or not all(key in calibration.kernels for key in keys):
+        return None
+    seconds = {
+        key: 1e6 * sum(calls * measured_at(calibration.kernels[key], rows) for rows, calls in _WORK) for key in keys
+    }
+    return Fastest(min(keys, key=lambda key: seconds[key]), calibration.date, seconds)

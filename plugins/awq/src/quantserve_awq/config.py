@@ -49,6 +49,11 @@ class Written:
         return value if is_integer(value) and (0 < value < 2**31 or value == -1) else None
 
     @property
+    def symmetric(self) -> bool:
+        """Whether the settings have ``zero_point: false``."""
+        return self.get("zero_point") is False
+
+    @property
     def skipped(self) -> tuple[str, ...]:
         """``modules_to_not_convert``."""
         value = self.values.get("modules_to_not_convert")
@@ -75,7 +80,7 @@ def written_config(checkpoint: Checkpoint, model: ModelConfig | None = None) -> 
 def config_findings(written: Written) -> list[Finding]:
     """What is wrong with the settings themselves; the core has checked where they are."""
     findings = key_findings(written)
-    bits, zero_point = written.get("bits"), written.get("zero_point")
+    bits = written.get("bits")
     version = str(written.values.get("version") or "gemm")[:40]
     if is_integer(bits) and bits != 4:
         findings.append(
@@ -84,16 +89,6 @@ def config_findings(written: Written) -> list[Finding]:
                 f"{written.where} says {str(bits)[:40]} bits; vLLM serves AWQ with 4 bits only",
                 [written.where],
                 "use a 4-bit export of the model",
-            )
-        )
-    if zero_point is False:
-        findings.append(
-            Finding.error(
-                "awq-zero-point",
-                f"{written.where} says zero_point: false; vLLM then ignores qzeros on CPU and subtracts them on GPU, "
-                "so that the tokens depend on the machine",
-                [f"{written.where}: zero_point"],
-                "quantize with zero points; if the file has them after all, set zero_point to true",
             )
         )
     if version.lower() != "gemm":

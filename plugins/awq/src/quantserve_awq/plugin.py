@@ -18,10 +18,12 @@ from quantserve.api import (
     QualityNote,
     Target,
     hookimpl,
+    method_dtype,
+    served_dtype,
 )
 from quantserve_awq import speed
 from quantserve_awq.config import Written, config_findings, written_config
-from quantserve_awq.kernel import KERNEL_METHOD, METHOD, VLLM_ALIAS, kernel_finding, uses_own_kernel
+from quantserve_awq.kernel import KERNEL_METHOD, METHOD, VLLM_ALIAS, Choice, choose
 from quantserve_awq.reference import published
 from quantserve_awq.tensors import (
     actual_group,
@@ -29,12 +31,18 @@ from quantserve_awq.tensors import (
     has_quantized_tensors,
     tensor_findings,
     uses_plain_kernel,
+    vllm_cpu_problem,
 )
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
 OWN_NAMES = ("awq", "auto_awq", "awq_marlin")
+DTYPES = ("float16", "bfloat16")
+# vLLM's plain AWQ kernel computes in float16 only.
+PLAIN_DTYPES = ("float16",)
+# The arguments vLLM 0.32 takes for files that declare awq; on CPUs only the name itself and what `_vllm` registers.
+GPU_ARGUMENTS = ("awq", "awq_marlin", "auto_awq", "marlin")
 
 
 @hookimpl
@@ -46,10 +54,11 @@ def quantserve_method() -> Method:
         bits=(4,),
         # On CPU vLLM refuses its other names (auto_awq, awq_marlin) for the same files.
         vllm_name=METHOD,
-        aliases=("auto_awq", "awq_marlin", VLLM_ALIAS),
+        aliases=("auto_awq", "awq_marlin", VLLM_ALIAS, KERNEL_METHOD),
         minimum_capability=75,
         devices=("cuda", "rocm", "cpu"),
-        dtypes=("float16", "bfloat16"),
+        dtypes=DTYPES,
+        accepts={"awq": {"cuda": GPU_ARGUMENTS, "rocm": GPU_ARGUMENTS, "cpu": (METHOD, KERNEL_METHOD)}},
         homepage="https://arxiv.org/abs/2306.00978",
     )
 
@@ -71,17 +80,21 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         return [not_quantized(written)]
     if written is None or str(written.values.get("quant_method") or "awq").lower() not in OWN_NAMES:
         return []  # the core has said so
-    findings = [*config_findings(written), *kernel_finding(model, target), *dtype_finding(checkpoint, model, target)]
+    choice = kernel_choice(checkpoint, model, target)
+    findings = [*config_findings(written), *choice.findings, *dtype_findings(checkpoint, model, target)]
     if any(finding.code in ("awq-bits", "awq-version") for finding in findings) or not checkpoint.tensors_complete:
         return findings  # every tensor would be reported too
-    return [*findings, *tensor_findings(checkpoint, written, target, model)]
+    return [*findings, *tensor_findings(checkpoint, written, target, model, own_kernel=choice.own)]
 
 
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
-    """The method, under the name that gives the kernel, and the dtype of the activations."""
-    method = KERNEL_METHOD if uses_own_kernel(model, target) else METHOD
-    return {"quantization": method, "dtype": served_dtype(checkpoint, model, target)}
+    """The method, under the name that gives the kernel, and the dtype where that kernel changes vLLM's choice."""
+    dtype = method_dtype(checkpoint, model, target, kernel_dtypes(checkpoint, model, target))
+    return {
+        "quantization": kernel_choice(checkpoint, model, target).argument,
+        **({"dtype": dtype} if dtype else {}),
+    }
 
 
 @hookimpl
@@ -108,30 +121,49 @@ def quantserve_quantizer() -> str:
     return "quantserve_awq._quantize:quantize"
 
 
-def served_dtype(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> str:
-    """bfloat16 where the checkpoint asks for it and the kernel knows it, or the CPU prefers it; else float16."""
-    if target.prefers_bfloat16:
-        return "bfloat16"
+def kernel_choice(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Choice:
+    """quantserve's kernel or vLLM's for this model."""
+    written = written_config(checkpoint, model)
+    problem = vllm_cpu_problem(checkpoint, written, model) if written and target.device == "cpu" else ""
+    return choose(model, target, problem)
+
+
+def kernel_dtypes(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tuple[str, ...]:
+    """The activation dtypes of the kernel that the linears get."""
     written = written_config(checkpoint, model)
     group = actual_group(checkpoint, written)[0] if written else None
-    old = target.device == "cuda" and (target.capability or 80) < 80
-    plain = group is not None and uses_plain_kernel(group, target)
-    return "bfloat16" if checkpoint.torch_dtype == "bfloat16" and not old and not plain else "float16"
+    plain = written is not None and group is not None and uses_plain_kernel(group, written.symmetric, target)
+    return PLAIN_DTYPES if plain else DTYPES
 
 
-def dtype_finding(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> list[Finding]:
-    """Says so when float16 activations become bfloat16 for the CPU's sake."""
-    if model.dtype is not None or checkpoint.torch_dtype == "bfloat16" or not target.prefers_bfloat16:
-        return []
-    return [
-        Finding.info(
-            "awq-dtype",
-            f"the model is {checkpoint.torch_dtype or 'of unknown dtype'}; its activations will be bfloat16, which "
-            "this CPU multiplies itself",
-            ["engine_kwargs.dtype"],
-            "set engine_kwargs.dtype to float16 to keep all bits of the activations, more slowly",
-        )
-    ]
+def dtype_findings(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> list[Finding]:
+    """An info where a CPU gets bfloat16 in place of float16, an error where the plain kernel does not get float16."""
+    dtypes = kernel_dtypes(checkpoint, model, target)
+    chosen = method_dtype(checkpoint, model, target, dtypes)
+    if chosen == "bfloat16" and target.prefers_bfloat16:
+        return [
+            Finding.info(
+                "awq-dtype",
+                "the model is float16; its activations will be bfloat16, which this CPU multiplies in hardware",
+                ["engine_kwargs.dtype"],
+                "set engine_kwargs.dtype to float16 to keep all bits of the activations, more slowly",
+            )
+        ]
+    served = served_dtype(checkpoint, model, target)
+    if dtypes == PLAIN_DTYPES and chosen is None and served.name in DTYPES and served.name not in dtypes:
+        asked = model.dtype is not None
+        return [
+            Finding.error(
+                "awq-plain-kernel-dtype",
+                f"vLLM's plain AWQ kernel, which these settings lead to, computes in float16 only; this model would "
+                f"run in {served.name}, decided by {served.source}",
+                ["engine_kwargs.dtype"],
+                "set engine_kwargs.dtype to float16, or leave it out"
+                if asked
+                else "use an export with zero_point true and group_size 128",
+            )
+        ]
+    return []
 
 
 def not_quantized(written: Written | None) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from math import lcm
@@ -12,6 +13,7 @@ from quantserve.api import (
     Expected,
     Finding,
     Linear,
+    SkipList,
     Target,
     check_linears,
     check_shards,
@@ -20,7 +22,7 @@ from quantserve.api import (
     quantized_linears,
 )
 from quantserve_awq.config import Written
-from quantserve_awq.kernel import uses_own_kernel
+from quantserve_awq.experts import expert_findings
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -29,6 +31,13 @@ PER_WORD = 8
 PARTS = ("qweight", "qzeros", "scales")
 MARLIN_GROUPS = (-1, 32, 64, 128)
 OFFENDERS = 8
+BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
+# Leaves whose K vLLM splits over the ranks in every family, and those whose N it splits, with what it fuses them into.
+ROW = ("o_proj", "down_proj", "out_proj", "w2")
+COLUMN = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "", "w3": "",
+}  # fmt: skip
 REPEAT = "download the checkpoint again, or quantize the model again"
 
 
@@ -49,7 +58,9 @@ def has_quantized_tensors(checkpoint: Checkpoint) -> bool:
     return any(name.endswith((".qweight", ".qzeros", ".weight_packed")) for name in checkpoint.tensors)
 
 
-def tensor_findings(checkpoint: Checkpoint, written: Written, target: Target, model: ModelConfig) -> list[Finding]:
+def tensor_findings(
+    checkpoint: Checkpoint, written: Written, target: Target, model: ModelConfig, *, own_kernel: bool
+) -> list[Finding]:
     """Compare the tensors with the settings, and with what the kernels of the target can take."""
     if foreign := foreign_findings(checkpoint):
         return foreign
@@ -63,16 +74,48 @@ def tensor_findings(checkpoint: Checkpoint, written: Written, target: Target, mo
             "scales": Expected((rows, linear.n), ("F16", "BF16")),
         }
 
-    findings += check_linears(checkpoint, layout, code="awq", skipped=written.skipped)
+    skipped = SkipList(written.values.get("modules_to_not_convert"))
+    findings += check_linears(checkpoint, layout, code="awq", skipped=skipped)
     quantized, dense = quantized_linears(checkpoint, layout)
+    stored = stored_linears(checkpoint)
     findings += pickle_findings(checkpoint, written, dense)
     findings += lm_head_findings(checkpoint, written)
     findings += other_module_findings(checkpoint, group)
+    quantized += stored
     findings += packing_findings(quantized, group)
     if group is not None and not any(finding.code == "awq-packing" for finding in findings):
-        findings += shard_findings(quantized, group, target, model)
-        findings += kernel_findings(quantized, group, target, model)
+        findings += shard_findings(quantized, group, target, model, own_kernel=own_kernel)
+        findings += kernel_findings(quantized, group, written, target, model, own_kernel=own_kernel)
+        findings += expert_findings(checkpoint, quantized, group, written, target, model)
     return findings
+
+
+def stored_linears(checkpoint: Checkpoint) -> tuple[Linear, ...]:
+    """The quantized linears of numbered blocks that the core does not know, from their own tensors.
+
+    K and N are those of qweight [K, N / 8]. A leaf nobody knows counts as whole on every rank, so that no shard of it
+    is checked.
+    """
+    known = {linear.name for linear in linears(checkpoint)}
+    kv_heads = checkpoint.text_config.get("num_key_value_heads")
+    found = []
+    for module, tensors in modules(checkpoint).items():
+        qweight = tensors.get("qweight")
+        if qweight is None or module in known or len(qweight.shape) != 2 or not BLOCK.search(module):
+            continue
+        k, words = qweight.shape
+        leaf = module.rpartition(".")[2]
+        experts = ".experts." in module
+        if leaf in ROW:
+            found.append(Linear(module, words * PER_WORD, k, "row", "experts" if experts else ""))
+        elif leaf in COLUMN:
+            replicated = leaf in ("k_proj", "v_proj")
+            most = (kv_heads if type(kv_heads) is int and kv_heads > 0 else 1) if replicated else 0
+            fused = "experts" if experts else COLUMN[leaf]
+            found.append(Linear(module, words * PER_WORD, k, "column", fused, most))
+        else:
+            found.append(Linear(module, words * PER_WORD, k, "column", "", 1))
+    return tuple(found)
 
 
 # --- the files ----------------------------------------------------------------------------------------
@@ -136,7 +179,7 @@ def actual_group(checkpoint: Checkpoint, written: Written) -> tuple[int | None, 
     declared = written.group_size
     sizes: Counter[int] = Counter()
     wrong: list[str] = []
-    for linear in linears(checkpoint):
+    for linear in (*linears(checkpoint), *stored_linears(checkpoint)):
         scales = checkpoint.tensors.get(f"{linear.name}.scales")
         if scales is None or len(scales.shape) != 2 or scales.shape[0] < 1 or linear.k % scales.shape[0]:
             continue
@@ -237,12 +280,17 @@ def packing_findings(quantized: list[Linear], group: int | None) -> list[Finding
 # --- the ranks and the device -------------------------------------------------------------------------
 
 
-def shard_findings(quantized: list[Linear], group: int, target: Target, model: ModelConfig) -> list[Finding]:
-    """What one tensor-parallel rank's part of each linear must divide by."""
+def shard_findings(
+    quantized: list[Linear], group: int, target: Target, model: ModelConfig, *, own_kernel: bool
+) -> list[Finding]:
+    """What one tensor-parallel rank's part of each linear must divide by; the groups of experts have other rules."""
     ranks = model.tensor_parallel_size
+    if model.engine_kwargs.get("enable_expert_parallel"):
+        quantized = [linear for linear in quantized if linear.fused != "experts"]  # each is whole on its rank
+    split = [linear for linear in quantized if linear.parallel == "row" and linear.fused != "experts"]
     findings: list[Finding] = []
     if ranks > 1 and group == -1:
-        rows = [linear.name for linear in quantized if linear.parallel == "row"]
+        rows = [linear.name for linear in split]
         findings.append(
             Finding.error(
                 "awq-group-splits-ranks",
@@ -253,10 +301,10 @@ def shard_findings(quantized: list[Linear], group: int, target: Target, model: M
             )
         )
     elif ranks > 1:
-        theirs = target.device == "cpu" and not uses_own_kernel(model, target)
+        theirs = target.device == "cpu" and not own_kernel
         silent = "vLLM on CPU does not notice and answers with wrong tokens" if theirs else ""
         findings += check_shards(
-            [linear for linear in quantized if linear.parallel == "row"],
+            split,
             ranks,
             code="awq-group-splits-ranks",
             why=f"the {group} inputs of a group must stay on one rank" + (f"; {silent}" if silent else ""),
@@ -268,58 +316,38 @@ def shard_findings(quantized: list[Linear], group: int, target: Target, model: M
     return findings
 
 
-def kernel_findings(quantized: list[Linear], group: int, target: Target, model: ModelConfig) -> list[Finding]:
-    """What vLLM's AWQ kernels of the target cannot do."""
+def kernel_findings(
+    quantized: list[Linear], group: int, written: Written, target: Target, model: ModelConfig, *, own_kernel: bool
+) -> list[Finding]:
+    """What vLLM's AWQ kernels of the target cannot do with linears; quantserve's takes any shape files can hold."""
     ranks = model.tensor_parallel_size
-    if uses_own_kernel(model, target):
-        return []  # any shape the files can hold
-    if target.device == "cpu":
-        findings = check_shards(
-            quantized,
-            ranks,
-            code="awq-cpu-alignment",
-            why="the CPU kernel takes K and N per rank in blocks of 32",
-            k_multiple=32,
-            fused_n_multiple=32,
-        )
-        if group > 0 and group % 2:
-            findings.append(
-                Finding.error(
-                    "awq-cpu-group-size",
-                    f"group_size {group} is odd; the CPU kernel needs an even one",
-                    ["group_size"],
-                    "use an export with group_size 128",
-                )
-            )
-        return findings
-    if not uses_plain_kernel(group, target):
+    quantized = [linear for linear in quantized if linear.fused != "experts"]
+    if own_kernel:
         return []
-    if target.device == "rocm" and not all(linear.k == group for linear in quantized):
+    if target.device == "cpu":
+        return cpu_findings(quantized, group, ranks)
+    if not uses_plain_kernel(group, written.symmetric, target):
+        return []
+    if target.device == "rocm":
+        if all(linear.k == group for linear in quantized):
+            return []
         return [
             Finding.error(
                 "awq-rocm-group-size",
-                f"group_size {group}: vLLM's Triton kernel for AWQ knows 32, 64, 128 and whole rows",
+                f"group_size {group}: vLLM's Triton kernel for AWQ takes 32, 64, 128 and whole rows",
                 ["group_size"],
                 "use an export with group_size 128",
             )
         ]
-    findings = [
-        Finding.warning(
-            "awq-plain-kernel",
-            f"group_size {group} is not one of 32, 64, 128, -1, so vLLM falls back to its plain AWQ kernel, which is "
-            "much slower than Marlin and knows float16 only",
-            ["group_size"],
-            "use an export with group_size 128",
-        )
-    ]
+    findings = [plain_kernel_finding(group, written)]
     findings += check_shards(
-        [linear for linear in quantized if linear.fused != "experts"],
+        quantized,
         ranks,
         code="awq-plain-kernel-shape",
         why=f"the plain AWQ kernel takes N per rank in multiples of 64 and of the group size {group}",
-        fused_n_multiple=lcm(64, group),
+        fused_n_multiple=lcm(64, group) if group > 0 else 64,
     )
-    if group % 32:
+    if group > 0 and group % 32:
         findings.append(
             Finding.error(
                 "awq-plain-kernel-shape",
@@ -328,18 +356,64 @@ def kernel_findings(quantized: list[Linear], group: int, target: Target, model: 
                 "use an export with group_size 128",
             )
         )
-    if model.dtype not in (None, "auto", "float16", "half"):
+    return findings
+
+
+def plain_kernel_finding(group: int, written: Written) -> Finding:
+    """Why vLLM falls back to its plain AWQ kernel."""
+    slower = "which is much slower than Marlin and computes in float16 only"
+    if written.symmetric:
+        return Finding.warning(
+            "awq-zero-point",
+            f"{written.where} has zero_point: false, for which vLLM has no Marlin kernel on GPUs: it falls back to its "
+            f"plain AWQ kernel, {slower}. That one subtracts the stored qzeros, which auto-round writes as 8",
+            [f"{written.where}: zero_point"],
+            "set zero_point to true where the file's qzeros are right, as in exports by auto-round",
+        )
+    return Finding.warning(
+        "awq-plain-kernel",
+        f"group_size {group} is not one of 32, 64, 128, -1, so vLLM falls back to its plain AWQ kernel, {slower}",
+        ["group_size"],
+        "use an export with group_size 128",
+    )
+
+
+def cpu_findings(quantized: list[Linear], group: int, ranks: int) -> list[Finding]:
+    """What vLLM's AWQ kernel for CPUs cannot do."""
+    findings = check_shards(
+        quantized,
+        ranks,
+        code="awq-cpu-alignment",
+        why="vLLM's AWQ kernel for CPUs takes K and N per rank in blocks of 32",
+        k_multiple=32,
+        fused_n_multiple=32,
+    )
+    if group > 0 and group % 2:
         findings.append(
             Finding.error(
-                "awq-plain-kernel-dtype",
-                f"dtype {model.dtype} with group_size {group}: the plain AWQ kernel knows float16 only",
-                ["dtype"],
-                "set engine_kwargs.dtype to float16, or leave it out",
+                "awq-cpu-group-size",
+                f"group_size {group} is odd; vLLM's AWQ kernel for CPUs needs an even one",
+                ["group_size"],
+                "use an export with group_size 128, or quantserve's kernel",
             )
         )
     return findings
 
 
-def uses_plain_kernel(group: int, target: Target) -> bool:
-    """Whether vLLM cannot use Marlin, Machete or the CPU kernel for this group size."""
-    return target.device != "cpu" and group not in MARLIN_GROUPS
+def vllm_cpu_problem(checkpoint: Checkpoint, written: Written, model: ModelConfig) -> str:
+    """Why vLLM's AWQ kernel for CPUs cannot take this model; "" when it can."""
+    group = actual_group(checkpoint, written)[0]
+    every = [linear for linear in (*linears(checkpoint), *stored_linears(checkpoint)) if linear.fused != "experts"]
+    quantized = [linear for linear in every if f"{linear.name}.qweight" in checkpoint.tensors]
+    problems = cpu_findings(quantized, group or 0, model.tensor_parallel_size)
+    return problems[0].message if problems else ""
+
+
+def uses_plain_kernel(group: int, symmetric: bool, target: Target) -> bool:
+    """Whether vLLM cannot use Marlin or Machete on a GPU for this group size, or for files without zero points.
+
+    On ROCm one Triton kernel takes both kinds of files.
+    """
+    if target.device == "cpu":
+        return False
+    return group not in MARLIN_GROUPS or (symmetric and target.device == "cuda")

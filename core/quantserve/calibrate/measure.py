@@ -17,7 +17,7 @@ from quantserve.errors import PluginError, UsageError
 from quantserve.expectation import kernel_key, kernel_of
 from quantserve.performance.calibration import Calibration, fingerprint
 from quantserve.performance.machine import ENGINE_NOW, threads_of
-from quantserve.registry import Plugin, Registry
+from quantserve.registry import Registry
 from quantserve.target import Target
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -38,7 +38,7 @@ class Kernel:
     """One kernel to measure.
 
     Attributes:
-        key: method and bits, ``awq-4``.
+        key: method or kernel and bits, ``squeezellm-4``.
         about: what it is called.
         make: gives a function of x and the bytes of weight it reads.
         bits: of the codes.
@@ -58,25 +58,23 @@ def kernels_of(registry: Registry, target: Target) -> tuple[list[Kernel], list[s
         if method is None or target.device not in method.devices:
             continue
         for bits in sorted(method.bits, reverse=True):
-            key = kernel_key(method, bits)
             try:
-                kernel = _kernel(plugin, target, key, bits)
+                first = kernel_of(plugin, target, bits, ENGINE_NOW)
             except (PluginError, UsageError) as error:
-                left_out.append(f"{key}: {str(error).splitlines()[0]}")
+                left_out.append(f"{method.name}-{bits}: {str(error).splitlines()[0]}")
                 continue
-            if kernel is None:
-                left_out.append(f"{key}: its plugin names nothing to measure")
-            else:
-                found.append(kernel)
+            profiles = (first, *first.alternatives) if first else ()
+            named = [profile for profile in profiles if profile.benchmark]
+            if not named:
+                left_out.append(f"{method.name}-{bits}: its plugin names nothing to measure")
+            for profile in named:
+                key = kernel_key(method, bits, profile)
+                try:
+                    found.append(Kernel(key, profile.name, plugin.load_callable(profile.benchmark), bits))
+                except (PluginError, UsageError) as error:
+                    left_out.append(f"{key}: {str(error).splitlines()[0]}")
     # The unquantized one first: lm_head takes it with every method.
     return sorted(found, key=lambda kernel: -kernel.bits), left_out
-
-
-def _kernel(plugin: Plugin, target: Target, key: str, bits: int) -> Kernel | None:
-    profile = kernel_of(plugin, target, bits, ENGINE_NOW)
-    if profile is None or not profile.benchmark:
-        return None
-    return Kernel(key, profile.name, plugin.load_callable(profile.benchmark), bits)
 
 
 def calibrate(

@@ -12,18 +12,32 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from quantserve.architecture import Architecture, class_names, read_architecture
+from quantserve.families import section_path
 from quantserve.once import once
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint, Tensor
 
-_BLOCK = re.compile(r"^(.*?)\b(?:layers|h|blocks)\.(\d+)\.")
+_BLOCK = re.compile(r"^((.*?)\b(?:layers|h|blocks)\.)(\d+)\.")
 _LLAMA_BLOCK = re.compile(r"^(.*?)layers\.\d+\.(?:self_attn|mlp|block_sparse_moe)\.")
 _ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "fc2", "w2", "dense", "dense_4h_to_h", "c_proj")
-_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
+_FUSED = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj", "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+    "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz", "in_proj_b": "in_proj_ba", "in_proj_a": "in_proj_ba",
+}  # fmt: skip
+# Latent attention without q_lora_rank has one of the two alone.
+_FUSED_ONLY_WITH = {"kv_a_proj_with_mqa": "q_a_proj"}
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+# How checkpoints of vLLM's mixtures name what chooses the experts, and what weights a shared expert.
+_ROUTERS = re.compile(
+    r"\.(?:gate|gate\.wg|router|router\.\w+|v_router|modality_router|shared_expert_gate|text_experts_gate"
+    r"|vision_experts_gate)$"
+)
+# Stored with a value in every element; one byte may hold two codes, so K is not known of U8.
+_WHOLE_DTYPES = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "I8")
+_PACKED = ("qweight", "weight_packed")
+_MAX_DOTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +89,8 @@ def linears(checkpoint: Checkpoint) -> tuple[Linear, ...]:
     From config.json for the families Llama, Mistral, Mixtral, Qwen2, Qwen3, Phi-3, Gemma and their
     like, whatever tensors the files hold. For other families: the modules of numbered blocks that
     have a 2-d ``.weight``; their quantized modules are left out, since only the method knows N and K.
-    Empty when config.json's numbers cannot be used.
+    Routers are no linears: vLLM builds them without the quantization method. Empty when config.json's
+    numbers cannot be used.
     """
     architecture, problems = read_architecture(checkpoint)
     if architecture is not None:
@@ -98,12 +113,62 @@ def other_tensors(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
 
 
 def modules(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """The tensors of the files by module: ``{"model.layers.0.mlp.up_proj": {"qweight": Tensor, ...}}``."""
+    """The tensors of the files by module: ``{"model.layers.0.mlp.up_proj": {"qweight": Tensor, ...}}``.
+
+    A suffix may have dots: ``up_proj.weight.absmax`` belongs to ``up_proj``, as its ``weight.absmax``.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
-        module, _, suffix = name.rpartition(".")
-        found.setdefault(module, {})[suffix] = tensor
+        module = module_of(name, checkpoint)
+        found.setdefault(module, {})[name[len(module) + 1 :] if module else name] = tensor
     return found
+
+
+def module_of(name: str, checkpoint: Checkpoint) -> str:
+    """The module a tensor belongs to.
+
+    That is the longest path of a linear the name begins with. Elsewhere it is the name up to its last
+    dot, or up to that of the shortest tensor it extends (``weight``, ``weight.absmax``).
+    """
+    paths = _linear_paths(checkpoint)
+    plain = end = name.rfind(".")
+    for _ in range(_MAX_DOTS):
+        if end < 0:
+            break
+        if name[:end] in paths:
+            return name[:end]
+        if name[:end] in checkpoint.tensors:
+            plain = name.rfind(".", 0, end)
+        end = name.rfind(".", 0, end)
+    return name[: max(plain, 0)]
+
+
+@once
+def engine_layers(checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:
+    """The layers vLLM builds for the linears: path (`Linear.group`) -> paths of the modules fused into it.
+
+    A layer of its own has none. For families known only from the files, linears that they hold quantized are included.
+    """
+    every = list(linears(checkpoint))
+    if not other_tensors(checkpoint):
+        for name in checkpoint.tensors:
+            module, _, suffix = name.rpartition(".")
+            if suffix in _PACKED and block_of(name) is not None:
+                every.append(Linear(module, 0, 0, "column", _fused_into(module, checkpoint)))
+    found: dict[str, list[str]] = {}
+    for linear in every:
+        found.setdefault(linear.group, []).extend([linear.name] if linear.fused else [])
+    return MappingProxyType({layer: tuple(parts) for layer, parts in found.items()})
+
+
+def is_router(module: str) -> bool:
+    """Whether a module path is that of a mixture's router or of a shared expert's gate."""
+    return _ROUTERS.search(module) is not None
+
+
+@once
+def _linear_paths(checkpoint: Checkpoint) -> frozenset[str]:
+    return frozenset(linear.name for linear in linears(checkpoint))
 
 
 @once
@@ -126,13 +191,19 @@ def lm_head_name(checkpoint: Checkpoint) -> str:
 def is_multimodal(checkpoint: Checkpoint) -> bool:
     """Whether the decoder is one part of a larger model, whose other tensors nobody here knows."""
     text_only = all(name.endswith(("ForCausalLM", "Model")) for name in class_names(checkpoint))
-    return checkpoint.text_config is not checkpoint.config or not text_only
+    return bool(section_path(checkpoint.config)) or not text_only
 
 
 def block_of(name: str) -> tuple[int, str] | None:
     """Block number of a tensor and the rest of its name with the number cut out; None outside blocks."""
     match = _BLOCK.match(name)
-    return (int(match[2][:9]), match[1] + name[match.end() :]) if match else None
+    return (int(match[3][:9]), match[2] + name[match.end() :]) if match else None
+
+
+def split_block(name: str) -> tuple[str, int, str] | None:
+    """A tensor's name as ``("model.layers.", 7, "mlp.up_proj.weight")``; None outside blocks."""
+    match = _BLOCK.match(name)
+    return (match[1], int(match[3][:9]), name[match.end() :]) if match else None
 
 
 def _decoder_linears(arch: Architecture, prefix: str) -> Iterator[Linear]:
@@ -202,7 +273,18 @@ def _derived(checkpoint: Checkpoint) -> Iterator[Linear]:
         leaf = module.rpartition(".")[2]
         if suffix != "weight" or len(tensor.shape) != 2 or 0 in tensor.shape or block_of(name) is None:
             continue
-        if "embed" in leaf or "norm" in leaf:
+        if "embed" in leaf or "norm" in leaf or tensor.dtype not in _WHOLE_DTYPES or is_router(module):
             continue
         parallel: Literal["column", "row"] = "row" if leaf in _ROW_PARALLEL else "column"
-        yield Linear(module, tensor.shape[0], tensor.shape[1], parallel, _FUSED.get(leaf, ""))
+        yield Linear(module, tensor.shape[0], tensor.shape[1], parallel, _fused_into(module, checkpoint))
+
+
+def _fused_into(module: str, checkpoint: Checkpoint) -> str:
+    """The layer vLLM fuses a module into, by its name; "" for none."""
+    parent, _, leaf = module.rpartition(".")
+    if _EXPERT.search(module):
+        return "experts"
+    needs = _FUSED_ONLY_WITH.get(leaf)
+    if needs and not any(f"{parent}.{needs}.{part}" in checkpoint.tensors for part in ("weight", *_PACKED)):
+        return ""
+    return _FUSED.get(leaf, "")

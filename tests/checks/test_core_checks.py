@@ -107,7 +107,7 @@ def test_a_good_awq_checkpoint_has_only_its_size(check: Check) -> None:
     assert serious(findings) == []
     size = the(findings, "weights-size")
     # 4 bits, and per group of 128 a 16-bit scale and a 4-bit zero: 4.156 bits a weight.
-    assert "4.16 bits a weight, 26% of float16" in size.message
+    assert "(4.16 bits/weight, 26 % of float16)" in size.message
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -166,7 +166,7 @@ def test_an_unknown_family_is_compared_block_by_block(check: Check) -> None:
     findings = check(config=config, layers=12, drop=["model.layers.7.mlp.up_proj.weight"])
     assert "'opt'" in the(findings, "architecture-unknown").message
     differ = the(findings, "blocks-differ")
-    assert differ.offenders == ("model.mlp.up_proj.weight of block 7",)
+    assert differ.offenders == ("model.layers.7.mlp.up_proj.weight",)
     assert "12 blocks" in differ.message
 
 
@@ -295,7 +295,7 @@ def test_a_dtype_a_plugin_invented(tmp_path: Path) -> None:
 def test_missing_tensors_beside_the_linears(check: Check, name: str) -> None:
     finding = the(check(drop=[name]), "model-tensors-missing")
     assert finding.offenders == (name,)
-    assert finding.message.startswith("1 tensor that")
+    assert finding.message.startswith("1 tensor is missing")
 
 
 def test_missing_bias(check: Check) -> None:

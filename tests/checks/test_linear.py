@@ -9,9 +9,20 @@ from typing import Any
 import pytest
 
 from helpers.checkpoints import Spec, llama_tensors
-from quantserve.api import Expected, Linear, check_linears, check_shards, linears, quantized_linears, shard_k, shard_n
+from quantserve.api import (
+    Expected,
+    Linear,
+    check_linears,
+    check_shards,
+    linears,
+    modules,
+    quantized_linears,
+    shard_k,
+    shard_n,
+)
 from quantserve.checkpoint import Checkpoint
-from quantserve.finding import Finding
+from quantserve.checks.linear import Layout
+from quantserve.finding import Finding, Severity
 from quantserve.layers import other_tensors
 
 CONFIG: dict[str, Any] = {
@@ -120,7 +131,7 @@ def test_missing() -> None:
     finding = only(check_linears(checkpoint, layout, code="x"))
     assert finding.code == "x-missing-tensors"
     assert finding.offenders == (f"{UP}.qzeros", "model.layers.1.self_attn.q_proj.scales")
-    assert "2 tensors missing" in finding.message
+    assert "2 tensors are missing" in finding.message
 
 
 def test_a_whole_missing_module_is_missing_not_dense() -> None:
@@ -168,18 +179,149 @@ def test_a_fused_group_quantized_in_part() -> None:
     assert finding.offenders[0].startswith("model.layers.1.self_attn.qkv_proj: k_proj unquantized")
 
 
+# --- a packed tensor called weight, and suffixes with dots ---------------------------------------------------
+
+
+def fp8(linear: Linear) -> Mapping[str, Expected]:
+    scale = Expected((), ("F32",))
+    return {"weight": Expected((linear.n, linear.k), ("F8_E4M3",)), "weight_scale": scale, "input_scale": scale}
+
+
+def int8(linear: Linear) -> Mapping[str, Expected]:
+    return {"weight": Expected((linear.n, linear.k), ("I8",)), "weight_scale": Expected((linear.n, 1), ("BF16",))}
+
+
+def nf4(linear: Linear) -> Mapping[str, Expected]:
+    return {
+        "weight": Expected((linear.n * linear.k // 2, 1), ("U8",)),
+        "weight.absmax": Expected((linear.n * linear.k // 64,), ("F32",)),
+        "weight.quant_map": Expected((16,), ("F32",)),
+        "weight.quant_state.bitsandbytes__nf4": Expected((None,), ("U8",)),
+    }
+
+
+def stored(layout: Layout, dense: tuple[str, ...] = ()) -> dict[str, Spec]:
+    """The Llama in a method's layout; linears whose path has a part of `dense` stay bfloat16."""
+    tensors: dict[str, Spec] = {n: s for n, s in llama_tensors("fp16").items() if not n.endswith("_proj.weight")}
+    for linear in linears(Checkpoint.from_tensors(CONFIG)):
+        if any(part in linear.name for part in dense):
+            tensors[f"{linear.name}.weight"] = ("BF16", (linear.n, linear.k))
+            continue
+        for suffix, what in layout(linear).items():
+            tensors[f"{linear.name}.{suffix}"] = (what.dtypes[0], tuple(100 if n is None else n for n in what.shape))
+    return tensors
+
+
+def edited(tensors: dict[str, Spec], changes: Mapping[str, Spec], drop: tuple[str, ...] = ()) -> Checkpoint:
+    every: dict[str, Any] = {name: spec for name, spec in (tensors | dict(changes)).items() if name not in drop}
+    return Checkpoint.from_tensors(CONFIG, every)
+
+
+@pytest.mark.parametrize("layout", [fp8, int8, nf4])
+def test_a_packed_tensor_called_weight(layout: Layout) -> None:
+    checkpoint = edited(stored(layout, ("layers.0.self_attn",)), {})
+    assert check_linears(checkpoint, layout, code="x") == []
+    quantized, dense = quantized_linears(checkpoint, layout)
+    assert (len(quantized), {linear.name.split(".")[3] for linear in dense}) == (10, {"self_attn"})
+    half = edited(stored(layout, ("layers.0.self_attn.q_proj",)), {})
+    assert only(check_linears(half, layout, code="x")).code == "x-partly-quantized"
+
+
+@pytest.mark.parametrize("layout", [fp8, int8, nf4])
+def test_mistakes_in_a_packed_tensor_called_weight(layout: Layout) -> None:
+    tensors = stored(layout)
+    parts = list(layout(linears(Checkpoint.from_tensors(CONFIG))[4]))
+    for part in parts[1:]:
+        finding = only(check_linears(edited(tensors, {}, (f"{UP}.{part}",)), layout, code="x"))
+        assert (finding.code, finding.offenders) == ("x-missing-tensors", (f"{UP}.{part}",))
+    finding = only(check_linears(edited(tensors, {}, (f"{UP}.weight",)), layout, code="x"))
+    assert (finding.code, finding.offenders) == ("x-missing-tensors", (f"{UP}.weight",))
+    unpacked = {f"{UP}.weight": ("BF16", (512, 256))}
+    codes = {finding.code for finding in check_linears(edited(tensors, unpacked), layout, code="x")}
+    assert "x-wrong-dtype" in codes
+
+
+@pytest.mark.parametrize("suffix", ["weight.nested_absmax", "weight.quant_state.bitsandbytes__fp4", "SCB"])
+def test_tensors_a_method_does_not_know(suffix: str) -> None:
+    finding = only(check_linears(edited(stored(nf4), {f"{UP}.{suffix}": ("F32", (3,))}), nf4, code="x"))
+    assert (finding.code, finding.offenders) == ("x-unexpected-tensors", (f"{UP}.{suffix} [3]",))
+    skipped = stored(nf4, ("mlp",)) | {f"{UP}.{suffix}": ("F32", (3,))}
+    assert only(check_linears(edited(skipped, {}), nf4, code="x")).offenders == (f"{UP}.{suffix} [3]",)
+
+
+def test_modules_keep_what_extends_their_tensors() -> None:
+    config = {"model_type": "newmodel"}
+    tensors: dict[str, Any] = {
+        "m.layers.0.fc.weight": ("U8", (64, 1)),
+        "m.layers.0.fc.weight.absmax": ("F32", (2,)),
+        "m.layers.0.fc.weight.quant_state.bitsandbytes__nf4": ("U8", (90,)),
+        "m.layers.0.norm.weight": ("F16", (8,)),
+        "scale": ("F32", ()),
+    }
+    found = modules(Checkpoint.from_tensors(config, tensors))
+    assert {module: sorted(suffixes) for module, suffixes in found.items()} == {
+        "m.layers.0.fc": ["weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"],
+        "m.layers.0.norm": ["weight"],
+        "": ["scale"],
+    }
+
+
+def test_cache_scales_and_biases_are_no_parts_of_a_method() -> None:
+    extra: dict[str, Spec] = {
+        "model.layers.0.self_attn.k_proj.k_scale": ("F32", ()),
+        "model.layers.0.self_attn.v_proj.v_zero_point": ("F32", ()),
+        "model.layers.0.self_attn.q_proj.bias": ("F16", (256,)),
+    }
+    for dense in ((), ("self_attn",)):
+        assert check_linears(edited(stored(fp8, dense), extra), fp8, code="x") == []
+
+
+def test_the_transformers_backend_may_fuse() -> None:
+    config = {**CONFIG, "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
+    tensors: dict[str, Any] = stored(fp8, ("layers.0.self_attn.q_proj",))
+    finding = only(check_linears(Checkpoint.from_tensors(config, tensors), fp8, code="x"))
+    assert (finding.code, finding.severity) == ("x-partly-quantized", Severity.WARNING)
+
+
+# --- routers -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("skipped", "offender"),
-    [(["layers.1."], "model.layers.0.mlp.down_proj"), (["down_proj"], "model.layers.1.mlp.down_proj")],
-)
-def test_the_skip_list_disagrees_with_the_files(skipped: list[str], offender: str) -> None:
-    findings = check_linears(as_dense("model.layers.0.mlp.down_proj"), layout, code="x", skipped=skipped)
-    assert {finding.code for finding in findings} == {"x-skip-list"}
-    assert any(offender in finding.offenders for finding in findings)
+    "router",
+    [
+        "mlp.gate", "mlp.gate.wg", "mlp.router", "mlp.router.classifier", "block_sparse_moe.gate",
+        "block_sparse_moe.router.layer", "ffn.router.layer", "feed_forward.router", "feed_forward.gate", "router.proj",
+        "mlp.shared_expert_gate", "mixer.gate", "moe.gate", "mlp.router.gate",
+    ],
+)  # fmt: skip
+def test_routers_are_no_linears(router: str) -> None:
+    tensors: dict[str, Any] = {
+        f"model.layers.0.{router}.weight": ("F16", (8, 64)),
+        "model.layers.0.mlp.gate_proj.weight": ("F16", (128, 64)),
+        "model.layers.0.mlp.gate_up_proj.weight": ("F16", (128, 64)),
+    }
+    found = linears(Checkpoint.from_tensors({"model_type": "newmoe"}, tensors))
+    assert [linear.name.rpartition(".")[2] for linear in found] == ["gate_proj", "gate_up_proj"]
 
 
-def test_the_skip_list_agrees_with_the_files() -> None:
-    assert check_linears(as_dense("model.layers.0.mlp"), layout, code="x", skipped=["layers.0.mlp"]) == []
+def test_experts_of_a_family_known_from_the_files_are_one_layer() -> None:
+    tensors: dict[str, Any] = {
+        f"model.layers.0.mlp.experts.{expert}.{part}.weight": ("F16", (64, 64))
+        for expert in (0, 1)
+        for part in ("gate_proj", "up_proj", "down_proj")
+    }
+    tensors["model.layers.0.mlp.shared_experts.gate_proj.weight"] = ("F16", (64, 64))
+    checkpoint = Checkpoint.from_tensors({"model_type": "newmoe"}, tensors)
+    assert {linear.group for linear in linears(checkpoint)} == {
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.shared_experts.gate_up_proj",
+    }
+
+
+@pytest.mark.parametrize("dtype", ["U8", "I32"])
+def test_packed_weights_of_such_a_family_are_left_to_the_method(dtype: str) -> None:
+    tensors: dict[str, Any] = {"model.layers.0.mlp.fc1.weight": (dtype, (64, 1))}
+    assert linears(Checkpoint.from_tensors({"model_type": "newmodel"}, tensors)) == ()
 
 
 def test_shards() -> None:

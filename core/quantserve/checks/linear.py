@@ -6,17 +6,19 @@ docs/findings.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from quantserve.checks.fused import check_partly_quantized, check_skip_list, fuses, is_known
+from quantserve.checks.skipped import SkipList
+from quantserve.checks.wording import are, counted, have, named, shown
 from quantserve.finding import Finding
-from quantserve.layers import Linear, linears, modules, shard_k, shard_n
+from quantserve.layers import Linear, engine_layers, linears, modules, shard_k, shard_n
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint, Tensor
 
 FLOATS = ("F16", "BF16", "F32")
-NAMED = 8
 
 
 class Expected(NamedTuple):
@@ -33,36 +35,26 @@ class Expected(NamedTuple):
 Layout = Callable[[Linear], Mapping[str, Expected]]
 
 
-def named(offenders: Sequence[str]) -> tuple[str, ...]:
-    """The first offenders, and how many more there are."""
-    more = len(offenders) - NAMED
-    return tuple(offenders[:NAMED]) + ((f"and {more} more",) if more > 0 else ())
-
-
-def shown(tensor: Tensor) -> str:
-    """Name and shape of a tensor in at most some 250 characters, whatever the file says."""
-    shape = ", ".join(str(size) for size in tensor.shape[:8]) + (", ..." if len(tensor.shape) > 8 else "")
-    return f"{tensor.name if len(tensor.name) <= 160 else tensor.name[:157] + '...'} [{shape}]"
-
-
-def counted(count: int, singular: str) -> str:
-    """``1 tensor``, ``3 tensors``."""
-    return f"{count} {singular}" if count == 1 else f"{count} {singular}s"
-
-
 def quantized_linears(checkpoint: Checkpoint, layout: Layout) -> tuple[list[Linear], list[Linear]]:
     """Split the model's linears into those stored quantized and those stored as a plain ``.weight``.
 
-    A linear counts as quantized when the file has any tensor of its layout, or has nothing of it.
+    A linear counts as unquantized when its ``.weight`` is there and no other tensor of its layout is. Where the
+    layout's own packed tensor is called ``weight`` (FP8, INT8, NF4), its dtype must also be a floating-point one that
+    the layout does not name.
     """
     present = modules(checkpoint)
     quantized: list[Linear] = []
     dense: list[Linear] = []
     for linear in linears(checkpoint):
-        suffixes = present.get(linear.name, {})
-        plain = "weight" in suffixes and "weight" not in layout(linear)
-        (dense if plain and not layout(linear).keys() & suffixes.keys() else quantized).append(linear)
+        (dense if _is_dense(present.get(linear.name, {}), layout(linear)) else quantized).append(linear)
     return quantized, dense
+
+
+def _is_dense(tensors: Mapping[str, Tensor], layout: Mapping[str, Expected]) -> bool:
+    weight, packed = tensors.get("weight"), layout.get("weight")
+    if weight is None or (layout.keys() & tensors.keys()) - {"weight"} - _BESIDE:
+        return False
+    return packed is None or (weight.dtype in FLOATS and weight.dtype not in packed.dtypes)
 
 
 def check_linears(
@@ -70,86 +62,66 @@ def check_linears(
     layout: Layout,
     *,
     code: str,
-    skipped: Iterable[str] = (),
+    skipped: SkipList | Iterable[str] | None = None,
     fix: str = "",
 ) -> list[Finding]:
     """Compare every decoder linear of the files with the layout of a method.
 
     Args:
-        layout: gives each linear's tensors: suffix (``qweight``) -> ``Expected``.
+        layout: gives each linear's tensors: suffix (``qweight``, ``weight.absmax``) -> ``Expected``.
         code: prefix of the codes: ``-missing-tensors``, ``-wrong-shape``, ``-wrong-dtype``,
             ``-unexpected-tensors``, ``-partly-quantized``, ``-skip-list``.
-        skipped: ``modules_to_not_convert``: substrings of the paths of linears stored as ``.weight``.
-            When given, files and list have to agree, as in vLLM; when empty, vLLM takes whatever the
-            safetensors headers say, and so does this.
+        skipped: ``SkipList`` of ``modules_to_not_convert`` or what the method calls it. Files and list have to
+            agree, as in vLLM. None for a method that has no such list.
         fix: what to do about a file that is not in the layout.
 
     Missing tensors are errors because vLLM does not notice them: it serves whatever the parameter's
     memory held. A bias is not the method's business; the core checks it against config.json.
+
+    Of families that core does not know, only the linears are compared that the files hold unquantized. There a
+    tensor is unexpected when its suffix is one of a quantizer, and what depends on how vLLM builds the model warns.
     """
     present = modules(checkpoint)
+    known = is_known(checkpoint)
     missing: list[str] = []
     misshapen: list[str] = []
     mistyped: list[str] = []
     unexpected: list[str] = []
     quantized, dense = quantized_linears(checkpoint, layout)
-    for linear in quantized:
-        suffixes = present.get(linear.name, {})
-        wanted = layout(linear)
-        required = {suffix for suffix, what in wanted.items() if not what.optional}
-        missing += [f"{linear.name}.{suffix}" for suffix in wanted if suffix in required - suffixes.keys()]
-        for suffix, tensor in suffixes.items():
-            what = wanted.get(suffix)
-            if what is None:
-                if suffix not in ("bias", *CACHE_SCALES):
-                    unexpected.append(shown(tensor))
-                continue
-            _compare(tensor, what, misshapen, mistyped)
-    for linear in dense:
-        _compare(present[linear.name]["weight"], Expected((linear.n, linear.k), FLOATS), misshapen, mistyped)
+    plain = {linear.name for linear in dense}
+    for linear in (*quantized, *dense):
+        tensors = present.get(linear.name, {})
+        wanted = {"weight": Expected((linear.n, linear.k), FLOATS)} if linear.name in plain else layout(linear)
+        for suffix, what in wanted.items():
+            if suffix in tensors:
+                _compare(tensors[suffix], what, misshapen, mistyped)
+            elif not what.optional:
+                missing.append(f"{linear.name}.{suffix}")
+        for suffix in tensors.keys() - wanted.keys() - _BESIDE:
+            if known or suffix.startswith(_QUANTIZERS_SUFFIXES):
+                unexpected.append(shown(tensors[suffix]))
     if not checkpoint.tensors_complete:
         missing = []  # a file could not be read, which is the one thing to say
     findings = list(_tensor_findings(code, fix, missing, misshapen, mistyped, unexpected))
-    findings += check_fused_groups([linear.name for linear in dense], linears(checkpoint), code=code)
-    findings += _check_skip_list(code, tuple(skipped), quantized, dense)
+    findings += check_partly_quantized(plain, engine_layers(checkpoint), code, lambda layer: fuses(checkpoint, layer))
+    if skipped is not None:
+        skip = skipped if isinstance(skipped, SkipList) else SkipList(skipped)
+        findings += check_skip_list(checkpoint, skip, dense, code)
     return findings
 
 
 # vLLM reads these beside a quantized attention; they scale the KV cache, not the weights.
-CACHE_SCALES = ("k_scale", "v_scale", "kv_scale", "q_scale", "output_scale")
+CACHE_SCALES = (
+    "k_scale", "v_scale", "kv_scale", "q_scale", "output_scale", "q_zero_point", "k_zero_point", "v_zero_point",
+)  # fmt: skip
+_BESIDE = {"bias", *CACHE_SCALES}
 
-
-def check_fused_groups(dense: Iterable[str], all_linears: Iterable[Linear], *, code: str) -> list[Finding]:
-    """Find fused modules (q/k/v, gate/up, experts) of which only a part is quantized.
-
-    Args:
-        dense: names of the linears stored unquantized.
-        all_linears: every linear of the model.
-        code: prefix of the code ``-partly-quantized``.
-    """
-    plain = set(dense)
-    groups: dict[str, list[Linear]] = {}
-    for linear in all_linears:
-        if linear.fused:
-            groups.setdefault(linear.group, []).append(linear)
-    split: list[str] = []
-    for group, members in groups.items():
-        unquantized = [member.name.rpartition(".")[2] for member in members if member.name in plain]
-        if 0 < len(unquantized) < len(members):
-            split.append(
-                f"{group}: {', '.join(unquantized[:4])} unquantized, the other {len(members) - len(unquantized)} not"
-            )
-    if not split:
-        return []
-    return [
-        Finding.error(
-            f"{code}-partly-quantized",
-            f"{counted(len(split), 'fused module')} quantized in part; vLLM builds each as one layer of one kind. "
-            f"First: {split[0]}",
-            named(split),
-            "quantize the whole group, or leave all its parts unquantized and list them in modules_to_not_convert",
-        )
-    ]
+# What quantizers call their tensors; models of other families have parameters of other names in their linears.
+_QUANTIZERS_SUFFIXES = (
+    "qweight", "qzeros", "scales", "g_idx", "lookup_table", "weight_scale", "weight_packed", "weight_zero_point",
+    "weight_shape", "weight_g_idx", "weight_global_scale", "input_scale", "input_global_scale", "weight.", "W_q", "SCB",
+    "absmax", "quant_map", "nested_absmax",
+)  # fmt: skip
 
 
 def check_shards(
@@ -240,60 +212,29 @@ def _tensor_findings(
     if missing:
         yield Finding.error(
             f"{code}-missing-tensors",
-            f"{counted(len(missing), 'tensor')} missing, and vLLM would not notice: it serves uninitialised weights. "
-            f"First: {missing[0]}",
+            f"{are(len(missing), 'tensor')} missing. vLLM does not report that and serves "
+            f"uninitialised weights. First: {missing[0]}",
             named(missing),
-            fix or "download the checkpoint again; if they were never there, quantize the model again",
+            fix or "download the checkpoint again; if that does not help, quantize the model again",
         )
     if misshapen:
         yield Finding.error(
             f"{code}-wrong-shape",
-            f"{counted(len(misshapen), 'tensor')} of the wrong shape. First: {misshapen[0]}",
+            f"{have(len(misshapen), 'tensor')} the wrong shape. First: {misshapen[0]}",
             named(misshapen),
             fix or "use the config.json that belongs to these files, or quantize the model again",
         )
     if mistyped:
         yield Finding.error(
             f"{code}-wrong-dtype",
-            f"{counted(len(mistyped), 'tensor')} of the wrong dtype, which vLLM casts silently. First: {mistyped[0]}",
+            f"{have(len(mistyped), 'tensor')} the wrong dtype. vLLM converts without a message. First: {mistyped[0]}",
             named(mistyped),
             fix or "convert the tensors, or quantize the model again",
         )
     if unexpected:
         yield Finding.error(
             f"{code}-unexpected-tensors",
-            f"{counted(len(unexpected), 'tensor')} the method does not know. First: {unexpected[0]}",
+            f"{are(len(unexpected), 'tensor')} not in the method's format. First: {unexpected[0]}",
             named(unexpected),
-            fix or "the file is of another method or variant: serve it with the method that wrote it",
+            fix or "serve the files with the method, and the variant of it, that they were quantized with",
         )
-
-
-def _check_skip_list(
-    code: str, skipped: tuple[str, ...], quantized: list[Linear], dense: list[Linear]
-) -> list[Finding]:
-    if not skipped:
-        return []
-    unlisted = [linear.name for linear in dense if not any(part in linear.name for part in skipped)]
-    listed = [linear.name for linear in quantized if any(part in linear.name for part in skipped)]
-    findings: list[Finding] = []
-    if unlisted:
-        findings.append(
-            Finding.error(
-                f"{code}-skip-list",
-                f"{counted(len(unlisted), 'linear')} stored unquantized but not in modules_to_not_convert. "
-                f"First: {unlisted[0]}",
-                named(unlisted),
-                "add them to modules_to_not_convert of the quantization config, or empty it: vLLM then reads headers",
-            )
-        )
-    if listed:
-        findings.append(
-            Finding.error(
-                f"{code}-skip-list",
-                f"{counted(len(listed), 'linear')} stored quantized but named by modules_to_not_convert. "
-                f"First: {listed[0]}",
-                named(listed),
-                "remove them from modules_to_not_convert in the quantization config",
-            )
-        )
-    return findings

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from quantserve.architecture import Architecture, read_architecture
-from quantserve.checks.linear import CACHE_SCALES, FLOATS, counted, named, shown
+from quantserve.checks.linear import CACHE_SCALES, FLOATS
+from quantserve.checks.wording import are, have, named, shown
 from quantserve.finding import Finding
-from quantserve.layers import block_of, is_multimodal, linears, lm_head_name, modules, other_tensors
+from quantserve.layers import (
+    block_of,
+    is_multimodal,
+    linears,
+    lm_head_name,
+    module_of,
+    modules,
+    other_tensors,
+    split_block,
+)
 from quantserve.target import gib
 
 if TYPE_CHECKING:
@@ -18,6 +28,8 @@ if TYPE_CHECKING:
 # Buffers older transformers saved; vLLM drops them.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "attn.masked_bias")
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+_KIND = 3  # blocks that make a kind
+_MAX_KINDS = 16  # kinds compared with each other, the most frequent and the rarest
 
 
 def check_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -46,7 +58,7 @@ def _check_missing(checkpoint: Checkpoint, needed: Mapping[str, tuple[int, ...]]
     if missing and checkpoint.tensors_complete:
         yield Finding.error(
             "model-tensors-missing",
-            f"{counted(len(missing), 'tensor')} that config.json implies missing, and vLLM would not notice: it serves "
+            f"{are(len(missing), 'tensor')} missing that config.json implies. vLLM does not report that and serves "
             f"uninitialised weights. First: {missing[0]}",
             named(missing),
             "download the checkpoint again; if it holds only the quantized linears, merge them with the base model "
@@ -65,9 +77,10 @@ def _check_shapes(
     vocabulary: list[str] = []
     misshapen: list[str] = []
     mistyped: list[str] = []
+    present = modules(checkpoint)
     for name, shape in needed.items():
         tensor = checkpoint.tensors.get(name)
-        if tensor is None:
+        if tensor is None or _other_form(name, present):
             continue
         if tensor.shape != shape:
             rows = name.endswith(_VOCABULARY) and tensor.shape[1:] == shape[1:]
@@ -84,14 +97,14 @@ def _check_shapes(
     if misshapen:
         yield Finding.error(
             "model-tensors-wrong-shape",
-            f"{counted(len(misshapen), 'tensor')} not of the shape config.json implies. First: {misshapen[0]}",
+            f"{have(len(misshapen), 'tensor')} another shape than config.json implies. First: {misshapen[0]}",
             named(misshapen),
             "use the config.json that belongs to these weights",
         )
     if mistyped:
         yield Finding.error(
             "model-tensors-wrong-dtype",
-            f"{counted(len(mistyped), 'tensor')} not in {', '.join(FLOATS)}, though no method quantizes them. "
+            f"{are(len(mistyped), 'tensor')} not in {', '.join(FLOATS)}, though no method quantizes such tensors. "
             f"First: {mistyped[0]}",
             named(mistyped),
             "store embeddings, norms and lm_head in float16 or bfloat16",
@@ -118,19 +131,19 @@ def _check_unknown(
             unknown.append(shown(tensor))
     if unknown:
         beyond = any((block := block_of(name)) is not None and block[0] >= architecture.layers for name in unknown)
-        hint = f"; num_hidden_layers is {architecture.layers}" if beyond else ""
+        hint = f" (num_hidden_layers is {architecture.layers})" if beyond else ""
         yield Finding.error(
             "unknown-tensors",
-            f"{counted(len(unknown), 'tensor')} no part of a {architecture.model_type} model{hint}; vLLM stops at the "
-            f"first: {unknown[0]}",
+            f"{are(len(unknown), 'tensor')} no part of a {architecture.model_type} model{hint}. "
+            f"vLLM stops at the first: {unknown[0]}",
             named(unknown),
             "use the config.json that belongs to these weights, or remove the tensors",
         )
     if biases:
         yield Finding.warning(
             "biases-ignored",
-            f"{counted(len(biases), 'bias tensor')} in the files, but config.json asks for no such bias; vLLM drops "
-            f"them silently, which changes the answers unless they are zero. First: {biases[0]}",
+            f"{are(len(biases), 'bias tensor')} in the files, but config.json sets no such bias. "
+            f"vLLM drops biases without a message; unless they are zero, the answers change. First: {biases[0]}",
             named(biases),
             "set attention_bias or mlp_bias in config.json if the model was trained with them",
         )
@@ -146,27 +159,65 @@ def _of_a_linear(name: str, paths: set[str]) -> bool:
 
 
 def _compare_blocks(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Without a known family: a tensor that most blocks have and one has not is probably missing."""
-    blocks: dict[str, set[int]] = {}
-    for name in checkpoint.tensors:
-        block = block_of(name)
-        if block is not None:
-            blocks.setdefault(block[1], set()).add(block[0])
-    everywhere = set().union(*blocks.values()) if blocks else set()
-    missing = [
-        f"{name[:160]} of block {index}"
-        for name, having in sorted(blocks.items())
-        if len(everywhere) >= 3 and len(having) >= len(everywhere) - max(1, len(everywhere) // 10)
-        for index in sorted(everywhere - having)
-    ]
+    """Without a known family: a tensor that all blocks of one kind have and one block lacks is probably missing.
+
+    Blocks are of one kind when they have the same tensors. Layers with a mixture and dense ones, attention and
+    state-space layers, towers and multi-token prediction are each of their own kind, in any order. A block that has
+    nothing else than a kind has, and nearly all of it, lacks the rest. Parts of blocks (``self_attn``) are compared
+    likewise, so that a layer of a rare kind is compared in what it shares with the others.
+    """
+    towers: dict[str, dict[int, set[str]]] = {}
+    vectors: set[tuple[str, str]] = set()
+    for full_name, tensor in checkpoint.tensors.items():
+        if (split := split_block(full_name)) is not None:
+            tower, index, name = split
+            towers.setdefault(tower, {}).setdefault(index, set()).add(name)
+            if len(tensor.shape) < 2:
+                vectors.add((tower, name))
+    missing: set[tuple[str, int, str]] = set()
+    compared = 0
+    for tower, blocks in towers.items():
+        compared += len(blocks) if len(blocks) > 1 else 0
+        first = min(blocks)
+        parts: dict[str, dict[int, set[str]]] = {}
+        for index, names in blocks.items():
+            for name in names:
+                parts.setdefault(name.partition(".")[0], {}).setdefault(index, set()).add(name)
+        for group in (blocks, *parts.values()):
+            # The first block of some families has no norm or scale, as nothing precedes it (ModernBERT, Zaya).
+            missing |= {(tower, i, name) for i, name in _lacking(group) if i != first or (tower, name) not in vectors}
     if missing:
+        offenders = [f"{tower}{index}.{name}" for tower, index, name in sorted(missing)]
         yield Finding.warning(
             "blocks-differ",
-            f"{counted(len(missing), 'tensor')} that nearly all of {len(everywhere)} blocks have are missing. "
-            f"First: {missing[0]}",
-            named(missing),
-            "download the checkpoint again; vLLM does not notice missing tensors of quantized models",
+            f"{are(len(offenders), 'tensor')} missing that other blocks of the same kind have "
+            f"({compared} blocks compared). First: {offenders[0]}",
+            named(offenders),
+            "download the checkpoint again; vLLM does not report missing tensors of quantized models",
         )
+
+
+def _lacking(blocks: Mapping[int, set[str]]) -> Iterator[tuple[int, str]]:
+    """The tensors that blocks lack: the number of the block, and the name within it."""
+    if len(blocks) <= _KIND:
+        return
+    kinds: dict[frozenset[str], list[int]] = {}
+    for index, names in blocks.items():
+        kinds.setdefault(frozenset(names), []).append(index)
+    by_size = sorted(kinds, key=lambda kind: len(kinds[kind]), reverse=True)
+    common = [kind for kind in by_size if len(kinds[kind]) >= _KIND][:_MAX_KINDS]
+    for odd in by_size[-_MAX_KINDS:]:
+        for kind in common:
+            if not odd < kind or len(kinds[odd]) > max(1, len(kinds[kind]) // 10):
+                continue
+            lacks = kind - odd
+            if len(_modules(lacks)) <= max(1, len(_modules(kind)) // 10):
+                yield from ((index, name) for index in kinds[odd] for name in lacks)
+                break
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in names}
 
 
 def check_size(checkpoint: Checkpoint, method: Method | None) -> Iterator[Finding]:
@@ -178,13 +229,13 @@ def check_size(checkpoint: Checkpoint, method: Method | None) -> Iterator[Findin
     if architecture is None:
         return
     paths = {linear.name for linear in every}
-    rest = sum(t.nbytes for name, t in checkpoint.tensors.items() if name.rpartition(".")[0] not in paths)
+    rest = sum(t.nbytes for name, t in checkpoint.tensors.items() if module_of(name, checkpoint) not in paths)
     stored, parameters = checkpoint.weight_bytes - rest, sum(linear.n * linear.k for linear in every)
     if stored >= 2 * parameters:
         return  # not quantized after all, which the method says
     yield Finding.info(
         "weights-size",
-        f"linears: {gib(stored)}, {8 * stored / parameters:.2f} bits a weight, "
-        f"{stored / (2 * parameters):.0%} of float16; vLLM gives what is saved to the KV cache, "
-        "so the memory it uses stays the same",
+        f"Linear layers: {gib(stored)} ({8 * stored / parameters:.2f} bits/weight, "
+        f"{100 * stored / (2 * parameters):.0f} % of float16). vLLM uses the memory saved for a larger KV cache, so "
+        "total usage does not drop.",
     )

@@ -42,12 +42,6 @@ class Settings:
             return max(self.table_bits, key=lambda bits: self.table_bits[bits])
         return self.declared_bits if self.declared_bits in BITS else None
 
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """``modules_to_not_convert``."""
-        value = self.values.get("modules_to_not_convert")
-        return tuple(item for item in value if isinstance(item, str)) if isinstance(value, (list, tuple)) else ()
-
 
 def read_settings(checkpoint: Checkpoint, model: ModelConfig | None = None) -> Settings:
     """The settings that count: the user's ``hf_overrides``, config.json's, or those of a file."""

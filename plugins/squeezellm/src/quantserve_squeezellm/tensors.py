@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantserve.api import Checkpoint, Expected, Finding, Linear, Tensor, check_linears, check_shards, quantized_linears
+from quantserve.api import (
+    Checkpoint,
+    Expected,
+    Finding,
+    Linear,
+    SkipList,
+    Tensor,
+    check_linears,
+    check_shards,
+    quantized_linears,
+)
 from quantserve_squeezellm.config import Settings
 
 OFFENDERS = 8
@@ -31,7 +41,8 @@ def tensor_findings(checkpoint: Checkpoint, settings: Settings, ranks: int) -> l
         }
 
     findings = mixed_width_findings(checkpoint, settings)
-    findings += check_linears(checkpoint, layout, code="squeezellm", skipped=settings.skipped)
+    skipped = SkipList(settings.values.get("modules_to_not_convert"), headers="also")
+    findings += check_linears(checkpoint, layout, code="squeezellm", skipped=skipped)
     quantized, _ = quantized_linears(checkpoint, layout)
     findings += expert_findings(quantized)
     findings += table_dtype_findings(checkpoint)

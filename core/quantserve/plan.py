@@ -232,7 +232,7 @@ def _core_settings(composition: Composition) -> dict[str, Setting]:
     if shares_gpu(model, target):
         share = model.scaling_config.num_gpus_per_worker
         settings["gpu_memory_utilization"] = Setting(round(0.92 * share, 4), "core")
-        # Engines that start together would measure each other's memory; vLLM measures nothing when it is told the size.
+        # Engines that start together would count each other's memory; with a given size vLLM does not measure.
         # It still asks at the start whether gpu_memory_utilization of the GPU is free.
         if composition.memory and composition.memory.kv_cache_bytes:
             settings["kv_cache_memory_bytes"] = Setting(composition.memory.kv_cache_bytes, "core")

@@ -218,7 +218,7 @@ def test_prompts_by_estimate_without_tokenize(bench: Callable[..., int], server:
         (["-c", "1,x"], "not a comma-separated list of whole numbers above 0"),
         (["--rate", "inf"], "not a comma-separated list of numbers above 0"),
         (["--input-tokens", "12/x"], "is not MEAN or MEAN/SD"),
-        (["--tokenizer", "nowhere"], "name a tokenizer.json"),
+        (["--tokenizer", "nowhere"], "give the path of a tokenizer.json"),
         (["--compare", "awq"], "--compare and --together need a CONFIG"),
         (["models/demo.yaml"], "fix: give one of them"),
     ],

@@ -211,7 +211,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--overwrite"):
         check_folder(tmp_path / "used", overwrite=False)
     check_folder(tmp_path / "used", overwrite=True)
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="not a folder"):
         check_folder(tmp_path / "used" / "x", overwrite=True)
 
 

@@ -218,5 +218,5 @@ def test_a_wrong_trace_line_is_reported_with_its_number(tmp_path: Path, line: ob
 
 def test_a_tokenizer_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"name a tokenizer\.json"):
+    with pytest.raises(UsageError, match=r"give the path of a tokenizer\.json"):
         FileTokenizer(str(tmp_path))

@@ -29,7 +29,7 @@ METRICS: Final = (
 
 
 def base_name(model: str, settings: Settings) -> str:
-    """``{model}_{mean input}_{mean output}``, whatever is not a word or a hyphen made a hyphen."""
+    """``{model}_{mean input}_{mean output}``, with hyphens for all other characters than letters, digits and ``_``."""
     workload = settings.workload
     name = f"{model}_{workload.input_tokens.mean:.0f}_{workload.output_tokens.mean:.0f}"
     return re.sub(r"-{2,}", "-", re.sub(r"[^\w\d-]+", "-", name))

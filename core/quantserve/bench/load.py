@@ -22,18 +22,18 @@ from quantserve.bench.result import Result
 
 T = TypeVar("T")
 RAW_LIMIT: Final = 256 << 20
-"""Bytes of undecoded answers to keep; beyond, answers are decoded while the load runs."""
+"""Most bytes of undecoded answers; beyond it answers are decoded during the load."""
 PAUSE_LIMIT_S: Final = 30.0
 LAG_EVERY_S: Final = 0.05
 
 
 @dataclass(frozen=True)
 class Closed:
-    """`concurrency` users, each sending its next request when its last was answered.
+    """`concurrency` users, each sending its next request when the previous answer is complete.
 
     Attributes:
-        concurrency: users.
-        ramp_s: over how long they join, evenly; 0 is all at once.
+        concurrency: number of users.
+        ramp_s: time over which the users start, evenly; 0 starts all at once.
     """
 
     concurrency: int
@@ -42,19 +42,19 @@ class Closed:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Groups of `concurrency` requests, each begun when the last group was answered whole (llmperf until 2024)."""
+    """Groups of `concurrency` requests; each starts when the previous group is complete (old llmperf)."""
 
     concurrency: int
 
 
 @dataclass(frozen=True)
 class Open:
-    """Requests at given times, whether or not earlier ones were answered.
+    """Requests at given times, independent of the answers.
 
     Attributes:
         rate: requests per second.
-        rate_end: rate after `ramp_s`, reached evenly; None keeps `rate`.
-        ramp_s: how long the change takes.
+        rate_end: rate after `ramp_s`, changing linearly; None keeps `rate`.
+        ramp_s: duration of the change.
         poisson: independent arrivals; False spaces them evenly.
         max_concurrency: further requests wait in the client; the wait is neither in TTFT nor in E2E, but reported.
         seed: of the arrivals.
@@ -70,7 +70,7 @@ class Open:
 
 @dataclass(frozen=True)
 class Timed:
-    """Requests at the times of a trace, in seconds from its begin.
+    """Requests at the times of a trace, in seconds from its start.
 
     Attributes:
         times: ascending, one per request.
@@ -108,7 +108,7 @@ class Run:
         began, ended: on the clock of `time.perf_counter`: before the first request, after the last answer.
         unix_time: `began` as Unix time.
         cpu_s: processor time this process used between the two.
-        lag_mean_s, lag_max_s: how late the event loop called back; time stamps may be wrong by so much.
+        lag_mean_s, lag_max_s: delay of the event loop, which is the possible error of time stamps.
     """
 
     load: Load
@@ -133,12 +133,12 @@ class Run:
 
     @property
     def last_launch(self) -> float:
-        """When the last request was sent; from then on the load only drained."""
+        """When the last request was sent."""
         return max((result.start for result in self.results), default=self.began)
 
     @property
     def client_share(self) -> float:
-        """Share of one core that this process used; near 1 the client is what was measured."""
+        """Share of one core that this process used; near 1 the client limits the results."""
         return self.cpu_s / self.duration_s if self.duration_s else 0.0
 
 
@@ -154,16 +154,16 @@ async def run(
 ) -> Run:
     """Send requests in the shape of a load, wait for every answer, decode them.
 
-    Requests of a sequence are encoded before the clock starts, those of an iterator when they are due. No more
-    are sent than are recorded.
+    Requests of a sequence are encoded before the clock starts, those of an iterator when they are due. Every request
+    sent is recorded.
 
     Args:
-        target: where to.
+        target: the server.
         requests: in order; an endless iterator needs `max_duration_s`.
-        load: how they are sent.
-        timeout_s: for one request.
-        stall_s: longest silence within one request.
-        max_duration_s: send no request later than this after the first; those on their way are waited for.
+        load: load shape.
+        timeout_s: request timeout.
+        stall_s: longest time without data within one request.
+        max_duration_s: stop sending after this time; requests in flight are completed.
         live: counters to update for a display.
     """
     client = Client(target, timeout_s, stall_s, live)
@@ -187,7 +187,7 @@ async def run(
 
 
 def run_blocking(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, on uvloop where it is installed: it costs less per read."""
+    """Run a coroutine on uvloop, if it is installed, because it costs less per read."""
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if find_spec("uvloop"):
         import uvloop
@@ -198,7 +198,7 @@ def run_blocking(work: Coroutine[Any, Any, T]) -> T:
 
 
 def arrivals(load: Open) -> Iterator[float]:
-    """When each request of an open load is due, in seconds from its begin; endless while the rate is above 0."""
+    """Send times of an open load, in seconds from its start; endless while the rate is above 0."""
     chance = random.Random(load.seed)
     expected = 0.0  # requests until now if none came by chance
     while True:
@@ -222,7 +222,7 @@ def _time_of(load: Open, expected: float) -> float:
 
 
 class _Supply:
-    """Requests with their wire form, in order, each handed out once."""
+    """Requests and their encoded form, each returned once, in order."""
 
     def __init__(self, target: Target, requests: Iterable[Request]) -> None:
         self.count = len(requests) if isinstance(requests, Sequence) else None
@@ -273,7 +273,7 @@ async def _closed(sender: _Sender, load: Closed) -> None:
         while taken := sender.take():
             result = await sender.send(taken)
             if result.asked_to_wait_s:
-                # A user who obeys does not use up all requests on refusals.
+                # Without waiting, refusals would use up all requests.
                 await asyncio.sleep(min(PAUSE_LIMIT_S, result.asked_to_wait_s))
 
     await _all(user(position) for position in range(load.concurrency))

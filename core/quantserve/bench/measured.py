@@ -15,7 +15,7 @@ from quantserve.bench.timing import Count, Timing, timing_of
 
 SLO_KEYS: Final = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s", "normalized": "normalized_s"}
 SATURATED: Final = 0.5
-"""Share of a core from which on the client is suspected to be what was measured."""
+"""Share of a core above which the client may limit the results."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Measured:
         timings: of the complete answers, in the order of sending.
         summaries: by key of `METRICS`, in its unit; without those that have no value.
         totals: by key of `TOTALS`; goodput only where limits were given.
-        error_codes: how often each code came, as text.
+        error_codes: number of failures by code (as text).
         error_messages: one message per code.
-        sources: who counted the output tokens -> of how many answers.
+        sources: source of the output token counts -> number of answers.
         slo: limits in ms, by key of `SLO_KEYS`.
     """
 

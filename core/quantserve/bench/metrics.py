@@ -23,7 +23,7 @@ class Metric:
         unit: ``ms``, ``tok/s``, ``tokens`` or empty; values in ms are kept in seconds until they are written.
         definition: the formula in words.
         of: its values in one answer; several for gaps, none where it has no meaning.
-        llmperf, vllm, guidellm: what these tools call the same, or come closest to.
+        llmperf, vllm, guidellm: the name of the same or the closest metric in these tools.
         higher_is_better: for verdicts and plots; None for neither.
     """
 
@@ -60,7 +60,7 @@ METRICS: Final[Mapping[str, Metric]] = {
             "ms",
             "from sending the request to the first event with content, reasoning or a tool call",
             _one("ttft_s"),
-            vllm="ttft (there the empty event that opens a chat counts as well)",
+            vllm="ttft (includes the empty event at the start of a chat)",
             guidellm="time_to_first_token_ms",
         ),
         Metric(
@@ -103,7 +103,7 @@ METRICS: Final[Mapping[str, Metric]] = {
             "from sending the request to the end of the response",
             _one("e2e_s"),
             llmperf="end_to_end_latency_s",
-            vllm="e2el (there to the last event with choices)",
+            vllm="e2el (to the last event with choices)",
             guidellm="request_latency",
         ),
         Metric(
@@ -112,8 +112,8 @@ METRICS: Final[Mapping[str, Metric]] = {
             "ms",
             "E2E / output tokens, TTFT included: the ITL of llmperf and of the RayLLM tables",
             _one("normalized_s"),
-            llmperf="inter_token_latency_s (there divided by the number of chunks)",
-            guidellm="time_per_output_token_ms (there to the last token)",
+            llmperf="inter_token_latency_s (divided by the number of chunks)",
+            guidellm="time_per_output_token_ms (to the last token)",
         ),
         Metric(
             "tokens_per_s",
@@ -132,14 +132,14 @@ METRICS: Final[Mapping[str, Metric]] = {
             _one("decode_tokens_per_s"),
             higher_is_better=True,
         ),
-        Metric("queue", "Client queue", "ms", "waited in the client after its time had come", _one("queue_s")),
+        Metric("queue", "Client queue", "ms", "time a due request waited in the client", _one("queue_s")),
         Metric(
             "input_tokens",
             "Input tokens",
             "tokens",
-            "the server's usage.prompt_tokens, chat template included; without it the workload's target",
+            "the server's usage.prompt_tokens, including the chat template; without it the workload's target",
             _one("input_tokens"),
-            llmperf="number_input_tokens (there always the target)",
+            llmperf="number_input_tokens (always the target)",
             guidellm="prompt_token_count",
             higher_is_better=None,
         ),
@@ -148,9 +148,9 @@ METRICS: Final[Mapping[str, Metric]] = {
             "Output tokens",
             "tokens",
             "the server's usage.completion_tokens; without it counted by the tokenizer, without special tokens; else "
-            "one per event",
+            "one token per event",
             _one("output_tokens"),
-            llmperf="number_output_tokens (there by Llama's tokenizer, with BOS)",
+            llmperf="number_output_tokens (by Llama's tokenizer, with BOS)",
             guidellm="output_token_count",
             higher_is_better=None,
         ),
@@ -158,7 +158,7 @@ METRICS: Final[Mapping[str, Metric]] = {
             "tokens_per_event",
             "Tokens per event",
             "",
-            "output tokens / events with a token; above 1 the server groups tokens, and chunk gaps are no token gaps",
+            "output tokens / events with a token; above 1 the server groups tokens, and chunk gaps are not token gaps",
             _one("tokens_per_event"),
             higher_is_better=None,
         ),
@@ -167,7 +167,7 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 TOTALS: Final[Mapping[str, tuple[str, str]]] = {
     "duration_s": ("s", "from before the first request to the last answer"),
-    "requests": ("", "sent; none is sent that is not counted"),
+    "requests": ("", "requests sent, without the warm-up"),
     "completed": ("", "complete answers"),
     "errors": ("", "requests without a complete answer, by code in `error_codes`"),
     "error_rate": ("", "errors / requests"),
@@ -176,14 +176,14 @@ TOTALS: Final[Mapping[str, tuple[str, str]]] = {
     "output_tokens_per_s": ("tok/s", "output tokens of complete answers / duration, of all users together"),
     "total_tokens_per_s": ("tok/s", "input and output tokens of complete answers / duration"),
     "peak_output_tokens_per_s": ("tok/s", "most output tokens in one second of the run"),
-    "goodput_per_s": ("1/s", "complete answers that keep all limits of --slo / duration"),
-    "goodput_share": ("", "complete answers that keep all limits of --slo / requests"),
-    "concurrency_mean": ("", "requests on their way, over the steady window"),
-    "concurrency_max": ("", "most requests on their way at once"),
-    "steady_s": ("s", "length of the steady window, in which all users are at work or the open load sends"),
+    "goodput_per_s": ("1/s", "complete answers within all limits of --slo / duration"),
+    "goodput_share": ("", "complete answers within all limits of --slo / requests"),
+    "concurrency_mean": ("", "mean number of requests in flight in the steady window"),
+    "concurrency_max": ("", "largest number of requests in flight"),
+    "steady_s": ("s", "length of the steady window, in which all users are active or the open load sends"),
     "steady_output_tokens_per_s": ("tok/s", "output tokens that arrived in the steady window / its length"),
-    "client_share": ("", "share of one core this client used; above 0.5 it may be what was measured"),
-    "loop_lag_mean_ms": ("ms", "how late the client's event loop was on average; time stamps may be wrong by so much"),
-    "loop_lag_max_ms": ("ms", "how late it was at most"),
+    "client_share": ("", "share of one core that the client used; above 0.5 it may limit the results"),
+    "loop_lag_mean_ms": ("ms", "mean delay of the client's event loop; the possible error of time stamps"),
+    "loop_lag_max_ms": ("ms", "largest delay of the client's event loop"),
 }  # fmt: skip
 """Numbers of the whole run: unit and definition."""

@@ -39,7 +39,7 @@ def page(measurements: Sequence[Measurement], settings: dict[str, Any], machine:
         measurements: at least one.
         settings: as JSON.
         machine: the machine of the client, in words.
-        plots: drawn; none says what to install.
+        plots: drawn plots; without any the page has a note on matplotlib.
     """
     models = ", ".join(dict.fromkeys(m.served.id for m in measurements))
     header, rows = markdown.seed_rows(measurements)

@@ -1,4 +1,4 @@
-"""Plots of measurements, by matplotlib where it is installed."""
+"""Plots of measurements, drawn with matplotlib if it is installed."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Event(NamedTuple):
         read: number of that read in the response; events that came together share it.
         kind: what it carries.
         text: its content or reasoning.
-        tokens: output tokens until here, where the server says so in every event (``continuous_usage_stats``).
+        tokens: output tokens so far, if the server reports them in every event (``continuous_usage_stats``).
     """
 
     at: float
@@ -51,7 +51,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of the server for one request; None where it did not say."""
+    """The server's token counts of one request; None if it reported none."""
 
     prompt: int | None
     completion: int | None
@@ -166,7 +166,7 @@ class Result:
             except ValueError:
                 value = None
             if not isinstance(value, dict):
-                # The torn end of a stream that failed anyway says nothing new.
+                # After a failure the rest of a stream adds no information.
                 self.failure = self.failure or Failure("protocol", f"an event is no JSON object: {message.data[:80]!r}")
                 continue
             if value.get("error") or message.name == b"error":

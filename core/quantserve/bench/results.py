@@ -1,4 +1,4 @@
-"""Result files: everything is written to a temporary folder, which takes its name when it is whole."""
+"""Writes the result files: to a temporary folder, which is renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ REQUEST_COLUMNS: Final = (
 
 
 def check_folder(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something, before anything is measured.
+    """Check the output folder before the measurement.
 
     Raises:
-        UsageError: it does, or it cannot be made.
+        UsageError: it is not empty, or cannot be created.
     """
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UsageError(f"{out} is not empty\n  fix: name another --out, or give --overwrite")
+        raise UsageError(f"--out {out}: the folder is not empty\n  fix: give another --out, or --overwrite")
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is no folder\n  fix: name another --out")
+        raise UsageError(f"--out {out}: not a folder\n  fix: give another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}") from None
     if not os.access(out.parent, os.W_OK):
-        raise UsageError(f"--out {out}: {out.parent} cannot be written")
+        raise UsageError(f"--out {out}: no permission to write to {out.parent}\n  fix: give another --out")
 
 
 def write(
@@ -58,16 +58,16 @@ def write(
     *,
     plots: bool = True,
 ) -> dict[str, Any]:
-    """Write all files; returns what ``results.json`` holds.
+    """Write all files; returns the content of ``results.json``.
 
-    ``results.json``, ``requests.csv``, ``summary.csv``, ``report.md``, ``report.html``, plots as .svg and .png where
-    matplotlib is installed, and llmperf's two files per measurement in a folder of its own.
+    ``results.json``, ``requests.csv``, ``summary.csv``, ``report.md``, ``report.html``, plots as .svg and .png if
+    matplotlib is installed, and a folder with llmperf's two files for each measurement.
 
     Args:
         out: replaced when it exists.
         measurements: at least one.
         settings: what was measured.
-        metadata: the user's own, kept in every JSON file.
+        metadata: from the user, written to every JSON file.
         plots: draw them, where matplotlib is installed.
     """
     metadata = metadata or {}

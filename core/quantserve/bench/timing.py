@@ -20,7 +20,7 @@ class Timing:
     """One complete answer in numbers; times in seconds, None where they have no meaning.
 
     Attributes:
-        output_tokens, source: and who counted them.
+        output_tokens, source: count and its source.
         input_tokens: the server's count, else the workload's.
         cached_tokens: input tokens the server took from its prefix cache.
         queue_s: waited in the client before it was sent.

@@ -126,7 +126,9 @@ class FileTokenizer:
         try:
             self._tokenizer = Fast.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
-            raise UsageError(f"--tokenizer {path}: {one_line(error)}\n  fix: name a tokenizer.json") from None
+            raise UsageError(
+                f"--tokenizer {path}: {one_line(error)}\n  fix: give the path of a tokenizer.json"
+            ) from None
         self.name = file.name
 
     def encode(self, text: str) -> list[int]:
@@ -139,11 +141,11 @@ class FileTokenizer:
 
 
 def find_tokenizer(target: Target, file: str | None) -> Tokenizer | None:
-    """The tokenizer file when one is named, else the server's own tokenizer, else None.
+    """The tokenizer file if one is given, else the server's tokenizer, else None.
 
     Raises:
         UsageError: the file cannot be used.
-        EngineError: the server does not answer at all.
+        EngineError: the server does not respond.
     """
     if file:
         return FileTokenizer(file)

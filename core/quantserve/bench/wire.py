@@ -1,7 +1,7 @@
-"""HTTP/1.1 responses and server-sent events, parsed from bytes whose reads are remembered.
+"""Parses HTTP/1.1 responses and server-sent events, with the read in which each part arrived.
 
-A benchmark must know when a byte came, not only what it says. So both parsers keep, for everything they find, the
-number of the read in which its last byte arrived; whoever stamped the reads knows the time.
+A benchmark needs the arrival times. Both parsers therefore record, for every part, the number of the read in which its
+last byte arrived; the caller has the time of each read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 class ProtocolError(Exception):
-    """Bytes that are not HTTP/1.1; str(error) says which."""
+    """The bytes are not HTTP/1.1; the message has the reason."""
 
 
 class ResponseReader:

@@ -71,7 +71,7 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
     try:
         _say(f"Starting Ray and {_count(plans)}; small models take 30 to 90 s, large ones several minutes.")
         ray_processes = start_ray()
-        interrupts.install()  # Ray has installed handlers of its own
+        interrupts.install()  # Ray has replaced the handlers
         processes.scan()
         _say(f"Logs: {log_folder()}")
         token, created = cluster_secret()

@@ -171,7 +171,7 @@ ASKED = ("auto", "half", "float16", "bfloat16", "float32", "float")
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("target", [A100, T4, MI300, PLAIN_CPU, find_target("v100")], ids=lambda t: t.name)
-def test_every_decision_is_vllms(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_decision_is_vllms(target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """vLLM's own function, on configs as transformers loads them, for 3,240 combinations."""
     import torch
     from transformers import PreTrainedConfig
@@ -201,6 +201,7 @@ def test_every_decision_is_vllms(target: Target, monkeypatch: pytest.MonkeyPatch
     if target.device != "cpu":
         monkeypatch.setattr(theirs, "current_platform", Pretended())
     assert frozenset(theirs._FLOAT16_NOT_SUPPORTED_MODELS) == NO_FLOAT16
+    folder = str(tmp_path)  # without files, so that nothing is asked of the hub
     models = {
         (asked, pooling): model(dtype=asked, runner="pooling" if pooling else "generate")
         for asked, pooling in product(ASKED, (False, True))
@@ -209,7 +210,7 @@ def test_every_decision_is_vllms(target: Target, monkeypatch: pytest.MonkeyPatch
         config = PreTrainedConfig(**({} if stored is None else {"torch_dtype": stored}))
         config.model_type = model_type
         try:
-            truth: torch.dtype | None = theirs._get_and_verify_dtype("nowhere", config, asked, is_pooling_model=pooling)
+            truth: torch.dtype | None = theirs._get_and_verify_dtype(folder, config, asked, is_pooling_model=pooling)
         except ValueError:
             truth = None
         made = checkpoint(model_type, torch_dtype=stored)

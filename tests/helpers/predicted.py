@@ -103,7 +103,13 @@ def model(ranks: int = 1, **engine_kwargs: object) -> ModelConfig:
 
 
 def expected(
-    config: dict[str, Any], method: str, target: str, ranks: int = 1, engine: str = ENGINE_NOW, bits: int | None = None
+    config: dict[str, Any],
+    method: str,
+    target: str,
+    ranks: int = 1,
+    engine: str = ENGINE_NOW,
+    bits: int | None = None,
+    argument: str | None = None,
 ) -> Expectation:
     """What predictions of a model that nobody has in files rest on."""
     plugin = Registry.load({}).find_method(method)
@@ -113,6 +119,6 @@ def expected(
     kernel = kernel_of(plugin, hardware, width, engine)
     assert kernel is not None
     files = imagined(Checkpoint.from_tensors(config), kernel.bits_per_weight)
-    made = expectation(plugin, files, model(ranks), hardware, None, bits=width, engine=engine)
+    made = expectation(plugin, files, model(ranks), hardware, None, bits=width, engine=engine, argument=argument)
     assert made is not None
     return made

@@ -1,0 +1,318 @@
+"""Which kernel serves AWQ on a CPU, what experts need, and what linears of unknown families are checked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quantserve_kernels
+from helpers.checkpoints import REMOVE, make_llama, quantized_linear
+from helpers.composed import composed, errors, findings, text
+from helpers.predicted import LLAMA_7B, expected, model
+from quantserve.api import Checkpoint, Finding, Target
+from quantserve.performance import WORKLOADS, Calibration
+from quantserve.performance.calibration import fastest_kernel, fingerprint, save
+from quantserve.target import GIB, find_target
+from quantserve_awq import kernel, plugin, speed
+from quantserve_kernels import Status
+
+EPYC = Target("cpu", "cpu", 64 * GIB, count=1, cores=2, features=("avx2", "avx512f", "avx512_bf16"))
+XEON = replace(EPYC, features=(*EPYC.features, "amx_bf16", "amx_int8"))
+OURS, THEIRS = "quantserve_awq", "awq"
+
+
+def said(checkpoint: Checkpoint, target: Target, ranks: int = 1, **engine_kwargs: object) -> dict[str, Finding]:
+    """What the plugin alone finds."""
+    found = plugin.quantserve_validate(checkpoint, model(ranks, **engine_kwargs), target)
+    return {finding.code: finding for finding in found}
+
+
+def argument(checkpoint: Checkpoint, target: Target, **engine_kwargs: object) -> object:
+    """The quantization argument of the plan."""
+    return plugin.quantserve_engine_kwargs(checkpoint, model(**engine_kwargs), target)["quantization"]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Checkpoint:
+    return composed(make_llama(tmp_path / "m", "awq")).checkpoint
+
+
+# --- the kernel of a CPU ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "target", "given", "codes"),
+    [
+        (None, EPYC, OURS, set()),
+        (None, XEON, THEIRS, {"awq-kernel"}),
+        ("awq", XEON, THEIRS, {"awq-kernel"}),
+        ("awq_vllm", XEON, THEIRS, set()),
+        ("quantserve_awq", XEON, OURS, set()),
+        ("quantserve_awq", EPYC, OURS, set()),
+        ("awq_vllm", EPYC, THEIRS, set()),
+    ],
+)
+def test_amx_gets_vllms_kernel_unless_another_is_named(
+    small: Checkpoint, asked: str | None, target: Target, given: str, codes: set[str]
+) -> None:
+    kwargs = {} if asked is None else {"quantization": asked}
+    assert argument(small, target, **kwargs) == given
+    found = said(small, target, **kwargs)
+    assert found.keys() - {"awq-dtype"} == codes
+    if codes:
+        assert all(words in found["awq-kernel"].message for words in ("AMX", "1210 ms", "8 bits"))
+        assert "quantserve calibrate" in found["awq-kernel"].fix
+
+
+def test_every_instruction_set_has_a_kernel() -> None:
+    assert kernel.BY_INSTRUCTION_SET[-1][0] == ""
+    assert {name for _, name in kernel.BY_INSTRUCTION_SET} <= {OURS, THEIRS}
+
+
+def calibrated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: Target, **tables: tuple[float, float, float, float]
+) -> None:
+    """A calibration of this target: picoseconds per weight at 1, 4, 16 and 512 rows by kernel."""
+    kernels = {
+        f"{name}-4": tuple((rows, 1e-12 * value) for rows, value in zip((1, 4, 16, 512), values, strict=True))
+        for name, values in tables.items()
+    }
+    made = Calibration(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=fingerprint(target),
+        versions={},
+        threads=1,
+        read_bytes_per_s=10e9,
+        matmul_flops_per_s=800e9,
+        kernels=kernels,
+    )
+    path = tmp_path / "calibration.json"
+    save(made, path)
+    monkeypatch.setenv("QUANTSERVE_CALIBRATION", str(path))
+
+
+FAST, SLOW = (50.0, 60.0, 100.0, 1000.0), (60.0, 120.0, 370.0, 10_000.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "tables", "given", "said_so"),
+    [
+        (XEON, {OURS: FAST, THEIRS: SLOW}, OURS, True),
+        (XEON, {OURS: SLOW, THEIRS: FAST}, THEIRS, True),
+        (EPYC, {OURS: SLOW, THEIRS: FAST}, THEIRS, True),
+        (EPYC, {OURS: FAST, THEIRS: SLOW}, OURS, False),  # as without a calibration
+        (XEON, {OURS: FAST}, THEIRS, True),  # only one was measured
+    ],
+)
+def test_a_calibration_decides(
+    small: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: Target,
+    tables: dict[str, tuple[float, float, float, float]],
+    given: str,
+    said_so: bool,
+) -> None:
+    calibrated(monkeypatch, tmp_path, target, **tables)
+    assert argument(small, target) == given
+    assert ("awq-kernel" in said(small, target)) == said_so
+    assert argument(small, target, quantization="awq_vllm") == THEIRS
+    if len(tables) == 2 and said_so:
+        assert "calibration of 20" in said(small, target)["awq-kernel"].message
+    other = XEON if target is EPYC else EPYC  # not its calibration
+    assert argument(small, other) == (THEIRS if other is XEON else OURS)
+
+
+def test_the_work_that_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrated(monkeypatch, tmp_path, EPYC, a=(1, 2, 4, 100), b=(2, 2, 4, 57))
+    found = fastest_kernel(EPYC, ("a-4", "b-4"))
+    assert found is not None
+    # 3 x 512 rows, 8 x 16, 32 x 4, 128 x 1
+    assert found.seconds["a-4"] == pytest.approx(1e-6 * (3 * 100 + 8 * 4 + 32 * 2 + 128 * 1))
+    assert found.seconds["b-4"] == pytest.approx(1e-6 * (3 * 57 + 8 * 4 + 32 * 2 + 128 * 2))
+    assert found.key == "b-4"
+    assert fastest_kernel(EPYC, ("a-4", "c-4")) is None
+    assert fastest_kernel(find_target("a100-80g"), ("a-4", "b-4")) is None
+
+
+def test_shapes_vllms_kernel_cannot_take_stay_with_ours(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "m", "awq", intermediate=48, group_size=16)
+    checkpoint = composed(folder).checkpoint
+    assert argument(checkpoint, XEON) == OURS
+    assert "awq-cpu-alignment" in said(checkpoint, XEON, quantization="awq_vllm")
+
+
+def test_our_kernel_asked_for_where_it_is_not_compiled(small: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantserve_kernels, "status", lambda: Status(False, "torch", "no compiler"))
+    assert "no compiler" in said(small, EPYC, quantization="quantserve_awq")["awq-no-kernel"].message
+    assert not said(small, XEON).keys() & {"awq-slow-kernel", "awq-no-kernel"}
+    profile = speed.kernel(XEON, 4, "vllm-0.32")
+    assert profile is not None
+    assert (profile.argument, profile.alternatives) == (THEIRS, ())
+
+
+# --- prediction with AMX --------------------------------------------------------------------------------
+
+
+def seconds(target: Target, quantization: str, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Predicted seconds of a prompt of 512 tokens and of a decode step, of Llama-2 7B."""
+    monkeypatch.setattr("helpers.predicted.find_target", lambda name: target)
+    made = expected(LLAMA_7B, "awq", "cpu", argument=quantization)
+    prediction = made.predict(WORKLOADS["single"])
+    return prediction.ttft_ms / 1e3, prediction.decode_step.linears
+
+
+def test_our_kernel_is_not_predicted_at_the_rate_of_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rough run on a Xeon: about 10,257 ps a weight at 512 rows with ours, vLLM's several times faster."""
+    profiles = {profile.argument: profile for profile in (speed.OURS, speed.VLLM_AMX)}
+    from quantserve.performance.machine import linear_cost, machine_of
+
+    one = machine_of(XEON)
+    weights = 4096 * 4096
+    ours = linear_cost(one, profiles[OURS], "none")
+    theirs = linear_cost(one, profiles[THEIRS], "none")
+    assert ours.seconds(512, 4096, 4096) / weights == pytest.approx(10_257e-12, rel=0.25)
+    assert ours.seconds(16, 4096, 4096) / weights == pytest.approx(366e-12, rel=0.25)
+    assert 5 < ours.seconds(64, 4096, 4096) / theirs.seconds(64, 4096, 4096) < 9
+    without = machine_of(EPYC)
+    assert linear_cost(without, profiles[OURS], "none").seconds(512, 4096, 4096) < ours.seconds(512, 4096, 4096)
+
+
+def test_the_plan_is_predicted_with_the_kernel_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = (seconds(XEON, quantization, monkeypatch)[0] for quantization in (OURS, THEIRS))
+    assert ours > 3 * theirs
+
+
+# --- experts ------------------------------------------------------------------------------------------
+
+
+def mixture(width: int = 768, hidden: int = 2048, group: int = 128, **changes: Any) -> Checkpoint:
+    """A mixture of an unknown family with two experts, quantized with AWQ."""
+    tensors = {}
+    for expert in range(2):
+        path = f"model.layers.0.mlp.experts.{expert}."
+        for name, n, k in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
+            tensors |= quantized_linear(
+                path + name, n, k, "awq", bits=4, group_size=group, dtype="F16", sparse=0, full_rows=0
+            )
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    config = {"model_type": "unheard_of", "architectures": ["UnheardOfForCausalLM"], "torch_dtype": "bfloat16"}
+    config["quantization_config"] = {**quantization, **changes.pop("quantization", {})}
+    return Checkpoint.from_tensors({**config, **changes}, tensors | changes.pop("tensors", {}))
+
+
+A100, MI300 = find_target("a100-80g"), find_target("mi300x")
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "ranks", "code", "words"),
+    [
+        ({}, A100, 2, None, ()),  # 768 / 2 = 384, three groups
+        ({}, A100, 4, "awq-experts-slow", ("192", "cut to 64")),
+        ({}, A100, 8, "awq-experts-slow", ("96", "cut to 32")),
+        ({}, A100, 16, "awq-experts-group", ("48", "divides both")),
+        ({"hidden": 2112, "group": 64}, A100, 1, "awq-experts-slow", ("2112",)),
+        ({"group": 256, "width": 1024}, A100, 1, "awq-experts-slow", ("groups of 256",)),
+        ({"group": 64}, A100, 4, None, ()),
+        ({"group": -1}, A100, 1, "awq-experts-group", ("group_size -1",)),
+        ({}, MI300, 1, "awq-experts-slow", ("ROCm",)),
+        ({}, EPYC, 1, "awq-cpu-experts", ("AMX",)),
+        ({}, XEON, 1, None, ()),
+        ({}, XEON, 4, "awq-cpu-experts", ("192",)),
+        ({"scoring_func": "sigmoid"}, XEON, 1, "awq-cpu-experts", ("sigmoid",)),
+    ],
+)
+def test_experts_by_vllms_rules(
+    options: dict[str, Any], target: Target, ranks: int, code: str | None, words: Iterable[str]
+) -> None:
+    found = said(mixture(**options), target, ranks)
+    mine = {name for name in found if "experts" in name}
+    assert mine == ({code} if code else set())
+    assert "awq-group-splits-ranks" not in found
+    assert all(word in text(found[str(code)]) for word in words)
+
+
+def test_expert_parallelism_leaves_experts_whole() -> None:
+    assert "awq-experts-slow" in said(mixture(), A100, 4)
+    assert not said(mixture(), A100, 4, enable_expert_parallel=True).keys() & {"awq-experts-slow", "awq-experts-group"}
+
+
+def test_the_fallback_reads_other_keys() -> None:
+    old = {"quantization": {"w_bit": 4, "q_group_size": 128, "bits": None, "group_size": None}}
+    checkpoint = mixture(**old)
+    quantization = {k: v for k, v in checkpoint.config["quantization_config"].items() if v is not None}
+    checkpoint = replace(checkpoint, config={**checkpoint.config, "quantization_config": quantization})
+    assert "awq-experts-keys" in said(checkpoint, A100, 4)
+    assert "awq-experts-keys" not in said(checkpoint, A100, 2)
+
+
+def test_profiles_of_cpus_say_whether_they_serve_experts() -> None:
+    for target, serves in ((EPYC, False), (XEON, True)):
+        profile = speed.kernel(target, 4, "vllm-0.32")
+        assert profile is not None
+        assert {profile.experts, *(other.experts for other in profile.alternatives)} == {serves}
+
+
+# --- families that core does not know -----------------------------------------------------------------
+
+
+def unknown(tmp_path: Path, **options: Any) -> Path:
+    """An AWQ checkpoint whose family no table has; its config gives no sizes."""
+    config = {"model_type": "unheard_of", "architectures": ["UnheardOfForCausalLM"]}
+    config |= dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "head_dim"), REMOVE)
+    return make_llama(tmp_path / "m", "awq", config={**config, **options.pop("config", {})}, **options)
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "code", "words"),
+    [
+        ({"intermediate": 29568, "hidden": 1024, "heads": 8, "kv_heads": 8}, 8, "awq-group-splits-ranks", "29568/8"),
+        ({"intermediate": 384}, 2, "awq-group-splits-ranks", "K 384/2 = 192"),
+        ({"intermediate": 264, "group_size": 8}, 2, "awq-word-splits-ranks", "N 264/2 = 132"),
+        ({"drop": [f"{DOWN}.qzeros"]}, 1, "awq-missing-tensors", f"{DOWN}.qzeros"),
+        ({"override": {f"{DOWN}.scales": ("F16", (4, 248))}}, 1, "awq-wrong-shape", f"{DOWN}.scales [4, 248]"),
+        ({"group_size": 64, "config": {"quantization_config": {
+            "quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}}}, 1, "awq-group-size", "of 64"),
+    ],
+)  # fmt: skip
+def test_linears_of_an_unknown_family_are_checked(
+    tmp_path: Path, options: dict[str, Any], ranks: int, code: str, words: str
+) -> None:
+    found = errors(composed(unknown(tmp_path, **options), ranks=ranks))
+    assert words in text(found[code])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_good_checkpoint_of_an_unknown_family(tmp_path: Path, ranks: int) -> None:
+    assert not {code for code in errors(composed(unknown(tmp_path), ranks=ranks)) if code.startswith("awq")}
+
+
+def test_key_value_heads_are_replicated_beyond_their_number(tmp_path: Path) -> None:
+    folder = unknown(tmp_path, hidden=512, heads=8, kv_heads=2, head_dim=64, intermediate=1024)
+    assert not {code for code in errors(composed(folder, ranks=8)) if code.startswith("awq-word")}
+
+
+# --- files without zero points ------------------------------------------------------------------------
+
+
+def test_symmetric_files_are_slow_on_gpus_and_fine_on_cpus(tmp_path: Path) -> None:
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": False, "version": "gemm"}
+    config = {"quantization_config": quantization}
+    folder = make_llama(tmp_path / "m", "awq", dtype="BF16", config=config)
+    composition = composed(folder, "a100-80g")
+    assert not errors(composition)
+    assert "auto-round" in findings(composition)["awq-zero-point"].message
+    assert composition.engine_kwargs["dtype"].value == "float16"  # vLLM's plain kernel computes in nothing else
+    assert list(errors(composed(folder, "a100-80g", dtype="bfloat16"))) == ["awq-plain-kernel-dtype"]
+    for target in (EPYC, XEON, MI300):
+        assert "awq-zero-point" not in said(composition.checkpoint, target)
+    gemma = make_llama(tmp_path / "g", "awq", dtype="BF16", config={**config, "model_type": "gemma2"})
+    assert "float16 only" in errors(composed(gemma, "a100-80g"))["awq-plain-kernel-dtype"].message

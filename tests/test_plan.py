@@ -112,7 +112,7 @@ def test_models_side_by_side_share_a_processor(
         assert env_vars.get("VLLM_CPU_NUM_OF_RESERVED_CPU") == (bound and "1")
 
 
-def test_how_many_cpus_are_left_to_what_does_not_compute_is_the_users_to_say(tmp_path: Path) -> None:
+def test_the_user_can_set_the_number_of_reserved_cpus(tmp_path: Path) -> None:
     make_llama(tmp_path / "model", "fp16", hidden=512, intermediate=1024)
     target = replace(find_target("cpu"), cores=16, memory_bytes=1 << 36)
 
@@ -140,7 +140,7 @@ def shared(tmp_path: Path, target: str, share: float, **engine_kwargs: object) -
 
 
 @pytest.mark.parametrize("target", ["h100", "mi300x"])
-def test_models_that_share_a_gpu_are_told_the_size_of_their_cache(tmp_path: Path, target: str) -> None:
+def test_models_that_share_a_gpu_get_an_explicit_cache_size(tmp_path: Path, target: str) -> None:
     plan = shared(tmp_path, target, 0.3)
     assert plan.memory is not None
     assert plan.engine_args["gpu_memory_utilization"] == 0.276
@@ -169,7 +169,7 @@ def test_the_users_memory_settings_win_on_a_shared_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0, 0.3])
-def test_shares_of_a_gpu_mean_nothing_on_a_cpu(tmp_path: Path, share: float) -> None:
+def test_gpu_shares_are_ignored_on_a_cpu(tmp_path: Path, share: float) -> None:
     assert shared(tmp_path, "cpu", share) == shared(tmp_path, "cpu", 1)
 
 

@@ -107,7 +107,7 @@ def test_all_models_at_several_loads(
         assert word in out
 
 
-def test_json_is_what_was_written(
+def test_json_equals_the_written_results(
     bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench("-n", "2", "--model", "demo-fp16", "--json") == 0
@@ -266,7 +266,7 @@ def test_a_refusal_is_reported_once(
     assert bench("-n", "50") == 4
 
 
-def test_nothing_listens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_connection_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--url", "http://127.0.0.1:9", "--out", str(tmp_path / "out")]) == 4
     assert "start the server, or correct --url" in capsys.readouterr().err
     assert run(["bench"]) == 2
@@ -330,9 +330,7 @@ def own(server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return call
 
 
-def test_our_own_models_are_compared_with_a_prediction_for_what_was_measured(
-    own: Callable[..., int], tmp_path: Path
-) -> None:
+def test_served_models_are_compared_with_a_prediction_for_their_load(own: Callable[..., int], tmp_path: Path) -> None:
     assert own() == 0
     assert Started.groups == [["demo-one"], ["demo-two"]]
     first, second = results(tmp_path)["measurements"]
@@ -343,7 +341,9 @@ def test_our_own_models_are_compared_with_a_prediction_for_what_was_measured(
     assert keys == ["e2e", "ttft", "normalized", "tpot", "tokens_per_s", "output_tokens_per_s"]
 
 
-def test_an_open_load_is_compared_with_what_the_server_says(own: Callable[..., int], tmp_path: Path) -> None:
+def test_an_open_load_is_compared_with_the_servers_expected_performance(
+    own: Callable[..., int], tmp_path: Path
+) -> None:
     fixed = ("--warmup", "0", "--no-plots", "--out", "out", "--scale", "0.3", "-n", "3", "--rate", "50")
     assert run(["bench", "models.yaml", "--compare", "demo-two", *fixed]) == 0
     (only,) = results(tmp_path)["measurements"]
@@ -371,7 +371,7 @@ def test_a_model_that_check_refuses_is_not_started(
     assert Started.groups == []
 
 
-def test_ctrl_c_keeps_what_was_complete(server: ModelServer, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_completed_measurements(server: ModelServer, tmp_path: Path) -> None:
     """The first model is measured, the second answers for ever."""
 
     def script(number: int, body: dict[str, Any]) -> Iterable[Step]:

@@ -67,7 +67,7 @@ def test_times_are_those_of_the_server() -> None:
     assert result.start <= truth.came < result.head < result.token_times[0] <= result.end
 
 
-def test_the_request_is_what_was_asked_for() -> None:
+def test_the_encoded_request() -> None:
     request = Request(
         messages=[{"role": "user", "content": "Grüße"}], max_tokens=3, ignore_eos=True, extra={"top_p": 0.5}
     )
@@ -92,7 +92,7 @@ def test_the_request_is_what_was_asked_for() -> None:
     assert completion.connection == chat.connection
 
 
-def test_every_byte_in_a_read_of_its_own() -> None:
+def test_reads_of_single_bytes() -> None:
     answer = b"".join(step for step in stream([(0.0, ["é", "\u2028"])]) if isinstance(step, bytes))
     steps: list[Step] = []
     for number in range(len(answer)):
@@ -218,7 +218,7 @@ def test_connection_close_is_respected() -> None:
     assert [exchange.connection for exchange in server.exchanges] == [1, 2]
 
 
-def test_nobody_listens() -> None:
+def test_connection_refused() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -217,7 +217,7 @@ def test_verdicts() -> None:
     assert compare({"e2e_ms": None, "ttft_ms": 0}, measured) == []
 
 
-def test_every_metric_says_what_it_is() -> None:
+def test_every_metric_has_a_definition() -> None:
     for key, metric in METRICS.items():
         assert metric.key == key
         assert len(metric.definition) > 20

@@ -104,7 +104,7 @@ def test_llmperfs_file_names(model: str, name: str) -> None:
     assert base_name(model, SETTINGS) == name
 
 
-def test_the_folder_holds_everything(folder: Path) -> None:
+def test_the_folder_has_all_files(folder: Path) -> None:
     files = {path.name for path in folder.iterdir()}
     expected = {"results.json", "summary.csv", "requests.csv", "report.md", "report.html"}
     plots = {f"{name}.{kind}" for name in ("methods", "latency", "throughput") for kind in ("svg", "png")}
@@ -150,7 +150,7 @@ def test_the_table_is_laid_out_as_rayllms() -> None:
     assert "Load" in seed_table(both()).splitlines()[0]
 
 
-def test_the_page_needs_nothing_else_and_escapes(folder: Path) -> None:
+def test_the_page_is_self_contained_and_escapes(folder: Path) -> None:
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 3
     assert not re.findall(r"""(?:src|href)=["'](?!#)""", page.replace('xlink:href="#', ""))
@@ -179,7 +179,7 @@ def test_the_markdown_report(folder: Path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
 
 
-def test_without_matplotlib_the_report_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_report_has_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("quantserve.bench.plots.importlib.util.find_spec", lambda name: None)
     write(tmp_path / "out", [measurement()], SETTINGS)
@@ -189,7 +189,7 @@ def test_without_matplotlib_the_report_says_so(tmp_path: Path, monkeypatch: pyte
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "out", [measurement()], SETTINGS)
     before = (tmp_path / "out" / "results.json").read_text()
 

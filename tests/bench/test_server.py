@@ -102,7 +102,7 @@ def test_is_stopped_when_interrupted_while_it_starts(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_is_stopped_when_the_benchmark_is_told_to_end(
+def test_the_server_is_stopped_when_the_benchmark_gets_a_signal(
     tmp_path: Path, models: list[ModelConfig], command: list[str], number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)

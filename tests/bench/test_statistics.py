@@ -27,7 +27,7 @@ def test_by_hand() -> None:
     assert summary.percentiles[90] == pytest.approx(3.7)  # llmperf's p90 of ten or fewer lies between the two highest
 
 
-def test_nothing_and_what_is_no_number() -> None:
+def test_empty_samples_and_invalid_values() -> None:
     assert summarize([]) is None
     with pytest.raises(ValueError, match="not finite"):
         summarize([1.0, float("nan")])

@@ -108,7 +108,7 @@ def test_a_body_without_a_length_ends_with_the_connection() -> None:
         (b"HTTP/1.1 200 OK\r\n" + b"a" * 70_000, "no end of the headers in 70017 bytes"),
     ],
 )
-def test_what_is_not_http_is_said(data: bytes, message: str) -> None:
+def test_bytes_that_are_not_http_are_reported(data: bytes, message: str) -> None:
     with pytest.raises(ProtocolError, match=message.replace("(", r"\(")):
         read_all([data])
 

@@ -82,7 +82,7 @@ def test_unique_prompts_share_no_beginning(name: str) -> None:
     assert not beginnings & {text(request)[:12] for request in some(WORKLOADS[name], Words(), nonce="cd34")}
 
 
-def test_what_sonnet_shares_is_the_prefix() -> None:
+def test_sonnet_prompts_share_the_prefix() -> None:
     tokenizer = Words()
     made = [text(request) for request in some(WORKLOADS["sonnet"], tokenizer, nonce="ab")]
     shared = next(i for i, letters in enumerate(zip(*made, strict=False)) if len(set(letters)) > 1)
@@ -145,7 +145,7 @@ def test_random_needs_a_tokenizer() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.floats(1, 2000), st.floats(0, 500), st.integers(1, 100), st.integers())
-def test_lengths_are_never_below_the_least(mean: float, deviation: float, least: int, seed: int) -> None:
+def test_lengths_are_at_least_the_minimum(mean: float, deviation: float, least: int, seed: int) -> None:
     chance = random.Random(seed)
     assert all(Lengths(mean, deviation).draw(chance, least) >= least for _ in range(20))
     assert Lengths(mean).draw(chance) == max(1, round(mean))

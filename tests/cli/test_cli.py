@@ -65,7 +65,7 @@ def test_check_refuses_a_truncated_file_with_the_numbers(fp16: Path, capsys: pyt
     assert "file-truncated" in text
 
 
-def test_check_goes_on_after_a_bad_model(fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_continues_after_a_bad_model(fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = make_llama(tmp_path / "bad")
     (bad / "config.json").write_text("{")
     assert run(["check", str(bad), str(fp16), "--target", "a100-80g", "--json"]) == 1
@@ -73,7 +73,7 @@ def test_check_goes_on_after_a_bad_model(fp16: Path, tmp_path: Path, capsys: pyt
     assert [model["exit_code"] for model in models] == [1, 0]
 
 
-def test_plan_prints_engine_args_with_who_set_them(fp16: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_engine_args_with_their_sources(fp16: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", str(fp16), "--target", "a100-80g", "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     assert plan["engine_args"]["model"] == str(fp16)
@@ -192,7 +192,7 @@ def test_tables_cut_no_words(
         assert words in out
 
 
-def test_plan_says_what_it_migrated(fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_migration_notes(fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "app.yaml"
     config.write_text(
         f"engine_config: {{model_id: m, hf_model_id: {fp16}}}\n"

@@ -106,7 +106,7 @@ def test_a_gpu_runs_cuda_and_triton(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         ("import sys; sys.exit(3)", "fail", "exit 3"),
     ],
 )
-def test_an_import_that_fails_says_why(code: str, status: str, detail: str) -> None:
+def test_a_failing_import_is_reported_with_its_cause(code: str, status: str, detail: str) -> None:
     row = doctor_command._imports("kernels import", code, "make setup")
     assert (row.status, row.detail, row.fix) == (status, detail, "" if status == "ok" else "make setup")
 

@@ -227,7 +227,7 @@ def test_problems_of_all_files_at_once(write: Write) -> None:
         ("links", "links/loop.yaml: not a regular file"),
     ],
 )
-def test_sources_that_are_nothing(
+def test_sources_that_do_not_exist(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, expected: str
 ) -> None:
     write("engine_config: {model_id: one}", "one.yaml")

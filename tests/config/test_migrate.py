@@ -217,7 +217,7 @@ def test_mistake_under_an_old_name_is_shown_under_that_name(load_error: LoadErro
         ("{model_id: a, generation: {generate_kwargs: {do_sample: false, temperature: 0.5}}}", "means greedy decoding"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_honoured(load_error: LoadError, text: str, expected: str) -> None:
+def test_features_without_a_successor_are_errors(load_error: LoadError, text: str, expected: str) -> None:
     (found,) = load_error("engine_config: " + text)
     assert expected in found
 
@@ -353,7 +353,7 @@ def test_a_key_given_twice_in_rayllms_layout_counts_the_last_time_as_there(write
     assert re.search(r":11: .*default_system_message: given twice, first on line 10; the last one counts", note)
 
 
-def test_whatever_is_given_twice_there_is_as_pyyaml_reads_it(write: Write) -> None:
+def test_duplicate_keys_are_read_like_in_pyyaml(write: Write) -> None:
     text = LIGHTGPT + "  max_total_tokens: 1\n  max_total_tokens: 512\n  stop: [a]\n"
     text = text.replace("  stop: [a]\n", "engine_config: {type: VLLMEngine, model_id: b, max_total_tokens: x}\n")
     with pytest.raises(ConfigError, match=r":14: engine_config.max_total_tokens: must be a whole number"):

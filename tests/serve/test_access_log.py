@@ -78,7 +78,7 @@ def test_stderr_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_lines_come_without_being_asked_for(tmp_path: Path) -> None:
+def test_lines_are_written_without_a_flush(tmp_path: Path) -> None:
     log = AccessLog(str(tmp_path / "log"))
     log(finished())
     deadline = time.monotonic() + 10
@@ -99,7 +99,7 @@ def test_rotation(tmp_path: Path) -> None:
     assert [line["id"] for line in lines(path)] == ["two"]
 
 
-def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_write_error_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     log = AccessLog(str(tmp_path / "file" / "log"))
     with caplog.at_level(logging.ERROR):
@@ -113,7 +113,7 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytes
     assert [line["id"] for line in lines(tmp_path / "file" / "log")] == ["later"]
 
 
-def test_lines_that_nobody_takes_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_beyond_the_buffer_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access_log, "BUFFER_LINES", 3)
     log = AccessLog(str(tmp_path / "log"))
     with log._writing:  # the disk hangs

@@ -43,7 +43,7 @@ def test_a_full_model_refuses_at_once_and_in_order() -> None:
     run(work)
 
 
-def test_a_full_model_still_tells_its_metrics() -> None:
+def test_a_model_at_capacity_still_returns_metrics() -> None:
     async def work() -> None:
         async with served(Replica()) as port:
             pool = pool_of(Limits(ongoing=1, queued=0), r=port)
@@ -57,7 +57,7 @@ def test_a_full_model_still_tells_its_metrics() -> None:
     run(work)
 
 
-def test_nobody_overtakes_those_who_wait() -> None:
+def test_the_queue_is_first_in_first_out() -> None:
     async def work() -> None:
         pool = Pool("demo", Limits(ongoing=2, queued=100))
         pool.update([{"id": "r", "host": "127.0.0.1", "port": 9}])
@@ -82,7 +82,7 @@ def test_nobody_overtakes_those_who_wait() -> None:
     run(work)
 
 
-def test_a_client_that_leaves_with_its_place_just_given_passes_it_on() -> None:
+def test_a_slot_given_to_a_disconnected_client_goes_to_the_next() -> None:
     async def work() -> None:
         pool = Pool("demo", Limits(ongoing=1))
         pool.update([{"id": "r", "host": "127.0.0.1", "port": 9}])
@@ -206,7 +206,7 @@ def test_affinity_key_needs_text() -> None:
     assert affinity_key({"prompt": "a"}, "session") is None
 
 
-def test_a_client_that_leaves_the_queue_frees_its_place() -> None:
+def test_a_client_that_disconnects_leaves_the_queue() -> None:
     async def work() -> None:
         replica = Replica()
         replica.hold = asyncio.Event()
@@ -242,7 +242,7 @@ def test_a_model_at_zero_is_wanted_and_its_request_waits() -> None:
     run(work)
 
 
-def test_last_replica_gone_tells_those_who_wait() -> None:
+def test_losing_the_last_replica_refuses_queued_requests() -> None:
     async def work() -> None:
         replica = Replica()
         replica.hold = asyncio.Event()

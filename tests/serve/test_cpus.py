@@ -49,14 +49,14 @@ def test_a_replica_and_the_engine_core_leave_the_workers_cpus() -> None:
 
 
 @pytest.mark.parametrize("bound", [(), CPUS])
-def test_nothing_moves_where_nothing_is_bound_or_no_cpu_is_left(bound: tuple[int, ...]) -> None:
+def test_affinity_is_unchanged_without_bound_or_free_cpus(bound: tuple[int, ...]) -> None:
     found, threads, family = replica(*bound, reserved=0)
     assert found == "[]"
     assert threads == str([CPUS, CPUS])
     assert family == " ".join(map(str, [CPUS, *([cpu] for cpu in bound)]))
 
 
-def test_beside_engines_that_share_the_cpus_only_the_replica_leaves_them() -> None:
+def test_only_the_replica_is_kept_off_when_engines_share_the_cpus() -> None:
     found, threads, family = replica(reserved=1)
     assert found == str(CPUS[:-1])
     assert threads == str([CPUS[-1:], CPUS[-1:]])
@@ -64,7 +64,7 @@ def test_beside_engines_that_share_the_cpus_only_the_replica_leaves_them() -> No
     assert replica(reserved=len(CPUS)) == ["[]", str([CPUS, CPUS]), str(CPUS)]
 
 
-def test_a_process_may_run_everywhere_again_when_no_cpu_is_bound_any_more() -> None:
+def test_affinity_is_restored_when_no_cpu_is_bound() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         keep_off(process.pid, CPUS[:1])
@@ -91,7 +91,7 @@ child.wait()
 
 
 @pytest.mark.parametrize("but_first", [False, True])
-def test_who_steps_back_and_keeps_off_and_what_it_starts_then(but_first: bool) -> None:
+def test_niceness_and_affinity_of_a_process_and_its_children(but_first: bool) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     nicer = min(NICEST, own + STEP_BACK)
     with subprocess.Popen(

@@ -66,7 +66,7 @@ def test_without_a_spare_a_process_is_spawned_as_usual(tmp_path: Path) -> None:
     assert facts == (None, "one", gc.get_threshold()[0], False, "1")
 
 
-def test_a_variable_that_is_gone_is_gone_in_the_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_variable_is_removed_in_the_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTSERVE_TEST", "before")
     start_spare([])
     monkeypatch.delenv("QUANTSERVE_TEST")
@@ -100,7 +100,7 @@ def test_a_spare_that_died_is_replaced(tmp_path: Path) -> None:
     assert _started(SparedContext(), tmp_path / "file")[0] != spare
 
 
-def test_a_spare_that_nobody_takes_can_be_dismissed() -> None:
+def test_an_unused_spare_can_be_dismissed() -> None:
     start_spare([])
     spare = engine_imports._spares[-1].pid
     engine_imports.dismiss_spares()
@@ -108,7 +108,7 @@ def test_a_spare_that_nobody_takes_can_be_dismissed() -> None:
     engine_imports.dismiss_spares()  # there is none left
 
 
-def test_a_module_that_cannot_be_imported_is_left_to_who_needs_it(tmp_path: Path) -> None:
+def test_a_failing_import_in_the_spare_is_ignored(tmp_path: Path) -> None:
     start_spare(["no_such_module_anywhere", "poplib"])
     assert _started(SparedContext(), tmp_path / "file")[4] is True
 

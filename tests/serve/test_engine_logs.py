@@ -20,7 +20,7 @@ def test_the_engines_own_record_counts() -> None:
     assert last_cause(LOG) == "torch.OutOfMemoryError: tried to allocate 3 GiB"
 
 
-def test_else_what_was_printed() -> None:
+def test_without_log_records_the_printed_exception_counts() -> None:
     assert last_cause(LOG.replace(" ERROR ", " ")) == "KeyError: '/psm_c82d78eb'"
     assert last_cause("INFO all is well\nRuntimeError: Engine core initialization failed.") is None
     assert len(last_cause("ValueError: " + "x" * 10_000) or "") == 600

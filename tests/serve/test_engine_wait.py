@@ -33,7 +33,7 @@ def _rests(found: multiprocessing.Queue[int]) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", ["EngineCore_DP1", "VllmWorker-0"])
-def test_mostly_it_spins_and_now_and_then_it_rests(name: str) -> None:
+def test_it_spins_and_sleeps_every_thousandth_turn(name: str) -> None:
     context = multiprocessing.get_context("spawn")
     found: multiprocessing.Queue[int] = context.Queue()
     process = context.Process(target=_rests, args=(found,), name=name)

@@ -52,7 +52,7 @@ def enveloped(
 
 
 @pytest.mark.parametrize("case", ANSWERS, ids=lambda case: case["what"])
-def test_what_vllm_answers(case: dict[str, Any]) -> None:
+def test_recorded_vllm_errors(case: dict[str, Any]) -> None:
     answer = enveloped(case["status"], case["body"].encode(), case["path"], case["method"])
     expected = case["becomes"]
     assert answer.status == expected.get("status", case["status"])
@@ -93,7 +93,7 @@ def test_types_follow_the_status(status: int) -> None:
     assert answer.error["type"] == TYPES.get(status, "invalid_request_error")
 
 
-def test_headers_that_say_what_to_do_are_kept() -> None:
+def test_allow_retry_after_and_authenticate_headers_are_kept() -> None:
     answer = enveloped(405, b"Method Not Allowed", method="DELETE", headers={"allow": "GET, HEAD", "x-inside": "1"})
     assert answer.error["message"] == f"Method DELETE is not allowed for {CHAT}."
     assert answer.headers["allow"] == "GET, HEAD"
@@ -106,9 +106,7 @@ def test_a_long_message_is_cut() -> None:
 
 
 @pytest.mark.parametrize(("down", "status"), [(False, 500), (True, 503)])
-def test_the_inside_goes_to_the_log_and_not_to_the_client(
-    down: bool, status: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_internal_details_are_logged_and_not_sent(down: bool, status: int, caplog: pytest.LogCaptureFixture) -> None:
     app = Envelope(Answers(500, {"error": {"message": "KeyError: 'secret' in /opt/x.py"}}), lambda: down)
     with caplog.at_level(logging.ERROR):
         answer = asyncio.run(request(app, "POST", CHAT, {}))
@@ -118,7 +116,7 @@ def test_the_inside_goes_to_the_log_and_not_to_the_client(
     assert ("retry-after" in answer.headers) == down
 
 
-def test_what_is_no_error_passes_untouched() -> None:
+def test_successful_responses_are_not_changed() -> None:
     body = {"error": {"message": "not one"}}
     answer = asyncio.run(request(Envelope(Answers(200, body, {"x-own": "1"})), "POST", CHAT, {}))
     assert (answer.status, answer.json, answer.headers["x-own"]) == (200, body, "1")
@@ -282,7 +280,7 @@ def test_requests_that_do_not_fit(fastapi_app: FastAPI, body: object, param: str
     assert "(parameter" not in answer.error["message"]
 
 
-def test_what_a_model_cannot_do_is_no_fault_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unsupported_request_is_a_client_error(caplog: pytest.LogCaptureFixture) -> None:
     answer = asyncio.run(request(Envelope(Answers(501, {"error": {"message": "Not here", "code": 501}})), "POST", CHAT))
     assert (answer.status, answer.error["code"], answer.error["type"]) == (
         400,
@@ -292,7 +290,7 @@ def test_what_a_model_cannot_do_is_no_fault_of_the_server(caplog: pytest.LogCapt
     assert not caplog.records
 
 
-def test_only_what_fails_in_reading_is_the_clients_fault(fastapi_app: FastAPI) -> None:
+def test_only_exceptions_while_parsing_are_client_errors(fastapi_app: FastAPI) -> None:
     answer = asyncio.run(request(Envelope(fastapi_app), "POST", CHAT, {**GOOD, "outputs": []}))
     assert (answer.status, answer.error["code"]) == (400, "invalid_type")
     assert "attribute" not in answer.error["message"]
@@ -300,7 +298,7 @@ def test_only_what_fails_in_reading_is_the_clients_fault(fastapi_app: FastAPI) -
         asyncio.run(request(Envelope(fastapi_app), "POST", "/broken", GOOD))
 
 
-def test_parts_that_vllm_looks_at_later(fastapi_app: FastAPI) -> None:
+def test_parts_that_vllm_validates_later(fastapi_app: FastAPI) -> None:
     """vLLM answers these with pydantic's own text, the client's input in it."""
     app = Envelope(fastapi_app)
     answer = asyncio.run(request(app, "POST", "/later", {"items": [{}, "x"]}))
@@ -320,7 +318,7 @@ def test_parts_that_vllm_looks_at_later(fastapi_app: FastAPI) -> None:
         (7, "`messages[0]` must be an object"),
     ],
 )  # fmt: skip
-def test_of_a_union_only_the_likeliest_branch_is_told(fastapi_app: FastAPI, message: object, said: str) -> None:
+def test_only_the_most_likely_branch_of_a_union_is_reported(fastapi_app: FastAPI, message: object, said: str) -> None:
     """pydantic has four to six errors for each of these."""
     answer = asyncio.run(request(Envelope(fastapi_app), "POST", CHAT, {**GOOD, "messages": [message]}))
     assert answer.error["message"] == said

@@ -128,7 +128,7 @@ def full() -> Iterator[Path]:
         ("VLLM_CACHE_ROOT", r"^  checkpoint  failed: No space left on device: {folder} \(VLLM_CACHE_ROOT\)$", 200),
     ],
 )
-def test_a_full_disk_at_the_start_is_said_in_one_line(
+def test_a_full_disk_at_the_start_is_reported_in_one_line(
     demo: Path, full: Path, variable: str, said: str, seconds: float
 ) -> None:
     command = [str(BIN / "quantserve"), "serve", str(demo / "checkpoint"), "--port", "0"]

@@ -144,7 +144,7 @@ def test_health_is_per_model(upstreams: dict[str, Upstream], door: FrontDoor) ->
     assert ask(door, "GET", "/demo-fp16/health").status == 503
 
 
-def test_raising_upstream_is_down_and_tells_nothing() -> None:
+def test_a_raising_upstream_is_a_500_without_details() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("secret /etc/path")
 
@@ -156,7 +156,7 @@ def test_raising_upstream_is_down_and_tells_nothing() -> None:
     assert "secret" not in answer.body.decode()
 
 
-def test_only_model_gets_everything() -> None:
+def test_a_single_model_gets_every_path() -> None:
     upstream = Upstream("only")
     door = FrontDoor([model(upstream, "only", aliases=("adapter",))])
     assert ask(door, "POST", "/v1/chat/completions", {"messages": []}).json == {"from": "only"}

@@ -52,7 +52,7 @@ def test_every_key_opens(key_set: KeySet, number: str) -> None:
             "Bearer key-number-on", "Bearer key-number-one2"]
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/metrics", "/", "/health/", "/healthx"])
-def test_nothing_else_does(key_set: KeySet, key: str | None, path: str) -> None:
+def test_other_keys_are_refused(key_set: KeySet, key: str | None, path: str) -> None:
     answer = ask(key_set, path, key)
     assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -65,7 +65,7 @@ def test_health_is_open(key_set: KeySet) -> None:
     assert ask(key_set, "/health", None, method="POST").status == 401
 
 
-def test_without_keys_everything_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_keys_every_request_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert load_key_set(None).digests == []
     assert ask(KeySet(), "/v1/models", None).status == 200
@@ -189,7 +189,7 @@ def test_a_change_before_the_first_request_counts(tmp_path: Path, monkeypatch: p
     assert not reloading.opens("key-number-one")
 
 
-def test_the_file_is_looked_at_once_a_second(key_set: KeySet, tmp_path: Path) -> None:
+def test_the_file_is_checked_once_a_second(key_set: KeySet, tmp_path: Path) -> None:
     now = [100.0]
     known = KeyFile(key_set, lambda: now[0])
     assert len(known.digests()) == 4

@@ -34,7 +34,7 @@ def limping(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         running.stop()
 
 
-def test_failed_model_says_why_and_the_other_serves(limping: Server) -> None:
+def test_a_failed_model_reports_its_cause_and_the_other_serves(limping: Server) -> None:
     line = limping.wait_for(r"^\s*broken\s+failed: (.*)$", 5).group(1)
     assert "No module named 'no_such_module'" in line
     assert "Traceback" not in limping.output
@@ -55,7 +55,7 @@ def test_requests_to_the_failed_model_get_an_answer(limping: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT])
-def test_ctrl_c_leaves_nothing(limping: Server, number: int) -> None:
+def test_ctrl_c_leaves_no_process(limping: Server, number: int) -> None:
     """Last in this module: it ends the server."""
     before = limping.descendants()
     assert len([p for p in before if "EngineCor" in p.name()]) == 1

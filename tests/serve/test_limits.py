@@ -79,7 +79,7 @@ def test_too_much(body: dict[str, Any], param: str, said: str, path: str) -> Non
         {"prompt": [], "messages": "no list", "n": "5", "max_tokens": None, "best_of": True, "stop": 7},
     ],
 )
-def test_enough_and_what_is_not_ours_to_judge(body: dict[str, Any]) -> None:
+def test_values_within_the_limits_and_wrong_types_pass(body: dict[str, Any]) -> None:
     upstream = Seen("m")
     content = json.dumps(body).encode()
     assert ask(content, app=upstream, parts=3).status == 200

@@ -76,7 +76,7 @@ class TestRequests:
             ({"status": 503, "path": "/health"}, None),
         ],
     )
-    def test_what_the_front_door_refused(self, fields: dict[str, Any], reason: str | None) -> None:
+    def test_requests_refused_by_the_gateway(self, fields: dict[str, Any], reason: str | None) -> None:
         text = observed(finished(**{"attempts": 0, **fields}))
         found = [s for s in all_samples(text) if s.name == "quantserve_rejected_total"]
         assert {s.labels["reason"]: s.value for s in found if s.value} == ({reason: 1.0} if reason else {})
@@ -169,7 +169,7 @@ class TestState:
         (build,) = families(text)["quantserve_build_info"].samples
         assert all(re.match(r"\d+\.\d+", text) for text in build.labels.values()), build.labels
 
-    def test_what_was_expected(self) -> None:
+    def test_expected_performance(self) -> None:
         text = observed()
         labels = {"model": "demo", "method": "awq", "source": "calibration"}
         assert value(text, "quantserve_expected_ttft_seconds", **labels) == 0.01

@@ -32,7 +32,7 @@ class TestMerge:
             assert (found[name].type, found[name].documentation) == (family.type, family.documentation)
             assert len(found[name].samples) == 2 * len(family.samples)
 
-    def test_processes_are_told_apart(self) -> None:
+    def test_samples_of_processes_have_distinct_labels(self) -> None:
         own = b"# TYPE process_open_fds gauge\nprocess_open_fds 7\n"
         merged = merge(own, [({"replica": name}, EARLIER) for name in "ab"])
         assert [s.labels for s in families(merged)["process_open_fds"].samples] == [
@@ -65,7 +65,7 @@ class TestMerge:
         assert sample.value == number or (math.isnan(number) and math.isnan(sample.value))
         assert b" # " not in merged.replace(rb"\"} # {", b""), "an exemplar was left"
 
-    def test_what_is_broken_is_left_out_alone(self) -> None:
+    def test_only_invalid_lines_are_dropped(self) -> None:
         comments = b"<html>\n# EOF\n# just a comment\n\n"
         lines = b'open{a="x 1\nno{a="x"} number\nno{a="x"}\nno\n{} 2\n9lives 3\ngood 4\ngood{a="cut o'
         assert samples(merge(b"", [({"model": "m"}, comments + lines)])) == {("good", frozenset({("model", "m")})): 4.0}

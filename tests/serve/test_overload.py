@@ -100,7 +100,7 @@ def ask(server: Server, stream: bool) -> socket.socket:
     return connection
 
 
-def test_clients_that_leave_free_their_places_here_and_in_the_queue(small: Server) -> None:
+def test_disconnected_clients_free_their_slots_and_queue_entries(small: Server) -> None:
     until(lambda: load(small, "running") == 0, 20)
     usage = small.request("POST", "/v1/completions", {"model": "narrow", **ASK}).json()["usage"]
     written, read = tokens(small, "generation"), tokens(small, "prompt")

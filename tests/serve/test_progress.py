@@ -40,7 +40,7 @@ def overview(status: str, message: str = "") -> Any:
     return SimpleNamespace(status=status, message="", deployments={"d": SimpleNamespace(message=message)})
 
 
-def test_each_change_is_said_once() -> None:
+def test_each_change_is_printed_once() -> None:
     progress = Progress(["a", "long-name"], "/logs")
     waiting = "Deployment 'a' has 1 replicas that have taken more than 30s to be scheduled. Resources: {'GPU': 1}"
     slow = "Deployment 'a' has 1 replicas that have taken more than 30s to initialize."

@@ -16,7 +16,7 @@ from quantserve.serve.upstream import ReplicaLost
 from .replica import Replica, pool_of, post, run, served, session_of, until, unused_port
 
 
-def test_a_replica_that_is_gone_is_passed_over() -> None:
+def test_an_unreachable_replica_is_skipped() -> None:
     async def work() -> None:
         replica = Replica()
         async with served(replica) as port:
@@ -90,7 +90,7 @@ def test_half_a_document_breaks_the_connection() -> None:
     run(work)
 
 
-def test_a_client_that_leaves_cancels_its_request() -> None:
+def test_a_disconnected_client_cancels_its_request() -> None:
     async def work() -> None:
         replica = Replica()
         replica.hold = asyncio.Event()
@@ -142,7 +142,7 @@ def test_a_draining_replica_hands_its_requests_to_another() -> None:
     run(work)
 
 
-def test_a_request_waits_for_who_takes_over_from_a_draining_replica() -> None:
+def test_a_request_waits_for_the_successor_of_a_draining_replica() -> None:
     async def work() -> None:
         draining, replica = Replica("d"), Replica()
         draining.head = (503, [(DRAINING, b"1"), (b"content-type", b"application/json")])

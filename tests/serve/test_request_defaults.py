@@ -69,7 +69,7 @@ def untouched(body: bytes, defaults: dict[str, Any], path: str = CHAT, **kwargs:
     assert upstream.bodies == [body]
 
 
-def test_bodies_that_need_nothing_pass_as_they_are() -> None:
+def test_bodies_without_missing_defaults_are_not_changed() -> None:
     untouched(b'{ "temperature" : 1.0 }', {"temperature": 0.5})
     untouched(b'{"stop": ["a"] }', {"stop": ["a"]})
     untouched(b"not json", {})

@@ -242,7 +242,7 @@ def test_an_item_that_vllm_does_not_expect(server: Server, item: dict[str, Any])
     assert "assert" not in answer.text.lower()
 
 
-def test_request_id_comes_back(server: Server) -> None:
+def test_the_request_id_is_returned(server: Server) -> None:
     for prefix in ("", "/demo-fp16"):
         answer = server.request("POST", prefix + "/v1/chat/completions", GOOD, headers={"x-request-id": "mine-42"})
         assert answer.headers["x-request-id"] == "mine-42"
@@ -251,7 +251,7 @@ def test_request_id_comes_back(server: Server) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "/demo-fp16"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_engine(server: Server, prefix: str, stream: bool) -> None:
+def test_a_disconnected_client_frees_the_engine(server: Server, prefix: str, stream: bool) -> None:
     ask = {"model": "demo-fp16", "prompt": "x", "max_tokens": 480, "ignore_eos": True, "n": 8, "stream": stream}
     url = f"{server.base}{prefix}/v1/completions"
     headers = {"authorization": f"Bearer {KEY}"}

@@ -88,9 +88,7 @@ def test_only_long_requests_use_threads_and_the_tokens_are_the_same(
 
 
 @pytest.mark.vllm
-def test_templates_of_requests_stay_with_threads_which_can_be_left(
-    renderer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_templates_in_requests_are_rendered_in_threads(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantserve.serve.short_prompts import render_at_once
 
     usual = tokens(renderer, SHORT, 100)

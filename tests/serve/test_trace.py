@@ -133,7 +133,7 @@ def test_the_record_is_complete_when_the_app_raises() -> None:
     assert seen[0].total_s is not None
 
 
-def test_an_observer_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_observer_does_not_affect_the_response(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[Trace] = []
 
     def broken(trace: Trace) -> None:
@@ -145,5 +145,5 @@ def test_an_observer_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -
     assert "a request observer failed" in caplog.text
 
 
-def test_without_the_layer_there_is_a_throwaway() -> None:
+def test_without_the_layer_the_trace_is_unused() -> None:
     assert trace_of({"type": "http", "method": "GET", "path": "/"}).id == ""

@@ -86,7 +86,7 @@ def test_one_connection_is_kept_for_all_and_a_closed_one_is_replaced() -> None:
     run(work)
 
 
-def test_the_answer_to_head_is_whole_without_a_body() -> None:
+def test_a_head_response_is_complete_without_a_body() -> None:
     async def work() -> None:
         replica = Replica()
         replica.head = (405, [(b"content-length", b"18"), (b"content-type", b"text/event-stream")])
@@ -120,7 +120,7 @@ def test_strangers_are_not_answered() -> None:
     run(work)
 
 
-def test_of_many_that_come_together_the_first_is_not_as_late_as_the_last() -> None:
+def test_the_first_of_many_simultaneous_requests_begins_before_the_last() -> None:
     """Each request takes five turns of the event loop; all at once they would all be through in the last turns."""
 
     async def work() -> None:
@@ -149,7 +149,7 @@ def test_of_many_that_come_together_the_first_is_not_as_late_as_the_last() -> No
     run(work)
 
 
-def test_who_leaves_before_the_request_has_begun_costs_the_model_nothing() -> None:
+def test_a_request_cancelled_before_it_begins_does_not_reach_the_model() -> None:
     async def work() -> None:
         begun: list[bytes] = []
 
@@ -220,7 +220,7 @@ def test_slow_client_slows_the_replica() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 9, 64, 1 << 20])
-def test_frames_are_found_however_they_are_split(size: int) -> None:
+def test_frames_are_parsed_at_any_split(size: int) -> None:
     sent = [(Kind.OPEN, 1, b""), (Kind.DATA, 2**32 - 1, b"\x00" * 300), (Kind.END, 3, b"e" * 9), (Kind.DATA, 4, b"x")]
     data = b"".join(frame(*one) for one in sent)
     frames = Frames()
@@ -234,7 +234,7 @@ def test_a_head_cannot_smuggle_a_line() -> None:
     assert (first, headers) == (b"200", [(b"a", b"b:c"), (b"e", b"")])
 
 
-def test_a_replica_that_leaves_the_list_ends_its_answers_and_then_its_connection() -> None:
+def test_a_removed_replica_completes_its_responses_before_the_connection_closes() -> None:
     async def work() -> None:
         replica = Replica()
         replica.hold = asyncio.Event()
@@ -257,7 +257,7 @@ def test_a_replica_that_leaves_the_list_ends_its_answers_and_then_its_connection
     run(work)
 
 
-def test_what_was_answered_arrives_though_the_replica_closes() -> None:
+def test_sent_data_arrives_although_the_replica_closes() -> None:
     async def work() -> None:
         listening = socket.create_server(("127.0.0.1", 0))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from quantserve.errors import EngineError
+from quantserve.errors import CheckpointError, EngineError
 
 SOCKET_BYTES: Final = 107
 """Longest path of a Unix socket on Linux."""
@@ -100,6 +100,30 @@ def expand(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         return Path(text)
+
+
+def snapshot_in(folder: Path) -> Path:
+    """The model in a folder: the only snapshot of ``models--org--name`` in a Hugging Face cache, else the folder.
+
+    Raises:
+        CheckpointError: the cache has no snapshot of the model, or several.
+    """
+    repository = folder.parent if folder.name == "snapshots" else folder
+    if not repository.name.startswith("models--"):
+        return folder
+    name = repository.name.removeprefix("models--").replace("--", "/")
+    found = sorted(entry for entry in (repository / "snapshots").glob("*") if entry.is_dir())
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CheckpointError(f"{folder}: no snapshot of {name} is in it\n  fix: `hf download {name}`")
+    main = repository / "refs" / "main"
+    current = main.read_text(errors="replace").strip() if main.is_file() else ""
+    shown = ", ".join(f"{one.name} (main)" if one.name == current else one.name for one in found[:8])
+    best = next((one for one in found if one.name == current), found[0])
+    raise CheckpointError(
+        f"{folder}: {len(found)} snapshots of {name} are in it: {shown}\n  fix: name one, such as {best}, or {name}"
+    )
 
 
 def temporary_folder() -> str:

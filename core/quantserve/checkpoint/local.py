@@ -14,6 +14,7 @@ from quantserve.checkpoint.data import Location
 from quantserve.checkpoint.text import shown, some
 from quantserve.errors import CheckpointError
 from quantserve.finding import Finding
+from quantserve.homes import snapshot_in
 
 
 @dataclass
@@ -102,9 +103,9 @@ def find_folder(source: str) -> Path | None:
     Raises CheckpointError when `source` is a file, or can only be a path (``./x``, ``a/b/c``) and is missing.
     """
     try:
-        path = Path(source).expanduser()
+        path = Path(source).expanduser()  # raises where `expand` keeps the ~
         if path.is_dir():
-            return path
+            return snapshot_in(path)
         exists = path.exists()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -13,11 +13,21 @@ from pydantic import ValidationError
 
 from quantserve.config.migrate import EMBEDDING_FIX, TRTLLM_FIX, migrate
 from quantserve.config.model import AppConfig, ModelConfig
-from quantserve.config.paths import LORA, config_files, expand, folder_id, is_hub_id, not_found, resolved, resolved_file
+from quantserve.config.paths import (
+    LORA,
+    config_files,
+    folder_id,
+    is_checkpoint,
+    is_hub_id,
+    not_found,
+    resolved,
+    resolved_file,
+)
 from quantserve.config.report import Report, got, unknown_key
 from quantserve.config.schema import HttpConfig
 from quantserve.config.source import SUFFIXES, Located, from_object, parse, read
-from quantserve.errors import ConfigError
+from quantserve.errors import CheckpointError, ConfigError
+from quantserve.homes import expand, snapshot_in
 
 IMPORT_PATH: Final = "quantserve.serve.app:build"
 RAYLLM_IMPORT_PATHS: Final = ("rayllm.backend:router_application", "rayllm.backend:llm_application")
@@ -69,7 +79,7 @@ def is_model_source(source: str | Path) -> bool:
     """Whether `source` names a bare model (checkpoint folder or hub id), not a config."""
     path = expand(str(source))
     if path.exists():
-        return (path / "config.json").is_file()
+        return is_checkpoint(snapshot_in(path))
     return is_hub_id(str(source), [Path()])
 
 
@@ -91,6 +101,7 @@ def model_from_source(
     engine: dict[str, Any] = {"model_id": str(source)}
     path = expand(str(source))
     if path.exists():
+        path = snapshot_in(path)
         engine = {"model_id": folder_id(path), "hf_model_id": str(path.resolve())}
     if quantization:
         engine["engine_kwargs"] = {"quantization": quantization}
@@ -158,8 +169,11 @@ class _Loader:
                 self.models.append(model_from_source(text).located(label))
             else:
                 raise ConfigError(f"{label}: {not_found(text, folders)}" if origin else not_found(text, folders))
-        except ConfigError as error:
+        except (ConfigError, CheckpointError) as error:
             self.report.problems.append(str(error))
+        except PermissionError as error:
+            fix = f"let user {os.getuid()} read it, with every folder above it"
+            self.report.problems.append(f"{label}: {error.strerror}\n  fix: {fix}")
         except (OSError, ValueError) as error:  # a name the file system refuses, such as one with a NUL
             self.report.problems.append(f"{label}: {text[:80]!r} is no path: {error}")
 
@@ -170,7 +184,7 @@ class _Loader:
         self.document(doc)
 
     def _path(self, path: Path, label: str, where: str) -> None:
-        if path.is_dir() and (path / "config.json").is_file():
+        if path.is_dir() and is_checkpoint(snapshot_in(path)):
             self.models.append(model_from_source(path).located(where))
         elif (path / "adapter_config.json").is_file():
             raise ConfigError(f"{label}: {LORA}")
@@ -203,6 +217,7 @@ class _Loader:
     def document(self, doc: Located) -> None:
         """Load one parsed file: a model, an app file or a Ray Serve config."""
         value = doc.value
+        self.report.notes += [note for note in doc.repeated if note not in self.report.notes]
         if value is None:
             self.report.problem(doc, (), "an empty file, a config is expected")
         elif not isinstance(value, dict):
@@ -275,10 +290,16 @@ class _Loader:
         """Make paths in the model absolute; they start at its file, or else at the working directory."""
         engine = model.engine_config
         beside = (doc.folder or Path()) / engine.model_id
-        if engine.hf_model_id is None and (beside / "config.json").is_file():
+        if engine.hf_model_id is None and is_checkpoint(beside):
             engine.hf_model_id = str(beside.resolve())
         if engine.hf_model_id is not None:
             engine.hf_model_id = resolved(engine.hf_model_id, doc.folder)
+            if Path(engine.hf_model_id).is_absolute():
+                try:
+                    engine.hf_model_id = str(snapshot_in(Path(engine.hf_model_id)))
+                except CheckpointError as error:
+                    self.report.problem(doc, ("engine_config", "hf_model_id"), *str(error).split("\n  fix: "))
+                    return
         if engine.tokenizer_id is not None:
             engine.tokenizer_id = resolved(engine.tokenizer_id, doc.folder)
         template = engine.generation.chat_template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from quantserve.config.engine_args import SINGLE, engine_argument_problem, frontend_argument_problem
 from quantserve.config.generation import Generation
+from quantserve.config.paths import is_model_id
 from quantserve.config.report import Fault, fault, faults, got
 from quantserve.config.schema import DeploymentConfig, HttpConfig, ScalingConfig, check_runtime_env
 from quantserve.config.section import Section
 
-MODEL_ID = re.compile(r"[A-Za-z0-9][\w.:@+-]*(/[A-Za-z0-9][\w.:@+-]*)*", re.ASCII)
 DTYPES = {
     "auto": "auto",
     "half": "float16",
@@ -61,9 +62,10 @@ class EngineConfig(Section):
     @field_validator("model_id")
     @classmethod
     def _usable_in_a_url(cls, value: str) -> str:
-        if len(value) > 200:
-            raise fault(f"an id of {len(value)} characters; at most 200 fit into a URL", fix="give a shorter one")
-        if not MODEL_ID.fullmatch(value):
+        value = unicodedata.normalize("NFC", value)  # as keyboards and clients write it
+        if len(value.encode()) > 200:
+            raise fault(f"an id of {len(value.encode())} bytes; at most 200 fit into a URL", fix="give a shorter one")
+        if not is_model_id(value):
             raise fault(
                 f"{value[:60]!r} cannot be an id in the API: use letters, digits and . _ - : @ + in parts joined by /",
                 fix="give the folder in hf_model_id and a plain name here" if re.match(r"[./~\\]", value) else "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -60,7 +61,7 @@ def resolved(text: str, folder: Path | None) -> str:
     if path.is_absolute():
         return str(path)
     for start in dict.fromkeys([folder or Path(), Path()]):
-        if (start / path).exists():
+        if os.path.exists(start / path):  # False for a path the file system refuses
             return str((start / path).resolve())
     return str(((folder or Path()) / path).resolve()) if text.startswith(("./", "../")) else text
 
@@ -86,7 +87,19 @@ def folder_id(path: Path) -> str:
     cached = path.parent.parent.name
     if path.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/")
-    return re.sub(r"[^\w.+-]+", "-", path.name, flags=re.ASCII).strip("-._") or "model"
+    name = unicodedata.normalize("NFKC", path.name)
+    kept = "".join(char if fits_id(char) and char not in ":@" else " " for char in name)
+    return "-".join(kept.split()).strip("-._") or "-".join(["model", *(f"{ord(char):x}" for char in name[:30])])
+
+
+def is_model_id(text: str) -> bool:
+    """Whether a text can be the id of a model: parts joined by ``/`` that begin with a letter or digit."""
+    return all(part[:1].isalnum() and all(map(fits_id, part)) for part in text.split("/"))
+
+
+def fits_id(char: str) -> bool:
+    """Whether an id may hold a character: letters and digits of every script with their marks, and ``. _ - : @ +``."""
+    return char.isalnum() or char in "._-:@+" or unicodedata.category(char) in ("Mn", "Mc")
 
 
 def not_found(text: str, folders: Sequence[Path]) -> str:

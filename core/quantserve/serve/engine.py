@@ -18,8 +18,9 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quantserve.environment import API_KEY, RESERVE
 from quantserve.homes import settle
-from quantserve.plan import RESERVE, Plan
+from quantserve.plan import Plan
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.cpus import leave_to_workers
 from quantserve.serve.directory import POLL_S, Directory, look_up, poll_replicas
@@ -70,6 +71,7 @@ class ModelServer:
     async def _start(self) -> None:
         for note in settle(os.environ):  # of this node, and of the model's runtime_env
             logger.warning(note)
+        os.environ.pop(API_KEY, None)  # the gateway checks keys, and sends none
         start_spare(ENGINE_CORE)
         hurry_children()
         with collecting_rarely():

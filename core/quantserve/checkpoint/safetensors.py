@@ -86,8 +86,10 @@ def parse_header(raw: bytes, name: str, data_bytes: int | None) -> tuple[dict[st
         header = parse_json(raw, strict=True)
         if not isinstance(header, dict):
             raise BadJson("it is not an object")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not (
+            isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        ):
             raise BadJson("__metadata__ is not an object of strings")
     except BadJson as error:
         return {}, [
@@ -138,11 +140,11 @@ def _tensor(key: str, entry: object, file: str) -> Tensor | str:
     dtype, shape = entry.get("dtype"), entry.get("shape")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         return f"{shown(key)}: unknown dtype {shown(dtype) if isinstance(dtype, str) else 'of no string'}"
-    bits = DTYPE_BITS[dtype]
     if not _counts(shape):
         return f"{shown(key)}: the shape is not a list of numbers from 0"
-    for size in shape:
-        bits *= size
+    bits = 1
+    for factor in (*shape, DTYPE_BITS[dtype]):  # in the library's order: what a zero comes too late for is refused
+        bits *= factor
         if bits >= MAX_COUNT:
             return f"{shown(key)}: the shape has more than 2^64 bits"
     if bits % 8:

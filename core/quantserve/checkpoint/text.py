@@ -14,6 +14,9 @@ SHOWN: Final = 20
 
 LENGTH: Final = 200
 
+MAX_TOKENS: Final = 8_000_000
+"""Commas, colons and brackets of JSON: some seconds and 1 GB. The entry of a tensor in a header has 12."""
+
 
 class BadJson(ValueError):
     """A file that is not JSON; the message says why and where."""
@@ -37,8 +40,11 @@ def counted(count: int, what: str) -> str:
 def parse_json(raw: bytes, *, strict: bool = False) -> object:
     """Parse JSON, or raise BadJson with the reason and, where known, line:column.
 
-    `strict` refuses what a safetensors reader refuses: a key given twice, NaN and infinities, unpaired surrogates.
+    `strict` refuses what a safetensors reader refuses: a key given twice, NaN and infinities, -0 (it is no integer),
+    unpaired surrogates.
     """
+    if len(raw) > MAX_TOKENS and sum(raw.count(token) for token in (b",", b":", b"[", b"{")) > MAX_TOKENS:
+        raise BadJson(f"more than {MAX_TOKENS:,} values, names and brackets")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -46,7 +52,8 @@ def parse_json(raw: bytes, *, strict: bool = False) -> object:
     try:
         if not strict:
             return json.loads(text)
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        integer = _no_minus_zero if "-0" in text else None
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=integer)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except BadJson:
@@ -71,6 +78,12 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
                 raise BadJson(f"the key {shown(key)!r} is given twice")
             seen.add(key)
     return made
+
+
+def _no_minus_zero(number: str) -> int:
+    if number == "-0":
+        raise BadJson("-0 is not an integer")
+    return int(number)
 
 
 def _no_constant(name: str) -> NoReturn:

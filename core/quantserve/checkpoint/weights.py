@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from quantserve.checkpoint.configs import read_object
 from quantserve.checkpoint.data import Tensor
+from quantserve.checkpoint.pickle_machine import Budget
 from quantserve.checkpoint.pickles import read_pickle
 from quantserve.checkpoint.safetensors import FIRST_READ, read_header
 from quantserve.checkpoint.source import Source
@@ -16,18 +18,29 @@ from quantserve.checkpoint.text import counted, shown, some
 from quantserve.finding import Finding
 
 INDEX: Final = "model.safetensors.index.json"
+MISTRAL_INDEX: Final = "consolidated.safetensors.index.json"
 PICKLE_INDEX: Final = "pytorch_model.bin.index.json"
 NOT_WEIGHTS: Final = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _NUMBERED: Final = re.compile(r"(.*-)(\d{1,6})(-of-)(\d{1,6})(\.safetensors|\.bin|\.pt)")
 
+MAX_FILES: Final = 5_000
+"""Weight files of a checkpoint; Grok-1 has 770."""
+
+MAX_TENSORS: Final = 500_000
+"""Tensors of a checkpoint, some seconds and 1 GB; Kimi-K2 in AWQ has 210,000."""
+
+MAX_HEADERS: Final = 256 * 2**20
+"""Bytes of all safetensors headers; those of Kimi-K2 in AWQ have 35 MB."""
+
 
 @dataclass
 class Weights:
-    """What the weight files hold."""
+    """What the weight files hold, and the bytes of the headers it was read from."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     other: dict[str, object] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    header_bytes: int = 0
 
 
 def weight_names(files: Mapping[str, int]) -> list[str]:
@@ -56,7 +69,9 @@ def read_weights(source: Source, allow_pickle: bool) -> Weights:
     safetensors = [name for name in names if name.endswith(".safetensors")]
     pickles = [n for n in names if n.endswith(".bin")] or [n for n in names if n.endswith(".pt")]
     weights = Weights()
-    if safetensors:
+    if len(names) > MAX_FILES:
+        weights.findings.append(_too_large(f"{len(names):,} weight files, the limit is {MAX_FILES:,}"))
+    elif safetensors:
         _read_safetensors(source, safetensors, weights)
         beside = [name for name in names if name not in safetensors]
         if beside:
@@ -73,16 +88,41 @@ def read_weights(source: Source, allow_pickle: bool) -> Weights:
     return weights
 
 
+def _too_large(what: str) -> Finding:
+    fix = "take the files of one model only, or merge its shards"
+    return Finding.error("checkpoint-too-large", f"the checkpoint has {what}; the rest was not read", (), fix)
+
+
+def _full(weights: Weights) -> bool:
+    """Whether more has been read than a checkpoint may have; then there is a finding about it."""
+    if len(weights.tensors) > MAX_TENSORS:
+        weights.findings.append(_too_large(f"more than {MAX_TENSORS:,} tensors"))
+    elif weights.header_bytes > MAX_HEADERS:
+        weights.findings.append(_too_large(f"more than {MAX_HEADERS:,} bytes of headers"))
+    else:
+        return False
+    return True
+
+
 def _nothing(source: Source) -> Finding:
     if INDEX in source.files or PICKLE_INDEX in source.files:
         return Finding.error(
             "shard-missing", "there is an index of weight files but none of the files", (), "download the model again"
         )
+    pth = sorted(name for name in source.files if name.endswith(".pth"))
+    if pth:
+        return Finding.error(
+            "weights-missing",
+            f"the weights are only in *.pth files ({', '.join(some(pth[:3]))}), which vLLM does not look for",
+            some(pth),
+            "use the version of this model in transformers' format, with *.safetensors files",
+        )
     gguf = [name for name in source.files if name.endswith(".gguf")]
     if gguf:
         return Finding.error(
             "weights-missing",
-            f"the weights are GGUF files ({', '.join(some(gguf))}), which are not read",
+            f"the weights are in the GGUF format ({', '.join(some(gguf[:3]))}), which no installed plugin serves; vLLM "
+            "needs vllm-gguf-plugin for it",
             some(gguf),
             "use the safetensors version of this model",
         )
@@ -101,34 +141,37 @@ def _read_safetensors(source: Source, names: list[str], weights: Weights) -> Non
     chosen = others or consolidated
     if others and consolidated:
         findings.append(
-            Finding.warning(
-                "stray-weights",
-                f"{', '.join(some(consolidated))} beside {counted(len(others), 'other safetensors file')}: vLLM "
-                "would switch to the Mistral format and read only the consolidated weights",
+            Finding.info(
+                "mistral-format",
+                f"the model is here in two formats; it is served from {counted(len(others), 'file')} in transformers' "
+                f"format, and {', '.join(some(consolidated))} in Mistral's are not read",
                 some(consolidated),
-                "delete the consolidated files, or set engine_kwargs load_format, config_format and tokenizer_mode",
+                "delete the consolidated files to save space, or set engine_kwargs load_format, config_format and "
+                "tokenizer_mode to mistral to serve from them",
             )
         )
-    listed = _index(source, INDEX, names, weights)
+    index = INDEX if others else MISTRAL_INDEX
+    listed = _index(source, index, names, weights)
     if listed is not None:
-        chosen = [name for name in names if name in set(listed.values())]
+        named = set(listed.values())
+        chosen = [name for name in names if name in named]
         stray = [name for name in others if name not in chosen]
         if stray:
             findings.append(
                 Finding.warning(
                     "stray-weights",
-                    f"{counted(len(stray), 'safetensors file')} not in {INDEX}, which vLLM does not read",
+                    f"{counted(len(stray), 'safetensors file')} not in {index}, which vLLM does not read",
                     some(stray),
                     "delete them, or correct the index if they belong to the model",
                 )
             )
-    elif len(chosen) > 1 and INDEX not in source.files:
+    elif len(chosen) > 1 and index not in source.files:
         findings.append(
             Finding.warning(
                 "index-missing",
-                f"{counted(len(chosen), 'safetensors file')} without {INDEX}: vLLM reads them all",
+                f"{counted(len(chosen), 'safetensors file')} without {index}: vLLM reads them all",
                 some(chosen),
-                f"add {INDEX}, and delete files that do not belong to the model",
+                f"add {index}, and delete files that do not belong to the model",
             )
         )
     if listed is None:
@@ -147,6 +190,7 @@ def _read_files(source: Source, names: list[str], weights: Weights) -> set[str]:
         try:
             with source.open(name) as file:
                 tensors, found = read_header(file, name, source.files[name])
+                weights.header_bytes += file.tell()
         except OSError as error:
             weights.findings.append(_unreadable(name, error))
             continue
@@ -154,6 +198,8 @@ def _read_files(source: Source, names: list[str], weights: Weights) -> set[str]:
         if tensors or not found:
             readable.add(name)
         _merge(tensors, weights, twice)
+        if _full(weights):
+            break
     _report_twice(twice, weights)
     return readable
 
@@ -195,16 +241,20 @@ def _index(source: Source, index: str, names: list[str], weights: Weights) -> di
     weights.findings += found
     if value is None:
         return None
-    table = value.get("weight_map")
+    table, there = value.get("weight_map"), frozenset(names)
     if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
         what = "has no weight_map object" if not isinstance(table, dict) else "maps tensors to what are no file names"
         bad = [] if not isinstance(table, dict) else [k for k, file in table.items() if not isinstance(file, str)]
         weights.findings.append(Finding.error("index-invalid", f"{index} {what}", some(bad), f"download {index} again"))
         return None
+    if len(table) > MAX_TENSORS:
+        what = f"{index} names {len(table):,} tensors, the limit is {MAX_TENSORS:,}"
+        weights.findings.append(Finding.error("index-invalid", what, (), f"download {index} again"))
+        return None
     files = sorted(set(table.values()))
     escaping = [file for file in files if _escapes(file)]
-    nested = [file for file in files if "/" in file and file not in escaping]
-    absent = [file for file in files if file not in names and file not in escaping and file not in nested]
+    nested = [file for file in files if "/" in file and not _escapes(file)]
+    absent = [file for file in files if "/" not in file and not _escapes(file) and file not in there]
     if escaping:
         weights.findings.append(
             Finding.error(
@@ -249,7 +299,7 @@ def _missing_numbers(names: list[str], weights: Weights) -> None:
     for (stem, total, suffix), numbers in families.items():
         missing = int(total) - len(numbers)
         if missing > 0:
-            absent = [n for n in range(1, int(total) + 1) if n not in numbers][:20]
+            absent = islice((n for n in range(1, int(total) + 1) if n not in numbers), 20)
             offenders = [f"{stem}{n:0{len(total)}d}-of-{total}{suffix}" for n in absent]
             weights.findings.append(
                 Finding.error(
@@ -322,14 +372,17 @@ def _read_pickles(source: Source, names: list[str], weights: Weights, allow_pick
     if listed is None:
         _missing_numbers(names, weights)
     twice: list[str] = []
+    budget = Budget()
     for name in names:
         try:
             with source.open(name) as file:
-                tensors, other, found = read_pickle(file, name)
+                tensors, other, found = read_pickle(file, name, budget)
         except OSError as error:
             weights.findings.append(_unreadable(name, error))
             continue
         weights.findings += found
         weights.other |= other
         _merge(tensors, weights, twice)
+        if budget.left < 0 or _full(weights):
+            break
     _report_twice(twice, weights)

@@ -6,7 +6,7 @@ PACKAGES := core/quantserve kernels/src/quantserve_kernels plugins/fp16/src/quan
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu clean
+.PHONY: help setup dev prepare serve test test-quick fuzz lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,9 @@ test: dev ## run all tests, real engines included
 
 test-quick: dev ## run the tests that start no engine and take seconds
 	@exec $(BIN)/python -m pytest -m "not vllm and not ray and not slow" $(ARGS)
+
+fuzz: dev ## fuzz the readers of headers, configs and pickles; about half an hour (ARGS="headers --count 1000 --seed 1")
+	@cd tests && exec ../$(BIN)/python -W ignore -m fuzzing $(ARGS)
 
 lint: dev ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .

@@ -1,9 +1,7 @@
-# ruff: noqa: E501
 """Whatever a file holds: an app, or a ConfigError. No traceback, no hang."""
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fuzzing
+from fuzzing import configs as fuzzing_configs
 from quantserve.config import AppConfig, load, load_object
 from quantserve.errors import ConfigError
 
@@ -29,35 +29,6 @@ applications:
   {resources: {accelerator_type_a10: 0.1}}}, scaling_config: {num_workers: 1, resources_per_worker: {x: 1}}}]}}
 """,
 ]
-SNIPPETS = ["{", "}", "[", "]", ":", "- ", "\n", "\t", "&a ", "*a", "<<: ", "!!int ", "!x ", "'", '"', "|\n", ">\n", "?", ", ",
-            "null", "true", ".nan", "1e9", "0x1f", "\0", "\ufeff", "é", "---\n", "...\n", "%YAML 1.1\n", "#", "@", "`",
-            "models: ", "engine_config: ", "type: TRTLLMEngine\n", "{instruction}", "enabled: false\n"]  # fmt: skip
-
-
-@st.composite
-def mutated(draw: st.DrawFn) -> bytes:
-    text = draw(st.sampled_from(SEED_TEXTS))
-    chance = random.Random(draw(st.integers(0, 2**32)))
-    for _ in range(draw(st.integers(1, 8))):
-        place = chance.randrange(len(text) + 1)
-        kind = chance.randrange(4)
-        if kind == 0:
-            text = text[:place] + chance.choice(SNIPPETS) + text[place:]
-        elif kind == 1:
-            text = text[:place] + text[place + chance.randrange(1, 30) :]
-        elif kind == 2:
-            lines = text.splitlines(keepends=True)
-            chance.shuffle(lines) if chance.random() < 0.1 else lines.insert(
-                chance.randrange(len(lines) + 1), chance.choice(lines) if lines else "x"
-            )
-            text = "".join(lines)
-        else:
-            text = (
-                text[:place]
-                + chr(chance.choice([chance.randrange(32, 127), chance.randrange(1, 0xD7FF)]))
-                + text[place + 1 :]
-            )
-    return text.encode("utf-8") if chance.random() < 0.95 else text.encode("utf-8")[1:] + b"\xff"
 
 
 def check(data: bytes, suffix: str) -> None:
@@ -84,10 +55,10 @@ def use(make: Callable[[], AppConfig], label: str) -> None:
         model.deployment_config.serve_options()
 
 
-@settings(max_examples=300, deadline=4000)
-@given(data=mutated())
-def test_mutated_yaml(data: bytes) -> None:
-    check(data, ".yaml")
+def test_fuzzed_texts() -> None:
+    report = fuzzing.run(fuzzing_configs.TARGET, 250, seed=15)
+    assert report.failures == []
+    assert report.verdicts["accepted"] > 20
 
 
 @settings(max_examples=100, deadline=4000)

@@ -26,7 +26,7 @@ from quantserve.checkpoint import Checkpoint, Tensor
 from quantserve.checks.fused import check_fused_groups
 from quantserve.checks.linear import Expected, check_linears, check_shards, quantized_linears
 from quantserve.checks.skipped import SkipList
-from quantserve.dtypes import method_dtype, served_dtype
+from quantserve.dtypes import method_dtype, refuses_float16, served_dtype
 from quantserve.finding import Finding, Severity
 from quantserve.hookspecs import API_VERSION as VERSION
 from quantserve.hookspecs import hookimpl
@@ -34,6 +34,7 @@ from quantserve.layers import Linear, linears, modules, other_tensors, shard_k, 
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.performance import Fastest, fastest_kernel
 from quantserve.published import PublishedRun, published_profile
+from quantserve.quantizable import quantizable
 from quantserve.target import Target
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ __all__ = [
     "modules",
     "other_tensors",
     "published_profile",
+    "quantizable",
     "quantized_linears",
+    "refuses_float16",
     "served_dtype",
     "shard_k",
     "shard_n",

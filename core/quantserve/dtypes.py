@@ -61,7 +61,7 @@ def served_dtype(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> 
     asked = model.dtype
     if asked is not None:
         name = _LONG.get(asked, asked)
-        return ServedDtype(name, "engine_kwargs.dtype", stored, name == "float16" and _without_float16(checkpoint))
+        return ServedDtype(name, "engine_kwargs.dtype", stored, name == "float16" and refuses_float16(checkpoint))
     possible = possible_dtypes(checkpoint, target)
     if stored != "float32" and stored in possible:
         return ServedDtype(stored, "config.json", stored)
@@ -123,10 +123,11 @@ def possible_dtypes(checkpoint: Checkpoint, target: Target) -> tuple[str, ...]:
         names: tuple[str, ...] = ("float16", "float32") if target.capability >= 60 else ("float32",)
     else:
         names = ("bfloat16", "float16", "float32")
-    return tuple(name for name in names if name != "float16" or not _without_float16(checkpoint))
+    return tuple(name for name in names if name != "float16" or not refuses_float16(checkpoint))
 
 
-def _without_float16(checkpoint: Checkpoint) -> bool:
+def refuses_float16(checkpoint: Checkpoint) -> bool:
+    """Whether vLLM does not run a model of this type in float16, so that a quantizer keeps bfloat16."""
     return checkpoint.config.get("model_type") in NO_FLOAT16
 
 

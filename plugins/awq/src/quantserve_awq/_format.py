@@ -4,7 +4,7 @@ One linear with weight ``[n, k]`` (N = out_features, K = in_features) is stored 
 
     qweight  int32    [k, n / 8]          eight 4-bit codes of consecutive n per word
     qzeros   int32    [k / group, n / 8]  the same packing
-    scales   float16  [k / group, n]
+    scales   float16 or bfloat16  [k / group, n]
 
 and means ``W[n, k] = (q[k, n] - z[k // group, n]) * scales[k // group, n]``.
 """
@@ -51,12 +51,13 @@ def unpack(words: Tensor) -> Tensor:
     return torch.stack(columns, dim=-1).reshape(rows, count * PER_WORD)
 
 
-def quantize_linear(weight: Tensor, group_size: int) -> PackedLinear:
+def quantize_linear(weight: Tensor, group_size: int, dtype: torch.dtype = torch.float16) -> PackedLinear:
     """Round a weight [n, k] to the nearest of 16 levels per (n, group of k).
 
     Args:
         weight: any float dtype; computed in float32.
         group_size: inputs that share a scale and a zero; -1 is all of k.
+        dtype: of the scales, float16 or bfloat16.
 
     Raises:
         ValueError: k is no multiple of the group, or n no multiple of 8.
@@ -71,8 +72,8 @@ def quantize_linear(weight: Tensor, group_size: int) -> PackedLinear:
     # Zero is always inside the range: the zero point is one of 0..15, so a group of one sign would be clipped.
     low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
     high = groups.amax(dim=-1, keepdim=True).clamp(min=0)
-    # Codes are chosen for the float16 scale that is stored, not for the exact one.
-    scale = ((high - low).clamp(min=1e-5) / LARGEST).to(torch.float16)
+    # Codes are chosen for the rounded scale that is stored, not for the exact one.
+    scale = ((high - low).clamp(min=1e-5) / LARGEST).to(dtype)
     step = scale.to(torch.float32)
     zero = (-torch.round(low / step)).clamp(0, LARGEST)
     codes = (torch.round(groups / step) + zero).clamp(0, LARGEST)

@@ -7,7 +7,6 @@ writes and vLLM's own AWQ method reads. One tensor is in memory at a time, plus 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantserve.api import Linear, quantizable, refuses_float16
+from quantserve.checkpoint import open_checkpoint
 from quantserve.errors import UserError
-from quantserve_awq._format import BITS, dequantize_linear, quantize_linear
+from quantserve_awq._format import BITS, PER_WORD, dequantize_linear, quantize_linear
 
-# The linears of a decoder block; routers, embeddings, norms and lm_head stay as they are.
-LINEAR = re.compile(r"(?:^|\.)layers\.\d+\..*_proj\.weight$")
+GROUPS = (128, 64, 32)  # that vLLM's fast kernels take
 SHARD_BYTES = 4 * 2**30
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*")
 NOT_COPIED = ("*.index.json", "*quant*config.json", "config.json")
@@ -42,6 +42,9 @@ def quantize(source: Path, destination: Path, *, group_size: int = 128, progress
         group_size: inputs that share a scale and a zero point, -1 for all of them.
         progress: see `Progress`.
 
+    The attention and MLP projections of the decoder are quantized, experts included; routers, lm_head, vision and audio
+    towers stay. Everything is written in float16, in bfloat16 for model types that vLLM does not run in float16.
+
     Raises:
         UserError: the source cannot be quantized, or the destination exists.
     """
@@ -49,21 +52,17 @@ def quantize(source: Path, destination: Path, *, group_size: int = 128, progress
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         raise UserError(f"{source} is already quantized ({method})\n  fix: quantize the float checkpoint it came from")
-    if not any(LINEAR.search(name) for name in tensor_files(source)):
-        raise UserError(f"{source} has no linear to quantize: no tensor is named like ...layers.0....q_proj.weight")
+    targets = {f"{linear.name}.weight" for linear in checked(source, group_size)}
+    dtype = torch.bfloat16 if refuses_float16(open_checkpoint(str(source))) else torch.float16
     with new_folder(destination) as folder:
         writer = ShardWriter(folder)
         for name, tensor in tensors(source, progress):
-            if not LINEAR.search(name) or tensor.ndim != 2:
-                writer.add(name, as_float16(name, tensor))
+            if name not in targets:
+                writer.add(name, narrowed(name, tensor, dtype))
                 continue
-            try:
-                packed = quantize_linear(tensor, group_size)
-            except ValueError as error:
-                raise UserError(f"{name} of {source} cannot be packed: {error}") from error
             module = name.removesuffix(".weight")
-            for part, value in packed._asdict().items():
-                writer.add(f"{module}.{part}", as_float16(f"{module}.{part}", value))
+            for part, value in quantize_linear(tensor, group_size, dtype)._asdict().items():
+                writer.add(f"{module}.{part}", narrowed(f"{module}.{part}", value, dtype))
         writer.finish()
         config["quantization_config"] = {
             "quant_method": "awq",
@@ -72,8 +71,47 @@ def quantize(source: Path, destination: Path, *, group_size: int = 128, progress
             "zero_point": True,
             "version": "gemm",
         }
-        write_config(folder, config, "float16")
+        write_config(folder, config, str(dtype).removeprefix("torch."))
         copy_other_files(source, folder)
+
+
+def checked(source: Path, group_size: int) -> tuple[Linear, ...]:
+    """The linears to quantize.
+
+    Raises:
+        UserError: there are none, or their weights are missing or do not fit 8 codes a word and the group size.
+    """
+    present = tensor_files(source)
+    checkpoint = open_checkpoint(str(source))
+    chosen = quantizable(checkpoint)
+    if not chosen:
+        raise UserError(f"{source} has no linear to quantize: no tensor is named like ...layers.0....q_proj.weight")
+    absent = [linear.name for linear in chosen if f"{linear.name}.weight" not in present]
+    if absent:
+        raise UserError(
+            f"{source} has no weight of {len(absent)} linears that config.json describes. First: {absent[0]}\n"
+            "  fix: use the whole checkpoint; experts must be stored one by one, not stacked in one tensor"
+        )
+    for linear in chosen:
+        found = checkpoint.tensors[f"{linear.name}.weight"].shape
+        if found != (linear.n, linear.k):
+            raise UserError(
+                f"{linear.name}.weight of {source} is {list(found)}; config.json makes it [{linear.n}, {linear.k}]"
+            )
+        if linear.n % PER_WORD:
+            raise UserError(
+                f"{linear.name}.weight of {source}: out_features {linear.n} is not a multiple of {PER_WORD}, the codes "
+                "in one int32 word\n  fix: serve this model with another method"
+            )
+    wrong = [linear for linear in chosen if group_size < -1 or group_size == 0 or linear.k % group_size]
+    if group_size != -1 and wrong:
+        fitting = [str(group) for group in GROUPS if not any(linear.k % group for linear in chosen)]
+        fix = f"give group_size {' or '.join(fitting)}" if fitting else "give group_size -1, one group for a whole row"
+        raise UserError(
+            f"{wrong[0].name}.weight of {source}: in_features {wrong[0].k} is not a multiple of group_size "
+            f"{group_size}\n  fix: {fix}, which works for all {len(chosen)} linears"
+        )
+    return chosen
 
 
 def dequantize_checkpoint(source: Path, destination: Path, *, progress: Progress | None = None) -> None:
@@ -199,15 +237,16 @@ class ShardWriter:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def as_float16(name: str, tensor: Tensor) -> Tensor:
-    """The tensor in float16, integers unchanged; refuses values that float16 cannot hold."""
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in float16 or bfloat16, integers unchanged; refuses values that the dtype cannot hold."""
     if not tensor.is_floating_point():
         return tensor
-    half = tensor.to(torch.float16)
-    if not torch.isfinite(half).all():
+    narrow = tensor.to(dtype)
+    if not torch.isfinite(narrow).all():
         largest = tensor.to(torch.float32).abs().max().item()
-        raise UserError(f"{name} does not fit float16, the dtype of AWQ files: its largest value is {largest:g}")
-    return half
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"{name} does not fit {kind}, the dtype of the export: its largest value is {largest:g}")
+    return narrow
 
 
 def write_config(folder: Path, config: dict[str, Any], dtype: str) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantserve.api import quantizable
+from quantserve.checkpoint import open_checkpoint
 from quantserve.errors import CheckpointError, UsageError
 from quantserve_squeezellm._files import (
     Progress,
@@ -33,9 +35,10 @@ def quantize(
     sparsity: float = 0.0,
     progress: Progress | None = None,
 ) -> None:
-    """Write a SqueezeLLM checkpoint of `source`: its seven decoder projections quantized, all else copied.
+    """Write a SqueezeLLM checkpoint of `source`: the projections of its decoder quantized, all else copied.
 
-    The k-means is unweighted: every weight counts the same.
+    Experts, routers, lm_head, vision and audio towers are copied. The k-means is unweighted: every weight counts the
+    same.
 
     Args:
         source: folder of an unquantized Hugging Face checkpoint in safetensors.
@@ -61,14 +64,22 @@ def quantize(
     names = reader.names()
     if config.get("quantization_config") or any(name.endswith(".qweight") for name in names):
         raise CheckpointError(f"{source} is quantized already\n  fix: give the unquantized model")
-    targets = {name for name in names if _is_projection(name) and len(reader.shape(name)) == 2}
+    # vLLM builds experts without this method: they stay as they are.
+    chosen = quantizable(open_checkpoint(str(source)), experts=False)
+    targets = {f"{linear.name}.weight" for linear in chosen}
+    if absent := sorted(targets - set(names)):
+        raise CheckpointError(
+            f"{source} has no weight of {len(absent)} linears that config.json describes. First: {absent[0]}\n"
+            "  fix: use the whole checkpoint"
+        )
     if not targets:
-        raise CheckpointError(f"{source}: none of {', '.join(PROJECTIONS)} found; only Llama-like models are known")
+        raise CheckpointError(f"{source}: no decoder block with {', '.join(PROJECTIONS)} found")
     for name in sorted(targets):
         k = reader.shape(name)[1]
         if k % 32:
             raise CheckpointError(
-                f"{name} has {k} in_features; SqueezeLLM packs 32 at a time, so K must be a multiple of 32"
+                f"{name} has {k} in_features; SqueezeLLM packs 32 at a time, so K must be a multiple of 32\n"
+                "  fix: serve this model with another method"
             )
 
     sparse: dict[str, dict[str, int]] = {}
@@ -124,8 +135,3 @@ def quantize_matrix(weight: Tensor, bits: int, sparsity: float = 0.0) -> dict[st
         tensors |= to_csr(torch.where(outlier, rest, 0.0))
     assert k % k_multiple(bits) == 0
     return tensors
-
-
-def _is_projection(name: str) -> bool:
-    module, _, suffix = name.rpartition(".")
-    return suffix == "weight" and module.rpartition(".")[2] in PROJECTIONS

@@ -20,7 +20,7 @@ STAGE = "register"
 
 
 def register() -> None:
-    """Load the plugins of this model, and on a CPU let the processes rest while they wait."""
+    """Load the plugins of this model, and on a CPU make the processes yield while they wait."""
     load_plugins(os.environ)
     from vllm.platforms import current_platform
 

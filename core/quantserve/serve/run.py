@@ -148,8 +148,8 @@ def _start_discovery(plans: Sequence[Plan], gateway: GatewayProcess) -> None:
     from ray import serve
 
     handles = {plan.model_id: serve.get_app_handle(plan.app_name) for plan in plans}
-    work = poll_replicas
-    threading.Thread(target=lambda: asyncio.run(work(gateway, handles, CALM_S)), daemon=True, name="discovery").start()
+    polling = poll_replicas(gateway, handles, CALM_S)
+    threading.Thread(target=asyncio.run, args=(polling,), daemon=True, name="discovery").start()
 
 
 def _for_one_machine(plan: Plan) -> Plan:

@@ -1,7 +1,8 @@
 """The shape of a decoder, read from config.json: how many layers, how wide, with which biases.
 
-Only families whose tensor names follow Llama's are known; everything else is None and is checked from
-what the file holds. Every number is bounded, so a hostile config.json costs findings, not time.
+Sizes are known of every decoder that transformers or vLLM can configure. Names of tensors are known of the families
+that follow Llama's; the others are checked by what the files hold. Every number is bounded, so a hostile config.json
+costs findings, not time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantserve.attention import architectures, layer_count, read_heads, size_of
+from quantserve.families import layer_list
 from quantserve.finding import Finding
+from quantserve.once import once
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
@@ -18,15 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What a model family does when config.json is silent (its configuration class's defaults)."""
+    """How a family names its tensors, and what its config.json does not say. Defaults are in families.json."""
 
     qkv_bias: bool | None = None  # None: as config.json says in attention_bias
     mlp_bias: bool = False  # whether the family reads mlp_bias
     qk_norm: bool = False
     fused: bool = False  # qkv_proj and gate_up_proj are one tensor each in the file
-    kv_heads: int | None = None  # None: as many as attention heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    tied: bool = False
     block_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     experts: tuple[str, int, str] | None = None  # config key, its default, name of the block's expert module
     expert_width: str = "intermediate_size"
@@ -43,19 +44,15 @@ _GEMMA2_NORMS = (
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(mlp_bias=True),
     "granite": Family(mlp_bias=True),
-    "smollm3": Family(mlp_bias=True, kv_heads=4, tied=True),
-    "mistral": Family(kv_heads=8),
-    "qwen2": Family(qkv_bias=True, kv_heads=32),
-    "qwen3": Family(qk_norm=True, kv_heads=32, head_dim=128),
-    "qwen3_moe": Family(
-        qk_norm=True, kv_heads=4, experts=("num_experts", 128, "mlp"), expert_width="moe_intermediate_size"
-    ),
-    "mixtral": Family(
-        kv_heads=8, experts=("num_local_experts", 8, "block_sparse_moe"), expert_linears=("w1", "w3", "w2")
-    ),
+    "smollm3": Family(mlp_bias=True),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+    "qwen3_moe": Family(qk_norm=True, experts=("num_experts", 128, "mlp"), expert_width="moe_intermediate_size"),
+    "mixtral": Family(experts=("num_local_experts", 8, "block_sparse_moe"), expert_linears=("w1", "w3", "w2")),
     "phi3": Family(fused=True),
-    "gemma": Family(kv_heads=16, head_dim=256, tied=True),
-    "gemma2": Family(kv_heads=4, head_dim=256, tied=True, block_norms=_GEMMA2_NORMS),
+    "gemma": Family(),
+    "gemma2": Family(block_norms=_GEMMA2_NORMS),
 }
 
 _BY_CLASS: Mapping[str, str] = {
@@ -117,13 +114,14 @@ class Architecture:
     experts: int = 0
     expert_width: int = 0
     expert_layers: frozenset[int] = frozenset()
+    shared_width: int = 0  # features of the experts that every token passes
     generates: bool = True  # has an lm_head: not a bare encoder or embedding model
+    known: bool = True  # whether the names of its tensors are known
 
 
 def model_type(checkpoint: Checkpoint) -> str:
-    """The family name in config.json: ``text_config.model_type``, ``model_type`` or from ``architectures``."""
-    text = checkpoint.text_config
-    for value in (text.get("model_type"), checkpoint.config.get("model_type")):
+    """The family name of the language model: its config's ``model_type``, else from ``architectures``."""
+    for value in (checkpoint.text_config.get("model_type"), checkpoint.config.get("model_type")):
         if isinstance(value, str) and value:
             return value
     return next((_BY_CLASS[name] for name in class_names(checkpoint) if name in _BY_CLASS), "")
@@ -131,81 +129,140 @@ def model_type(checkpoint: Checkpoint) -> str:
 
 def class_names(checkpoint: Checkpoint) -> list[str]:
     """The strings under ``architectures`` of config.json."""
-    names = checkpoint.config.get("architectures")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, (list, tuple)) else []
+    return architectures(checkpoint)
 
 
+@once
 def read_architecture(checkpoint: Checkpoint) -> tuple[Architecture | None, list[Finding]]:
-    """Read config.json's numbers.
+    """Read config.json's numbers for a family with known tensor names.
 
     Returns the architecture, or None when the family is unknown or a number is unusable, and one
-    finding per unusable or missing field.
+    finding per unusable field, or missing field that has no default.
     """
     kind = model_type(checkpoint)
     family = FAMILIES.get(kind)
-    reader = _Reader(checkpoint.text_config)
-    layers = reader.integer("num_hidden_layers")
-    hidden = reader.integer("hidden_size")
-    heads = reader.integer("num_attention_heads")
-    vocab = reader.integer("vocab_size")
+    made, findings = _read(checkpoint, kind, family or Family())
     if family is None:
         # Other families use other names (n_layer, d_model); their absence says nothing.
-        return None, [finding for finding in reader.findings if finding.code == "config-bad-field"]
-    experts = layers_with_experts = expert_width = 0
-    if family.experts is not None:
+        return None, [finding for finding in findings if finding.code == "config-bad-field"]
+    return made, findings
+
+
+@once
+def read_sizes(checkpoint: Checkpoint) -> Architecture | None:
+    """The sizes of a decoder of any family, for estimates; None when config.json does not give them.
+
+    Of a family with unknown tensor names ``family`` is a plain `Family`, and ``known`` is False.
+    """
+    architecture, problems = read_architecture(checkpoint)
+    if architecture is not None or problems:
+        return architecture
+    made, _ = _read(checkpoint, model_type(checkpoint), None)
+    return made
+
+
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "inner_hidden_size")
+_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size", "intermediate_size")
+
+
+def _read(checkpoint: Checkpoint, kind: str, family: Family | None) -> tuple[Architecture | None, list[Finding]]:
+    config = checkpoint.text_config
+    reader = _Reader(config)
+    layers = reader.integer("num_hidden_layers", None if family else layer_count(config))
+    hidden = reader.integer("hidden_size", None if family else size_of(config, "n_embd", "d_model"))
+    heads = reader.integer("num_attention_heads", None if family else size_of(config, "n_head", "n_heads"))
+    vocab = reader.integer("vocab_size")
+    experts = expert_width = 0
+    if family is not None and family.experts is not None:
         experts = reader.integer(family.experts[0], family.experts[1])
         expert_width = reader.integer(family.expert_width)
-        layers_with_experts = layers
-    intermediate = reader.integer("intermediate_size")
-    kv_heads = reader.integer("num_key_value_heads", family.kv_heads or heads)
-    given_dim = reader.integer("head_dim", family.head_dim or 0)
-    tied = reader.boolean("tie_word_embeddings", family.tied)
+    elif family is None:
+        experts = size_of(config, *_EXPERTS)
+        expert_width = size_of(config, *_EXPERT_WIDTHS) if experts else 0
+    intermediate = reader.integer("intermediate_size", None if family else (size_of(config, *_WIDTHS) or 4 * hidden))
+    given_dim = reader.integer("head_dim", 0)
+    kv_given = reader.integer("num_key_value_heads", heads)
+    read = read_heads(checkpoint) if family is None else None
+    kv_heads = read.kv if read and not read.latent else kv_given
+    tied = reader.boolean("tie_word_embeddings", False)
     attention_bias = reader.boolean("attention_bias", reader.boolean("bias", False))
-    mlp_bias = reader.boolean("mlp_bias", False) and family.mlp_bias
+    mlp_bias = reader.boolean("mlp_bias", False) and bool(family and family.mlp_bias)
     if reader.findings:
         return None, reader.findings
-    if not given_dim and hidden % heads:
+    if not (layers and hidden and heads and vocab):
+        return None, []
+    if not given_dim and hidden % heads and family is not None:
         reader.bad(
             "hidden_size", f"{hidden} is not divisible by num_attention_heads {heads}, and head_dim is not given"
         )
-    if heads % kv_heads:
+    if heads % kv_heads and family is not None:
         reader.bad("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
-    if layers_with_experts * experts > MAX_EXPERTS_OF_A_MODEL:
-        reader.bad(family.experts[0] if family.experts else "experts", f"{experts} in each of {layers} layers")
+    if layers * experts > MAX_EXPERTS_OF_A_MODEL:
+        reader.bad(
+            family.experts[0] if family and family.experts else "experts", f"{experts} in each of {layers} layers"
+        )
     if reader.findings:
         return None, reader.findings
     names = class_names(checkpoint)
+    qkv_bias = family.qkv_bias if family is not None else None
     return (
         Architecture(
             model_type=kind,
-            family=family,
+            family=family or Family(),
+            known=family is not None,
             layers=layers,
             hidden=hidden,
             intermediate=intermediate,
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=given_dim or hidden // heads,
+            head_dim=given_dim or (read.size if read and not read.latent else 0) or max(1, hidden // heads),
             vocab=vocab,
             tied=tied,
-            qkv_bias=family.qkv_bias if family.qkv_bias is not None else reader.boolean("qkv_bias", attention_bias),
-            o_bias=attention_bias and family.qkv_bias is None,
+            qkv_bias=qkv_bias if qkv_bias is not None else reader.boolean("qkv_bias", attention_bias),
+            o_bias=attention_bias and qkv_bias is None,
             mlp_bias=mlp_bias,
             experts=experts,
             expert_width=expert_width,
-            expert_layers=frozenset(_expert_layers(checkpoint.text_config, layers)) if experts else frozenset(),
-            generates=not names or any(name.endswith(("LM", "Generation", "LMHeadModel")) for name in names),
+            expert_layers=frozenset(_expert_layers(config, layers)) if experts else frozenset(),
+            shared_width=_shared_width(config, expert_width) if experts and family is None else 0,
+            generates=_generates(checkpoint, names),
         ),
         [],
     )
 
 
+def _generates(checkpoint: Checkpoint, names: list[str]) -> bool:
+    """Whether vLLM builds an lm_head: not for a bare encoder, nor for an embedder of sentence-transformers."""
+    if "modules.json" in checkpoint.files:
+        return False
+    return not names or any(name.endswith(("LM", "Generation", "LMHeadModel")) for name in names)
+
+
 def _expert_layers(config: Mapping[str, Any], layers: int) -> Iterator[int]:
-    """Indices of the blocks whose MLP is a mixture of experts (Qwen3-MoE's two rules; all for Mixtral)."""
-    step = config.get("decoder_sparse_step", 1)
+    """Indices of the blocks whose MLP is a mixture of experts; all unless the config tells otherwise."""
+    kinds = layer_list(config, "mlp_layer_types", layers)
+    if kinds is not None:
+        return (index for index, kind in enumerate(kinds) if kind not in ("dense", "mlp"))
+    step, every = _step(config.get("decoder_sparse_step")), _step(config.get("moe_layer_freq"))
     dense = config.get("mlp_only_layers")
     skipped = {item for item in dense if isinstance(item, int)} if isinstance(dense, list) else set()
-    step = step if isinstance(step, int) and step > 0 else 1
-    return (index for index in range(layers) if index not in skipped and (index + 1) % step == 0)
+    first = size_of(config, "first_k_dense_replace", "moe_layer_start_index", "n_dense_layers", "num_dense_layers")
+    return (
+        index
+        for index in range(layers)
+        if index >= first and index not in skipped and (index + 1) % step == 0 and index % every == 0
+    )
+
+
+def _step(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 1
+
+
+def _shared_width(config: Mapping[str, Any], expert_width: int) -> int:
+    """Features of the experts that every token passes."""
+    given = size_of(config, "shared_expert_intermediate_size", "shared_intermediate_size")
+    return given or expert_width * size_of(config, "n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 
 
 class _Reader:
@@ -218,6 +275,8 @@ class _Reader:
     def integer(self, key: str, default: int | None = None) -> int:
         """A positive integer within ``LIMITS``; 0 with a finding when it is none."""
         value = self.config.get(key)
+        if isinstance(value, list) and value and all(type(item) is int for item in value):
+            value = max(value)  # one number a layer (Gemma 3n)
         if value is None:
             if default is None:
                 self.findings.append(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from quantserve.architecture import read_architecture
+from quantserve.architecture import read_sizes
+from quantserve.context import context_length
+from quantserve.dtypes import DTYPE_BYTES, served_dtype
 from quantserve.engine_defaults import (
-    DTYPE_BYTES,
     GPU_MEMORY_UTILIZATION,
-    context_length,
     max_num_batched_tokens,
     max_num_seqs,
-    served_dtype,
 )
+from quantserve.environment import KV_CACHE_SPACE, engine_environment, whole_number
+from quantserve.families import entry
 from quantserve.finding import Finding
 from quantserve.kv_cache import kv_cache
-from quantserve.layers import Linear, linears, other_tensors, shard_k, shard_n
+from quantserve.layers import Linear, linears, lm_head_name, modules, other_tensors, shard_k, shard_n, split_block
 from quantserve.once import once
 from quantserve.target import GIB, Target, gib, known_targets
 
@@ -38,6 +39,10 @@ _CPU_FIXED = GIB
 _CPU_USABLE = 0.9  # of RAM; the operating system, Ray and the front door live in the rest
 _FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 _RANKS = (1, 2, 4, 8, 16, 32, 64)
+# How far an estimate may be off. Weights come from headers; working memory is a rule of thumb. The cache follows from
+# config.json, less surely where tensor names are not known, and least where nobody here has the configuration class.
+_WEIGHTS_OFF, _OVERHEAD_OFF = 0.02, 0.5
+_CACHE_OFF, _CACHE_OFF_DERIVED, _CACHE_OFF_UNKNOWN = 0.02, 0.1, 0.5
 # Cache size wished for on a CPU, where vLLM takes a fixed one: this many sequences of full length.
 _CPU_SEQUENCES = 16
 
@@ -60,6 +65,7 @@ class MemoryEstimate:
         bytes_per_sequence: KV cache of one sequence of that length on one rank; 0 when unknown.
         sequences: sequences of that length that fit at once.
         cpu_kv_cache_gib: value for ``VLLM_CPU_KVCACHE_SPACE``, a whole number of GiB per rank.
+        impossible: ``weights`` or ``cache`` when that does not fit even where every estimate is too high; else "".
         notes: how the numbers were found, where that is not obvious.
     """
 
@@ -74,6 +80,7 @@ class MemoryEstimate:
     bytes_per_sequence: int
     sequences: float
     cpu_kv_cache_gib: int
+    impossible: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,7 +90,9 @@ class MemoryEstimate:
 
     def to_json(self) -> dict[str, object]:
         """Plain data for ``--json`` and the plan."""
-        return {**asdict(self), "fits": self.fits}
+        made = {**asdict(self), "fits": self.fits}
+        del made["impossible"]  # the findings have it
+        return made
 
 
 def estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tuple[MemoryEstimate | None, list[Finding]]:
@@ -114,8 +123,8 @@ def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> in
     """
     if not checkpoint.tensors:
         return -(-_file_bytes(checkpoint) // ranks)
-    architecture, _ = read_architecture(checkpoint)
-    vocabulary = architecture.vocab if architecture else 0
+    shape = read_sizes(checkpoint)
+    vocabulary = shape.vocab if shape else 0
     needed = other_tensors(checkpoint)
     total = 0
     for linear, tensors, count in _modules(checkpoint):
@@ -137,16 +146,28 @@ def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> in
 def _modules(checkpoint: Checkpoint) -> list[tuple[Linear | None, list[Tensor], int]]:
     """Modules that differ: the linear, if it is one, the tensors, and how many modules are like it."""
     split = {linear.name: linear for linear in linears(checkpoint)}
-    modules: dict[str, list[Tensor]] = {}
-    for tensor in checkpoint.tensors.values():
-        modules.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
     alike: dict[object, tuple[Linear | None, list[Tensor], int]] = {}
-    for name, tensors in modules.items():
+    for name, of_module in modules(checkpoint).items():
+        tensors = [tensor for tensor in of_module.values() if _is_loaded(tensor.name, checkpoint)]
+        if not tensors:
+            continue
         linear = split.get(name)
         what = linear and (linear.n, linear.k, linear.parallel, linear.max_ranks)
         key = (what, *[(tensor.dtype, tensor.shape) for tensor in tensors])
         alike[key] = (linear, tensors, alike[key][2] + 1 if key in alike else 1)
     return list(alike.values())
+
+
+def _is_loaded(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether vLLM keeps a tensor: not the lm_head of a tied model, nor layers for multi-token prediction."""
+    sizes = read_sizes(checkpoint)
+    if sizes is None:
+        return True
+    if sizes.tied and name == lm_head_name(checkpoint):
+        return False  # vLLM loads it, and ties the two again when they are equal
+    block = split_block(name)
+    beyond = block is not None and block[1] >= sizes.layers
+    return not name.startswith("mtp.") and not (beyond and checkpoint.text_config.get("num_nextn_predict_layers"))
 
 
 def _file_bytes(checkpoint: Checkpoint) -> int:
@@ -159,7 +180,9 @@ def _file_bytes(checkpoint: Checkpoint) -> int:
 
 
 def _bytes(tensor: Tensor, dtype_bytes: int) -> int:
-    return math.prod(tensor.shape) * dtype_bytes if tensor.dtype in _FLOAT_DTYPES else tensor.nbytes
+    """Bytes in the engine: plain floating-point weights in the served dtype, parts of a quantized one as stored."""
+    plain = tensor.dtype in _FLOAT_DTYPES and not tensor.name.endswith((".lookup_table", ".vals", ".full_rows"))
+    return math.prod(tensor.shape) * dtype_bytes if plain else tensor.nbytes
 
 
 def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks: int) -> MemoryEstimate:
@@ -170,11 +193,11 @@ def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks:
     step = max_num_batched_tokens(model, target)
     overhead = _overhead(checkpoint, model, target, ranks, dtype_bytes, step, length)
     one_sequence = cache.bytes_of_sequence(length, step)
+    workers_of_a_node = -(-ranks // max(target.count, 1))
     if target.device == "cpu":
-        workers_of_a_node = -(-ranks // max(target.count, 1))
         budget = int(target.memory_bytes * _CPU_USABLE) // workers_of_a_node
         room = budget - weights - overhead
-        gib = _cpu_cache_gib(model, room, one_sequence)
+        gib = _cpu_cache_gib(model, target, room, one_sequence)
         left = gib * GIB if gib * GIB <= max(room, 0) else room
     else:
         budget = int(target.memory_bytes * _utilization(model))
@@ -186,6 +209,12 @@ def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks:
             least = cache.bytes_of_sequence(_whole_blocks(model, length), step)
             left = min(room, max(least, room - int(budget * _SHARED_GPU_MARGIN)))
     left = max(left, 0)
+    hard = int(target.memory_bytes / workers_of_a_node) if target.device == "cpu" else budget
+    most = hard - int(weights * (1 - _WEIGHTS_OFF)) - int(overhead * (1 - _OVERHEAD_OFF))
+    sizes = read_sizes(checkpoint)
+    configured = entry(checkpoint.text_config.get("model_type")) is not None
+    off = _CACHE_OFF if sizes and sizes.known else _CACHE_OFF_DERIVED if configured else _CACHE_OFF_UNKNOWN
+    impossible = "weights" if most <= 0 else "cache" if one_sequence * (1 - off) > most else ""
     return MemoryEstimate(
         ranks=ranks,
         weights_bytes=weights,
@@ -198,6 +227,7 @@ def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks:
         bytes_per_sequence=one_sequence,
         sequences=math.floor(100 * left / one_sequence) / 100 if one_sequence else 0.0,
         cpu_kv_cache_gib=gib,
+        impossible=impossible,
         notes=tuple(cache.notes),
     )
 
@@ -211,19 +241,19 @@ def _overhead(
     (whichever is wider, per rank) and its product; the sampler holds two copies of the logits.
     """
     fixed = _CPU_FIXED if target.device == "cpu" else _GPU_FIXED
-    architecture, _ = read_architecture(checkpoint)
-    if architecture is None:
+    sizes = read_sizes(checkpoint)
+    if sizes is None:
         return fixed
     tokens = min(step, max(length, 1) * max_num_seqs(model, target))
-    inner = max(3 * architecture.intermediate, 4 * architecture.heads * architecture.head_dim) // ranks
-    activations = tokens * (2 * architecture.hidden + inner) * dtype_bytes
-    logits = 2 * min(max_num_seqs(model, target), tokens) * architecture.vocab * 4
+    inner = max(3 * sizes.intermediate, 4 * sizes.heads * sizes.head_dim) // ranks
+    activations = tokens * (2 * sizes.hidden + inner) * dtype_bytes
+    logits = 2 * min(max_num_seqs(model, target), tokens) * sizes.vocab * 4
     return fixed + activations + logits
 
 
-def _cpu_cache_gib(model: ModelConfig, room: int, one_sequence: int) -> int:
+def _cpu_cache_gib(model: ModelConfig, target: Target, room: int, one_sequence: int) -> int:
     """GiB of KV cache per rank: the user's, else 16 full sequences in at most half of what is free."""
-    asked = _asked_cpu_gib(model)
+    asked = _asked_cpu_gib(model, target)
     if asked:
         return asked
     least = -(-one_sequence // GIB)
@@ -231,11 +261,10 @@ def _cpu_cache_gib(model: ModelConfig, room: int, one_sequence: int) -> int:
     return max(1, least, min(wish, room // 2 // GIB))
 
 
-def _asked_cpu_gib(model: ModelConfig) -> int:
-    environment = (model.engine_config.runtime_env or {}).get("env_vars")
-    text = environment.get("VLLM_CPU_KVCACHE_SPACE") if isinstance(environment, dict) else None
-    if str(text).isdigit() and len(str(text)) < 7:
-        return int(str(text))
+def _asked_cpu_gib(model: ModelConfig, target: Target) -> int:
+    asked = whole_number(engine_environment(model, target).get(KV_CACHE_SPACE, ""))
+    if asked is not None and 0 < asked < 1_000_000:
+        return asked
     given = model.engine_kwargs.get("kv_cache_memory_bytes")
     return -(-given // GIB) if isinstance(given, int) else 0
 
@@ -280,56 +309,62 @@ def _bad_setting(key: str, value: object, wanted: str) -> Finding:
 
 
 def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
+    """An error where the model cannot fit whatever the estimate's uncertainty; a warning where it may not."""
     where = f"{target.name} ({gib(target.memory_bytes)})"
     need = result.weights_bytes + result.overhead_bytes
     each = " per rank" if result.ranks > 1 else ""
-    if result.kv_cache_bytes <= 0:
-        yield Finding.error(
-            "memory-does-not-fit",
-            f"weights {gib(result.weights_bytes)} + working memory {gib(result.overhead_bytes)} = {gib(need)}{each} "
-            f"> {gib(result.budget_bytes)} usable of {where}",
+    asked = result.cpu_kv_cache_gib * GIB
+    length = f"{result.max_model_len:,}-token sequence"
+    sum_of = f"weights {gib(result.weights_bytes)} + working memory {gib(result.overhead_bytes)}"
+    if result.impossible == "weights" or result.kv_cache_bytes <= 0:
+        severity, code = _severity(result, "memory-does-not-fit")
+        yield severity(
+            code,
+            f"{'The model does not fit' if result.impossible else 'The model may not fit'} {where}: {sum_of} = "
+            f"{gib(need)}{each}, {gib(result.budget_bytes)} usable.",
             (),
             _larger(checkpoint, model, target) or "use a quantized checkpoint or a larger target",
         )
-        return
-    asked = result.cpu_kv_cache_gib * GIB
-    enough = result.sequences >= 1 or not result.bytes_per_sequence
-    if target.device == "cpu" and enough and asked > result.kv_cache_bytes:
-        yield Finding.error(
-            "memory-does-not-fit",
-            f"a KV cache of {gib(asked)}{each} (VLLM_CPU_KVCACHE_SPACE) is more than the {gib(result.kv_cache_bytes)} "
-            f"that weights and working memory ({gib(need)}) leave of {gib(result.budget_bytes)} usable of {where}",
-            ("VLLM_CPU_KVCACHE_SPACE",),
-            "ask for less KV cache, or use a machine with more memory",
-        )
-    if not result.bytes_per_sequence:
-        return
-    if result.sequences < 1:
+    elif result.bytes_per_sequence and result.sequences < 1:
+        severity, code = _severity(result, "kv-cache-too-small")
         fits = result.kv_cache_bytes * result.max_model_len // result.bytes_per_sequence
         wider = _larger(checkpoint, model, target)
-        yield Finding.error(
-            "kv-cache-too-small",
-            f"not one sequence of {result.max_model_len} tokens fits: {gib(result.kv_cache_bytes)}{each} left "
-            f"after {gib(need)} of {gib(result.budget_bytes)}, room for {result.kv_tokens} at "
-            f"{result.kv_bytes_per_token} bytes a token",
+        yield severity(
+            code,
+            f"KV cache {'too small' if result.impossible else 'may be too small'}: a {length} needs "
+            f"{gib(result.bytes_per_sequence)}{each}, {gib(result.kv_cache_bytes)} is free (enough for {fits:,} "
+            f"tokens) after {sum_of} of {gib(result.budget_bytes)} usable.",
             ("max_total_tokens",),
             f"set max_total_tokens to at most {max(fits, 1)}" + (f", or {wider}" if wider else ""),
         )
-    elif result.sequences < 2:
+    elif target.device == "cpu" and asked > result.kv_cache_bytes:
+        certain = asked + result.weights_bytes * (1 - _WEIGHTS_OFF) > target.memory_bytes
+        yield (Finding.error if certain else Finding.warning)(
+            "memory-does-not-fit" if certain else "memory-tight",
+            f"A KV cache of {gib(asked)}{each} (VLLM_CPU_KVCACHE_SPACE) does not fit: {sum_of} leave "
+            f"{gib(result.kv_cache_bytes)} of {gib(result.budget_bytes)} usable of {where}.",
+            ("VLLM_CPU_KVCACHE_SPACE",),
+            "lower VLLM_CPU_KVCACHE_SPACE, or use a machine with more memory",
+        )
+    elif result.bytes_per_sequence and result.sequences < 2:
         yield Finding.warning(
             "kv-cache-small",
-            f"{gib(result.kv_cache_bytes)} of KV cache{each} holds {result.sequences:.1f} sequences of "
-            f"{result.max_model_len} tokens; concurrent long requests will wait for each other",
+            f"The KV cache of {gib(result.kv_cache_bytes)}{each} holds {result.sequences:.1f} sequences of "
+            f"{result.max_model_len:,} tokens; concurrent long requests are preempted.",
             ("max_total_tokens",),
             "lower max_total_tokens, raise the tensor parallel size, or use a smaller weight format",
         )
 
 
+def _severity(result: MemoryEstimate, code: str) -> tuple[Callable[..., Finding], str]:
+    return (Finding.error, code) if result.impossible else (Finding.warning, "memory-tight")
+
+
 def _larger(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> str:
     """A fix that the numbers support: the smallest tensor parallel size, else the smallest GPU that fits."""
     options: list[str] = []
-    architecture, _ = read_architecture(checkpoint)
-    heads = architecture.heads if architecture else 64
+    sizes = read_sizes(checkpoint)
+    heads = sizes.heads if sizes else 64
     if target.device != "cpu":
         for ranks in _RANKS:
             allowed = heads % ranks == 0 and (target.count == 0 or ranks <= target.count)

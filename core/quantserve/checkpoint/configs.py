@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from quantserve.checkpoint.mistral import PARAMS, adapted, is_mistral_format
 from quantserve.checkpoint.source import Source
 from quantserve.checkpoint.text import BadJson, parse_json, shown, some
 from quantserve.finding import Finding
@@ -16,12 +17,17 @@ MAX_JSON: Final = 64 * 2**20
 MAX_REMOTE_TOKENIZER: Final = 20_000_000
 _MERGES: Final = re.compile(rb'"merges"\s*:\s*\[')
 _MERGES_LAST: Final = re.compile(rb"\]\s*\}\s*\}\s*\Z")
-TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
+TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+_SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
 
 def json_names(source: Source) -> list[str]:
     """The JSON files `read_configs` is going to read."""
-    names = ["config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json", *_quant_names(source)]
+    names = ["config.json", PARAMS, "tokenizer_config.json", "tokenizer.json", "added_tokens.json"]
+    names += ["special_tokens_map.json", "sentence_bert_config.json", *_quant_names(source)]
     if "tokenizer.json" not in source.files:
         names.append("vocab.json")
     return [name for name in names if name in source.files and not _too_far(source, name)]
@@ -58,7 +64,10 @@ def read_configs(
 ) -> tuple[Mapping[str, Any], dict[str, Mapping[str, Any]], dict[str, Any], list[Finding]]:
     """config.json, quant files by name, tokenizer facts, findings."""
     config, findings = read_object(source, "config.json", "config-invalid", "correct config.json or fetch it again")
-    if "config.json" not in source.files:
+    if "config.json" not in source.files and is_mistral_format(source.files):
+        params, findings = read_object(source, PARAMS, "config-invalid", f"correct {PARAMS} or fetch it again")
+        config = adapted(params) if params is not None else None
+    elif "config.json" not in source.files and not any(name.endswith(".gguf") for name in source.files):
         findings.append(
             Finding.error(
                 "config-missing",
@@ -101,8 +110,9 @@ def _json_type(value: object) -> str:
 def _tokenizer(source: Source) -> tuple[dict[str, Any], list[Finding]]:
     fix = "fetch the tokenizer files of the model again"
     config, findings = read_object(source, "tokenizer_config.json", "tokenizer-invalid", fix)
-    present = any(name in source.files for name in TOKENIZER_FILES) or any(
-        n.endswith(".tiktoken") for n in source.files
+    present = any(
+        name in TOKENIZER_FILES or name.endswith(".tiktoken") or name.startswith("tokenizer.model.v")
+        for name in source.files
     )
     if not present:
         findings.append(
@@ -114,6 +124,8 @@ def _tokenizer(source: Source) -> tuple[dict[str, Any], list[Finding]]:
             )
         )
     ids: list[int] = []
+    base: list[int] = []
+    names: set[str] = set()
     main = "tokenizer.json" if "tokenizer.json" in source.files else "vocab.json"
     for name in (main, "added_tokens.json"):
         if _too_far(source, name):
@@ -131,18 +143,53 @@ def _tokenizer(source: Source) -> tuple[dict[str, Any], list[Finding]]:
             )
         else:
             ids += _integers(known)
+            names |= _token_names(value) if name == "tokenizer.json" else set(value)
+            base += _integers(_base_ids(value)) if name == main else []
     decoder = (config or {}).get("added_tokens_decoder")
     if ids and isinstance(decoder, dict):
         ids += [int(key) for key in decoder if key.isdecimal() and len(key) < 10]
+        names |= {str(token.get("content")) for token in decoder.values() if isinstance(token, dict)}
+    special, found = read_object(source, "special_tokens_map.json", "tokenizer-invalid", fix)
+    findings += found
+    # A special token without an id is added behind all others when the tokenizer is loaded.
+    added = [name for name in _special_tokens({**(special or {}), **(config or {})}) if name not in names]
+    if ids and names:
+        ids.append(max(ids) + len(added))
+    sentence, _ = read_object(source, "sentence_bert_config.json", "tokenizer-invalid", fix)
     template = (config or {}).get("chat_template")
     facts = {
         "present": present,
         "max_token_id": max(ids, default=None),
+        "max_base_token_id": max(base, default=None),
         "has_chat_template": bool(template)
-        or "chat_template.jinja" in source.files
-        or "chat_template.json" in source.files,
+        or any(name in source.files for name in ("chat_template.jinja", "chat_template.json", "tekken.json")),
+        "max_seq_length": (sentence or {}).get("max_seq_length"),
+        "model_max_length": (config or {}).get("model_max_length"),
     }
     return facts, findings
+
+
+def _base_ids(tokenizer: Mapping[str, Any]) -> list[object]:
+    """Ids of the vocabulary itself, added tokens apart."""
+    if "model" not in tokenizer:
+        return list(tokenizer.values())  # vocab.json
+    return _ids({**tokenizer, "added_tokens": []}) or []
+
+
+def _token_names(tokenizer: Mapping[str, Any]) -> set[str]:
+    """Texts of all tokens in tokenizer.json."""
+    vocab = tokenizer["model"]["vocab"]
+    names = set(vocab) if isinstance(vocab, dict) else {str(piece[0]) for piece in vocab if isinstance(piece, list)}
+    added = tokenizer.get("added_tokens") or []
+    return names | {str(token.get("content")) for token in added if isinstance(token, dict)}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> list[str]:
+    """Texts of the special tokens that tokenizer_config.json or special_tokens_map.json names, each once."""
+    extra = config.get("additional_special_tokens")
+    values = [config.get(key) for key in _SPECIAL] + (extra if isinstance(extra, list) else [])
+    texts = [value.get("content") if isinstance(value, dict) else value for value in values]
+    return list(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
 
 
 def _ids(tokenizer: Mapping[str, Any]) -> list[object] | None:
@@ -151,7 +198,7 @@ def _ids(tokenizer: Mapping[str, Any]) -> list[object] | None:
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict | list) or not isinstance(added, list):
         return None
-    ids: list[object] = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+    ids: list[object] = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1] if vocab else []
     return ids + [token.get("id") for token in added if isinstance(token, dict)]
 
 

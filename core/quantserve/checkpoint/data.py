@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from quantserve.families import completed
 from quantserve.finding import Finding
+from quantserve.once import once
 
 Location = Literal["local", "cache", "hub"]
 EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -27,7 +29,7 @@ UNREADABLE_CODES: Final = frozenset(
     {
         "file-unreadable", "header-invalid", "header-oversized", "header-truncated", "lfs-pointer", "pickle-invalid",
         "pickle-legacy", "pickle-unsafe", "pickle-weights", "shard-missing", "tensor-invalid", "weights-missing",
-        "path-escape", "shard-subfolder",
+        "path-escape", "shard-subfolder", "checkpoint-too-large",
     }
 )  # fmt: skip
 """Errors after which `Checkpoint.tensors` is known to be incomplete."""
@@ -55,6 +57,12 @@ class Tensor:
     def nbytes(self) -> int:
         """Bytes of data, from dtype and shape; 0 for a dtype nobody knows."""
         return prod(self.shape) * DTYPE_BITS.get(self.dtype, 0) // 8
+
+
+@once
+def completed_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """`Checkpoint.text_config`, computed once."""
+    return completed(checkpoint.config)
 
 
 @dataclass(frozen=True)
@@ -124,9 +132,11 @@ class Checkpoint:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """The config of the language model: ``text_config`` of a multimodal config, else the config itself."""
-        text = self.config.get("text_config")
-        return text if isinstance(text, Mapping) else self.config
+        """The config of the language model as transformers completes it, defaults of its class included.
+
+        Of a multimodal config the section of the language model (``text_config`` and its like), else the config itself.
+        """
+        return completed_config(self)
 
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:
@@ -183,3 +193,19 @@ class Checkpoint:
             "other": dict(self.other),
             "problems": [problem.to_json() for problem in self.problems],
         }
+
+
+def overridden(checkpoint: Checkpoint, overrides: object) -> Checkpoint:
+    """The checkpoint with ``hf_overrides`` in its config, as vLLM applies them: a mapping replaces field by field."""
+    if not isinstance(overrides, Mapping) or not overrides:
+        return checkpoint
+    return replace(checkpoint, config=_merged(checkpoint.config, overrides))
+
+
+def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(config)
+    for key, value in overrides.items():
+        present = made.get(key)
+        nested = isinstance(value, Mapping) and isinstance(present, Mapping) and key.endswith("_config")
+        made[key] = _merged(present, value) if nested else value  # type: ignore[arg-type]
+    return made

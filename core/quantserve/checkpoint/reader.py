@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +12,7 @@ from quantserve.checkpoint import weights
 from quantserve.checkpoint.configs import json_names, read_configs
 from quantserve.checkpoint.data import Checkpoint
 from quantserve.checkpoint.local import Folder, find_folder, missing, nothing_here
+from quantserve.checkpoint.mistral import PARAMS, is_mistral_format, translated
 from quantserve.checkpoint.source import Source
 from quantserve.checkpoint.text import shown
 from quantserve.errors import CheckpointError
@@ -37,7 +39,8 @@ def open_checkpoint(source: str, *, revision: str | None = None, allow_pickle: b
     folder = find_folder(source)
     if folder is not None:
         opened: Source = Folder(folder)
-        if "config.json" not in opened.files and not weights.weight_names(opened.files):
+        known = {"config.json", PARAMS} & opened.files.keys() or any(name.endswith(".gguf") for name in opened.files)
+        if not known and not weights.weight_names(opened.files):
             raise CheckpointError(nothing_here(Folder(folder)))
     else:
         opened = _open_hub(source, revision)
@@ -64,10 +67,13 @@ def _open_hub(source: str, revision: str | None) -> Source:
 def _read(name: str, source: Source, allow_pickle: bool) -> Checkpoint:
     sizes: Mapping[str, int] = source.files
     wanted = json_names(source)
-    wanted += [index for index in (weights.INDEX, weights.PICKLE_INDEX) if index in sizes]
+    wanted += [index for index in (weights.INDEX, weights.MISTRAL_INDEX, weights.PICKLE_INDEX) if index in sizes]
     source.prefetch((file, sizes[file]) for file in wanted)
     config, quant_files, tokenizer, findings = read_configs(source)
     found = weights.read_weights(source, allow_pickle)
+    tensors = found.tensors
+    if "config.json" not in sizes and is_mistral_format(sizes):
+        tensors = {translated(old): replace(tensor, name=translated(old)) for old, tensor in tensors.items()}
     return Checkpoint(
         source=name,
         location=source.location,
@@ -77,7 +83,7 @@ def _read(name: str, source: Source, allow_pickle: bool) -> Checkpoint:
         config=config,
         quant_files=quant_files,
         tokenizer=tokenizer,
-        tensors=found.tensors,
+        tensors=tensors,
         other=found.other,
         problems=(*source.findings, *findings, *found.findings),
     )

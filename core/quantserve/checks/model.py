@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from quantserve.architecture import FAMILIES, class_names, model_type, read_architecture, short
+from quantserve.architecture import (
+    FAMILIES,
+    Architecture,
+    class_names,
+    model_type,
+    read_architecture,
+    short,
+)
+from quantserve.attention import attention_layers
+from quantserve.checks.environment import check_environment
 from quantserve.checks.method import check_declared_method, check_device, check_dtype
+from quantserve.checks.packages import check_packages
 from quantserve.checks.parallel import check_parallel
 from quantserve.checks.tensors import check_size, check_tensors
-from quantserve.engine_defaults import longest_context, rope_factor
+from quantserve.context import context_limit
+from quantserve.environment import LONG_CONTEXT, engine_environment, is_on
+from quantserve.families import VLLM, entry, section_path, service
 from quantserve.finding import Finding
+from quantserve.layers import block_prefix, split_block
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
@@ -34,18 +47,21 @@ def check_model(
     # Whether a missing tokenizer matters depends on the config, which reading does not see.
     findings = [problem for problem in checkpoint.problems if problem.code != "tokenizer-missing"]
     if not checkpoint.config:
-        return findings if any("config" in f.code for f in findings) else [*findings, _no_config()]
-    findings += _check_architecture(checkpoint)
+        told = any("config" in f.code or f.code == "weights-missing" for f in findings)
+        return findings if told else [*findings, _no_config()]
+    findings += _check_architecture(checkpoint, model)
     if method is not None:
         findings += check_declared_method(checkpoint, model, target, method)
         findings += check_device(target, method)
     findings += check_tensors(checkpoint)
     findings += check_dtype(checkpoint, model, target, method, dtype_by)
     findings += check_parallel(checkpoint, model, target)
-    findings += _check_context(checkpoint, model)
+    findings += _check_context(checkpoint, model, target)
     findings += _check_tokenizer(checkpoint, model)
     findings += check_size(checkpoint, method)
     findings += _check_queue(model)
+    findings += check_environment(checkpoint, model, target)
+    findings += check_packages(checkpoint, model, target)
     return findings
 
 
@@ -58,7 +74,7 @@ def _no_config() -> Finding:
     )
 
 
-def _check_architecture(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _check_architecture(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Finding]:
     if not class_names(checkpoint):
         yield Finding.error(
             "architectures-missing",
@@ -66,28 +82,123 @@ def _check_architecture(checkpoint: Checkpoint) -> Iterator[Finding]:
             ["architectures"],
             'add "architectures": ["LlamaForCausalLM"] (or the class of this model) to config.json',
         )
-    _, problems = read_architecture(checkpoint)
+    architecture, problems = read_architecture(checkpoint)
     yield from problems
+    if architecture is not None:
+        yield from _check_defaults(checkpoint, architecture)
+    yield from _check_service(checkpoint, model)
     kind = model_type(checkpoint)
     if not problems and kind not in FAMILIES:
         yield Finding.info(
             "architecture-unknown",
-            f"the tensors of model type {short(kind or '(none)')} are not known by name (known: "
-            f"{', '.join(sorted(FAMILIES))}); missing and misshapen tensors are found only by comparing its blocks",
+            f"tensor names of model type {short(kind or '(none)')} are not known; missing and misshapen tensors are "
+            "found by comparing its blocks with each other",
         )
 
 
-def _check_context(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Finding]:
-    asked, longest = model.max_model_len, longest_context(checkpoint)
-    if not asked or not longest or asked <= longest or _environment(model).get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") == "1":
+def _check_defaults(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
+    """A field config.json leaves out has the default of its class, which the files may contradict."""
+    prefix = block_prefix(checkpoint)
+    embedding = checkpoint.tensors.get(f"{prefix}embed_tokens.weight")
+    query = checkpoint.tensors.get(f"{prefix}layers.0.self_attn.q_proj.weight")
+    blocks = {
+        block[1] for name in checkpoint.tensors if (block := split_block(name)) and block[0] == f"{prefix}layers."
+    }
+    stored = {
+        "num_hidden_layers": (architecture.layers, max(blocks) + 1 if blocks else None),
+        "hidden_size": (architecture.hidden, embedding.shape[1] if embedding and len(embedding.shape) == 2 else None),
+        "vocab_size": (architecture.vocab, embedding.shape[0] if embedding and embedding.shape else None),
+        "num_attention_heads": (architecture.heads * architecture.head_dim, query.shape[0] if query else None),
+    }
+    section: object = checkpoint.config
+    for key in section_path(checkpoint.config):
+        section = section.get(key, {}) if isinstance(section, Mapping) else {}
+    for key, (default, actual) in stored.items():
+        if actual is None or default == actual or not isinstance(section, Mapping) or section.get(key) is not None:
+            continue
+        what = "head_dim x num_attention_heads" if key == "num_attention_heads" else key
+        yield Finding.error(
+            "config-missing-field",
+            f"config.json has no {key}, so vLLM takes the default of {architecture.model_type} ({what} = {default}); "
+            f"the files have {actual}",
+            [key],
+            "copy config.json from the base model (and keep its quantization_config)",
+        )
+
+
+def _check_service(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Finding]:
+    """Is there anything in vLLM that serves this architecture?"""
+    names = class_names(checkpoint)
+    if not names or model.engine_kwargs.get("load_format") == "mistral":
         return
-    factor = rope_factor(checkpoint.text_config)
-    scaled = f", RoPE factor {factor:g} included" if factor != 1 else ""
+    how, detail = service(names)
+    shown = ", ".join(short(name) for name in names[:3])
+    remote = isinstance(checkpoint.config.get("auto_map"), Mapping)
+    trusted = model.engine_kwargs.get("trust_remote_code") is True
+    custom = bool(model.plugins) or how == "plugin"
+    known_type = entry(checkpoint.config.get("model_type")) is not None or not checkpoint.config.get("model_type")
+    if how == "no longer":
+        yield Finding.error(
+            "architecture-unsupported",
+            f"vLLM served {shown} until version {detail}; version {VLLM} does not",
+            ["architectures"],
+            "serve another model, or an export of this one for an architecture vLLM has (Llama, for example)",
+        )
+    elif how == "unknown" and not remote:
+        severity = Finding.warning if custom else Finding.error
+        yield severity(
+            "architecture-unsupported",
+            f"vLLM {VLLM} has no model class for {shown}, nor has transformers one that vLLM can run",
+            ["architectures"],
+            "correct architectures in config.json, or install the vLLM plugin that adds the class",
+        )
+    elif how == "transformers" and {"state", "both"} & set(attention_layers(checkpoint) or ()):
+        yield Finding.error(
+            "architecture-unsupported",
+            f"vLLM {VLLM} has no model class for {shown}, and its Transformers backend cannot run state space or "
+            "linear attention layers",
+            ["architectures"],
+            "serve another model",
+        )
+    elif how == "plugin":
+        yield Finding.warning(
+            "architecture-plugin",
+            f"vLLM {VLLM} serves {shown} only with a plugin: {detail}",
+            ["architectures"],
+            "install the plugin, or serve another model",
+        )
+    elif not trusted and remote and (how == "unknown" or not known_type):
+        what = "model class" if how == "unknown" else "configuration class"
+        yield Finding.error(
+            "remote-code",
+            f"the {what} of {shown} is Python code in the checkpoint (auto_map); vLLM runs it only with "
+            "trust_remote_code",
+            ["auto_map"],
+            "read that code; if you trust it, set engine_kwargs.trust_remote_code: true",
+        )
+    elif not known_type and not remote and not custom:
+        yield Finding.warning(
+            "model-type-unknown",
+            f"neither transformers nor vLLM {VLLM} has a configuration class for model_type "
+            f"{short(checkpoint.config.get('model_type'))}",
+            ["model_type"],
+            "correct model_type in config.json",
+        )
+
+
+def _check_context(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
+    asked, limit = model.max_model_len, context_limit(checkpoint, model)
+    if not asked or limit.longest is None or asked <= limit.longest:
+        return
+    if is_on(engine_environment(model, target), LONG_CONTEXT):
+        return
+    scaled = f", RoPE factor {limit.factor:g} included" if limit.factor != 1 else ""
     yield Finding.error(
         "context-too-long",
-        f"max_total_tokens {asked} is more than the {longest} tokens the model was made for{scaled}; vLLM refuses it",
+        f"max_total_tokens ({asked:,}) exceeds the model's context length ({limit.longest:,} from {limit.key}{scaled})"
+        "; vLLM refuses it",
         ["max_total_tokens"],
-        f"set max_total_tokens to at most {longest}",
+        f"set max_total_tokens to at most {limit.longest}",
     )
 
 
@@ -103,11 +214,6 @@ def _check_queue(model: ModelConfig) -> Iterator[Finding]:
         )
 
 
-def _environment(model: ModelConfig) -> dict[str, object]:
-    variables = (model.engine_config.runtime_env or {}).get("env_vars")
-    return dict(variables) if isinstance(variables, dict) else {}
-
-
 def _check_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Finding]:
     if model.engine_config.tokenizer_id or model.engine_kwargs.get("skip_tokenizer_init"):
         return  # another tokenizer than the one that was read
@@ -120,16 +226,8 @@ def _check_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Fin
             "copy tokenizer.json and tokenizer_config.json from the base model, or set engine_config.tokenizer_id",
         )
         return
-    largest, vocabulary = tokenizer.get("max_token_id"), checkpoint.text_config.get("vocab_size")
-    if isinstance(largest, int) and type(vocabulary) is int and 0 < vocabulary <= largest:
-        yield Finding.error(
-            "tokenizer-exceeds-vocabulary",
-            f"the tokenizer has ids up to {largest}, the model embeddings for 0 to {vocabulary - 1} (vocab_size "
-            f"{vocabulary}); a request with such a token stops the engine",
-            ["tokenizer.json", "vocab_size"],
-            "use the tokenizer that belongs to the model, or remove the added tokens it was not trained with",
-        )
-    generates = not any(name.endswith(("Model", "Classification")) for name in class_names(checkpoint))
+    yield from _check_token_ids(checkpoint)
+    generates = service(class_names(checkpoint))[1] in ("generate", "multimodal", "transformers")
     if tokenizer.get("has_chat_template") is False and not model.chat_template and generates:
         yield Finding.warning(
             "chat-template-missing",
@@ -138,3 +236,24 @@ def _check_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Fin
             ["tokenizer_config.json"],
             "give generation.prompt_format in the model's config",
         )
+
+
+def _check_token_ids(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Compare the ids the tokenizer can emit with the rows of the embedding."""
+    tokenizer, rows = checkpoint.tokenizer, checkpoint.text_config.get("vocab_size")
+    largest, base = tokenizer.get("max_token_id"), tokenizer.get("max_base_token_id")
+    if not isinstance(largest, int) or type(rows) is not int or not 0 < rows <= largest:
+        return
+    only_added = isinstance(base, int) and base < rows
+    severity = Finding.warning if only_added else Finding.error
+    yield severity(
+        "tokenizer-exceeds-vocabulary",
+        f"the tokenizer has ids up to {largest}, the model embeddings for 0 to {rows - 1} (vocab_size {rows}); "
+        + (
+            "only added tokens lie beyond, and a prompt with one of them gets 400"
+            if only_added
+            else "the tokenizer belongs to another model"
+        ),
+        ["tokenizer.json", "vocab_size"],
+        "use the tokenizer that belongs to the model, or remove the added tokens it was not trained with",
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from quantserve.architecture import read_architecture
+from quantserve.architecture import Architecture, read_sizes
+from quantserve.attention import read_heads
 from quantserve.finding import Finding
 
 if TYPE_CHECKING:
@@ -38,15 +39,14 @@ def check_parallel(checkpoint: Checkpoint, model: ModelConfig, target: Target) -
             f"set {_GPUS} to 1, or to a share such as 0.3 to put several models on one GPU; "
             "if the CPU is meant, use `--target cpu`",
         )
-    architecture, _ = read_architecture(checkpoint)
-    if architecture is None or ranks <= 1:
+    given = read_heads(checkpoint)
+    if given is None or ranks <= 1:
         return
-    heads, kv_heads = architecture.heads, architecture.kv_heads
-    widths = {"intermediate_size": architecture.intermediate}
-    if architecture.experts:
-        widths = {architecture.family.expert_width: architecture.expert_width}
-        if len(architecture.expert_layers) < architecture.layers:
-            widths["intermediate_size"] = architecture.intermediate
+    heads, kv_heads = given.query, given.kv
+    if given.latent:
+        kv_heads = heads  # every rank keeps the whole latent vector
+    sizes = read_sizes(checkpoint)
+    widths = _widths(sizes) if sizes and sizes.known else {}
 
     def works(size: int) -> bool:
         return (
@@ -79,6 +79,16 @@ def check_parallel(checkpoint: Checkpoint, model: ModelConfig, target: Target) -
                 [key, _WORKERS],
                 fix,
             )
+
+
+def _widths(sizes: Architecture) -> dict[str, int]:
+    """MLP widths by their field; only of families with known names, since others pad or replicate theirs."""
+    widths = {"intermediate_size": sizes.intermediate}
+    if sizes.experts:
+        widths = {sizes.family.expert_width: sizes.expert_width}
+        if len(sizes.expert_layers) < sizes.layers:
+            widths["intermediate_size"] = sizes.intermediate
+    return widths
 
 
 def _largest(works: Callable[[int], bool], below: int) -> int:

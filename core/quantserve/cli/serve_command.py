@@ -19,7 +19,8 @@ from quantserve.registry import Registry
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 picks a free one; default 8000.")
 @click.option("--api-keys-file", metavar="FILE", help="File with one API key per line; or set QUANTSERVE_API_KEYS.")
-@click.option("--keep-going", is_flag=True, help="Serve the other models if some are refused, and exit with 0 if some fail.")
+@click.option("--keep-going", is_flag=True,
+              help="Serve the other models if some are refused, and exit with 0 if some fail.")  # fmt: skip
 def command(
     sources: tuple[str, ...],
     target_name: str | None,

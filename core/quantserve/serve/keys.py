@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict

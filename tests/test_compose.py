@@ -198,7 +198,7 @@ def test_a_switched_off_plugin_is_named_when_the_checkpoint_needs_it(
 @pytest.mark.parametrize(
     ("target", "dtype", "decided", "fix"),
     [
-        ("t4", None, "decided by plugin 'awq'", "use a GPU with compute capability 8.0"),
+        ("t4", None, "decided by vLLM", "use a GPU with compute capability 8.0"),
         ("a100-80g", None, "decided by plugin 'awq'", "compare its answers with those of the unquantized model"),
         ("a100-80g", "half", "decided by engine_kwargs.dtype", "set engine_kwargs.dtype to auto"),
     ],

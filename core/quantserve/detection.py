@@ -1,6 +1,6 @@
 """Which plugin serves a checkpoint whose config names no method.
 
-The plugin whose method has the declared ``quant_method`` as a name is asked first, and its claim is enough. Otherwise
+The plugin whose method has or accepts the declared ``quant_method`` is asked first, and its claim is enough. Otherwise
 every plugin is asked. Of several claims those of plugins that claim a made-up checkpoint as well do not count, and a
 method of this project comes before others, so that a newcomer which claims too much takes down no method.
 """
@@ -49,7 +49,7 @@ def detect(checkpoint: Checkpoint, registry: Registry) -> Detected:
     hooks = Hooks(candidates)
     given = (checkpoint.quantization_config or {}).get("quant_method")
     declared = given.strip().lower() if isinstance(given, str) else ""
-    owner = registry.methods.get(declared)
+    owner = registry.methods.get(declared) or _that_accepts(candidates, declared)
     if owner and _claims(hooks, owner, checkpoint):
         return Detected(owner)
 
@@ -80,6 +80,12 @@ def detect(checkpoint: Checkpoint, registry: Registry) -> Detected:
     elif not checkpoint.tensors and any(problem.severity is Severity.ERROR for problem in checkpoint.problems):
         return Detected(None)  # nothing could be read, which the problems say
     return Detected(None, (_not_detected(registry, str(given) if declared else "", defects),))
+
+
+def _that_accepts(candidates: Sequence[Plugin], declared: str) -> Plugin | None:
+    """The one plugin whose method takes files that declare this name, though it has another."""
+    found = [p for p in candidates if p.method and declared in (p.method.vllm_name, *p.method.accepts)]
+    return found[0] if declared and len(found) == 1 else None
 
 
 def own_copy(checkpoint: Checkpoint) -> Checkpoint:

@@ -7,6 +7,8 @@ keeps the exception. After its time limit the code is ended:
   plugin's name; a call into C that never returns to Python is ended by `faulthandler`, which prints where it was;
 - in other threads, which signals do not reach, the code runs in a thread that is told to raise, and is left behind.
 
+Time in which the code waited for a processor does not count, so a busy machine makes no plugin defective.
+
 What the code changed of the process is put back: the environment, the working folder, ``sys.path``, the recursion
 limit. Such a change is a fault of the plugin as well.
 """
@@ -40,7 +42,8 @@ NOTICE_S: Final = 2.0
 VARIABLE: Final = "QUANTSERVE_HOOK_TIMEOUT"
 _LOOK_S: Final = 1.0
 _SWALLOWED: Final = 3
-_GRACE_S: Final = 5.0
+_GRACE_S: Final = 15.0
+"""How long a signal handler may be kept waiting after the limit."""
 _LONGEST: Final = 500
 _GUARDED: Final = ("VLLM_", "QUANTSERVE_")
 """Variables that steer the engine and quantserve: code of a plugin may not set them either."""
@@ -50,6 +53,10 @@ T = TypeVar("T")
 
 class Breach(Exception):
     """A plugin does not keep a contract; the message is the reason, for its author."""
+
+
+class Late(Breach):
+    """Code of a plugin did not end in time."""
 
 
 class Raised(Exception):
@@ -148,18 +155,44 @@ def _signals_work() -> bool:
 
 
 def _late(seconds: float) -> Raised:
-    return Raised(Breach(f"did not end within {seconds:g} s and was ended; {VARIABLE} sets the limit"))
+    return Raised(Late(f"did not end within {seconds:g} s and was ended; {VARIABLE} sets the limit"))
+
+
+class _Clock:
+    """Time of a thread, without that in which it waited for a processor.
+
+    Args:
+        thread: its id in the system.
+    """
+
+    def __init__(self, thread: int) -> None:
+        self._path = f"/proc/self/task/{thread}/schedstat"
+        self._began = self._now()
+
+    def elapsed(self) -> float:
+        """Seconds since the beginning."""
+        return self._now() - self._began
+
+    def _now(self) -> float:
+        try:
+            with open(self._path, "rb") as file:
+                waited = int(file.read().split()[1]) / 1e9
+        except (OSError, IndexError, ValueError):  # not Linux, or the thread has ended
+            waited = 0.0
+        return time.monotonic() - waited
 
 
 def _in_main_thread(code: Callable[[], T], what: str, seconds: float, notice: str) -> T:
-    began = time.monotonic()
+    clock = _Clock(threading.get_native_id())
     unsaid = [notice] if notice else []
     overdue: list[float] = []
     interrupts: list[int] = []
     previous_interrupt = signal.getsignal(signal.SIGINT)
 
     def look(number: int, frame: FrameType | None) -> None:
-        elapsed = time.monotonic() - began
+        elapsed = clock.elapsed()
+        if seconds:
+            _end_process_after(max(0.0, seconds - elapsed) + _GRACE_S)
         if unsaid and elapsed >= NOTICE_S:
             say(unsaid.pop())
         if seconds and elapsed >= seconds:
@@ -181,7 +214,8 @@ def _in_main_thread(code: Callable[[], T], what: str, seconds: float, notice: st
             stack.enter_context(_handler(signal.SIGALRM, look))
             stack.enter_context(_timer(min(seconds or _LOOK_S, _LOOK_S)))
         if seconds:
-            stack.enter_context(_last_resort(seconds + _SWALLOWED * _LOOK_S + _GRACE_S))
+            _end_process_after(seconds + _GRACE_S)
+            stack.callback(faulthandler.cancel_dump_traceback_later)
         try:
             result = code()
         except KeyboardInterrupt as error:
@@ -216,18 +250,10 @@ def _timer(first: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
-@contextmanager
-def _last_resort(seconds: float) -> Iterator[None]:
-    """End the process with a traceback when not even a signal handler gets to run."""
-    try:
+def _end_process_after(seconds: float) -> None:
+    """End the process with a traceback, unless called again: not even a signal handler gets to run."""
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):  # stderr is no file
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
-    except (OSError, ValueError, AttributeError, RuntimeError):  # stderr is no file
-        yield
-        return
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _in_thread(code: Callable[[], T], what: str, seconds: float, notice: str) -> T:
@@ -242,13 +268,13 @@ def _in_thread(code: Callable[[], T], what: str, seconds: float, notice: str) ->
             errors.append(error)
 
     thread = threading.Thread(target=work, name=f"quantserve: {what}", daemon=True)
-    began = time.monotonic()
     thread.start()
-    if notice:
-        thread.join(min(NOTICE_S, seconds) if seconds else NOTICE_S)
-        if thread.is_alive():
-            say(notice)
-    thread.join(max(0.0, began + seconds - time.monotonic()) if seconds else None)
+    clock = _Clock(thread.native_id or 0)
+    unsaid = [notice] if notice else []
+    while thread.is_alive() and not (seconds and clock.elapsed() >= seconds):
+        thread.join(min(seconds or _LOOK_S, _LOOK_S))
+        if unsaid and thread.is_alive() and clock.elapsed() >= NOTICE_S:
+            say(unsaid.pop())
     if thread.is_alive():
         import ctypes
 

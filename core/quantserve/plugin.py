@@ -72,12 +72,11 @@ class Plugin:
         """
         if stage in self.overdue:
             raise self.overdue[stage]
-        began = time.monotonic()
         try:
             return foreign.run(code, f"plugin {self.label} at stage {stage!r}", seconds)
         except foreign.Raised as raised:
             error = self.defect(stage, foreign.reason(raised.error, self.package))
-            if seconds and time.monotonic() - began >= seconds:
+            if isinstance(raised.error, foreign.Late):
                 self.overdue[stage] = error
             raise error from raised.error
 

@@ -17,7 +17,7 @@ NOT_FINDINGS = ("PublishedRun", "_gpu", "which", "decode", "_version", "_install
 def codes() -> Iterator[tuple[str, Path]]:
     """Kebab-case texts given to a call that can make a finding, with the file."""
     packages = [ROOT / "core/quantserve/checkpoint", ROOT / "core/quantserve/checks", ROOT / "plugins"]
-    single = [ROOT / "core/quantserve" / f"{name}.py" for name in ("architecture", "memory", "compose")]
+    single = [ROOT / "core/quantserve" / f"{name}.py" for name in ("architecture", "memory", "compose", "detection")]
     files = [file for package in packages for file in package.rglob("*.py") if "/tests/" not in str(file)]
     for file in [*files, *single]:
         for node in ast.walk(ast.parse(file.read_text())):

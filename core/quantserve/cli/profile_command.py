@@ -109,7 +109,7 @@ def print_reference(out: Console, advice: Advice, engine: str) -> None:
             on = "" if candidate.ranks == 1 else f", {devices(candidate, advice.target)}"
             rows.append((label, *cells, within(prediction), f"{source_of(prediction, advice)}{on}{which}"))
         if candidate.failed:
-            rows.append((label, "-", "-", "-", "-", "", f"[red]{escape(candidate.failed)}[/]"))
+            rows.append((label, "-", "-", "-", "-", "", "[red]failed, see below[/]"))
     where = escape(f"{advice.model.model_id} on {target_label(advice.target)}")
     out.print(table(where, TABLE, rows, wrap=("source",)))
     shown = fitted(load, _context(advice))

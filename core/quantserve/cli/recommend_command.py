@@ -153,7 +153,7 @@ def print_ranking(out: Console, advice: Advice, workload: Workload, order: str, 
         )
     for candidate in advice.candidates:
         if candidate.failed:
-            rows.append(("-", escape(candidate.label), *["-"] * 7, f"[red]{escape(candidate.failed)}[/]"))
+            rows.append(("-", escape(candidate.label), *["-"] * 7, "[red]failed, see below[/]"))
     title = escape(f"{advice.model.model_id} on {target_label(advice.target)}, by {order}: {workload}")
     out.print(table(title, COLUMNS, rows, wrap=("Method", "weights", "KV cache", "quality")))
     first = order_of[0]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from quantserve.api import Checkpoint, Expected, Finding, Linear, Method, ModelConfig, Target, check_linears, hookimpl
+from quantserve.api import Checkpoint, Expected, Finding, Linear, Method, Target, check_linears, hookimpl
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
 
 
 @hookimpl

@@ -269,12 +269,13 @@ class _Builder:
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        merged: list[dict[str, Any]] = []
+        merged: dict[str, Any] = {}
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if key_node.tag == _TAG + "merge":
-                merged.extend(self._merges(value_node, path, depth))
+                for part in reversed(list(self._merges(value_node, path, depth))):  # the first of a list wins
+                    merged.update(part)
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
                 self._add(key_node, "a key must be text, not a list or mapping")
@@ -289,10 +290,7 @@ class _Builder:
             seen.setdefault(key, line)
             self.lines[(*path, key)] = line
             result[key] = self.build(value_node, (*path, key), depth + 1)
-        for extra in merged:
-            for key, value in extra.items():
-                result.setdefault(key, value)
-        return result
+        return {**merged, **result}
 
     def _merges(self, node: yaml.Node, path: KeyPath, depth: int) -> Iterator[dict[str, Any]]:
         for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:

@@ -1,4 +1,4 @@
-"""What `quantserve doctor` says about the kernels: as they are here, and where they are missing or slow."""
+"""`quantserve doctor` on the kernels: as installed here, missing, and slow."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ async def request(
 
 
 class Upstream:
-    """An app that says what it was asked."""
+    """An app that returns what it received."""
 
     def __init__(self, name: str, status: int = 200, healthy: bool = True) -> None:
         self.name = name

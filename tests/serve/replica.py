@@ -1,4 +1,4 @@
-"""A replica that answers as a test wants, and a model that sends it requests."""
+"""A replica with configurable responses, and a model that sends it requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SYSTEM = {"role": "system", "content": "be kind"}
 
 @contextlib.asynccontextmanager
 async def served(app: ASGIApp) -> AsyncIterator[int]:
-    """A replica in this loop; gives its port."""
+    """A replica in this event loop; yields its port."""
     listening = socket.create_server(("127.0.0.1", 0))
     listener = Listener(app, TOKEN)
     await listener.start(listening)
@@ -34,7 +34,7 @@ async def served(app: ASGIApp) -> AsyncIterator[int]:
 
 
 class Replica:
-    """Answers as it is told; remembers what it was asked."""
+    """Sends configured responses and records its requests."""
 
     def __init__(self, name: str = "r") -> None:
         self.name = name

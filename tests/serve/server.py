@@ -66,7 +66,7 @@ class Server:
         raise AssertionError(f"no {pattern!r} in {seconds} s; exit {self.process.poll()}; output:\n{self.output}")
 
     def ready(self) -> Server:
-        """Wait until the models serve."""
+        """Wait until the models are ready."""
         self.wait_for(r"^Press Ctrl-C to stop")
         self.base = self.wait_for(r"(http://\S+?)/v1/chat/completions").group(1)
         return self
@@ -103,7 +103,7 @@ def serve(*arguments: str | Path, **env: str) -> Server:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A TCP port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -34,7 +34,7 @@ for process in (core, *workers):
 
 
 def replica(*bound: int, reserved: int = 1) -> list[str]:
-    """What a replica says whose workers are bound to these CPUs: those found, its threads' CPUs, its family's."""
+    """A replica with workers bound to these CPUs: returns those found, the CPUs of its threads and of its children."""
     command = [sys.executable, "-c", REPLICA, str(reserved), *map(str, bound)]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return out.stdout.splitlines()

@@ -303,7 +303,7 @@ def test_parts_that_vllm_validates_later(fastapi_app: FastAPI) -> None:
     app = Envelope(fastapi_app)
     answer = asyncio.run(request(app, "POST", "/later", {"items": [{}, "x"]}))
     assert (answer.status, answer.error["param"], answer.error["code"]) == (400, None, "invalid_type")
-    assert answer.error["message"] == "item 1 of a list in the request must be an object"
+    assert answer.error["message"] == "Item 1 of a list in the request must be an object"
     answer = asyncio.run(request(app, "POST", "/later", {"items": [], "n": "many"}))
     assert (answer.status, answer.error["param"], answer.error["code"]) == (400, "n", "invalid_type")
     assert answer.error["message"].startswith("`n` must be a valid integer")

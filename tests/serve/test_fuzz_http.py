@@ -43,7 +43,7 @@ BASES: Final[dict[str, dict[str, Any]]] = {
     "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3},
 }
 HEAVY: Final = {"use_beam_search": False, "vllm_xargs": None}
-"""Not left to chance: what is known to be slow says nothing about robustness."""
+"""Fixed values of fields that are known to be slow."""
 REVEALING: Final = ("Traceback", 'File "/', "site-packages", "pydantic", "EngineCore", "vllm.")
 
 TEXTS = st.one_of(

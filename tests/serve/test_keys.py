@@ -130,7 +130,7 @@ def test_websockets_need_a_key(key_set: KeySet) -> None:
 
 
 class Reloading:
-    """Keys whose file changes while they are used; every request looks at it."""
+    """Keys in a file that changes while serving; every request checks the file."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(keys, "FILE_CHECK_S", 0.0)

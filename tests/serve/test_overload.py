@@ -1,4 +1,4 @@
-"""Ten times more clients than a model takes: those it takes are served as ever, the others are told so at once."""
+"""Overload by ten times more clients than slots: accepted requests are served normally, others are refused at once."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_overload_is_refused_and_the_accepted_keep_their_latency(small: Server) 
         assert (outcome.status, outcome.error["code"]) == (429, "queue_full")
         assert outcome.error["type"] == "rate_limit_error"
         assert 1 <= int(outcome.headers["retry-after"]) <= 60
-    # Nobody waits in the engine, whose queue has no bound; half of those accepted wait for one turn of the others.
+    # No request queues in the engine; half of the accepted requests wait in the gateway until the others are done.
     assert max(inside) <= PLACES
     assert statistics.median(outcome.took for outcome in accepted) < 4 * usual + 0.5
     assert statistics.median(outcome.took for outcome in refused) < 0.5
@@ -91,7 +91,7 @@ def test_overload_is_refused_and_the_accepted_keep_their_latency(small: Server) 
 
 
 def ask(server: Server, stream: bool) -> socket.socket:
-    """Send a request for a long answer; who closes the socket leaves."""
+    """Send a request for a long answer; closing the socket disconnects the client."""
     body = json.dumps({"model": "narrow", **ASK, "max_tokens": LONG, "stream": stream}).encode()
     url = httpx.URL(server.base)
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {url.host}\r\ncontent-type: application/json\r\n"

@@ -1,4 +1,4 @@
-"""What a person reads while models start."""
+"""The lines printed while models start."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_a_request_waits_for_the_successor_of_a_draining_replica() -> None:
         draining.head = (503, [(DRAINING, b"1"), (b"content-type", b"application/json")])
         async with served(draining) as a, served(replica) as b:
             app = RemoteModel(pool_of(d=a))
-            early = [asyncio.create_task(post(app)) for _ in range(3)]  # the first is told by the replica itself
+            early = [asyncio.create_task(post(app)) for _ in range(3)]  # the first is refused by the replica itself
             await until(lambda: len(app.pool.waiting) == 3)
             app.pool.update([{"id": "r", "host": "127.0.0.1", "port": b}])
             assert [answer.status for answer in await asyncio.gather(*early)] == [200] * 3

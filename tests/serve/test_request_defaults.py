@@ -1,4 +1,4 @@
-"""Request defaults: what the config says counts where the client says nothing, and nowhere else."""
+"""Request defaults fill fields that the client leaves out, and change no others."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_changed_config_loses_no_request(demo: Path, cluster: Cluster) -> None
     server = cluster.head
     server.base = f"http://127.0.0.1:{cluster.port}"
     until(lambda: server.request("GET", "/health").status_code == 200, 240)
-    fields = {"max_tokens": None}  # the model's default, which tells the one config from the other
+    fields = {"max_tokens": None}  # the model's default, which differs between the two configs
     with Clients(server, [Asked("m", True, fields), Asked("m", True, fields), Asked("m", False, fields)]) as load:
         load.wait(load.served("m", 0, 6), 60)
         cluster.deploy(changed)

@@ -37,7 +37,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def elastic(demo: Path, folder: Path) -> Iterator[Server]:
-    """A model with one or two replicas, and one with none or one; the access log says who answered what."""
+    """A model with one or two replicas, and one with zero or one; the access log has the replica of each request."""
     one, zero = model("one", demo / "awq"), model("zero", demo / "checkpoint")
     one["deployment_config"] |= {"autoscaling_config": {**QUICK, "min_replicas": 1}, "affinity": "session"}
     zero["deployment_config"] |= {"autoscaling_config": {**QUICK, "min_replicas": 0, "max_replicas": 1}}
@@ -103,4 +103,4 @@ def test_one_replica_becomes_two_under_load_which_share_it_and_one_again(elastic
     with Clients(elastic, [Asked("one", True), Asked("one")], pause_s=0.1) as load:
         until(lambda: len(replicas(elastic, "one")) == 1, 90)
         load.wait(load.served("one", time.monotonic()), 30)
-    assert {outcome.kind for outcome in load.outcomes} == {"ok"}  # nobody noticed that a replica went
+    assert {outcome.kind for outcome in load.outcomes} == {"ok"}  # scaling down affects no request

@@ -48,7 +48,7 @@ class Threads:
 
 
 def tokens(renderer: Any, text: str, length: int | None) -> list[int]:
-    """Of a chat with one message, in a request that says its length."""
+    """Of a chat with one message, in a request with Content-Length."""
     from vllm.renderers import ChatParams
 
     from quantserve.serve.short_prompts import ShortPrompts

@@ -264,7 +264,7 @@ def invalid_part(errors: Sequence[Any]) -> Refused:
     if not names and errors and errors[0]["loc"]:
         text = _problem(errors[0], None).text
         return Refused(
-            400, _shortened(f"item {errors[0]['loc'][0]} of a list in the request {text}"), code="invalid_type"
+            400, _shortened(f"Item {errors[0]['loc'][0]} of a list in the request {text}"), code="invalid_type"
         )
     return refused
 

@@ -183,3 +183,16 @@ def test_no_folder_at_all_is_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch
     assert found.spare == ""
     with pytest.raises(EngineError, match=r"TMPDIR /nonexistent does not exist.*\n  fix: mount one"):
         settle({"HOME": "/proc", "TMPDIR": "/nonexistent"})
+
+
+def test_no_folder_that_is_short_enough_for_ray_is_an_error_with_a_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = pytest.importorskip("quantserve.serve.cluster")
+    monkeypatch.setattr(homes, "_TEMPORARY", ("/proc",))
+    monkeypatch.setattr(homes, "RAY_SOCKET_BYTES", homes.SOCKET_BYTES - 3)
+    monkeypatch.setattr(homes, "VLLM_SOCKET_BYTES", 0)
+    for name, folder in (("HOME", tmp_path), ("TMPDIR", tmp_path), ("RAY_TMPDIR", "")):
+        monkeypatch.setenv(name, str(folder))
+    with pytest.raises(EngineError, match=r"RAY_TMPDIR .* bytes long, 3 at most .*\n  fix: set RAY_TMPDIR to a short"):
+        cluster.start_ray()

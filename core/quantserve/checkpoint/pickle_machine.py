@@ -167,7 +167,7 @@ class Machine:
         self.stack.append(value)
 
     def _push_bytes_as_text(self, value: str) -> None:
-        self.stack.append(value.encode("latin-1").decode())  # as torch reads the strings of Python 2
+        self.stack.append(value.encode("latin1").decode())  # as torch reads the strings of Python 2
 
     def _mark(self, _: object) -> None:
         self.stack.append(_MARK)

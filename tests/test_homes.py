@@ -45,7 +45,13 @@ BAD_HOMES = {
 
 
 @pytest.mark.parametrize("home", BAD_HOMES.values(), ids=BAD_HOMES)
-@pytest.mark.parametrize("command", [["check", DEMO], ["plan", DEMO], ["doctor", "--quick"], ["list"], ["schema"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", DEMO], ["plan", DEMO], ["profile", DEMO], ["recommend", DEMO],
+        ["doctor", "--quick"], ["list"], ["schema"],
+    ],
+)  # fmt: skip
 def test_no_command_fails_without_a_home(
     command: list[str], home: str | None, nobody: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,15 @@
-"""Write the computed parts of corpus entries: ``tensors`` from transformers, ``vllm`` from vLLM, both on the meta device.
+"""Write the computed parts of corpus entries: ``tensors`` from transformers, ``vllm`` from vLLM, on the meta device.
 
     PYTHONPATH=tests HF_HUB_OFFLINE=1 .venv/bin/python -m corpus.build [--tensors] [--truth] [NAME...]
 
-Entries with ``build`` get their tensors from transformers: the class of ``architectures`` (or ``build.class``) is made from
-the config without memory, its state dict is renamed as public checkpoints are (transformers' own conversion, reversed, then
-``build.rename``), and changed by ``build.drop``, ``build.add`` and ``build.dtype``. Entries with neither ``build`` nor
-``from`` were written by hand. Without NAME, only entries that lack a part get it.
+Entries with ``build`` get their tensors from transformers: the class of ``architectures`` (or ``build.class``) is made
+from the config (``build.config`` merged in; ``build.text``: from its text_config), its state dict is renamed as public
+checkpoints are (transformers' own conversion, reversed, then ``build.rename``) and changed by ``build.drop``,
+``build.add`` and ``build.dtype``; ``build.untied`` keeps a tied lm_head. Other entries without ``from`` were written by
+hand. Without NAME, only entries that lack a part get it.
+
+Multimodal models need torchvision, and mixtures in FP8 or AWQ a machine that vLLM has kernels for: what cannot be made
+here is said in the entry's ``vllm.tp``.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ def tensors(data: dict[str, Any]) -> dict[str, Spec]:
 
     recipe = data["build"]
     config = copy.deepcopy(data["config"])  # transformers writes into it
+    config = config["text_config"] if recipe.get("text") else config
     config.pop("quantization_config", None)
     config.update(recipe.get("config", {}))
     made = CONFIG_MAPPING[config["model_type"]].from_dict(config)

@@ -2,20 +2,22 @@
 
 Keys of such a file:
 
-- ``model``: hub id. ``provenance``: where the config comes from.
-- ``config``: config.json, spelled as the public file spells it; null when the repository has none.
-- ``tokenizer``: ``file`` (tokenizer.json unless given; null: none), ``vocab`` (ids 0..vocab-1), ``added`` (further ids),
-  ``template`` (whether there is a chat template), ``config`` (further keys of tokenizer_config.json).
+- ``model``: hub id. ``provenance``: where the config comes from. ``note``: what is worth knowing.
+- ``config``: config.json, spelled as the public file spells it; absent when the repository has none.
+- ``tokenizer``: ``file`` (tokenizer.json unless given; null: none), ``vocab`` (ids 0..vocab-1), ``added`` (further
+  ids), ``template`` (whether there is a chat template), ``config`` (further keys of tokenizer_config.json).
 - ``files``: further files; an object or list is written as JSON, a number is a file of that many bytes.
-- ``shards``: number of weight files, with an index when there are several; ``weights``: their stem, ``model`` unless given.
-- ``tensors``: pattern -> [dtype, shape]; see `corpus.patterns`.
-- ``vllm``: what vLLM makes of it, written by build.py.
+- ``shards``: number of weight files, with an index when there are several; ``weights``: their stem, ``model`` unless
+  given.
+- ``tensors``: pattern -> [dtype, shape]; see `corpus.patterns`. ``beside``: stem -> tensors of a further weight file.
+- ``build``: how build.py makes the tensors. ``vllm``: what vLLM makes of the checkpoint, written by build.py.
 - ``cases``: what `quantserve check` is expected to find; see `Case`.
 
-A variant has ``from``, the id of another entry, and changes it: ``config`` is merged (null deletes a key), ``files`` and
-``tokenizer`` too, and ``tensors`` are added or replaced. Changes that any entry may have: ``rename`` ([pattern, replacement]
-pairs), ``quantize`` (a list of arguments of `corpus.quantize.quantize`), ``dtypes`` (safetensors dtype -> another), ``drop``
-(regular expressions of tensor names), in this order, and ``lose`` (names of files that are not there).
+A variant has ``from``, the id of another entry, and changes it: ``config`` is merged (null deletes a key), ``files``
+and ``tokenizer`` too, and ``tensors`` are added or replaced. Changes that any entry may have: ``rename`` ([pattern,
+replacement] pairs), ``quantize`` (a list of arguments of `corpus.quantize.quantize`), ``dtypes`` (safetensors dtype ->
+another), ``drop`` (regular expressions of tensor names), in this order, and ``lose`` (names of files that are not
+there).
 """
 
 from __future__ import annotations
@@ -81,6 +83,11 @@ class Entry:
         found: Mapping[str, Any] = self.data.get("vllm") or {}
         return found
 
+    @property
+    def large(self) -> bool:
+        """Whether checking it takes seconds."""
+        return len(self.tensors) > 50_000
+
     def write(self, folder: Path) -> Path:
         """Write the checkpoint as a folder whose weight files are holes behind real headers."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +101,8 @@ class Entry:
             elif content is not None:
                 _json(folder / name, content)
         _write_weights(folder, self.tensors, self.data.get("shards", 1), self.data.get("weights", "model"))
+        for stem, tensors in (self.data.get("beside") or {}).items():
+            write_safetensors(folder / f"{stem}.safetensors", unfold(tensors))
         for name in self.data.get("lose", ()):
             (folder / name).unlink()
         return folder
@@ -218,16 +227,14 @@ def _write_tokenizer(folder: Path, tokenizer: Mapping[str, Any]) -> None:
 def _write_weights(folder: Path, tensors: Mapping[str, Spec], shards: int, stem: str) -> None:
     if not tensors:
         return
+    shards = min(shards, len(tensors))
     if shards == 1:
         write_safetensors(folder / f"{stem}.safetensors", tensors)
         return
-    files: list[dict[str, Spec]] = [{} for _ in range(shards)]
+    listed = list(tensors.items())
+    parts = [dict(listed[len(listed) * i // shards : len(listed) * (i + 1) // shards]) for i in range(shards)]
+    named = {f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors": part for i, part in enumerate(parts)}
     total = sum(map(nbytes, tensors.values()))
-    done = 0
-    for name, spec in tensors.items():
-        files[min(shards - 1, done * shards // total)][name] = spec
-        done += nbytes(spec)
-    named = {f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors": file for i, file in enumerate(files)}
     for file_name, file in named.items():
         write_safetensors(folder / file_name, file)
     weight_map = {name: file_name for file_name, file in named.items() for name in file}

@@ -11,7 +11,13 @@ from corpus import entries
 from corpus.judge import Row, judge, table
 from quantserve.registry import Registry
 
-CASES = [(name, number) for name in entries.names() for number in range(len(entries.raw(name).get("cases", ())))]
+
+def cases() -> Iterator[object]:
+    for name in entries.names():
+        entry = entries.read(name)
+        marks = [pytest.mark.slow] if entry.large else []
+        for number in range(len(entry.cases)):
+            yield pytest.param(name, number, marks=marks, id=f"{name}-{number}")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"": tmp_path_factory.mktemp("corpus")}
 
 
-@pytest.mark.parametrize(("name", "number"), CASES, ids=[f"{name}-{number}" for name, number in CASES])
+@pytest.mark.parametrize(("name", "number"), cases())
 def test_the_judgement(name: str, number: int, registry: Registry, rows: list[Row], folders: dict[str, Path]) -> None:
     entry = entries.read(name)
     if name not in folders:

@@ -16,8 +16,8 @@ from corpus.entries import Entry
 from corpus.patterns import Spec
 
 _TORCH = {
-    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "U8": "uint8",
-    "I8": "int8", "F8_E4M3": "float8_e4m3fn", "U32": "uint32", "BOOL": "bool", "F8_E8M0": "float8_e8m0fnu",
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+    "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "U32": "uint32", "BOOL": "bool", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 _started = False
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from quantserve.compose import Composition, Setting
+from quantserve.config import ModelConfig
 from quantserve.environment import (
     KV_CACHE_SPACE,
     RESERVE,
@@ -109,7 +111,7 @@ def make_plan(composition: Composition) -> Plan:
         frontend_args=dict(model.frontend_kwargs),
         chat_template=model.chat_template,
         request_defaults=dict(model.request_defaults),
-        app_name=model.route.strip("/"),
+        app_name=_app_name(model),
         route_prefix=model.route,
         deployment=_deployment(composition),
         affinity=model.deployment_config.affinity,
@@ -237,6 +239,15 @@ def _core_settings(composition: Composition) -> dict[str, Setting]:
         if composition.memory and composition.memory.kv_cache_bytes:
             settings["kv_cache_memory_bytes"] = Setting(composition.memory.kv_cache_bytes, "core")
     return settings
+
+
+def _app_name(model: ModelConfig) -> str:
+    """Name of the Ray Serve application: the route, or ASCII with a hash of it; Ray's metrics take ASCII only."""
+    name = model.route.strip("/")
+    if name.isascii():
+        return name
+    kept = "".join(char for char in name if char.isascii()).strip("-._")
+    return "-".join(filter(None, [kept, sha256(name.encode()).hexdigest()[:12]]))
 
 
 def _deployment(composition: Composition) -> dict[str, Any]:

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from helpers.checkpoints import make_llama
 from quantserve.checkpoint import open_checkpoint
+from quantserve.compose import compose
 from quantserve.config import ModelConfig, load, model_from_source
 from quantserve.errors import CheckpointError, ConfigError
 from quantserve.homes import snapshot_in
+from quantserve.plan import make_plan
+from quantserve.registry import Registry
+from quantserve.target import find_target
 
 
 def model(folder: Path) -> Path:
@@ -101,3 +106,16 @@ def test_no_snapshot_at_all(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no snapshot of org/name is in it\n  fix: `hf download org/name`"):
         load([repository])
     assert snapshot_in(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["模型-7B", "模型", "модель", "org--é"])
+def test_rays_name_of_the_application_is_ascii_and_its_own(name: str, tmp_path: Path) -> None:
+    names = set()
+    for folder in (name, name + "二"):
+        made = make_llama(tmp_path / folder, "fp16")
+        plan = make_plan(compose(model_from_source(made, max_model_len=128), Registry.load({}), find_target("l4")))
+        assert plan.app_name.isascii()
+        assert plan.app_name[0].isalnum()
+        assert (plan.model_id, plan.route_prefix) == (folder, f"/{folder}")
+        names.add(plan.app_name)
+    assert len(names) == 2

@@ -99,7 +99,7 @@ def test_length_is_bounded_and_named() -> None:
     assert finding.message.endswith("... (10,000,000 characters)")
     assert len(finding.offenders[0]) == 500
     assert len(harmless("\x1b" * 1_000_000)) == 2000
-    assert len(str(CheckpointError("e" * 10_000_000))) == 20_000
+    assert len(str(CheckpointError("e" * 10_000_000))) == 100_000
 
 
 def test_a_finding_with_fields_of_wrong_types_is_left_for_the_contract() -> None:

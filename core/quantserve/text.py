@@ -15,8 +15,8 @@ from typing import Any, Final
 LONGEST: Final = 2_000
 """Characters of a message."""
 
-LONGEST_ERROR: Final = 20_000
-"""Characters of the text of an exception, which may list many problems."""
+LONGEST_ERROR: Final = 100_000
+"""Characters of the text of an exception, which may list the findings of many models."""
 
 _BLANK: Final = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"

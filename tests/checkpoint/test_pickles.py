@@ -440,6 +440,17 @@ def test_a_state_that_hides_the_items() -> None:
     assert ours == torchs == {"a": ("torch.float32", (4,))}
 
 
+def test_what_a_call_gives_is_what_torch_makes() -> None:
+    """A tensor in torch.Size is no tensor any more; one in a parameter is."""
+    size = b"ctorch\nSize\n(" + tensor(stored("LongStorage", 0), 0) + b"tR"
+    ours, torchs = loaded(b"\x80\x02}" + A + size + b"s" + B + FLOATS_2 + b"s.", {"0": 0, "1": 32})
+    assert torchs == {"b": ("torch.float32", (8,))}
+    assert ours in (torchs, None)
+    parameter = b"ctorch._utils\n_rebuild_parameter\n(" + FLOATS + b"\x89ccollections\nOrderedDict\n)RtR"
+    ours, torchs = loaded(b"\x80\x02}" + A + parameter + b"s.", {"0": 16})
+    assert ours == torchs == {"a": ("torch.float32", (4,))}
+
+
 def test_names_of_python_2_are_utf_8() -> None:
     ours, torchs = loaded(b"\x80\x02}U\x02\xc3\xa9" + FLOATS + b"s.", {"0": 16})
     assert ours == torchs == {"é": ("torch.float32", (4,))}

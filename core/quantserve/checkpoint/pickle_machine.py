@@ -297,6 +297,12 @@ def _ordered_dict(*arguments: object) -> object:
     return made
 
 
+def _size(items: object = ()) -> object:
+    if not isinstance(items, list | tuple):
+        raise BadPickle("a torch.Size of what are no numbers")
+    return tuple(items)
+
+
 def _array(storage: object, offset: object, size: object, stride: object, *_: object) -> Array:
     return _view(storage, offset, size, stride, "")
 
@@ -357,7 +363,7 @@ _RULES: Final[dict[str, Callable[..., object]]] = {
     "torch._utils._rebuild_tensor_v3": _array_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch.Size": lambda items=(): items,
+    "torch.Size": _size,
     "torch.device": lambda *_: _OPAQUE,
 }
 

@@ -191,7 +191,7 @@ def test_bad_tensors(tmp_path: Path, options: dict[str, Any], code: str, words: 
 def test_many_offenders_are_counted(tmp_path: Path) -> None:
     drop = [f"model.layers.{i}.self_attn.{p}_proj.scales" for i in range(8) for p in "qkv"]
     found = errors(composed(make_llama(tmp_path / "m", "awq", layers=8, drop=drop)))
-    assert found["awq-missing-tensors"].message.startswith("24 tensors missing")
+    assert found["awq-missing-tensors"].message.startswith("24 tensors are missing")
     assert found["awq-missing-tensors"].offenders[-1] == "and 16 more"
 
 

@@ -61,6 +61,19 @@ def test_fuzzed_texts() -> None:
     assert report.verdicts["accepted"] > 20
 
 
+@pytest.mark.parametrize(
+    "merged", ["!x {a: b}", "[!x {a: b}, {c: d}]", "!!set {a}", "!!map {a: b}", "a", "[a]", "~", "[[]]"]
+)
+def test_merges_of_what_is_no_plain_mapping(merged: str) -> None:
+    check(f"models:\n- engine_config: {{model_id: a, <<: {merged}}}\n".encode(), ".yaml")
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+@pytest.mark.parametrize("place", ["access_log", "api_keys_file"])
+def test_paths_that_the_file_system_refuses(place: str, length: int) -> None:
+    check(f"models: [org/a]\nhttp: {{{place}: {'x' * length}}}\n".encode(), ".yaml")
+
+
 @settings(max_examples=100, deadline=4000)
 @given(data=st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])

@@ -53,6 +53,7 @@ def run(target: Target, count: int, seed: int = 0, first: int = 0, *, progress: 
     """Judge `count` inputs, from number `first` on. The input of a number is the same in every run with one `seed`."""
     report = Report()
     began = said = time.monotonic()
+    seen = 0
     for number in range(first, first + count):
         chance = random.Random(f"{target.name} {seed} {number}")
         given = target.make(chance)
@@ -68,6 +69,9 @@ def run(target: Target, count: int, seed: int = 0, first: int = 0, *, progress: 
         taken = time.process_time() - start
         if taken > target.limit_s:
             report.failures.append(f"{target.name} seed {seed} number {number}: took {taken:.1f} s")
+        if progress and len(report.failures) > seen:
+            print(report.failures[-1], file=sys.stderr, flush=True)
+            seen = len(report.failures)
         report.verdicts[verdict] += 1
         report.slowest = max(report.slowest, (taken, number))
         report.seconds = time.monotonic() - began

@@ -295,7 +295,7 @@ class _Builder:
     def _merges(self, node: yaml.Node, path: KeyPath, depth: int) -> Iterator[dict[str, Any]]:
         for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if isinstance(part, yaml.MappingNode):
-                yield self.build(part, path, depth + 1)
+                yield self.build(part, path, depth + 1) or {}  # None, and a problem, for one with a tag
             else:
                 self._add(part, "`<<` takes a mapping or a list of mappings")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantserve.architecture import short
-from quantserve.engine_defaults import DTYPE_BYTES, served_dtype
+from quantserve.dtypes import DTYPE_BYTES, misspelt_dtype, possible_dtypes, served_dtype
 from quantserve.finding import Finding
 from quantserve.layers import block_of
 
@@ -16,12 +16,6 @@ if TYPE_CHECKING:
     from quantserve.method import Method
     from quantserve.target import Target
 
-# vLLM 0.32 lets these arguments stand for the declared method, on GPUs only; elsewhere the argument
-# has to be the declared name itself (vllm.config.model, override_quantization_method).
-_GPU_SYNONYMS: Mapping[str, frozenset[str]] = {
-    "awq": frozenset({"awq", "awq_marlin", "auto_awq", "marlin"}),
-    "gptq": frozenset({"gptq", "gptq_marlin", "auto_gptq", "marlin"}),
-}
 _CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 _PACKED_DTYPES = ("I32", "U32", "I16", "U16", "I8", "U8", "I64")
 
@@ -63,23 +57,25 @@ def check_declared_method(
         return
     declared = declared.strip().lower()
     said = "engine_kwargs.quantization is" if model.quantization else "the model is served by method"
-    if declared not in (*method.names, method.vllm_name):
+    if declared not in (*method.names, method.vllm_name, *method.accepts):
         yield Finding.error(
             "method-mismatch",
             f"config.json declares quant_method {short(declared)}, but {said} {model.quantization or method.name!r}",
             ["quantization_config.quant_method", "engine_kwargs.quantization"],
             f"set engine_kwargs.quantization to {short(declared)} (its plugin has to be installed), or leave it out",
         )
-    elif method.vllm_name is not None and method.vllm_name.lower() != declared:
-        synonyms = _GPU_SYNONYMS.get(declared, frozenset()) if target.device != "cpu" else frozenset()
-        if method.vllm_name.lower() not in synonyms:
-            yield Finding.error(
-                "method-mismatch",
-                f"config.json declares quant_method {short(declared)}; vLLM on {target.device} does not accept "
-                f"the argument {method.vllm_name!r} of method {method.name!r} for it",
-                ["quantization_config.quant_method"],
-                f'write "quant_method": "{method.vllm_name}" into quantization_config of config.json',
-            )
+        return
+    # vLLM takes another argument than the declared name only where a config class of its own maps it.
+    accepted = (declared, *method.accepts.get(declared, {}).get(target.device, ()))
+    if method.vllm_name is not None and method.vllm_name.lower() not in accepted:
+        yield Finding.error(
+            "method-mismatch",
+            f"config.json declares quant_method {short(declared)}; vLLM on {target.device} does not accept "
+            f"the argument {method.vllm_name!r} of method {method.name!r} for it",
+            ["quantization_config.quant_method"],
+            f'if the files are yours, write "quant_method": "{method.vllm_name}" into quantization_config of '
+            f"config.json; else the plugin's author lists {method.vllm_name!r} in Method.accepts[{declared!r:.80}]",
+        )
 
 
 def _check_config_files(checkpoint: Checkpoint, method: Method) -> Iterator[Finding]:
@@ -136,6 +132,16 @@ def check_dtype(
     by_plugin = bool(dtype_by) and served.source == "engine_kwargs.dtype"
     decided = f"plugin {dtype_by!r}" if by_plugin else served.source
     old_gpu = target.device == "cuda" and target.capability is not None and target.capability < 80
+    possible = possible_dtypes(checkpoint, target)
+    if misspelt := misspelt_dtype(checkpoint):
+        path, value = misspelt
+        yield Finding.error(
+            "config-dtype-unknown",
+            f"{path} in config.json is {short(value)}; torch has no dtype of that name, so transformers cannot read "
+            "the config",
+            [path],
+            f"write one of {', '.join(DTYPE_BYTES)} into config.json",
+        )
     if served.name not in DTYPE_BYTES:
         yield Finding.error(
             "dtype-unknown",
@@ -151,16 +157,28 @@ def check_dtype(
             f"engine_kwargs.dtype is bfloat16, which needs compute capability 8.0; {target.name} has "
             f"{have // 10}.{have % 10}",
             ["engine_kwargs.dtype"],
-            "set engine_kwargs.dtype to half",
+            f"set engine_kwargs.dtype to {possible[0]}",
+        )
+    if served.refused:
+        yield Finding.error(
+            "dtype-refused-by-model",
+            f"vLLM does not run model type {short(checkpoint.config.get('model_type'))} in float16, which overflows "
+            f"there; float16 was set by {decided}",
+            ["engine_kwargs.dtype"],
+            f"leave engine_kwargs.dtype out, or set it to {possible[0]}",
         )
     if method is not None and served.name not in method.dtypes:
-        how = f" (config.json says {served.stored}, which auto turns into it)" if served.source == "vLLM" else ""
+        fitting = [name for name in method.dtypes if name in possible]
+        stored = served.stored or "no dtype"
+        how = f" (config.json has {stored}, which auto turns into it)" if served.source == "vLLM" else ""
         yield Finding.error(
             "dtype-unsupported",
             f"method {method.name!r} runs in {' or '.join(method.dtypes)}; vLLM would run it in {served.name}, "
             f"decided by {decided}{how}",
             ["engine_kwargs.dtype"],
-            f"set engine_kwargs.dtype to {method.dtypes[0]}" if method.dtypes else "use another method",
+            f"set engine_kwargs.dtype to {fitting[0]}"
+            if fitting
+            else f"use another method: {target.name} runs this model in {' or '.join(possible)} only",
         )
     elif served.stored == "bfloat16" and served.name == "float16":
         yield Finding.warning(

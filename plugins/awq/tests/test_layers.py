@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
@@ -81,8 +82,9 @@ def test_fused_layers(group: int) -> None:
 def test_shapes_vllms_kernel_does_not_take_and_a_bias() -> None:
     parts = _parts(24, 48, 16, 4)
     layer = linear.RowParallelLinear(48, 24, bias=True, quant_config=_config(16), prefix="model.layers.0.mlp.down_proj")
-    _load(layer, {None: parts})
     x, bias = torch.randn(5, 48), torch.randn(24)
+    layer.bias.data.copy_(bias)
+    _load(layer, {None: parts})
     expected = x @ dequantize_linear(**parts).t() + bias
     assert torch.allclose(layer.quant_method.apply(layer, x, bias), expected, atol=1e-4)
 
@@ -103,6 +105,26 @@ def test_weights_rest_packed_and_scales_keep_their_bits(dtype: torch.dtype) -> N
     x = torch.randn(2, K)
     assert torch.allclose(layer.quant_method.apply(layer, x), x @ dequantize_linear(**parts).t(), atol=1e-4)
     assert layer.quant_method.apply(layer, x.to(dtype)).dtype == dtype
+
+
+def test_lora_wraps_the_packed_layer() -> None:
+    """vLLM's wrapper asks for `qweight`, and multiplies with the layer's own method."""
+    layer = linear.RowParallelLinear(K, 64, bias=False, quant_config=_config(), prefix="model.layers.0.mlp.down_proj")
+    _load(layer, {None: _parts(64, K, 128, 8)})
+    assert layer.qweight is layer.kernel.codes  # no second copy
+    wrapped = RowParallelLinearWithLoRA(layer)
+    assert wrapped.device.type == wrapped.weight.device.type == "cpu"
+    x = torch.randn(2, K)
+    assert torch.equal(wrapped.base_layer.quant_method.apply(layer, x), layer.kernel(x))
+
+
+def test_a_bias_that_was_rounded_to_infinity_is_refused() -> None:
+    layer = linear.RowParallelLinear(
+        K, 64, bias=True, quant_config=_config(), params_dtype=torch.float16, prefix="model.layers.3.mlp.down_proj"
+    )
+    layer.bias.data.fill_(1e5)  # beyond float16
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp\.down_proj: bias holds 64 values .* not finite in float16"):
+        _load(layer, {None: _parts(64, K, 128, 9)})
 
 
 def test_a_missing_tensor_is_named() -> None:
@@ -132,5 +154,15 @@ def test_layers_it_does_not_quantize_stay_vllms() -> None:
         K, 64, bias=False, quant_config=_config(modules_to_not_convert=["layers.3."]), prefix=prefix
     )
     assert isinstance(skipped.quant_method, linear.UnquantizedLinearMethod)
-    symmetric = linear.RowParallelLinear(K, 64, bias=False, quant_config=_config(zero_point=False), prefix=prefix)
-    assert type(symmetric.quant_method).__name__ == "AutoAWQMarlinLinearMethod"
+
+
+def test_files_with_zero_point_false_have_their_stored_zeros_subtracted() -> None:
+    """auto-round stores 8 in all of them; vLLM's own kernels for CPUs subtract 8 without reading them."""
+    parts = _parts(64, K, 128, 7)
+    parts["qzeros"] = torch.full_like(parts["qzeros"], -0x77777778)  # eight nibbles of 8
+    prefix = "model.layers.3.mlp.down_proj"
+    layer = linear.RowParallelLinear(K, 64, bias=False, quant_config=_config(zero_point=False), prefix=prefix)
+    _load(layer, {None: parts})
+    assert type(layer.quant_method).__name__ == "KernelAWQLinearMethod"
+    x = torch.randn(3, K)
+    assert torch.allclose(layer.quant_method.apply(layer, x), x @ dequantize_linear(**parts).t(), atol=1e-4)

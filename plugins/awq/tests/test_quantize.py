@@ -172,9 +172,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("method", "options", "sure"),
     [
-        ("awq", {"dtype": "float16", "enforce_eager": True}, 0.05),
-        ("awq", {}, 0.3),  # as planned: compiled, and in bfloat16 where the CPU multiplies that itself
-        ("awq", {"dtype": "float16", "enforce_eager": True, "tensor_parallel_size": 2}, 0.05),
+        ("quantserve_awq", {"dtype": "float16", "enforce_eager": True}, 0.05),
+        ("quantserve_awq", {}, 0.3),  # as planned: compiled, and in bfloat16 where the CPU multiplies that itself
+        ("quantserve_awq", {"dtype": "float16", "enforce_eager": True, "tensor_parallel_size": 2}, 0.05),
         ("awq_vllm", {"dtype": "float16", "enforce_eager": True}, 0.05),
     ],
     ids=["ours", "ours-compiled", "ours-two-ranks", "vllms"],
@@ -190,7 +190,7 @@ def test_vllm_answers_like_transformers_in_float32(
     prompts = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in (5, 17, 40, 64)]
     composition = composed(exported, "cpu", quantization=method)
     kwargs = {key: setting.value for key, setting in composition.engine_kwargs.items()} | options
-    assert kwargs["quantization"] == {"awq": "quantserve_awq", "awq_vllm": "awq"}[method]
+    assert kwargs["quantization"] == {"quantserve_awq": "quantserve_awq", "awq_vllm": "awq"}[method]
     kwargs["model"] = str(exported)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment |= composition.engine_environment

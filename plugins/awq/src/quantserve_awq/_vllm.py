@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.auto_awq import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from quantserve_awq.kernel import KERNEL_METHOD
-from quantserve_kernels import Linear, from_awq, load
+from quantserve_kernels import Linear, check_bias, from_awq, load
 
 PARTS = ("qweight", "qzeros", "scales")
 
@@ -42,9 +42,9 @@ class KernelAWQConfig(AutoAWQConfig):
         return KERNEL_METHOD if user_quant == KERNEL_METHOD and declared in ("awq", "") else None
 
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
-        """Our method wherever vLLM would use its linear one; symmetric files, whose zeros mean nothing, stay vLLM's."""
+        """Our method wherever vLLM would use its linear one; files with ``zero_point: false`` store zeros too, all 8."""
         theirs: QuantizeMethodBase | None = super().get_quant_method(layer, prefix)
-        if isinstance(theirs, AutoAWQMarlinLinearMethod) and self.zero_point:
+        if isinstance(theirs, AutoAWQMarlinLinearMethod):
             return KernelAWQLinearMethod(self, prefix)
         return theirs
 
@@ -84,12 +84,13 @@ class KernelAWQLinearMethod(BaseAWQLinearMethod):
         layer.scales.data.fill_(float("nan"))  # what no tensor arrives for is noticed when the layer is packed
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        """Pack the loaded tensors for the kernel, which takes their place.
+        """Pack the loaded tensors for the kernel, which takes their place; `qweight` is the packed codes from then on.
 
         Raises:
-            ValueError: scales never arrived or are not finite; names the layer.
+            ValueError: scales never arrived, or scales or the bias are not finite; names the layer.
         """
         try:
+            check_bias(getattr(layer, "bias", None))
             weight = from_awq(layer.qweight.data, layer.qzeros.data, _stored(layer.scales.data))
         except ValueError as error:
             raise ValueError(
@@ -99,6 +100,8 @@ class KernelAWQLinearMethod(BaseAWQLinearMethod):
         for name in PARTS:
             delattr(layer, name)
         layer.kernel = Linear(weight)
+        # vLLM's LoRA wrapper asks a quantized layer's `qweight` for its device, and does not wrap a layer without.
+        layer.register_buffer("qweight", layer.kernel.codes, persistent=False)
 
     def apply(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x` [..., k] to [..., n] in x's dtype."""

@@ -1,4 +1,4 @@
-"""The light module of the AWQ plugin: 4-bit AWQ checkpoints, on vLLM's kernels on GPUs and on quantserve's on CPUs.
+"""The light module of the AWQ plugin: 4-bit AWQ checkpoints, on vLLM's kernels on GPUs, on either's on CPUs.
 
 vLLM reads the files by itself; this plugin finds what it would refuse or misread, and gives the
 arguments without which it does not find the settings.
@@ -50,7 +50,7 @@ def quantserve_method() -> Method:
     """Describe AWQ as vLLM serves it."""
     return Method(
         name="awq",
-        summary="activation-aware 4-bit weights (AutoAWQ gemm files), on Marlin, Machete or our CPU kernels",
+        summary="activation-aware 4-bit weights (AutoAWQ gemm files), on Marlin, Machete or CPU kernels",
         bits=(4,),
         # On CPU vLLM refuses its other names (auto_awq, awq_marlin) for the same files.
         vllm_name=METHOD,

@@ -128,7 +128,7 @@ def possible_dtypes(checkpoint: Checkpoint, target: Target) -> tuple[str, ...]:
 
 def refuses_float16(checkpoint: Checkpoint) -> bool:
     """Whether vLLM does not run a model of this type in float16, so that a quantizer keeps bfloat16."""
-    return checkpoint.config.get("model_type") in NO_FLOAT16
+    return str(checkpoint.config.get("model_type")) in NO_FLOAT16
 
 
 def _is_pooling(checkpoint: Checkpoint, model: ModelConfig) -> bool:

@@ -10,13 +10,13 @@ import pickletools
 import random
 import struct
 import warnings
-import zlib
 from collections import OrderedDict
 from typing import Any
 
 import torch
 
 from fuzzing import Target, mutated
+from fuzzing.archives import archive, odd_archive
 from quantserve.checkpoint.data import DTYPE_BITS, Tensor
 from quantserve.checkpoint.pickle_machine import DTYPES, STORAGES
 from quantserve.checkpoint.pickles import read_pickle
@@ -29,6 +29,15 @@ GLOBALS = [
     "torch device", "torch float16", "torch int8", "torch FloatStorage", "torch.storage UntypedStorage", "os system",
     "torch Tensor", "builtins set", "collections Counter", "torch.nn.parameter Parameter", "_codecs encode",
     "torch._utils _rebuild_qtensor", "torch.serialization _get_layout",
+]  # fmt: skip
+
+PIECES = [
+    b"0", b"1", b"2", b"(", b"}", b"]", b")", b"N", b"K\x02", b"s", b"u", b"a", b"e", b"b", b"R", b"Q", b"t", b"\x85",
+    b"\x86", b"h\x00", b"q\x00", b"\x94", b".",
+]  # fmt: skip
+MEMBERS = [
+    b"DATA.PKL", b"data.pkl", b"Data.pkl", b"Version", b"constants.pkl", b"data.pkl\0x", b"data\\0", b"../data.pkl",
+    b"data/0", b"DATA/0", b"data/a",
 ]  # fmt: skip
 
 
@@ -185,138 +194,10 @@ def changed(chance: random.Random, program: bytes) -> bytes:
                 other = chance.randrange(len(pieces))
                 pieces[at], pieces[other] = pieces[other], pieces[at]
             case 3:
-                pieces.insert(
-                    at,
-                    chance.choice(
-                        [
-                            b"0",
-                            b"1",
-                            b"2",
-                            b"(",
-                            b"}",
-                            b"]",
-                            b")",
-                            b"N",
-                            b"K\x02",
-                            b"s",
-                            b"u",
-                            b"a",
-                            b"e",
-                            b"b",
-                            b"R",
-                            b"Q",
-                            b"t",
-                            b"\x85",
-                            b"\x86",
-                            b"h\x00",
-                            b"q\x00",
-                            b"\x94",
-                            b".",
-                        ]
-                    ),
-                )
+                pieces.insert(at, chance.choice(PIECES))
             case _:
                 pieces[at] = mutated(chance, pieces[at], 1)
     return b"".join(pieces)
-
-
-# --- archives ---------------------------------------------------------------------------------------------------------
-
-
-def archive(chance: random.Random, members: list[tuple[bytes, bytes]], odd: bool) -> bytes:
-    """A zip archive; an odd one breaks a rule or uses a freedom of the format."""
-    out, directory, count = bytearray(), bytearray(), 0
-    rule = chance.randrange(24) if odd else -1
-    if rule == 0:
-        out += chance.choice([b"\0", b"PK\x03\x04", b"\x80\x02}."]) * chance.randint(1, 9)
-    shift = len(out) if rule == 0 and chance.random() < 0.5 else 0
-    for name, data in members:
-        flags, method, packed = 0, 0, data
-        if rule == 1 or (rule == 2 and name.endswith(b"data.pkl")):
-            method, packed = 8, zlib.compress(data, wbits=-15)
-        flags |= chance.choice([0, 1, 8, 0x40, 0x800, 0x2000]) if rule == 3 else 0
-        method = chance.choice([1, 12, 14, 93]) if rule == 4 else method
-        size = len(data) + (chance.choice([-1, 1, 100]) if rule == 5 else 0)
-        offset = len(out) - shift + (chance.choice([1, -1, 30]) if rule == 6 else 0)
-        zip64 = struct.pack("<2H3Q", 1, 24, max(0, size), len(packed), max(0, offset)) if rule in (7, 8) else b""
-        if rule == 8:
-            zip64 = zip64[: chance.randint(0, len(zip64))]
-        local_name = name.upper() if rule == 9 else name
-        extra = b"FB" + struct.pack("<H", 4) + b"ZZZZ" if rule != 10 else b""
-        out += (
-            struct.pack(
-                "<4s5H3L2H",
-                b"PK\x03\x04",
-                0,
-                flags,
-                method,
-                0,
-                0,
-                0,
-                len(packed),
-                max(0, size),
-                len(local_name),
-                len(extra),
-            )
-            + local_name
-            + extra
-            + packed
-        )
-        big = 2**32 - 1
-        numbers = (big, big) if zip64 else (len(packed), max(0, size))
-        directory += struct.pack(
-            "<4s6H3L5H2L",
-            b"PK\x01\x02",
-            0,
-            0,
-            flags,
-            method,
-            0,
-            0,
-            0,
-            *numbers,
-            len(name),
-            len(zip64),
-            2 if rule == 11 else 0,
-            0,
-            0,
-            0,
-            big if zip64 else max(0, offset),
-        )
-        directory += name + zip64 + (b"cc" if rule == 11 else b"")
-        count += 1
-    begin = len(out) - shift
-    if rule == 12:
-        directory += chance.choice([b"\0", b"PK\x05\x05\0\0"])
-    out += directory
-    if rule == 13:
-        out += b"\0" * chance.randint(1, 30)
-    declared = count + (chance.choice([-1, 1]) if rule == 14 else 0)
-    begin += chance.choice([-1, 1, len(directory)]) if rule == 15 else 0
-    length = len(directory) + (chance.choice([-46, -1, 1, 46]) if rule == 16 else 0)
-    if rule in (17, 18, 19):
-        end64 = len(out) - shift + (chance.choice([1, -1]) if rule == 18 else 0)
-        out += struct.pack(
-            "<4sQ2H2L4Q", b"PK\x06\x06", 44, 0, 0, 0, 0, declared, declared, length, begin + (rule == 19)
-        )
-        out += struct.pack("<4sLQL", b"PK\x06\x07", 0, max(0, end64), 1)
-    comment = chance.choice([b"comment", b"PK\x05\x06" + b"\0" * 18, b"PK\x05\x06"]) if rule == 20 else b""
-    disk = int(rule == 21)
-    out += (
-        struct.pack(
-            "<4s4H2LH",
-            b"PK\x05\x06",
-            disk,
-            0,
-            max(0, declared),
-            max(0, declared),
-            max(0, length),
-            max(0, begin),
-            len(comment),
-        )
-        + comment
-    )
-    return bytes(out)
 
 
 def make(chance: random.Random) -> bytes:
@@ -336,21 +217,7 @@ def make(chance: random.Random) -> bytes:
     members += [(b"version", b"3\n"), (b"byteorder", b"little")]
     if kind == 2:
         other = Writer(chance).program()
-        extra = chance.choice(
-            [
-                b"DATA.PKL",
-                b"data.pkl",
-                b"Data.pkl",
-                b"Version",
-                b"constants.pkl",
-                b"data.pkl\0x",
-                b"data\\0",
-                b"../data.pkl",
-                b"data/0",
-                b"DATA/0",
-                b"data/a",
-            ]
-        )
+        extra = chance.choice(MEMBERS)
         members.insert(chance.randrange(len(members) + 1), (extra, other))
     if chance.random() < 0.05:
         del members[chance.randrange(len(members))]
@@ -363,7 +230,7 @@ def make(chance: random.Random) -> bytes:
             chance.choice([b"other/", b"", b"/", b"ARCHIVE/", folder + b"//", folder.upper() + b"/"]) + members[at][0],
             named[at][1],
         )
-    raw = archive(chance, named, odd=kind == 3)
+    raw = odd_archive(chance, named) if kind == 3 else archive(named)
     return mutated(chance, raw, 2) if kind == 4 else raw
 
 

@@ -417,14 +417,25 @@ struct Gemm {
   static constexpr int64_t RUN = 64;      // tiles finished at once where weights go from registers into the products
   static constexpr int64_t BROAD = 64;    // rows of x from which strips are broad, so that x is read less often
   static constexpr int64_t WIDE = 128;    // rows of x from which they are wide, and x comes from the third cache level
+  static constexpr int64_t TASKS = 2;     // that a thread should get at least
   static constexpr int64_t DEPTH = 2048;  // input features decoded at once: a tile and a panel of x fit the L1 cache
 
   // Whether each panel of x decodes the weights anew: better than storing them up to some rows, fewer with a sparse
   // part, which is then added to the stored weights once for all rows.
-  static bool direct(const Weight& w, int64_t m) { return m <= (w.rows ? 2 : w.scales ? S::HEIGHT : S::DIRECT); }
+  static bool direct(const Weight& w, int64_t m) {
+    return !w.stored && m <= (w.rows ? 2 : w.scales ? S::HEIGHT : S::DIRECT);
+  }
 
-  static int64_t strip(const Weight& w, int64_t m) {
-    return direct(w, m) || m < BROAD ? TILE : m < WIDE ? 16 * TILE : 32 * TILE;
+  // Where the strips are too few for the threads, the rows are divided, and then the strips. A part decodes its weights
+  // anew, which BROAD rows make up for; a narrower strip reads x more often.
+  static Plan plan(const Weight& w, int64_t m, int64_t threads) {
+    int64_t strip = direct(w, m) || m < BROAD ? TILE : m < WIDE ? 16 * TILE : 32 * TILE, parts = 1;
+    const auto strips = [&] { return (w.n + strip - 1) / strip; };
+    while (strip > TILE && strips() * parts < TASKS * threads) {
+      if (m >= 2 * parts * BROAD) parts *= 2;
+      else strip /= 2;
+    }
+    return {strip, strips(), parts};
   }
 
   static int64_t depth(const Weight& w) {
@@ -432,11 +443,15 @@ struct Gemm {
     return std::min(w.k_padded, DEPTH / block * block);
   }
 
-  static int64_t results(const Weight& w, int64_t m) { return (direct(w, m) ? RUN * TILE : strip(w, m)) * m; }
+  // Floats that a task's results take; of stored weights at most, as the parts of the panels differ by one.
+  static int64_t results(const Weight& w, int64_t m, const Plan& plan) {
+    if (direct(w, m)) return RUN * TILE * m;
+    return plan.strip * S::ROWS * ((count_panels(m, S::ROWS) + plan.parts - 1) / plan.parts);
+  }
 
-  static size_t scratch(const Weight& w, int64_t m) {
-    const size_t decoded = direct(w, m) ? 0 : size_t(strip(w, m) * depth(w)) * sizeof(Element);
-    return size_t(results(w, m)) * sizeof(float) + decoded + 128;
+  static size_t scratch(const Weight& w, int64_t m, const Plan& plan) {
+    const size_t decoded = direct(w, m) ? 0 : size_t(plan.strip * depth(w)) * sizeof(Element);
+    return size_t(results(w, m, plan)) * sizeof(float) + decoded + 128;
   }
 
   // Rows of x are handled in panels of nearly equal height. Prepared, the rows of a panel alternate, but for `direct` they
@@ -477,28 +492,31 @@ struct Gemm {
     }
   }
 
-  static bool run(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, char* scratch) {
+  static bool run(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t begin, int64_t end,
+                  char* scratch) {
     switch (w.bits) {
-      case 2: return run_bits<2>(w, in, out, begin, end, scratch);
-      case 3: return run_bits<3>(w, in, out, begin, end, scratch);
-      case 4: return run_bits<4>(w, in, out, begin, end, scratch);
-      default: return run_bits<8>(w, in, out, begin, end, scratch);
+      case 2: return run_bits<2>(w, in, out, plan, begin, end, scratch);
+      case 3: return run_bits<3>(w, in, out, plan, begin, end, scratch);
+      case 4: return run_bits<4>(w, in, out, plan, begin, end, scratch);
+      default: return run_bits<8>(w, in, out, plan, begin, end, scratch);
     }
   }
 
   template <int BITS>
-  static bool run_bits(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, char* scratch) {
+  static bool run_bits(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t begin,
+                       int64_t end, char* scratch) {
     // Vectors that share a scale: those of 128 input features where groups allow (64 with 8 bits), else each has its own.
     constexpr int UNIT = BITS == 8 ? 2 : 4;
-    if (!w.scales) return run_unit<BITS, 0>(w, in, out, begin, end, scratch);
-    if (w.group_padded / VECTOR % UNIT == 0) return run_unit<BITS, UNIT>(w, in, out, begin, end, scratch);
-    return run_unit<BITS, 1>(w, in, out, begin, end, scratch);
+    if (!w.scales) return run_unit<BITS, 0>(w, in, out, plan, begin, end, scratch);
+    if (w.group_padded / VECTOR % UNIT == 0) return run_unit<BITS, UNIT>(w, in, out, plan, begin, end, scratch);
+    return run_unit<BITS, 1>(w, in, out, plan, begin, end, scratch);
   }
 
   template <int BITS, int UNIT>
-  static bool run_unit(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, char* scratch) {
+  static bool run_unit(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t begin,
+                       int64_t end, char* scratch) {
     auto* c = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
-    float* after = c + results(w, in.m);
+    float* after = c + results(w, in.m, plan);
     auto* decoded = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(after) + 63) & ~uintptr_t(63));
     bool fine = true;
     if (direct(w, in.m)) {
@@ -506,7 +524,7 @@ struct Gemm {
         fine &= direct_run<BITS, UNIT>(w, in, out, tile, std::min(tile + RUN, end), c);
       }
     } else {
-      for (int64_t s = begin; s < end; ++s) fine &= decoded_strip<BITS, UNIT>(w, in, out, s, c, decoded);
+      for (int64_t task = begin; task < end; ++task) fine &= stored_task<BITS, UNIT>(w, in, out, plan, task, c, decoded);
     }
     return fine;
   }
@@ -536,28 +554,31 @@ struct Gemm {
         small_rows<S, BITS, UNIT>(w, in, m, rows, tile, c + m * width + (tile - begin) * TILE, width);
       }
     }
-    finish(w, out, in.m, first, width, c);
+    finish(w, out, 0, in.m, first, width, c);
     return fine;
   }
 
   template <int BITS, int UNIT>
-  static bool decoded_strip(const Weight& w, const Input& in, const Output& out, int64_t index, float* c,
-                            Element* decoded) {
+  static bool stored_task(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t task, float* c,
+                          Element* decoded) {
     constexpr int64_t BLOCK = block_vectors(BITS) * VECTOR;
-    const int64_t width = strip(w, in.m), tiles = std::min(width, w.n - index * width + TILE - 1) / TILE;
+    const int64_t width = plan.strip, channel = task % plan.strips * width, part = task / plan.strips;
+    const int64_t tiles = std::min(width, w.n - channel + TILE - 1) / TILE;
     const int64_t blocks = w.k_padded / BLOCK, rounds = (w.k_padded + depth(w) - 1) / depth(w);
     const int64_t step = (blocks + rounds - 1) / rounds, panels = count_panels(in.m, S::ROWS);
+    const int64_t first = panels * part / plan.parts, last = panels * (part + 1) / plan.parts;
+    const int64_t row = panel_begin(in.m, first, panels), count = panel_begin(in.m, last, panels) - row;
     bool fine = true;
-    std::fill_n(c, in.m * width, 0.0f);
+    std::fill_n(c, count * width, 0.0f);
     for (int64_t b = 0; b < blocks; b += step) {
       const int64_t end = std::min(b + step, blocks), features = (end - b) * BLOCK;
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t tile = index * (width / TILE) + t;
+        const int64_t tile = channel / TILE + t;
         auto* to = decoded + t * TILE * features;
         decode_tile<S, BITS, UNIT>(w, tile, b, end, to);
         if (w.rows) fine &= add_sparse<S>(w, tile, b * BLOCK, features, to);
       }
-      for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t p = first; p < last; ++p) {
         const int64_t m = panel_begin(in.m, p, panels), rows = panel_begin(in.m, p + 1, panels) - m;
         const auto* x = static_cast<const Element*>(in.x) + m * w.k_padded + b * BLOCK * rows;
         const int64_t share = features * rows / tiles;
@@ -567,11 +588,12 @@ struct Gemm {
           for (int64_t i = 0; in.m >= WIDE && i < share; i += 64 / int64_t(sizeof(Element))) {
             __builtin_prefetch(next + i, 0, 2);
           }
-          multiply_rows<S>(decoded + t * TILE * features, x, features, c + m * width + t * TILE, width, rows);
+          float* to = c + (m - row) * width + t * TILE;
+          multiply_rows<S>(decoded + t * TILE * features, x, features, to, width, rows);
         }
       }
     }
-    finish(w, out, in.m, index * width, width, c);
+    finish(w, out, row, count, channel, width, c);
     return fine;
   }
 
@@ -605,16 +627,17 @@ struct Gemm {
     return true;
   }
 
-  static void finish(const Weight& w, const Output& out, int64_t rows, int64_t first, int64_t width, float* c) {
+  static void finish(const Weight& w, const Output& out, int64_t row, int64_t rows, int64_t first, int64_t width,
+                     float* c) {
     const int64_t count = std::min(width, w.n - first);
-    for (int64_t m = 0; m < rows; ++m, c += width) {
+    for (int64_t m = row; m < row + rows; ++m, c += width) {
       for (int64_t i = 0; out.bias && i < count; ++i) c[i] += out.bias[first + i];
       narrow(c, count, out.type, out.y, m * w.n + first);
     }
   }
 
   static constexpr Kernel kernel(const char* name) {
-    return {name, sizeof(Element), direct, panels, prepare, scratch, strip, run};
+    return {name, sizeof(Element), direct, panels, prepare, plan, scratch, run};
   }
 };
 

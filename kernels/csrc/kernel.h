@@ -13,8 +13,8 @@
 //
 // One shift brings a vector's codes down to bit 0. What stands above them needs no mask: a table of 32 entries is
 // indexed by 5 bits, and shorter tables repeat. Four output channels form a *tile* whose blocks alternate, so that a
-// thread reads one sequential stream: [n / 4, blocks, 4, bytes]; scales and zeros are [n / 4, groups, 4]. Where the group size is no multiple of 32, every group
-// is padded to one; x is spread the same way, with zeros in the gaps.
+// thread reads one sequential stream: [n / 4, blocks, 4, bytes]; scales and zeros are [n / 4, groups, 4]. Where the group
+// size is no multiple of 32, every group is padded to one; x is spread the same way, with zeros in the gaps.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -43,6 +43,7 @@ struct Weight {
   const int32_t* cols;
   const float* vals;
   int64_t nnz;
+  bool stored;  // weights are decoded to memory for few rows of x too
 };
 
 struct Source {
@@ -64,6 +65,15 @@ struct Output {
   const float* bias;  // [n], or null
 };
 
+// How the product of m rows is cut into tasks. Task i computes strip i % strips of the output channels for part
+// i / strips of the rows. How it is cut changes no result.
+struct Plan {
+  int64_t strip;   // output channels of a task
+  int64_t strips;  // n / strip, rounded up
+  int64_t parts;   // of the panels of x
+  int64_t tasks() const { return strips * parts; }
+};
+
 // One instruction set. All functions are safe to call from several threads.
 struct Kernel {
   const char* name;
@@ -73,12 +83,12 @@ struct Kernel {
   int64_t (*panels)(const Weight& w, int64_t m);
   // Spread, convert and order one panel of x; also fills `sums` and `plain` where they are not null.
   void (*prepare)(const Weight& w, const Source& x, int64_t panel, void* out, float* sums, float* plain);
+  Plan (*plan)(const Weight& w, int64_t m, int64_t threads);
   // Bytes of scratch a thread needs for `run`.
-  size_t (*scratch)(const Weight& w, int64_t m);
-  // Output channels computed at once for m rows.
-  int64_t (*strip)(const Weight& w, int64_t m);
-  // Compute strips begin to end. False: a sparse index was out of range (nothing outside was read).
-  bool (*run)(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, char* scratch);
+  size_t (*scratch)(const Weight& w, int64_t m, const Plan& plan);
+  // Compute tasks begin to end. False: a sparse index was out of range (nothing outside was read).
+  bool (*run)(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t begin, int64_t end,
+              char* scratch);
 };
 
 extern const Kernel portable;

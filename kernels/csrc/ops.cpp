@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -165,7 +166,14 @@ Tensor allocate_codes(int64_t bytes) {
   constexpr size_t HUGE_PAGE = size_t(1) << 21;
   TORCH_CHECK_VALUE(bytes >= 0, "cannot allocate ", bytes, " bytes");
 #if defined(__GLIBC__)
-  malloc_trim(0);  // the tensors of the layer packed before this one are free now: give their pages back first
+  // The tensors of the layers packed before this one are free now: their pages are given back first. That takes
+  // milliseconds, so layers that are small, as the thousands of experts of a mixture, share it.
+  constexpr int64_t TRIM_EVERY = int64_t(64) << 20;
+  static std::atomic<int64_t> since{TRIM_EVERY};
+  if (since.fetch_add(bytes) >= TRIM_EVERY) {
+    since = 0;
+    malloc_trim(0);
+  }
 #endif
   const auto options = at::TensorOptions().dtype(at::kByte).device(at::kCPU);
   void* memory = nullptr;
@@ -186,6 +194,42 @@ char* scratch_of_this_thread(size_t bytes) {
   return memory.data();
 }
 
+// Some rows of x as the kernel reads them; `hold` owns what is no part of x itself.
+struct Prepared {
+  Input in;
+  Tensor hold, sums, plain;
+};
+
+Prepared prepare(const Kernel& kernel, const Weight& w, const Source& source, const at::TensorOptions& bytes) {
+  const int64_t m = source.m;
+  const bool direct = kernel.direct(w, m), with_sums = direct && w.zeros, with_plain = direct && w.rows;
+  Prepared out{{source.x, nullptr, nullptr, m}, {}, {}, {}};
+  // bfloat16 in whole blocks is what the bfloat16 kernel reads: no copy.
+  if (kernel.element == 2 && w.k_padded == w.k && w.group == w.group_padded && direct && !with_sums && !with_plain) {
+    return out;
+  }
+  const auto floats = bytes.dtype(at::kFloat);
+  out.hold = at::empty({m, int64_t(w.k_padded * kernel.element)}, bytes);
+  if (with_sums) out.sums = at::empty({m, w.groups}, floats);
+  if (with_plain) out.plain = at::empty({m, w.k_padded}, floats);
+  auto* to = out.hold.mutable_data_ptr<uint8_t>();
+  float* sums = with_sums ? out.sums.mutable_data_ptr<float>() : nullptr;
+  float* plain = with_plain ? out.plain.mutable_data_ptr<float>() : nullptr;
+  at::parallel_for(0, kernel.panels(w, m), std::max<int64_t>(1, (1 << 14) / w.k), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) kernel.prepare(w, source, panel, to, sums, plain);
+  });
+  out.in = {to, sums, plain, m};
+  return out;
+}
+
+bool finite(const Tensor& values) {
+  if (!values.defined()) return true;
+  const float* from = values.const_data_ptr<float>();
+  int32_t largest = 0;
+  for (int64_t i = 0; i < values.numel(); ++i) largest = std::max(largest, std::bit_cast<int32_t>(from[i]) & INT32_MAX);
+  return largest < 0x7f800000;
+}
+
 Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table, const optional<Tensor>& scales,
                        const optional<Tensor>& zeros, const optional<Tensor>& rows, const optional<Tensor>& cols,
                        const optional<Tensor>& vals, const optional<Tensor>& bias, int64_t bits, int64_t n, int64_t k,
@@ -194,6 +238,8 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
   const Float type = float_type(x, "x");
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == k, "x has shape ", x.sizes(), ", expected [..., ", k, "] (k)");
   TORCH_CHECK_VALUE(x.device().is_cpu(), "x is on ", x.device(), ", expected the CPU");
+  TORCH_CHECK_VALUE(codes.scalar_type() != at::kInt, "codes are packed for GPUs (", codes.scalar_type(), " ",
+                    codes.sizes(), ") and x is on the CPU. Fix: move the checkpoint's tensors and pack them again there");
   check(codes, "codes", {code_bytes(w)}, at::kByte);
   TORCH_CHECK_VALUE(table.dim() == 2 && (table.size(0) == n || table.size(0) == 1), "table has shape ", table.sizes(),
                     ", expected [", n, ", ", 1 << bits, "] (per channel) or [1, ", 1 << bits, "]");
@@ -239,39 +285,31 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
   std::atomic<bool> fine{true};
   for (int64_t first = 0; first < total; first += ROWS_AT_ONCE) {
     const int64_t m = std::min(ROWS_AT_ONCE, total - first);
-    const bool direct = kernel.direct(w, m), with_sums = direct && w.zeros, with_plain = direct && w.rows;
-    const char* from = static_cast<const char*>(input.const_data_ptr()) + first * k * width;
-    // bfloat16 in whole blocks is what the bfloat16 kernel reads: no copy.
-    const bool ready = kernel.element == 2 && w.k_padded == k && w.group == w.group_padded &&
-                       direct && !with_sums && !with_plain;
-    Tensor prepared, sums, plain;
-    Input in{from, nullptr, nullptr, m};
-    if (!ready) {
-      prepared = at::empty({m, int64_t(w.k_padded * kernel.element)}, codes.options());
-      if (with_sums) sums = at::empty({m, w.groups}, table.options());
-      if (with_plain) plain = at::empty({m, w.k_padded}, table.options());
-      auto* to = prepared.mutable_data_ptr<uint8_t>();
-      in.x = to;
-      in.sums = sums.defined() ? sums.const_data_ptr<float>() : nullptr;
-      in.plain = plain.defined() ? plain.const_data_ptr<float>() : nullptr;
-      const Source source{from, type, m};
-      at::parallel_for(0, kernel.panels(w, m), std::max<int64_t>(1, (1 << 14) / k), [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; ++panel) {
-          kernel.prepare(w, source, panel, to, sums.defined() ? sums.mutable_data_ptr<float>() : nullptr,
-                         plain.defined() ? plain.mutable_data_ptr<float>() : nullptr);
-        }
-      });
+    const Source source{static_cast<const char*>(input.const_data_ptr()) + first * k * width, type, m};
+    w.stored = false;
+    Prepared prepared = prepare(kernel, w, source, codes.options());
+    if (!finite(prepared.sums) || !finite(prepared.plain)) {
+      // Zero points and sparse entries apart from the codebook would make inf - inf of what the sum of both has as inf.
+      w.stored = true;
+      prepared = prepare(kernel, w, source, codes.options());
     }
     const Output out{static_cast<char*>(y.mutable_data_ptr()) + first * n * width, type,
                      bias32.defined() ? bias32.const_data_ptr<float>() : nullptr};
-    const int64_t strip = kernel.strip(w, m), strips = (n + strip - 1) / strip;
-    const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_TASK / (strip * k * m));
-    at::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
-      if (!kernel.run(w, in, out, begin, end, scratch_of_this_thread(kernel.scratch(w, m)))) fine = false;
+    const Plan plan = kernel.plan(w, m, at::get_num_threads());
+    const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_TASK * plan.parts / (plan.strip * k * m));
+    at::parallel_for(0, plan.tasks(), grain, [&](int64_t begin, int64_t end) {
+      char* scratch = scratch_of_this_thread(kernel.scratch(w, m, plan));
+      if (!kernel.run(w, prepared.in, out, plan, begin, end, scratch)) fine = false;
     });
   }
   TORCH_CHECK_VALUE(fine, "the sparse part is no CSR matrix of ", n, " rows and ", w.k_padded, " columns");
   return y;
+}
+
+// Tasks of the product of m rows with a codebook per channel on so many threads.
+int64_t tasks(int64_t bits, int64_t n, int64_t k, int64_t m, int64_t threads) {
+  TORCH_CHECK_VALUE(m >= 1 && threads >= 1, "m ", m, " and threads ", threads, " must be at least 1");
+  return chosen().load()->plan(shape_of(bits, n, k, -1), m, threads).tasks();
 }
 
 TORCH_LIBRARY(quantserve_kernels, library) {
@@ -281,6 +319,7 @@ TORCH_LIBRARY(quantserve_kernels, library) {
   library.def("pack_codes(Tensor codes, int bits, int group_size) -> Tensor");
   library.def("allocate_codes(int bytes) -> Tensor", allocate_codes);
   library.def("isa(str name) -> str[]", isa);
+  library.def("tasks(int bits, int n, int k, int m, int threads) -> int", tasks);
 }
 
 TORCH_LIBRARY_IMPL(quantserve_kernels, CPU, library) {

@@ -122,6 +122,44 @@ def test_two_threads_give_the_result_of_one(isa: str) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("threads", [8, 32, 64, 128])
+@pytest.mark.parametrize("n", [1024, 4096])
+@pytest.mark.skipif(not kernels.status().native, reason="the operators are not compiled here")
+def test_there_are_two_tasks_for_each_thread(isa: str, n: int, threads: int) -> None:
+    for bits, m in ((4, 1), (4, 17), (3, 64), (4, 100), (8, 128), (4, 512), (2, 1024)):
+        assert torch.ops.quantserve_kernels.tasks(bits, n, 4096, m, threads) >= 2 * threads
+
+
+@pytest.mark.parametrize("m", [64, 130, 700])
+def test_tasks_cut_along_rows_and_channels_give_the_result_of_whole_strips(isa: str, m: int) -> None:
+    """A hundred threads divide rows and narrow strips; every number of rows and channels has a rest somewhere."""
+    threads = torch.get_num_threads()
+    case = codebook(203, 160, 3, sparse=0.05)
+    x = torch.randn(m, 160, generator=torch.Generator().manual_seed(m)).bfloat16()
+    try:
+        torch.set_num_threads(1)
+        one = kernels.linear(x, case.weight)
+        torch.set_num_threads(40)
+        assert torch.equal(kernels.linear(x, case.weight), one)
+    finally:
+        torch.set_num_threads(threads)
+    _check(case, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinities_give_the_same_answer_at_every_batch_size(isa: str, dtype: torch.dtype) -> None:
+    for case in (affine(20, 256, 4, 64), affine(9, 96, 8, 48), codebook(20, 256, 4, sparse=0.5), nf4(12, 128, 64)):
+        row = torch.randn(case.weight.k, generator=torch.Generator().manual_seed(1)).to(dtype)
+        for values in ([float("inf")], [float("-inf")], [float("inf"), float("inf")], [float("nan")]):
+            x = row.clone()
+            x[3 : 3 + len(values)] = torch.tensor(values)
+            answers = [kernels.linear(x.expand(m, -1), case.weight)[0] for m in (1, 2, 3, 4, 5, 17, 70)]
+            assert not torch.isfinite(answers[0]).any()
+            assert torch.isinf(answers[0]).any() == (len(values) == 1 and values[0] == values[0])
+            for answer in answers[1:]:
+                assert torch.equal(answer.nan_to_num(7, 8, 9), answers[0].nan_to_num(7, 8, 9)), case.name
+
+
 def test_values_that_are_not_finite_stay_in_their_rows_and_channels(isa: str) -> None:
     case = codebook(6, 64, 4)
     for m in (1, 2, 5):

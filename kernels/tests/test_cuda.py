@@ -70,7 +70,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, torch.d
         if (bits, half) not in made:
             library = folder / f"codebook-{bits}-{half}.so"
             run = " ".join(f"RUN_{'MANY' if kernel.stages else 'FEW'}({kernel.name})" for kernel in FEW_WARPS)
-            given = {**_cuda.defines(bits, dtype), "CODEBOOK": f'"{SOURCE}"', "RUN": run}
+            given = {**_cuda.defines(bits, dtype == torch.float16), "CODEBOOK": f'"{SOURCE}"', "RUN": run}
             defines = [f"-D{key}={value}" for key, value in given.items()]
             flags = ["-std=c++20", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-pthread", "-w"]
             line = [compiler, *flags, "-shared", "-fPIC", *defines, str(HERE / "cuda_on_cpu.cpp"), "-o", str(library)]

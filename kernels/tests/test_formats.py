@@ -84,6 +84,18 @@ def test_gptq(bits: int, offset: int) -> None:
     assert torch.equal(weight.dequantize(torch.float64), expected)
 
 
+def test_one_channel_or_one_word_may_have_any_stride() -> None:
+    """Such tensors are contiguous for torch whatever the stride of their dimension of 1."""
+    words = torch.arange(16, dtype=torch.int32)[:, None]
+    strange = torch.as_strided(words.clone(), (16, 1), (1, 5))
+    table = torch.randn(1, 16)
+    expected = kernels.from_squeezellm(words, table).dequantize()
+    assert torch.equal(kernels.from_squeezellm(strange, table).dequantize(), expected)
+    zeros, scales = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 8).half()
+    expected = kernels.from_awq(words, zeros, scales).dequantize()
+    assert torch.equal(kernels.from_awq(strange, zeros, scales).dequantize(), expected)
+
+
 def test_the_order_of_sparse_entries_does_not_matter() -> None:
     codes, table = torch.zeros(2, 4096, dtype=torch.uint8), torch.zeros(2, 16)
     rows, cols = torch.tensor([0, 3, 4]), torch.tensor([4095, 0, 2050, 7])

@@ -105,6 +105,43 @@ TABLE = torch.randn(1, 16)
         (lambda: kernels.pack(_codes(), TABLE, bits=4, zeros=torch.ones(6, 1)), r"zeros without scales"),
         (lambda: kernels.pack(_codes(), TABLE, bits=4, group_size=60), r"group_size 60 does not divide k 64"),
         (lambda: kernels.pack(_codes(0), TABLE, bits=4), r"\[0, 64\] has nothing to multiply"),
+        (
+            lambda: kernels.pack(_codes(), TABLE.to(torch.complex64), bits=4),
+            r"table is torch\.complex64, expected real",
+        ),
+        (lambda: kernels.pack(_codes(), TABLE.to("meta"), bits=4), r"table is on meta, and there are kernels for cpu"),
+        (
+            lambda: kernels.pack(lambda a, b: _codes(b - a, 63), TABLE, bits=4, shape=(6, 64)),
+            r"codes of channels 0 to 5 are torch\.uint8 \[6, 63\] on cpu, expected uint8 \[6, 64\]",
+        ),
+        # What becomes infinite when it is rounded to the dtype it is kept in, or to the one the kernels multiply in.
+        (lambda: _packed(table=torch.full((1, 16), 1e300, dtype=torch.float64)), r"table holds 16 .* in float32"),
+        (lambda: _packed(scales=torch.full((6, 1), 1e300, dtype=torch.float64)), r"scales holds 6 .* in float32"),
+        (
+            lambda: _packed(scales=torch.ones(6, 1).half(), zeros=torch.full((6, 1), 70000.0)),
+            r"zeros holds 6 values that are not finite in float16",
+        ),
+        (lambda: _packed(table=torch.full((1, 16), 3.4e38)), r"go up to 3\.4e\+38, which bfloat16 rounds to infinity"),
+        (lambda: _packed(table=torch.full((6, 16), -3.4e38)), r"go up to 3\.4e\+38"),
+        (
+            lambda: _packed(table=torch.full((6, 16), 2.0), scales=torch.full((6, 1), 3e38)),
+            r"which bfloat16 rounds to infinity \(from 3\.3962e\+38 on\)",
+        ),
+        (lambda: _packed(zeros=torch.full((6, 1), 3e38), scales=torch.full((6, 1), 2.0)), r"go up to 6e\+38"),
+        (lambda: _sparse([5], [3.4e38]), r"go up to 3\.4e\+38"),
+        (lambda: _sparse([5], [float("inf")]), r"vals holds 1 values that are not finite in float32"),
+        (lambda: _sparse([5], [float("nan")]), r"vals holds 1 values"),
+        (lambda: kernels.check_bias(torch.tensor([1.0, 70000.0]).half()), r"bias holds 1 values .* in float16"),
+        # CSR: positions once, integers, in range.
+        (lambda: _sparse([5, 9, 5], [1.0, 2.0, 3.0]), r"1 positions more than once, first out_feature 0, in_feature 5"),
+        (lambda: _sparse([-1], [1.0]), r"cols holds -1\.\.-1, expected 0\.\.63"),
+        (lambda: _sparse([1.5], [1.0]), r"cols is torch\.float32, expected integers"),
+        (
+            lambda: _packed(
+                n=2, sparse=(torch.tensor([0, 200, 1], dtype=torch.uint8), torch.tensor([1]), torch.ones(1))
+            ),
+            r"rows must rise from 0 to nnz = 1",
+        ),
         (lambda: kernels.pack(lambda a, b: _codes(), TABLE, bits=4), r"shape=\(n, k\) is needed"),
         (
             lambda: kernels.pack(_codes(), TABLE, bits=4, sparse=(torch.zeros(3), torch.zeros(0), torch.zeros(0))),
@@ -135,6 +172,23 @@ TABLE = torch.randn(1, 16)
 def test_packing_says_what_is_wrong(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def _packed(n: int = 6, **arguments: Any) -> kernels.PackedWeight:
+    return kernels.pack(_codes(n), **{"table": torch.ones(1, 16), "bits": 4, **arguments})
+
+
+def _sparse(cols: list[float], vals: list[float]) -> kernels.PackedWeight:
+    return _packed(n=1, sparse=(torch.tensor([0, len(cols)]), torch.tensor(cols), torch.tensor(vals)))
+
+
+def test_the_largest_weights_that_stay_finite_are_taken() -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    weight = _packed(table=torch.full((1, 16), largest))
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.zeros(3, 64, dtype=dtype)
+        x[:, 0] = 1
+        assert torch.isfinite(kernels.linear(x, weight)).all()
 
 
 def _words(rows: int, columns: int) -> torch.Tensor:

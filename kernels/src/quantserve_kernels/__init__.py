@@ -23,13 +23,14 @@ if TYPE_CHECKING:
         unpack_stream,
     )
     from quantserve_kernels._ops import instruction_set, load
-    from quantserve_kernels._weight import BITS, Linear, PackedWeight, linear, pack
+    from quantserve_kernels._weight import BITS, Linear, PackedWeight, check_bias, linear, pack
 
 __all__ = [
     "BITS",
     "Linear",
     "PackedWeight",
     "Status",
+    "check_bias",
     "from_awq",
     "from_gptq",
     "from_nf4",
@@ -45,7 +46,7 @@ __all__ = [
 _HOMES = {
     "_formats": ("from_awq", "from_gptq", "from_nf4", "from_squeezellm", "unpack_stream"),
     "_ops": ("instruction_set", "load"),
-    "_weight": ("BITS", "Linear", "PackedWeight", "linear", "pack"),
+    "_weight": ("BITS", "Linear", "PackedWeight", "check_bias", "linear", "pack"),
 }
 
 

@@ -7,6 +7,7 @@ is no multiple of 8 go through `_triton`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -88,8 +89,25 @@ class Launcher(Protocol):
 
 
 def suits(device: torch.device, bits: int, k: int, group_size: int) -> bool:
-    """Whether a weight goes this way."""
-    return bits in BITS and k % 8 == 0 and group_size in (-1, k) and _has_tensor_cores(device)
+    """Whether a weight goes this way: its shape does, and the kernels compile for the device, which is done here."""
+    fits = bits in BITS and k % 8 == 0 and group_size in (-1, k) and _has_tensor_cores(device)
+    return fits and compiles(device, bits, torch.get_default_dtype() == torch.float16)
+
+
+@cache
+def compiles(device: torch.device, bits: int, half: bool) -> bool:
+    """Whether there are kernels for the device; where not, a warning gives the reason once."""
+    try:
+        _module(device, bits, half)
+    except (_nvrtc.CudaError, OSError) as error:
+        warnings.warn(
+            f"quantserve-kernels: the CUDA kernels for {bits} bits do not compile or load on {device}, so Triton's are "
+            f"used, which are slower: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @cache
@@ -133,18 +151,18 @@ def shapes() -> tuple[Kernel, ...]:
     return tuple(dict.fromkeys((*NARROW, *WIDE)))
 
 
-def defines(bits: int, dtype: torch.dtype) -> dict[str, str]:
-    """What codebook.cu wants to be told."""
+def defines(bits: int, half: bool) -> dict[str, str]:
+    """The preprocessor symbols of codebook.cu; `half`: 16-bit values are float16, else bfloat16."""
     kernels = " ".join(kernel.definition for kernel in shapes())
-    return {"BITS": str(bits), "HALF": str(int(dtype == torch.float16)), "KERNELS": kernels}
+    return {"BITS": str(bits), "HALF": str(int(half)), "KERNELS": kernels}
 
 
 @cache
-def _module(device: torch.device, bits: int, dtype: torch.dtype) -> _nvrtc.Module:
-    """The kernels for a format and a type of x; compiled in a second or two, then kept."""
+def _module(device: torch.device, bits: int, half: bool) -> _nvrtc.Module:
+    """The kernels for a format and a type of x; compiled in a second or two, then kept on disk."""
     source = Path(__file__).with_name("codebook.cu")
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = _nvrtc.compile_source(source.read_text(), source.name, architecture, defines(bits, dtype))
+    capability = torch.cuda.get_device_capability(device)
+    cubin = _nvrtc.compiled(source.read_text(), source.name, capability, defines(bits, half))
     names = [kernel.name for kernel in shapes()]
     return _nvrtc.Module(cubin, device, [*names, *OTHERS])
 
@@ -161,7 +179,9 @@ def linear(
 ) -> Tensor:
     """Return x @ (W + S)^T + bias, accumulated in float32; safe to capture in a CUDA graph after one call like it.
 
-    W is rounded to x's dtype, above 128 tokens S too. The same call gives the same bits.
+    W is rounded to x's dtype, above 128 tokens S too. There cuBLAS multiplies as torch lets it: partial sums may be
+    rounded to 16 bits (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` and `allow_fp16_...`, on by
+    default), and float32 becomes TF32 where the caller allowed that. The same call gives the same bits.
 
     Args:
         x: [m, k] bfloat16, float16 or float32, contiguous.
@@ -181,7 +201,7 @@ def linear(
     if m == 0:
         return y
     with torch.cuda.device_of(x):
-        start = launcher or _module(x.device, bits, x.dtype)
+        start = launcher or _module(x.device, bits, x.dtype == torch.float16)
         stride = 0 if table.shape[0] == 1 else 1 << bits
         if m <= MOST_TOKENS and x.dtype != torch.float32:
             _decode_and_multiply(start, x, codes, table, stride, sparse, bias, y)

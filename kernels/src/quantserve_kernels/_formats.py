@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantserve_kernels._weight import PackedWeight, pack
+from quantserve_kernels._weight import BITS, PackedWeight, pack
 
 # Column 8c + AWQ_ORDER[i] of an AWQ matrix is nibble i of word c (AutoAWQ, "gemm" layout).
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -43,7 +43,7 @@ def unpack_stream(words: Tensor, bits: int) -> Tensor:
     _expect_words(words, "words")
     n = words.shape[1]
     if bits in (4, 8):  # codes are nibbles or bytes of the words' bytes
-        octets = words.contiguous().view(torch.uint8).view(-1, n, 4)
+        octets = _octets(words).view(-1, n, 4)
         if bits == 4:
             octets = torch.stack((octets & 15, octets >> 4), dim=-1)
         return octets.transpose(0, 1).reshape(n, -1)
@@ -132,6 +132,8 @@ def from_gptq(
     """
     _expect_words(qweight, "qweight")
     _expect_words(qzeros, "qzeros")
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits}; known: 2, 3, 4, 8")
     k, n = qweight.shape[0] * 32 // bits, qweight.shape[1]
     group = _group(scales, k, n)
     if g_idx is not None and not torch.equal(g_idx.cpu().long(), torch.arange(k) // group):
@@ -192,9 +194,14 @@ def _integers(bits: int, like: Tensor) -> Tensor:
     return torch.arange(2**bits, dtype=torch.float32, device=like.device)[None]
 
 
+def _octets(words: Tensor) -> Tensor:
+    # A dimension of 1 may have any stride in a contiguous tensor, but none but 1 in one that is seen as bytes.
+    return torch.empty(words.shape, dtype=words.dtype, device=words.device).copy_(words).view(torch.uint8)
+
+
 def _awq_columns(words: Tensor) -> Tensor:
     """uint8 [rows, n] from AWQ words [rows, n/8]."""
-    octets = words.contiguous().view(torch.uint8).view(words.shape[0], -1, 4)
+    octets = _octets(words).view(words.shape[0], -1, 4)
     nibbles = torch.stack((octets & 15, octets >> 4), dim=-1).view(words.shape[0], -1, 8)
     order = torch.tensor([AWQ_ORDER.index(column) for column in range(8)], device=words.device)
     return nibbles[:, :, order].reshape(words.shape[0], -1)
@@ -207,5 +214,7 @@ def _group(scales: Tensor, k: int, n: int) -> int:
 
 
 def _expect_words(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
     if tensor.dtype != torch.int32 or tensor.ndim != 2:
         raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected two dimensions of int32 words")

@@ -6,11 +6,14 @@ torch has the same as a private function, which wants the headers of a CUDA tool
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from quantserve_kernels import _cache
 
 
 class CudaError(RuntimeError):
@@ -34,13 +37,62 @@ def _compiler() -> ctypes.CDLL:
     raise CudaError(f"libnvrtc.so.{major} does not load\n  fix: pip install --force-reinstall nvidia-cuda-nvrtc")
 
 
+def compiled(source: str, name: str, capability: tuple[int, int], defines: dict[str, str]) -> bytes:
+    """Return what `Module` loads, for a device of this compute capability; kept on disk for the next process.
+
+    Raises:
+        CudaError: as `compile_source`, or NVRTC knows only newer devices.
+    """
+    library = _compiler()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _called(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "version")
+    architecture = architecture_for(capability, supported_architectures())
+    parts = (source, architecture, repr(sorted(defines.items())), f"{major.value}.{minor.value}")
+    kept = f"{name}-{architecture}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
+    found = _cache.read(kept)
+    if found is None:
+        found = compile_source(source, name, architecture, defines)
+        _cache.write(kept, found)
+    return found
+
+
+def supported_architectures() -> list[int]:
+    """Compute capabilities that NVRTC compiles for, `90` for 9.0.
+
+    Raises:
+        CudaError: NVRTC does not answer.
+    """
+    library, count = _compiler(), ctypes.c_int()
+    _called(library.nvrtcGetNumSupportedArchs(ctypes.byref(count)), "number of architectures")
+    known = (ctypes.c_int * count.value)()
+    _called(library.nvrtcGetSupportedArchs(known), "architectures")
+    return list(known)
+
+
+def architecture_for(capability: tuple[int, int], known: Sequence[int]) -> str:
+    """`sm_90` where NVRTC knows the device, else the newest older one as `compute_90`: PTX, which the driver compiles.
+
+    Raises:
+        CudaError: NVRTC knows only newer devices.
+    """
+    wanted = capability[0] * 10 + capability[1]
+    if wanted in known:
+        return f"sm_{wanted}"
+    older = [number for number in known if number < wanted]
+    if not older:
+        raise CudaError(
+            f"NVRTC compiles for compute capabilities {list(known)} (90 is 9.0), and the device has {wanted}"
+        )
+    return f"compute_{max(older)}"
+
+
 def compile_source(source: str, name: str, architecture: str, defines: dict[str, str]) -> bytes:
-    """Return a cubin.
+    """Return a cubin, or PTX for a virtual architecture.
 
     Args:
         source: CUDA C++ without headers; kernels are `extern "C"`.
         name: what messages call it.
-        architecture: `sm_90`.
+        architecture: `sm_90` or `compute_90`.
         defines: preprocessor symbols.
 
     Raises:
@@ -61,17 +113,26 @@ def compile_source(source: str, name: str, architecture: str, defines: dict[str,
             log = ctypes.create_string_buffer(size.value)
             library.nvrtcGetProgramLog(program, log)
             raise CudaError(f"{name} does not compile for {architecture}: {log.value.decode(errors='replace')}")
-        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        cubin = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetCUBIN(program, cubin)
-        return cubin.raw
+        kind = "PTX" if architecture.startswith("compute_") else "CUBIN"
+        _called(getattr(library, f"nvrtcGet{kind}Size")(program, ctypes.byref(size)), f"size of {kind}")
+        out = ctypes.create_string_buffer(size.value)
+        _called(getattr(library, f"nvrtcGet{kind}")(program, out), kind)
+        return out.raw
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def _called(result: int, asked: str) -> None:
+    if result:
+        raise CudaError(f"NVRTC gives no {asked}: error {result}")
+
+
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaError(f"the driver does not load: {error}") from error
 
 
 def _check(result: int, doing: str) -> None:
@@ -82,12 +143,12 @@ def _check(result: int, doing: str) -> None:
 
 
 class Module:
-    """The kernels of a cubin, for one device.
+    """The kernels of a cubin or of PTX, for one device.
 
     All are loaded here and now: the driver would load each at its first launch, which a CUDA graph's capture forbids.
 
     Args:
-        cubin: from `compile_source`.
+        cubin: from `compiled`.
         device: becomes the current one while they are loaded.
         names: of its kernels.
 

@@ -1,7 +1,7 @@
 """The operators `torch.ops.quantserve_kernels.*`: loaded from the compiled library, or defined in plain torch.
 
     codebook_linear(x [..., k], codes, table, scales, zeros, rows, cols, vals, bias, bits, n, k, group_size) -> [..., n]
-    pack_codes(codes uint8 [n, k], bits, group_size) -> uint8, in the layout of csrc/kernel.h
+    pack_codes(codes uint8 [n, k], bits, group_size) -> uint8, in the layout of csrc/kernel.h; CPU only
 
 Each has a fake implementation, so torch.compile and CUDA graphs see one opaque node; which kernel runs for how many
 rows is decided inside, at run time.
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantserve_kernels import _fallback
+from quantserve_kernels._checks import check_linear
 from quantserve_kernels._status import library
 
 NAMESPACE = "quantserve_kernels"
@@ -50,10 +52,9 @@ def load() -> torch.library.Library:
     else:
         definitions.define(LINEAR)
         definitions.define(PACK)
-        definitions.impl("codebook_linear", _fallback.codebook_linear, "CPU")
+        definitions.impl("codebook_linear", _plain_linear, "CPU")
         definitions.impl("pack_codes", _fallback.pack_codes, "CPU")
     definitions.impl("codebook_linear", _cuda_linear, "CUDA")
-    definitions.impl("pack_codes", _cuda_pack, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::codebook_linear", _fake_linear, lib=definitions)
     return definitions
 
@@ -104,6 +105,11 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], n))
 
 
+def _plain_linear(*arguments: Any) -> Tensor:
+    check_linear(*arguments)
+    return _fallback.codebook_linear(*arguments)
+
+
 def _cuda_linear(
     x: Tensor,
     codes: Tensor,
@@ -119,9 +125,10 @@ def _cuda_linear(
     k: int,
     group_size: int,
 ) -> Tensor:
+    layout = check_linear(x, codes, table, scales, zeros, rows, cols, vals, bias, bits, n, k, group_size)
     flat = x.reshape(-1, k).contiguous()
     sparse = None if rows is None or cols is None or vals is None else (rows, cols, vals)
-    if codes.ndim == 3:
+    if layout == "tensor cores":
         from quantserve_kernels import _cuda
 
         wide = None if bias is None else bias.float().contiguous()
@@ -134,12 +141,3 @@ def _cuda_linear(
     if bias is not None:
         y = y + bias
     return y.to(x.dtype).view(*x.shape[:-1], n)
-
-
-def _cuda_pack(codes: Tensor, bits: int, group_size: int) -> Tensor:
-    from quantserve_kernels import _cuda, _triton
-
-    if _cuda.suits(codes.device, bits, codes.shape[1], group_size):
-        return _cuda.pack_codes(codes, bits)
-
-    return _triton.pack_codes(codes, bits)

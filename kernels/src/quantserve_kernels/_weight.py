@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from quantserve_kernels import _fallback
+from quantserve_kernels._checks import MOST, Layout, layout_of
 from quantserve_kernels._fallback import TILE
 from quantserve_kernels._ops import allocate_codes, load
 
 BITS = (2, 3, 4, 8)
 STRIP = 512  # output channels whose codes are unpacked at once while packing: bounds the extra memory
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Magnitudes from which rounding to a dtype gives infinity.
+BFLOAT16_ENDS, FLOAT16_ENDS = 2.0**128 - 2.0**119, 2.0**16 - 2.0**4
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class PackedWeight:
     `W[n, k] = (table[n, code[n, k]] - zeros[n, g]) * scales[n, g] + sparse[n, k]` with g = k // group_size.
 
     Attributes:
-        codes: uint8 (CPU) or int32 (GPU), in the layout of the device's kernel.
+        codes: uint8 (CPU) or int32 (GPU), in the layout of the device's kernel: see `layout`.
         table: float32 [n, 2**bits], a codebook per channel, or [1, 2**bits].
         scales: float16, bfloat16 or float32; [n/4, k/group_size, 4] (CPU) or [n, k/group_size] (GPU); None for none.
         zeros: the same shape and dtype; None for none.
@@ -46,6 +49,11 @@ class PackedWeight:
     group_size: int
 
     @property
+    def layout(self) -> Layout:
+        """What the tensors are laid out for: "cpu", or on GPUs "tensor cores" or "words" (Triton)."""
+        return layout_of(self.codes)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(value.nbytes for value in self.tensors().values())
@@ -56,7 +64,13 @@ class PackedWeight:
         return {name: value for name, value in pairs if isinstance(value, Tensor)}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W [n, k]: what the kernels multiply with, before any rounding of theirs. CPU weights only."""
+        """W [n, k]: what the kernels multiply with, before any rounding of theirs.
+
+        Raises:
+            ValueError: the weight is packed for a GPU.
+        """
+        if self.layout != "cpu":
+            raise ValueError("packed for a GPU, and only CPU weights can be dequantized. Fix: pack CPU tensors")
         codes = _fallback.unpack_codes(self.codes, self.bits, self.n, self.k, self.group_size)
         scales, zeros = (None if t is None else _fallback.plain(t, self.n) for t in (self.scales, self.zeros))
         weight = _fallback.decode(codes, self.table, scales, zeros, self.group_size, dtype)
@@ -67,13 +81,35 @@ class PackedWeight:
 
 
 class Linear(torch.nn.Module):
-    """A packed weight as a module, whose tensors move and show up like any other module's."""
+    """A packed weight as a module. Its tensors are buffers that are not in `state_dict()`.
+
+    They stay on their device and keep their dtypes, because each device has its own layout: `.to(device)` raises, and
+    `.half()` or `.to(dtype)` leave them as they are, since x may have any dtype. Copies and pickles are as good.
+    """
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         for name in ("codes", "table", "scales", "zeros", "rows", "cols", "vals"):
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.bits, self.n, self.k, self.group_size = weight.bits, weight.n, weight.k, weight.group_size
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        """What `.to()`, `.cuda()`, `.half()` and the like come down to.
+
+        Raises:
+            ValueError: it would move the packed tensors to another device.
+        """
+        for tensor in self.buffers():
+            probe = tensor.new_empty(0)
+            applied = fn(probe)
+            if applied.device.type != probe.device.type:
+                raise ValueError(
+                    f"{self} is packed for {probe.device.type} and cannot move to {applied.device}, where weights are "
+                    "laid out in another way. Fix: move the checkpoint's tensors and pack them again on that device"
+                )
+            if applied.dtype != probe.dtype:
+                return self
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., k] in float32, bfloat16 or float16 to [..., n] of the same dtype."""
@@ -100,6 +136,10 @@ class Linear(torch.nn.Module):
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias`, accumulated in float32.
+
+    Where x holds infinities or NaN, those rows of y are infinite or NaN, on CPUs the same ones at every batch size. On
+    GPUs more than 128 rows (a codebook per channel) go through cuBLAS, for which torch's `allow_*_reduced_precision_
+    reduction` and TF32 settings count, and a sparse part of the other sign may make NaN of an infinity.
 
     Args:
         x: [..., k], float32, bfloat16 or float16. With bfloat16 the products may take the weights rounded to bfloat16;
@@ -151,7 +191,7 @@ def pack(
         shape: (n, k), needed where `codes` is a function.
         scales, zeros: [n, k / group_size]; see `PackedWeight`.
         group_size: divides k; -1 for one group.
-        sparse: (rows, cols, vals) of a CSR matrix [n, k] to add; positions at most once.
+        sparse: (rows, cols, vals) of a CSR matrix [n, k] to add, every position at most once, in any order in a row.
 
     Returns:
         The weight, on the device of `table`.
@@ -169,76 +209,145 @@ def pack(
         if shape is None:
             raise ValueError("codes is a function, so shape=(n, k) is needed")
         (n, k), channels = shape, codes
+    if not (1 <= n < MOST and 1 <= k < MOST):
+        raise ValueError(f"a weight [{n}, {k}] has nothing to multiply, or 2^31 rows or columns")
     numbers = _fallback.shape_of(bits, k, group_size)
-    if n < 1 or k < 1:
-        raise ValueError(f"a weight [{n}, {k}] has nothing to multiply")
-    table = _checked(table, "table", [(n, 2**bits), (1, 2**bits)]).to(torch.float32).contiguous()
+    layout = _layout_for(table.device, bits, k, group_size)
+    table = _checked(table, "table", [(n, 2**bits), (1, 2**bits)], torch.float32, table.device)
     if zeros is not None and scales is None:
         raise ValueError("zeros without scales; pass scales of 1")
     if scales is not None:
-        scales = _checked(scales, "scales", [(n, numbers.groups)])
-        scales = (scales if scales.dtype in SCALE_DTYPES else scales.to(torch.float32)).contiguous()
+        dtype = scales.dtype if scales.dtype in SCALE_DTYPES else torch.float32
+        scales = _checked(scales, "scales", [(n, numbers.groups)], dtype, table.device)
         if zeros is not None:
-            zeros = _checked(zeros, "zeros", [(n, numbers.groups)]).to(scales.dtype).contiguous()
+            zeros = _checked(zeros, "zeros", [(n, numbers.groups)], dtype, table.device)
         if table.shape[0] == 1:
             table, scales, zeros = _suited_to_bfloat16(table, scales, zeros)
-        if table.device.type == "cpu":
+    rows, cols, vals = (None, None, None) if sparse is None else _checked_csr(*sparse, table, n, k, numbers, layout)
+    _refuse_infinity(table, scales, zeros, vals, layout)
+    if scales is not None:
+        if layout == "cpu":
             scales = _fallback.interleave(scales)
             zeros = None if zeros is None else _fallback.interleave(zeros)
-        elif numbers.groups == 1:  # a scale a channel makes a codebook a channel, which GPUs multiply fastest
+        elif layout == "tensor cores":  # which take no scales: one a channel makes a codebook a channel
             table = ((table if zeros is None else table - zeros) * scales).contiguous()
             scales = zeros = None
-    packed = _packed(channels, bits, n, group_size)
-    rows, cols, vals = (None, None, None) if sparse is None else _checked_csr(*sparse, n=n, k=k, shape=numbers)
-    return PackedWeight(
-        packed,
-        table,
-        scales,
-        zeros,
-        rows,
-        cols,
-        vals,
-        bits,
-        n,
-        k,
-        group_size,
-    )
+    packed = _packed(_strips(channels, bits, n, k, table.device), bits, n, group_size, layout)
+    return PackedWeight(packed, table, scales, zeros, rows, cols, vals, bits, n, k, group_size)
+
+
+def check_bias(bias: Tensor | None) -> None:
+    """Refuse a bias that would make all rows of y infinite or NaN: for loaders, as `linear` reads no values to check.
+
+    Raises:
+        ValueError: it holds values that are not finite, perhaps since it was rounded to its dtype.
+    """
+    if bias is not None:
+        _finite(bias, "bias", bias.dtype, bias.device)
+
+
+def _layout_for(device: torch.device, bits: int, k: int, group_size: int) -> Layout:
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        raise ValueError(f"table is on {device}, and there are kernels for cpu and cuda only. Fix: pass CPU tensors")
+    from quantserve_kernels import _cuda
+
+    return "tensor cores" if _cuda.suits(device, bits, k, group_size) else "words"
 
 
 def _rows_of(codes: Tensor) -> Callable[[int, int], Tensor]:
     return lambda first, last: codes[first:last]
 
 
-def _packed(channels: Callable[[int, int], Tensor], bits: int, n: int, group_size: int) -> Tensor:
-    """The codes of all strips in one tensor; on a CPU it is filled strip by strip, so nothing exists twice."""
+def _strips(
+    channels: Callable[[int, int], Tensor], bits: int, n: int, k: int, device: torch.device
+) -> Callable[[int], Tensor]:
+    """The codes from a channel on, STRIP channels or what is left, checked."""
 
     def strip(first: int) -> Tensor:
-        codes = channels(first, min(first + STRIP, n)).contiguous()
-        return torch.ops.quantserve_kernels.pack_codes(codes, bits, group_size)
+        last = min(first + STRIP, n)
+        codes = channels(first, last)
+        if codes.dtype != torch.uint8 or tuple(codes.shape) != (last - first, k) or codes.device != device:
+            raise ValueError(
+                f"codes of channels {first} to {last - 1} are {codes.dtype} {list(codes.shape)} on {codes.device}, "
+                f"expected uint8 {[last - first, k]} on {device}, where table is"
+            )
+        if device.type != "cpu" and int(codes.max()) >= 2**bits:  # the CPU's packer looks itself
+            raise ValueError(f"codes go up to {int(codes.max())}, which does not fit {bits} bits (0..{2**bits - 1})")
+        return codes.contiguous()
 
-    part = strip(0)
+    return strip
+
+
+def _packed(strip: Callable[[int], Tensor], bits: int, n: int, group_size: int, layout: Layout) -> Tensor:
+    """The codes of all strips in one tensor; on a CPU it is filled strip by strip, so nothing exists twice."""
+    if layout == "tensor cores":
+        from quantserve_kernels import _cuda
+
+        return torch.cat([_cuda.pack_codes(strip(first), bits) for first in range(0, n, STRIP)])
+    if layout == "words":
+        from quantserve_kernels import _triton
+
+        return torch.cat([_triton.pack_codes(strip(first), bits) for first in range(0, n, STRIP)])
+    part = torch.ops.quantserve_kernels.pack_codes(strip(0), bits, group_size)
     if n <= STRIP:
         return part
-    if part.device.type != "cpu":
-        return torch.cat([part, *(strip(first) for first in range(STRIP, n, STRIP))])
     tile = part.numel() * TILE // STRIP
     whole = allocate_codes(-(-n // TILE) * tile)
     whole[: part.numel()] = part
     for first in range(STRIP, n, STRIP):
-        part = strip(first)
+        part = torch.ops.quantserve_kernels.pack_codes(strip(first), bits, group_size)
         at = first // TILE * tile
         whole[at : at + part.numel()] = part
     return whole
 
 
-def _checked(tensor: Tensor, name: str, shapes: list[tuple[int, int]]) -> Tensor:
-    if tuple(tensor.shape) not in shapes:
+def _checked(
+    tensor: Tensor, name: str, shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The tensor in the dtype it is kept in, contiguous."""
+    if isinstance(tensor, Tensor) and tuple(tensor.shape) not in shapes:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {expected}")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ValueError(f"{name} holds {bad} values that are not finite")
-    return tensor
+    return _finite(tensor, name, dtype, device)
+
+
+def _finite(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.is_complex():
+        raise ValueError(f"{name} is {tensor.dtype}, expected real numbers")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and table on {device}. Fix: have both on one device")
+    kept = tensor.detach().to(dtype)
+    bad = int((~torch.isfinite(kept)).sum())
+    if bad:
+        raise ValueError(f"{name} holds {bad} values that are not finite in {str(dtype).removeprefix('torch.')}")
+    return kept.contiguous()
+
+
+def _refuse_infinity(
+    table: Tensor, scales: Tensor | None, zeros: Tensor | None, vals: Tensor | None, layout: Layout
+) -> None:
+    """Refuse what the kernels would round to infinity, so that products with it give NaN in whole rows of y.
+
+    On CPUs the codebook by itself and W become bfloat16, on GPUs W takes the dtype of x, which may be float16.
+    """
+    low, high = (edge.double()[:, None] for edge in (table.amin(1), table.amax(1)))
+    reach = torch.maximum(low.abs(), high.abs())
+    kept = float(reach.max()) if layout == "cpu" else 0.0
+    if scales is not None:
+        zero = 0.0 if zeros is None else zeros.double()
+        reach = torch.maximum((low - zero).abs(), (high - zero).abs()) * scales.double().abs()
+    added = float(vals.abs().max()) if vals is not None and vals.numel() else 0.0
+    largest = max(kept, float(reach.max()) + added)
+    name, end = ("bfloat16", BFLOAT16_ENDS) if layout == "cpu" else ("float16", FLOAT16_ENDS)
+    if largest >= end:
+        raise ValueError(
+            f"weights go up to {largest:.4g}, which {name} rounds to infinity (from {end:.5g} on). "
+            "Fix: check the checkpoint's scales, codebook and sparse values"
+        )
 
 
 def _suited_to_bfloat16(table: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -263,21 +372,39 @@ def _suited_to_bfloat16(table: Tensor, scales: Tensor, zeros: Tensor | None) -> 
 
 
 def _checked_csr(
-    rows: Tensor, cols: Tensor, vals: Tensor, *, n: int, k: int, shape: _fallback.Shape
+    rows: Tensor, cols: Tensor, vals: Tensor, table: Tensor, n: int, k: int, shape: _fallback.Shape, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     if rows.shape != (n + 1,):
         raise ValueError(f"rows has shape {list(rows.shape)}, expected [{n + 1}] (out_features + 1)")
     if cols.ndim != 1 or cols.shape != vals.shape:
         raise ValueError(f"cols has shape {list(cols.shape)} and vals {list(vals.shape)}; they must be equal, [nnz]")
     nnz = cols.numel()
+    if nnz >= MOST:
+        raise ValueError(f"the sparse part has {nnz} entries, expected fewer than 2^31")
+    rows, cols = _indices(rows, "rows", table.device), _indices(cols, "cols", table.device)
+    vals = _finite(vals, "vals", torch.float32, table.device)
     if int(rows[0]) != 0 or int(rows[-1]) != nnz or bool((rows.diff() < 0).any()):
         raise ValueError(f"rows must rise from 0 to nnz = {nnz}; it goes from {int(rows[0])} to {int(rows[-1])}")
     if nnz and not (int(cols.min()) >= 0 and int(cols.max()) < k):
         raise ValueError(f"cols holds {int(cols.min())}..{int(cols.max())}, expected 0..{k - 1} (in_features {k})")
-    stored = cols.to(torch.int64)
-    if cols.device.type == "cpu":  # whose kernels read x with every group padded; the GPU's read it as it is
+    channel = torch.repeat_interleave(torch.arange(n, device=rows.device), rows.diff())
+    position, order = (channel * k + cols).sort()  # the kernels look columns up
+    again = position[1:][position.diff() == 0]
+    if again.numel():
+        at = int(again[0])
+        raise ValueError(
+            f"the sparse part gives {again.numel()} positions more than once, first out_feature {at // k}, in_feature "
+            f"{at % k}. Fix: add up the values of each position"
+        )
+    stored = cols[order]
+    if layout == "cpu":  # whose kernels read x with every group padded; the GPU's read it as it is
         stored = stored // shape.group * shape.group_padded + stored % shape.group
-    channel = torch.repeat_interleave(torch.arange(n, device=rows.device), rows.diff().to(torch.int64))
-    order = (channel * int(shape.k_padded) + stored).argsort()  # the kernels look columns up
-    stored, vals = stored[order], vals[order]
-    return rows.to(torch.int32).contiguous(), stored.to(torch.int32).contiguous(), vals.to(torch.float32).contiguous()
+    return rows.to(torch.int32), stored.to(torch.int32), vals[order]
+
+
+def _indices(tensor: Tensor, name: str, device: torch.device) -> Tensor:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} is {tensor.dtype}, expected integers")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and table on {device}. Fix: have both on one device")
+    return tensor.to(torch.int64)

@@ -135,7 +135,7 @@ def _is_pooling(checkpoint: Checkpoint, model: ModelConfig) -> bool:
     """Whether vLLM runs the model as an embedder or classifier: asked for, or by modules.json, or by its class."""
     runner, convert = model.engine_kwargs.get("runner", "auto"), model.engine_kwargs.get("convert", "auto")
     if runner != "auto":
-        return runner == "pooling"
+        return bool(runner == "pooling")
     if convert not in ("auto", "none"):
         return True
     names = checkpoint.config.get("architectures")

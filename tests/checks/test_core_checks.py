@@ -147,9 +147,15 @@ def test_unusable_fields(check: Check, key: str, value: Any, says: str | None) -
     assert len(finding.message) < 300
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"])
-def test_missing_fields(check: Check, key: str) -> None:
-    assert the(check(config={key: REMOVE}), "config-missing-field").offenders == (key,)
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_a_missing_field_has_its_default_which_the_files_contradict(check: Check, key: str) -> None:
+    finding = the(check(config={key: REMOVE}), "config-missing-field")
+    assert finding.offenders == (key,)
+    assert "takes the default of llama" in finding.message
+
+
+def test_a_missing_field_is_no_mistake_where_its_default_is_right(check: Check) -> None:
+    assert serious(check(config={"tie_word_embeddings": REMOVE, "max_position_embeddings": REMOVE})) == []
 
 
 def test_no_config_at_all() -> None:
@@ -188,14 +194,23 @@ def test_capitals_in_the_declared_method_do_not_matter(check: Check) -> None:
     assert serious(check(layout="awq", method=AWQ, config={"quantization_config": {"quant_method": "AWQ"}})) == []
 
 
-@pytest.mark.parametrize(("target", "accepted"), [("a100-80g", True), ("cpu", False)])
-def test_vllms_synonyms_hold_on_gpus_only(check: Check, target: str, accepted: bool) -> None:
-    marlin = replace(AWQ, vllm_name="auto_awq")
+@pytest.mark.parametrize(("target", "accepted"), [("a100-80g", True), ("mi300x", False), ("cpu", False)])
+def test_a_method_says_which_arguments_vllm_takes_for_a_declared_one(
+    check: Check, target: str, accepted: bool
+) -> None:
+    marlin = replace(AWQ, vllm_name="auto_awq", accepts={"awq": {"cuda": ("auto_awq",)}})
     findings = check(layout="awq", method=marlin, target=target)
     if accepted:
         assert serious(findings) == []
     else:
         assert "'auto_awq'" in the(findings, "method-mismatch").message
+    alone = replace(AWQ, vllm_name="auto_awq")  # the core knows no method by name
+    assert "'auto_awq'" in the(check(layout="awq", method=alone, target=target), "method-mismatch").message
+
+
+def test_a_declared_name_that_only_accepts_has_is_the_methods(check: Check) -> None:
+    other = Method("own", "4-bit", (4,), "own_awq", minimum_capability=75, accepts={"awq": {"cuda": ("own_awq",)}})
+    assert serious(check(layout="awq", method=other)) == []
 
 
 def test_no_quant_method(check: Check) -> None:
@@ -253,7 +268,7 @@ def test_bfloat16_before_ampere(check: Check) -> None:
 
 def test_float32_turns_into_bfloat16_which_a_float16_method_cannot_run(check: Check) -> None:
     finding = the(check(dtype="F32", method=FLOAT16_ONLY), "dtype-unsupported")
-    assert "in bfloat16, decided by vLLM (config.json says float32" in finding.message
+    assert "in bfloat16, decided by vLLM (config.json has float32" in finding.message
     assert finding.fix == "set engine_kwargs.dtype to float16"
     assert serious(check(dtype="F32", method=FLOAT16_ONLY, engine_kwargs={"dtype": "half"})) == []
     assert serious(check(dtype="F32", method=FLOAT16_ONLY, target="t4")) == []
@@ -394,7 +409,7 @@ PROMPT_FORMAT = {
 
 def test_context(check: Check) -> None:
     finding = the(check(tokens=4097), "context-too-long")
-    assert "4097 is more than the 4096" in finding.message
+    assert "(4,097) exceeds the model's context length (4,096 from max_position_embeddings)" in finding.message
     assert serious(check(tokens=4096)) == []
     allowed = {"runtime_env": {"env_vars": {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}}}
     assert serious(check(tokens=5000, engine=allowed)) == []
@@ -426,7 +441,7 @@ def test_queue(tmp_path: Path) -> None:
 def test_rope_scaling_lengthens_the_context(check: Check, rope: dict[str, Any], longest: int) -> None:
     assert serious(check(tokens=longest, config={"rope_scaling": rope})) == []
     finding = the(check(tokens=longest + 1, config={"rope_scaling": rope}), "context-too-long")
-    assert f"the {longest} tokens" in finding.message
+    assert f"context length ({longest:,} from" in finding.message
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ PACKAGES := core/quantserve kernels/src/quantserve_kernels plugins/fp16/src/quan
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick fuzz lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu clean
+.PHONY: help setup dev prepare serve test test-quick corpus fuzz sanitize lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,12 @@ test-quick: dev ## run the tests that start no engine and take seconds
 
 fuzz: dev ## fuzz the readers of headers, configs and pickles; about half an hour (ARGS="headers --count 1000 --seed 1")
 	@cd tests && exec ../$(BIN)/python -W ignore -m fuzzing $(ARGS)
+
+sanitize: dev ## the kernels' CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer; builds for minutes
+	@exec $(BIN)/python kernels/tests/sanitize.py $(ARGS)
+
+corpus: dev ## judge public checkpoints of all families and print the table (ARGS="--wrong gemma")
+	@PYTHONPATH=tests exec $(BIN)/python -m corpus $(ARGS)
 
 lint: dev ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .

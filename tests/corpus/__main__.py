@@ -1,7 +1,9 @@
-"""Check the whole corpus and print the table: ``PYTHONPATH=tests .venv/bin/python -m corpus [--wrong] [--quick] [NAME...]``.
+"""Check the whole corpus and print the table.
 
-``--wrong`` prints only what is judged wrongly, ``--quick`` leaves out the checkpoints of more than 50,000 tensors, NAME is a part
-of a name.
+    PYTHONPATH=tests .venv/bin/python -m corpus [--wrong] [--quick] [NAME...]
+
+``--wrong`` prints only what is judged wrongly, ``--quick`` leaves out the checkpoints of more than 50,000 tensors, NAME
+is a part of a name.
 """
 
 from __future__ import annotations

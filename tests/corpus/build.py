@@ -1,12 +1,13 @@
 """Write the computed parts of corpus entries: ``tensors`` from transformers, ``vllm`` from vLLM, on the meta device.
 
-    PYTHONPATH=tests HF_HUB_OFFLINE=1 .venv/bin/python -m corpus.build [--tensors] [--truth] [NAME...]
+    PYTHONPATH=tests HF_HUB_OFFLINE=1 .venv/bin/python -m corpus.build [--tensors] [--truth] [--compare] [NAME...]
 
 Entries with ``build`` get their tensors from transformers: the class of ``architectures`` (or ``build.class``) is made
 from the config (``build.config`` merged in; ``build.text``: from its text_config), its state dict is renamed as public
 checkpoints are (transformers' own conversion, reversed, then ``build.rename``) and changed by ``build.drop``,
 ``build.add`` and ``build.dtype``; ``build.untied`` keeps a tied lm_head. Other entries without ``from`` were written by
-hand. Without NAME, only entries that lack a part get it.
+hand. Without NAME, only entries that lack a part get it. ``--compare`` writes nothing: it computes both parts anew and
+tells where they differ from what is stored.
 
 Multimodal models need torchvision, and mixtures in FP8 or AWQ a machine that vLLM has kernels for: what cannot be made
 here is said in the entry's ``vllm.tp``.
@@ -15,8 +16,8 @@ here is said in the entry's ``vllm.tp``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
+import json
 import re
 import sys
 import tempfile
@@ -77,8 +78,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tensors", action="store_true")
     parser.add_argument("--truth", action="store_true")
+    parser.add_argument("--compare", action="store_true")
     parser.add_argument("names", nargs="*")
     options = parser.parse_args(argv)
+    if options.compare:
+        return sum(_differs(name.replace("/", "--")) for name in options.names or entries.names())
     both = not options.tensors and not options.truth
     failed = 0
     wanted = [name.replace("/", "--") for name in options.names] or entries.names()
@@ -96,13 +100,32 @@ def main(argv: list[str]) -> int:
     for name in wanted:
         data = entries.raw(name)
         if (options.truth or both) and (options.names or not data.get("vllm")) and not data.get("by_hand"):
-            entries.forget()
-            entry = entries.read(name)
-            with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
-                data["vllm"] = truth.of(entry, entry.write(Path(folder) / "model"))
+            data["vllm"] = _truth(name)
             _save(name, data)
             print(f"{name}: {data['vllm']}", flush=True)
     return failed
+
+
+def _differs(name: str) -> bool:
+    data = entries.raw(name)
+    anew = {"vllm": _truth(name)}
+    if "build" in data:
+        anew["tensors"] = fold(tensors(data))
+    differences = [
+        f"{name}: {part}.{key}: stored {data.get(part, {}).get(key)}, now {found.get(key)}"
+        for part, found in anew.items()
+        for key in {**data.get(part, {}), **found}
+        if data.get(part, {}).get(key) != found.get(key)
+    ]
+    print("\n".join(differences or [f"{name}: as stored"]), flush=True)
+    return bool(differences)
+
+
+def _truth(name: str) -> dict[str, Any]:
+    entries.forget()
+    entry = entries.read(name)
+    with tempfile.TemporaryDirectory() as folder:
+        return json.loads(json.dumps(truth.of(entry, entry.write(Path(folder) / "model"))))  # type: ignore[no-any-return]
 
 
 def _save(name: str, data: dict[str, Any]) -> None:

@@ -116,11 +116,13 @@ def names() -> list[str]:
 def read(name: str) -> Entry:
     """One entry, by its name or hub id."""
     data, tensors = _resolved(name.replace("/", "--"))
-    cases = tuple(
-        Case(**{key: tuple(value) if isinstance(value, list) else value for key, value in case.items()})
-        for case in data.get("cases", ())
-    )
+    cases = tuple(_case(case) for case in data.get("cases", ()))
     return Entry(name.replace("/", "--"), data, tensors, cases)
+
+
+def _case(data: Mapping[str, Any]) -> Case:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return Case(**values)
 
 
 def raw(name: str) -> dict[str, Any]:

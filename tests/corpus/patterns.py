@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 Spec = tuple[str, tuple[int, ...]]
 """(safetensors dtype, shape)"""
@@ -26,11 +27,11 @@ def fold(tensors: Mapping[str, Spec]) -> dict[str, list[object]]:
     return folded
 
 
-def unfold(folded: Mapping[str, Iterable[object]]) -> dict[str, Spec]:
+def unfold(folded: Mapping[str, Any]) -> dict[str, Spec]:
     """Name -> (dtype, shape) of every tensor that the patterns stand for."""
     tensors: dict[str, Spec] = {}
     for pattern, (dtype, shape) in folded.items():
-        spec = (str(dtype), tuple(shape))  # type: ignore[arg-type]
+        spec: Spec = (dtype, tuple(shape))
         for name in names(pattern):
             tensors[name] = spec
     return tensors

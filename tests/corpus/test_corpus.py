@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +13,14 @@ import pytest
 from corpus import entries
 from corpus.judge import Row, judge, table
 from quantserve.registry import Registry
+
+RECOMPUTED = (
+    "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "google/gemma-2-9b-it", "google/gemma-3-1b-it",
+    "microsoft/phi-4", "microsoft/Phi-4-mini-instruct", "CohereForAI/c4ai-command-r-v01", "tiiuae/falcon-7b-instruct",
+    "ibm-granite/granite-4.0-h-tiny", "deepseek-ai/DeepSeek-V2-Lite", "bigcode/starcoder", "mosaicml/mpt-7b-chat",
+    "LiquidAI/LFM2-2.6B", "Qwen/Qwen2.5-7B-Instruct-AWQ", "internlm/internlm2_5-7b-chat",
+)  # fmt: skip
+"""Entries whose ``tensors`` and ``vllm`` a test computes anew."""
 
 
 def cases() -> Iterator[object]:
@@ -46,6 +57,15 @@ def test_the_judgement(name: str, number: int, registry: Registry, rows: list[Ro
     row = judge(entry, entry.cases[number], folders[name], registry)
     rows.append(row)
     assert not row.differences
+
+
+@pytest.mark.vllm
+def test_what_vllm_makes_of_a_part_of_the_corpus_is_still_what_is_stored() -> None:
+    """The rest takes minutes, and torchvision: ``python -m corpus.build --compare``."""
+    command = [sys.executable, "-m", "corpus.build", "--compare", *RECOMPUTED]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def test_the_corpus_is_large_and_its_refusals_have_reasons() -> None:

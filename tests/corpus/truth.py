@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from corpus.patterns import Spec
 
 _TORCH = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
-    "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "U32": "uint32", "BOOL": "bool", "F8_E8M0": "float8_e8m0fnu",
+    "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "U32": "uint32", "BOOL": "bool",
+    "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 _started = False
 
@@ -29,7 +31,8 @@ def of(entry: Entry, folder: Path) -> dict[str, Any]:
     max_model_len), ``dtype``, ``runner``, ``heads``, ``kv_heads``, ``head_size``, ``vocab``, and of the model itself
     ``kv`` ([kind, layers, bytes per token and layer, window] for a tensor parallel size of 1; for states bytes per
     sequence), ``weights`` (bytes of its parameters), ``load`` (``ok`` or what loading the files' tensors raised) and
-    ``tp`` (size -> ``ok`` or what making the model with it raised).
+    ``tp`` (size -> ``ok`` or what making the model with it raised). Stored truths may also have ``read``: keys that could
+    not be computed without a GPU and were written from reading vLLM's source.
     """
     found: dict[str, Any] = {}
     try:
@@ -130,7 +133,7 @@ def _arguments(folder: Path) -> Any:
     return EngineArgs(model=str(folder), enforce_eager=True, skip_tokenizer_init=True)
 
 
-def _load(model: Any, tensors: dict[str, Spec]) -> str:
+def _load(model: Any, tensors: Mapping[str, Spec]) -> str:
     import torch
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
@@ -170,5 +173,5 @@ def _kv(vllm_config: Any) -> list[list[Any]]:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    text = re.sub(r"\S*/tmp\S*/model\b", "MODEL", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:240]}"

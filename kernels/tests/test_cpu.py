@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -132,14 +133,14 @@ def test_there_are_two_tasks_for_each_thread(isa: str, n: int, threads: int) -> 
 
 @pytest.mark.parametrize("m", [64, 130, 700])
 def test_tasks_cut_along_rows_and_channels_give_the_result_of_whole_strips(isa: str, m: int) -> None:
-    """A hundred threads divide rows and narrow strips; every number of rows and channels has a rest somewhere."""
+    """Nine threads divide rows and narrow strips; every number of rows and channels has a rest somewhere."""
     threads = torch.get_num_threads()
     case = codebook(203, 160, 3, sparse=0.05)
     x = torch.randn(m, 160, generator=torch.Generator().manual_seed(m)).bfloat16()
     try:
         torch.set_num_threads(1)
         one = kernels.linear(x, case.weight)
-        torch.set_num_threads(40)
+        torch.set_num_threads(9)
         assert torch.equal(kernels.linear(x, case.weight), one)
     finally:
         torch.set_num_threads(threads)
@@ -155,7 +156,7 @@ def test_infinities_give_the_same_answer_at_every_batch_size(isa: str, dtype: to
             x[3 : 3 + len(values)] = torch.tensor(values)
             answers = [kernels.linear(x.expand(m, -1), case.weight)[0] for m in (1, 2, 3, 4, 5, 17, 70)]
             assert not torch.isfinite(answers[0]).any()
-            assert torch.isinf(answers[0]).any() == (len(values) == 1 and values[0] == values[0])
+            assert torch.isinf(answers[0]).any() == (not math.isnan(values[0]))
             for answer in answers[1:]:
                 assert torch.equal(answer.nan_to_num(7, 8, 9), answers[0].nan_to_num(7, 8, 9)), case.name
 

@@ -31,8 +31,8 @@ def of(entry: Entry, folder: Path) -> dict[str, Any]:
     max_model_len), ``dtype``, ``runner``, ``heads``, ``kv_heads``, ``head_size``, ``vocab``, and of the model itself
     ``kv`` ([kind, layers, bytes per token and layer, window] for a tensor parallel size of 1; for states bytes per
     sequence), ``weights`` (bytes of its parameters), ``load`` (``ok`` or what loading the files' tensors raised) and
-    ``tp`` (size -> ``ok`` or what making the model with it raised). Stored truths may also have ``read``: keys that could
-    not be computed without a GPU and were written from reading vLLM's source.
+    ``tp`` (size -> ``ok`` or what making the model with it raised). Stored truths may also have ``read``: keys that
+    could not be computed without a GPU and were written from reading vLLM's source.
     """
     found: dict[str, Any] = {}
     try:

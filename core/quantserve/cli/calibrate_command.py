@@ -28,7 +28,7 @@ def command(out: Path | None, quick: bool, engine: bool, as_json: bool) -> None:
     """Measure this machine's CPU, so that predictions for it rest on measurements.
 
     Memory bandwidth, bfloat16 products, and the kernel of every installed method at several batch sizes, with as many
-    threads as vLLM would use. Under a minute; keep the machine quiet meanwhile.
+    threads as vLLM would use. About a minute; keep the machine quiet meanwhile.
     """
     if find_spec("torch") is None:
         raise UsageError(

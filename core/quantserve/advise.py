@@ -9,8 +9,11 @@ from itertools import pairwise
 from math import log
 from typing import Any, TypeVar
 
-from quantserve.architecture import FAMILIES, read_architecture
+from quantserve.architecture import read_sizes
 from quantserve.checkpoint import Checkpoint, open_checkpoint
+from quantserve.checks import check_shards
+from quantserve.checks.model import check_service
+from quantserve.checks.parallel import check_parallel
 from quantserve.claims import OURS
 from quantserve.compose import compose
 from quantserve.config import ModelConfig
@@ -18,7 +21,8 @@ from quantserve.contract import profile_of
 from quantserve.detection import own_copy
 from quantserve.errors import CheckpointError, PluginError, UsageError
 from quantserve.expectation import Expectation, expectation, kernel_of, quality_of, width_of
-from quantserve.finding import Severity
+from quantserve.finding import Finding, Severity
+from quantserve.layers import linears
 from quantserve.memory import MemoryEstimate, estimate
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.performance import ENGINE_NOW, Prediction, Workload
@@ -155,8 +159,9 @@ def advise(
             raise next(candidate.failure for candidate in candidates if candidate.failure)
         kind = checkpoint.text_config.get("model_type") or "without model_type"
         raise UsageError(
-            f"{model.source}: nothing can be predicted for a model of type {str(kind)[:40]!r} "
-            f"(known families: {', '.join(sorted(FAMILIES))})"
+            f"{model.source}: nothing can be predicted for a model of type {str(kind)[:40]!r}: config.json does not "
+            "give the sizes of a decoder with attention (layers, hidden size, heads, vocabulary)\n"
+            "  fix: name a model that generates text, or complete config.json"
         )
     notes = list(dict.fromkeys(note for candidate in candidates if candidate.made for note in candidate.made.notes))
     if not checkpoint.tensors:
@@ -211,9 +216,10 @@ def _candidates(
         given = target.count > 1 or model.tensor_parallel_size > 1
         chosen = ranks or (published_ranks if as_published and not given else 0)
         if not chosen:
-            chosen = 1 if refusal else _ranks(config, files, target)
+            chosen = 1 if refusal else _ranks(config, files, target, kernel, checkpoint)
         config = _with(config, None if in_files else method, ranks=chosen)
         memory, findings = estimate(files, config, target)
+        findings += _checks(checkpoint, config, target, kernel, in_files)
         refusal = refusal or next((f.message for f in findings if f.severity is Severity.ERROR), "")
         made = None
         if kernel is not None:
@@ -247,6 +253,18 @@ def _asked(failures: list[PluginError], ask: Callable[[], T]) -> T | None:
         return None
 
 
+def _checks(
+    checkpoint: Checkpoint, model: ModelConfig, target: Target, kernel: KernelProfile | None, in_files: bool
+) -> list[Finding]:
+    """What `check` would refuse of this method on so many ranks: heads, widths, groups and architecture."""
+    findings = [*check_parallel(checkpoint, model, target), *check_service(checkpoint, model)]
+    if kernel is not None and not in_files:
+        why = f"K on one rank must be a multiple of {kernel.k_multiple}"
+        ranks = model.tensor_parallel_size
+        findings += check_shards(linears(checkpoint), ranks, code="shards", why=why, k_multiple=kernel.k_multiple)
+    return findings
+
+
 def _with(model: ModelConfig, method: Method | None, ranks: int) -> ModelConfig:
     """The model served with another method and tensor parallel size; its engine arguments stay."""
     kwargs: dict[str, Any] = {**model.engine_kwargs, **({"quantization": method.name} if method else {})}
@@ -258,8 +276,10 @@ def _with(model: ModelConfig, method: Method | None, ranks: int) -> ModelConfig:
     )
 
 
-def _ranks(model: ModelConfig, checkpoint: Checkpoint, target: Target) -> int:
-    """The target's count, else the smallest tensor parallel size that fits, else one."""
+def _ranks(
+    model: ModelConfig, checkpoint: Checkpoint, target: Target, kernel: KernelProfile | None, files: Checkpoint
+) -> int:
+    """The target's count, else the smallest tensor parallel size that fits and divides the model, else one."""
     if model.tensor_parallel_size > 1:
         return model.tensor_parallel_size
     if target.device == "cpu":
@@ -270,15 +290,17 @@ def _ranks(model: ModelConfig, checkpoint: Checkpoint, target: Target) -> int:
     for ranks in RANKS if target.count == 0 else (1,):
         if least > ranks * target.memory_bytes:
             continue  # an estimate would look for what is larger, which takes time
-        memory, findings = estimate(checkpoint, _with(model, None, ranks), target)
+        config = _with(model, None, ranks)
+        memory, findings = estimate(checkpoint, config, target)
+        findings += _checks(files, config, target, kernel, in_files=False)
         if memory and memory.fits and not any(finding.severity is Severity.ERROR for finding in findings):
             return ranks
     return 1
 
 
 def _unsupported(method: Method, kernel: KernelProfile | None, checkpoint: Checkpoint, target: Target) -> str:
-    architecture, _ = read_architecture(checkpoint)
-    if kernel and not kernel.experts and architecture and architecture.experts:
+    sizes = read_sizes(checkpoint)
+    if kernel and not kernel.experts and sizes and sizes.experts:
         return f"{method.name} does not serve mixtures of experts"
     if target.device not in method.devices:
         return f"{method.name} runs on {', '.join(method.devices)}, not on {target.device}"

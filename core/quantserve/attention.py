@@ -84,7 +84,7 @@ def read_heads(checkpoint: Checkpoint) -> Heads | None:
     if not query:
         return None
     by_transformers = service(architectures(checkpoint))[0] == "transformers"
-    if rank and (kind in latent_types() or by_transformers) and config.get("is_causal") is not False:
+    if rank and (str(kind) in latent_types() or by_transformers) and config.get("is_causal") is not False:
         indexer = size_of(config, "index_head_dim") if size_of(config, "index_topk") else 0
         # The indexer keeps float8 values and a float32 scale for each 128 of them.
         return Heads(query, 1, rank + rope, rank + rope, indexer + 4 * -(-indexer // 128))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from quantserve.checkpoint import Checkpoint, open_checkpoint
+from quantserve.checkpoint import Checkpoint, open_checkpoint, overridden
 from quantserve.checks import check_model
 from quantserve.config import ModelConfig
 from quantserve.contract import findings_of, kwargs_of, profile_of
@@ -81,7 +81,8 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     """
     extra = [registry.find_plugin(name, model.where) for name in model.plugins]
     named = registry.find_method(model.quantization, model.where) if model.quantization else None
-    checkpoint = open_checkpoint(model.source, revision=model.revision, allow_pickle=model.allow_pickle)
+    opened = open_checkpoint(model.source, revision=model.revision, allow_pickle=model.allow_pickle)
+    checkpoint = overridden(opened, model.engine_kwargs.get("hf_overrides"))
     detected = Detected(named) if named else detect(checkpoint, registry)
     method_plugin = detected.plugin
     findings = [finding.said_by("core") for finding in detected.findings]
@@ -91,6 +92,7 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     method = method_plugin.method if method_plugin else None
     kwargs, conflicts = _merge_kwargs(hooks, checkpoint, model, target, method)
     effective = _with_kwargs(model, kwargs)
+    checkpoint = overridden(opened, effective.engine_kwargs.get("hf_overrides"))
     dtype = kwargs.get("dtype")
     dtype_by = dtype.source if dtype and dtype.source != "config" else ""
     findings += [finding.said_by("core") for finding in check_model(checkpoint, effective, target, method, dtype_by)]
@@ -99,6 +101,8 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     findings += _unsafe(kwargs, plugins)
 
     memory, said = estimate(checkpoint, effective, target)
+    if any(finding.code == "architecture-unsupported" for finding in findings):
+        said = []  # nothing would run it
     expected = _expected(hooks, method_plugin, checkpoint, model, target)
     if expected is None and method_plugin and memory and memory.fits:
         argument = kwargs["quantization"].value if "quantization" in kwargs else None

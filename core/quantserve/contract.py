@@ -233,6 +233,8 @@ def kernel_breach(profile: object) -> str:
             return "KernelProfile.alternatives must not have alternatives themselves"
         if reason := kernel_breach(other):
             return f"KernelProfile.alternatives: {reason}"
+    if type(profile.k_multiple) is not int or not 1 <= profile.k_multiple <= 1 << 16:
+        return f"KernelProfile.k_multiple must be a positive integer: {profile.k_multiple!r:.60}"
     for name in ("bits_per_weight", "uncertainty"):
         if not _is_share(value := getattr(profile, name), 64):
             return f"KernelProfile.{name} must be a positive number, at most 64: {value!r:.60}"

@@ -317,7 +317,7 @@ def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, t
     length = f"{result.max_model_len:,}-token sequence"
     sum_of = f"weights {gib(result.weights_bytes)} + working memory {gib(result.overhead_bytes)}"
     if result.impossible == "weights" or result.kv_cache_bytes <= 0:
-        severity, code = _severity(result, "memory-does-not-fit")
+        severity, code = _severity(result, "memory-does-not-fit", "memory-tight")
         yield severity(
             code,
             f"{'The model does not fit' if result.impossible else 'The model may not fit'} {where}: {sum_of} = "
@@ -326,7 +326,7 @@ def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, t
             _larger(checkpoint, model, target) or "use a quantized checkpoint or a larger target",
         )
     elif result.bytes_per_sequence and result.sequences < 1:
-        severity, code = _severity(result, "kv-cache-too-small")
+        severity, code = _severity(result, "kv-cache-too-small", "memory-tight")
         fits = result.kv_cache_bytes * result.max_model_len // result.bytes_per_sequence
         wider = _larger(checkpoint, model, target)
         yield severity(
@@ -356,8 +356,8 @@ def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, t
         )
 
 
-def _severity(result: MemoryEstimate, code: str) -> tuple[Callable[..., Finding], str]:
-    return (Finding.error, code) if result.impossible else (Finding.warning, "memory-tight")
+def _severity(result: MemoryEstimate, certain: str, tight: str) -> tuple[Callable[..., Finding], str]:
+    return (Finding.error, certain) if result.impossible else (Finding.warning, tight)
 
 
 def _larger(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> str:

@@ -93,6 +93,7 @@ class KernelProfile:
         benchmark: ``module:callable`` that `quantserve calibrate` calls as ``callable(n, k, bits)`` for a function of
             x [rows, k] in bfloat16 and the bytes of weight it reads; "" when there is none.
         experts: whether it serves the experts of a mixture as well.
+        k_multiple: what K of a linear on one rank has to be a multiple of: the size of a group, or the codes of a word.
         amx: whether it multiplies with AMX where a CPU has that; the rate of other kernels is lower there.
         argument: vLLM's ``quantization`` argument that leads to this kernel, where a method has several; "" else.
         alternatives: the method's other kernels on this device; ``calibrate`` measures them too, and a plan that names
@@ -107,6 +108,7 @@ class KernelProfile:
     uncertainty: float = 0.35
     benchmark: str = ""
     experts: bool = True
+    k_multiple: int = 1
     amx: bool = True
     argument: str = ""
     alternatives: tuple[KernelProfile, ...] = ()

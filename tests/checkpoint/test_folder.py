@@ -61,7 +61,8 @@ def test_good_folder(tmp_path: Path, method: str, shards: int) -> None:
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.problems == ()
     assert (checkpoint.location, checkpoint.path, checkpoint.tensors_complete) == ("local", folder, True)
-    assert checkpoint.tokenizer == {"present": True, "max_token_id": 511, "has_chat_template": True}
+    facts = ("present", "max_token_id", "max_base_token_id", "has_chat_template")
+    assert [checkpoint.tokenizer[fact] for fact in facts] == [True, 511, 511, True]
     assert checkpoint.quant_files == {"quant_config.json": {"wbits": 4}}
     assert checkpoint.torch_dtype == "float16"
     assert (checkpoint.quantization_config or {}).get("quant_method") == (None if method == "fp16" else method)
@@ -181,7 +182,7 @@ def test_stray_weight_sets(sharded: Path) -> None:
     checkpoint = open_checkpoint(str(sharded))
     said = [(problem.code, problem.severity.value, problem.offenders) for problem in checkpoint.problems]
     assert said == [
-        ("stray-weights", "warning", ("consolidated.safetensors",)),
+        ("mistral-format", "info", ("consolidated.safetensors",)),
         ("stray-weights", "warning", ("model.safetensors",)),
         ("pickle-ignored", "info", ("pytorch_model.bin",)),
     ]
@@ -285,6 +286,9 @@ def test_highest_token_id(tmp_path: Path) -> None:
     unigram = {"model": {"type": "Unigram", "vocab": [["a", 0.0], ["b", 0.0]]}, "added_tokens": None}
     (folder / "tokenizer.json").write_text(json.dumps(unigram))
     edit(folder / "tokenizer_config.json", added_tokens_decoder=REMOVE)
+    # <s>, </s> and <unk> of tokenizer_config.json are in no vocabulary, so loading adds them behind "b".
+    assert open_checkpoint(str(folder)).tokenizer["max_token_id"] == 4
+    edit(folder / "tokenizer_config.json", bos_token=REMOVE, eos_token=REMOVE, unk_token=REMOVE, pad_token=REMOVE)
     assert open_checkpoint(str(folder)).tokenizer["max_token_id"] == 1
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text('{"a": 0, "b": 41}')
@@ -332,11 +336,12 @@ def test_missing_and_invalid_tokenizer(tmp_path: Path) -> None:
     ("source", "parts"),
     [("{0}/lama", ("no model folder", "llama")), ("{0}/nowhere/llama", ("'nowhere'", "llama")),
      ("{0}/llama/model.safetensors", ("is a file", "{0}/llama")), ("{0}/x.gguf", ("GGUF",)),
-     ("{0}", ("neither config.json nor weights", "llama")), ("{0}/empty", ("it holds no files",)),
+     ("{0}/models", ("neither config.json nor weights", "llama")), ("{0}/empty", ("it holds no files",)),
      ("./nowhere", ("./nowhere",)), ("~nobody-of-that-name/m", ("fix",)), ("x" * 5000, ("fix",)), ("", ("",))],
 )  # fmt: skip
 def test_no_model_here(tmp_path: Path, source: str, parts: tuple[str, ...]) -> None:
     make_llama(tmp_path / "llama")
+    make_llama(tmp_path / "models" / "llama")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError) as caught:

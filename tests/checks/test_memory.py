@@ -96,7 +96,8 @@ def test_a_70b_in_float16_does_not_fit_one_a100() -> None:
     assert finding.code == "memory-does-not-fit"
     assert finding.severity is Severity.ERROR
     assert "weights 128.5 GiB" in finding.message
-    assert "73.6 GiB usable of a100-80g (80.0 GiB)" in finding.message
+    assert "does not fit a100-80g (80.0 GiB)" in finding.message
+    assert "73.6 GiB usable" in finding.message
     assert "num_workers (tensor parallel size) to 2" in finding.fix
     assert "mi300x" not in finding.fix, "fixes stay with the same kind of device"
     assert "b200" in finding.fix
@@ -118,8 +119,8 @@ def test_too_little_room_for_one_sequence() -> None:
     result, findings = of(checkpoint, served(), "l4")
     (finding,) = findings
     assert finding.code == "kv-cache-too-small"
-    assert "131072 tokens" in finding.message
-    assert "524288 bytes a token" in finding.message
+    assert "a 131,072-token sequence needs 64.0 GiB" in finding.message
+    assert f"enough for {result.kv_tokens:,} tokens" in finding.message
     assert f"to at most {result.kv_tokens}" in finding.fix
     assert of(checkpoint, served(tokens=result.kv_tokens), "l4")[0].fits
 
@@ -200,7 +201,7 @@ def test_the_users_cpu_cache_size_wins() -> None:
 def test_more_cpu_cache_asked_for_than_there_is() -> None:
     result, (finding,) = of(llama(LLAMA_7B), served(kv_cache_memory_bytes=50 * GIB), cpu(32))
     assert finding.code == "memory-does-not-fit"
-    assert "a KV cache of 50.0 GiB" in finding.message
+    assert "A KV cache of 50.0 GiB" in finding.message
     assert result.kv_cache_bytes < 32 * GIB
 
 
@@ -208,11 +209,11 @@ def test_a_model_larger_than_ram() -> None:
     (finding,) = of(llama(LLAMA_7B), served(), cpu(8))[1]
     assert finding.code == "memory-does-not-fit"
     assert "weights 12.6 GiB" in finding.message
-    assert "usable of cpu (8.0 GiB)" in finding.message
+    assert "does not fit cpu (8.0 GiB)" in finding.message
 
 
 def test_a_sliding_window_keeps_only_the_window() -> None:
-    full = llama(LLAMA_7B, model_type="mistral", max_position_embeddings=131072)
+    full = llama(LLAMA_7B, model_type="mistral", max_position_embeddings=131072, sliding_window=None)
     windowed = llama(LLAMA_7B, model_type="mistral", max_position_embeddings=131072, sliding_window=4096)
     assert not of(full, served(), "l4")[0].fits
     result, _ = of(windowed, served(), "l4")
@@ -250,3 +251,35 @@ def test_a_setting_a_plugin_got_wrong() -> None:
         assert result is None
         assert finding.code == "engine-setting"
         assert finding.offenders == (f"engine_kwargs.{key}",)
+
+
+def test_what_may_not_fit_is_a_warning_and_what_cannot_fit_an_error() -> None:
+    """Working memory is a rule of thumb, so the estimate refuses only beyond its uncertainty."""
+    probe, _ = of(llama(LLAMA_7B), served(), "a100-80g")
+    need = probe.weights_bytes + probe.overhead_bytes
+    for budget, severity in ((need - MIB, Severity.WARNING), (probe.weights_bytes // 2, Severity.ERROR)):
+        target = Target("gpu", "cuda", int(budget / 0.92), 1, capability=80)
+        (finding,) = of(llama(LLAMA_7B), served(tokens=64), target)[1]
+        assert finding.severity is severity
+
+
+def test_an_unknown_type_is_refused_only_far_beyond_the_estimate() -> None:
+    config = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096, "vocab_size": 32000}
+    tensors = {"model.layers.0.mlp.up_proj.weight": ("BF16", (64, 64))}
+    for model_type, severity in (("llama-like-nobody-knows", Severity.WARNING), ("opt", Severity.ERROR)):
+        lengths = {"max_position_embeddings": 60_000, "model_type": model_type}
+        (finding,) = of(Checkpoint.from_tensors({**config, **lengths}, tensors), served(), "l4")[1]
+        code = "memory-tight" if severity is Severity.WARNING else "kv-cache-too-small"
+        assert (finding.severity, finding.code) == (severity, code)
+
+
+def test_the_lm_head_of_a_tied_model_and_prediction_layers_are_not_counted() -> None:
+    base = llama(LLAMA_7B, tie_word_embeddings=True)
+    stored = {t.name: (t.dtype, t.shape) for t in base.tensors.values()}
+    extra = {"lm_head.weight": ("F16", (32000, 4096)), "model.layers.32.eh_proj.weight": ("F16", (4096, 8192))}
+    config = {**base.config, "num_nextn_predict_layers": 1}
+    weights = {
+        name: of(Checkpoint.from_tensors(config, {**stored, **more}), served(), "a100-80g")[0].weights_bytes
+        for name, more in (("without", {}), ("with", extra))
+    }
+    assert weights["with"] == weights["without"]

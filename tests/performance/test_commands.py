@@ -191,7 +191,7 @@ def test_methods_that_are_not_installed_are_named(
         (["profile", "no/such/folder/at/all"], "no/such/folder"),
         (["recommend", "MODEL", "--workload", "chatt"], "did you mean 'chat'?"),
         (["recommend", "MODEL", "--plot", "no/such/folder/plot.svg"], "does not exist"),
-        (["recommend", "STRANGE"], "known families"),
+        (["recommend", "STRANGE"], "does not give the sizes of a decoder with attention"),
         (["profile", "BROKEN"], "config.json"),
     ],
 )

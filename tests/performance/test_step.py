@@ -139,5 +139,26 @@ def test_imagined_files_have_the_bits_they_were_given(config: dict[str, object],
     assert found == pytest.approx(bits, rel=0.002)
 
 
-def test_an_unknown_family_has_no_shape() -> None:
+def test_a_model_without_attention_or_sizes_has_no_shape() -> None:
     assert read_shape(Checkpoint.from_tensors(LLAMA_7B | {"model_type": "mamba"}), model(), A100) is None
+    assert read_shape(Checkpoint.from_tensors({"model_type": "nobody-knows", "hidden_size": 64}), model(), A100) is None
+
+
+def test_a_family_without_known_tensor_names_has_the_matrices_of_its_config() -> None:
+    known = read_shape(Checkpoint.from_tensors(LLAMA_7B), model(), A100)
+    other = read_shape(Checkpoint.from_tensors(LLAMA_7B | {"model_type": "olmo2"}), model(), A100)
+    assert known is not None
+    assert other is not None
+    assert other.linear_weights == known.linear_weights
+
+
+def test_a_family_without_known_tensor_names_has_the_matrices_of_its_files() -> None:
+    tensors = {
+        "model.layers.0.attn.wqkv.weight": ("BF16", (6144, 4096)),
+        "model.layers.0.attn.wo.weight": ("BF16", (4096, 4096)),
+        "model.layers.0.mlp.up.weight": ("BF16", (8192, 4096)),
+        "vision_tower.layers.0.mlp.fc1.weight": ("BF16", (1024, 1024)),
+    }
+    shape = read_shape(Checkpoint.from_tensors(LLAMA_7B | {"model_type": "olmo2"}, tensors), model(), A100)
+    assert shape is not None
+    assert shape.linear_weights == (6144 + 4096 + 8192) * 4096

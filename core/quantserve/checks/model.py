@@ -86,7 +86,7 @@ def _check_architecture(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[
     yield from problems
     if architecture is not None:
         yield from _check_defaults(checkpoint, architecture)
-    yield from _check_service(checkpoint, model)
+    yield from check_service(checkpoint, model)
     kind = model_type(checkpoint)
     if not problems and kind not in FAMILIES:
         yield Finding.info(
@@ -126,7 +126,7 @@ def _check_defaults(checkpoint: Checkpoint, architecture: Architecture) -> Itera
         )
 
 
-def _check_service(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Finding]:
+def check_service(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Finding]:
     """Is there anything in vLLM that serves this architecture?"""
     names = class_names(checkpoint)
     if not names or model.engine_kwargs.get("load_format") == "mistral":
@@ -177,7 +177,7 @@ def _check_service(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Findi
             "read that code; if you trust it, set engine_kwargs.trust_remote_code: true",
         )
     elif not known_type and not remote and not custom:
-        yield Finding.warning(
+        yield Finding.error(
             "model-type-unknown",
             f"neither transformers nor vLLM {VLLM} has a configuration class for model_type "
             f"{short(checkpoint.config.get('model_type'))}",

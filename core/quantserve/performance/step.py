@@ -106,7 +106,7 @@ def step_cost(shape: Shape, machine: Machine, quantized: LinearCost, plain: Line
 
 def _attention(shape: Shape, machine: Machine, batch: Batch) -> float:
     """The cache is read at a share of the bandwidth; a pair is 4 x head_dim FLOPs in every head (QK^T and PV)."""
-    full = shape.layers - shape.sliding_layers
+    full = shape.full_layers
     nbytes = shape.kv_bytes * (full * batch.cached + shape.sliding_layers * batch.window_cached)
     pairs = full * batch.pairs + shape.sliding_layers * batch.window_pairs
     flops = 4 * shape.heads * shape.head_dim * pairs

@@ -7,6 +7,7 @@ arguments without which it does not find the settings.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantserve.api import (
@@ -37,6 +38,8 @@ from quantserve_awq.tensors import (
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
+PREDICTED_GROUP = 128
+"""Group size of the checkpoints that `recommend` imagines; almost all published ones have it."""
 OWN_NAMES = ("awq", "auto_awq", "awq_marlin")
 DTYPES = ("float16", "bfloat16")
 # vLLM's plain AWQ kernel computes in float16 only.
@@ -106,7 +109,8 @@ def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: T
 @hookimpl
 def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
     """What the kernel of the target reaches."""
-    return speed.kernel(target, bits, engine)
+    profile = speed.kernel(target, bits, engine)
+    return replace(profile, k_multiple=PREDICTED_GROUP) if profile else None
 
 
 @hookimpl

@@ -6,6 +6,7 @@ The method itself, which vLLM no longer has, is in the heavy modules behind ``qu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,8 @@ def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: T
 @hookimpl
 def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
     """What the kernel of the target reaches."""
-    return speed.kernel(target, bits, engine)
+    profile = speed.kernel(target, bits, engine)
+    return replace(profile, k_multiple=8 if bits == 4 else 32) if profile else None
 
 
 @hookimpl

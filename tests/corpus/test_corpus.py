@@ -12,6 +12,7 @@ import pytest
 
 from corpus import entries
 from corpus.judge import Row, judge, table
+from corpus.patterns import fold, unfold
 from quantserve.registry import Registry
 
 RECOMPUTED = (
@@ -74,6 +75,18 @@ def test_the_corpus_is_large_and_its_refusals_have_reasons() -> None:
     refused = [case for case in cases if case.errors]
     assert len(refused) >= 20
     assert all(case.why for case in refused)
+
+
+def test_tensor_lists_are_folded_without_loss() -> None:
+    tensors = entries.read("deepseek-ai/DeepSeek-V2-Lite").tensors
+    assert unfold(fold(tensors)) == tensors
+    assert fold(
+        {"a.0.b.7.c": ("F16", (2,)), "a.0.b.9.c": ("F16", (2,)), "a.3.b.7.c": ("F16", (2,)), "d": ("F32", ())}
+    ) == {
+        "a.0.b.{7,9}.c": ["F16", [2]],
+        "a.3.b.7.c": ["F16", [2]],
+        "d": ["F32", []],
+    }
 
 
 def test_the_corpus_is_small_on_disk() -> None:

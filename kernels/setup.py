@@ -2,9 +2,10 @@
 
 Each instruction set is a source file with flags of its own, which neither setuptools nor torch's build helper knows,
 so the compiler is called here. OpenMP is compiled in and not linked: the library then uses the one runtime torch has
-loaded, never a second one. Objects stay in build/objects and are compiled again when their source, a header, the flags
-or torch change. Where nothing can be compiled the package is installed all the same: it works in plain torch, slowly,
-and `quantserve doctor` says so with the reason, which is kept in build-failure.txt.
+loaded, never a second one. That is GCC's, so g++ is preferred: clang's code wants a runtime of its own. Objects stay in
+build/objects and are compiled again when their source, a header, the flags or torch change. Where nothing can be
+compiled, or the library does not load, the package is installed all the same: it works in plain torch, slowly, and
+`quantserve doctor` says so with the reason, which is kept in build-failure.txt.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ PACKAGE = Path("src", "quantserve_kernels")
 OBJECTS = Path("build", "objects")
 NOTE = "build-failure.txt"
 NOTE_LINES = 20  # of the compiler's output
+LOADING_TAKES = 300  # seconds at most
 
 COMMON = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # GCC 12 takes its own intrinsics' undefined operands for mistakes.
@@ -99,8 +101,34 @@ def make_library(library: Path) -> None:
         objects = list(pool.map(compiled, SOURCES))
     places = [f"-L{path}" for path in library_paths()]
     draft = library.with_suffix(".tmp")
-    run([*compiler, "-shared", *objects, *places, "-ltorch", "-ltorch_cpu", "-lc10", *extra, "-o", str(draft)], "link")
-    draft.replace(library)  # whole or not at all
+    libraries = [*places, "-ltorch", "-ltorch_cpu", "-lc10"]
+    try:
+        run([*compiler, "-shared", *objects, *libraries, *extra, "-o", str(draft)], "link")
+        check_that_it_loads(draft, compiler)
+        draft.replace(library)  # whole or not at all
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_that_it_loads(library: Path, compiler: list[str]) -> None:
+    """Load the library as `quantserve_kernels.load` does, in a process of its own, which it may take down.
+
+    Raises:
+        BuildError: it does not load; gives the loader's reason.
+    """
+    code = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(library.absolute())]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LOADING_TAKES)
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"the library does not load within {LOADING_TAKES} s") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        what = lines[-1] if lines else f"exit code {done.returncode}"
+        openmp = ". Fix: install g++ and build again: torch brings the OpenMP runtime of GCC, not that of clang"
+        hint = openmp if "__kmpc" in what else ""
+        reason = f"{compiler[0]} made a library that does not load: {what}{hint}"
+        raise BuildError("\n".join([reason, *lines[-NOTE_LINES:]]))
 
 
 def make_object(source: str, command: list[str], torch_version: str) -> str:
@@ -124,13 +152,13 @@ def make_object(source: str, command: list[str], torch_version: str) -> str:
 
 
 def find_compiler() -> list[str]:
-    """The command of a C++ compiler: CXX, or the one Python was built with, or the first on the path.
+    """The command of a C++ compiler: CXX, or g++, or the one Python was built with, or another on the path.
 
     Raises:
         BuildError: there is none.
     """
     asked = os.environ.get("CXX")
-    candidates = [asked] if asked else [sysconfig.get_config_var("CXX") or "", "c++", "g++", "clang++"]
+    candidates = [asked] if asked else ["g++", sysconfig.get_config_var("CXX") or "", "c++", "clang++"]
     for words in map(shlex.split, candidates):
         if words and shutil.which(words[0]):
             return words
@@ -155,7 +183,8 @@ def run(command: list[str], purpose: str) -> None:
         raise BuildError("\n".join([f"{command[0]} cannot {purpose}: {what}", *lines[-NOTE_LINES:]]))
 
 
-setup(
-    ext_modules=[Extension("quantserve_kernels._C", list(SOURCES), optional=True)],
-    cmdclass={"build_ext": Build},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("quantserve_kernels._C", list(SOURCES), optional=True)],
+        cmdclass={"build_ext": Build},
+    )

@@ -16,11 +16,15 @@ from helpers.environments import PROJECTS, Environment
 pytestmark = pytest.mark.slow
 
 SOURCES = sorted(path.name for path in (PROJECTS["quantserve-kernels"] / "csrc").glob("*.cpp"))
-OBEDIENT = """for word; do
-  case $word in *.cpp) echo $word >> "$0.log";; esac
+# Writes down what it should compile, and links a library of this C++ instead.
+STAND_IN = """for word; do
+  case $word in *.cpp) echo $word >> "$0.log";; -shared) link=1;; esac
 done
 : > "$word"  # the output is the last argument
+[ -z "$link" ] || echo '{code}' | g++ -shared -fPIC -x c++ - -o "$word"
 """
+OBEDIENT = STAND_IN.format(code="")
+CLANG = STAND_IN.format(code='extern "C" void __kmpc_fork_call(); void task() { __kmpc_fork_call(); }')
 BROKEN = """echo "a warning that is not it" >&2
 echo "gemm.h:7:1: error: no such instruction" >&2
 echo "compilation terminated." >&2
@@ -108,6 +112,16 @@ def test_a_compiler_that_fails_leaves_the_reason(checkout: Checkout) -> None:
     assert first.endswith(": gemm.h:7:1: error: no such instruction")
     assert "compilation terminated." in rest
     assert not (checkout.package / "build-failure.txt").exists(), "a wheel leaves the sources alone"
+
+
+def test_a_library_that_does_not_load_is_no_library(checkout: Checkout) -> None:
+    """As clang's, whose OpenMP runtime is not there: linking a shared library does not ask for it."""
+    checkout.behave(CLANG)
+    assert checkout.wheel() == {"build-failure"}
+    first, *rest = (checkout.path / "wheels" / "quantserve_kernels" / "build-failure.txt").read_text().splitlines()
+    assert first.startswith(f"{checkout.compiler} made a library that does not load: OSError: ")
+    assert "undefined symbol: __kmpc_fork_call. Fix: install g++" in first
+    assert rest
 
 
 def test_without_a_compiler_the_package_works_and_says_why_it_is_slow(checkout: Checkout, tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def load() -> torch.library.Library:
         try:
             torch.ops.load_library(str(path))
         except OSError as error:
+            reason = error.__cause__ or error  # torch's own message is the path alone
             raise OSError(
-                f"{path.name} of quantserve-kernels does not load with torch {torch.__version__}: {error}\n"
+                f"{path.name} of quantserve-kernels does not load with torch {torch.__version__}: {reason}\n"
                 "  fix: build it again for this torch: pip install --no-build-isolation --force-reinstall --no-deps "
                 "quantserve-kernels"
             ) from error

@@ -47,6 +47,8 @@ def tensors(data: dict[str, Any]) -> dict[str, Spec]:
     config.pop("quantization_config", None)
     config.update(recipe.get("config", {}))
     made = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    if not made.dtype and made.get_text_config().dtype:
+        made.dtype = made.get_text_config().dtype  # as a composite config may spell it
     cls = getattr(transformers, recipe.get("class") or config["architectures"][0])
     with torch.device("meta"):
         model = cls._from_config(made, attn_implementation="eager") if hasattr(cls, "_from_config") else cls(made)

@@ -138,7 +138,7 @@ def by_transformers() -> Iterator[str]:
 def models() -> Iterator[tuple[str, dict[str, Any]]]:
     """Model type -> what its configuration class adds; nothing for types without a language model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY, MODEL_MAPPING_NAMES
 
     for name in sorted({*CONFIG_MAPPING_NAMES, *_CONFIG_REGISTRY}):
         try:
@@ -148,6 +148,7 @@ def models() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {}  # known, but it has no defaults to complete a file with
             continue
         entry = entry_of(cls, made)
+        entry["architecture"] = MODEL_MAPPING_NAMES.get(name)
         text = made
         for path in _PATHS:
             found: Any = made

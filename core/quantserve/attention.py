@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantserve.families import MAX_LAYERS, latent_types, layer_list, service
+from quantserve.families import MAX_LAYERS, entry, latent_types, layer_list, service
 from quantserve.once import once
 
 if TYPE_CHECKING:
@@ -114,16 +114,19 @@ def _kv_heads(config: Mapping[str, Any], query: int) -> int:
 
 
 def architectures(checkpoint: Checkpoint) -> list[str]:
-    """The strings under ``architectures`` of config.json."""
-    names = checkpoint.config.get("architectures")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, (list, tuple)) else []
+    """The strings under ``architectures`` of config.json; without any, the class vLLM then takes for the model type."""
+    given = checkpoint.config.get("architectures")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, (list, tuple)) else []
+    usual = (entry(checkpoint.config.get("model_type")) or {}).get("architecture")
+    return names or ([usual] if isinstance(usual, str) else [])
 
 
 def is_encoder(checkpoint: Checkpoint) -> bool:
     """Whether the model only encodes (BERT and its like), so that it keeps no KV cache."""
     config = checkpoint.text_config
     bert = "type_vocab_size" in config or config.get("model_type") in ("modernbert", "nomic_bert", "new", "gte")
-    return (bert or config.get("is_causal") is False) and config.get("is_decoder") is not True
+    both_ways = config.get("is_causal") is False or config.get("use_bidirectional_attention") is True
+    return (bert or both_ways) and config.get("is_decoder") is not True
 
 
 @once

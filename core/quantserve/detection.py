@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from quantserve.checkpoint import Checkpoint, Tensor
+from quantserve.checks.formats import format_of, format_title, served_by_vllm
 from quantserve.claims import is_ours
 from quantserve.contract import claim_of
 from quantserve.errors import PluginError, unknown_name
@@ -79,7 +80,7 @@ def detect(checkpoint: Checkpoint, registry: Registry) -> Detected:
         registry.why_unusable(declared)
     elif not checkpoint.tensors and any(problem.severity is Severity.ERROR for problem in checkpoint.problems):
         return Detected(None)  # nothing could be read, which the problems say
-    return Detected(None, (_not_detected(registry, str(given) if declared else "", defects),))
+    return Detected(None, (_not_detected(registry, checkpoint, str(given) if declared else "", defects),))
 
 
 def _that_accepts(candidates: Sequence[Plugin], declared: str) -> Plugin | None:
@@ -128,9 +129,19 @@ def _ambiguous(claimants: Sequence[Plugin]) -> Finding:
     )
 
 
-def _not_detected(registry: Registry, declared: str, defects: Sequence[PluginError]) -> Finding:
+def _not_detected(registry: Registry, checkpoint: Checkpoint, declared: str, defects: Sequence[PluginError]) -> Finding:
     known = sorted(registry.methods)
-    if declared:
+    form = format_of(checkpoint)
+    if form and form[0] not in registry.methods:
+        name, where = form
+        message = (
+            f"the checkpoint is in the {format_title(name)} format ({name!r} by {where}), which no installed plugin "
+            f"serves (installed methods: {', '.join(known) or 'none'})"
+        )
+        if who := served_by_vllm(name):
+            message += f"; {who}"
+        fix = how_to_install(name)
+    elif declared:
         message = f"the checkpoint declares {unknown_name('quantization method', declared[:80], known)}"
         fix = how_to_install(declared)
     else:

@@ -20,7 +20,7 @@ class Method:
         devices: device types it runs on, of ``cuda``, ``rocm``, ``cpu``.
         dtypes: activation dtypes it supports, of ``float16``, ``bfloat16``, ``float32``.
         accepts: for a ``quant_method`` that files declare, by device: the further ``quantization`` arguments vLLM takes
-            for it. A declared name that is neither ``vllm_name`` nor a name of the method is the method's if it is here.
+            for it. Files that declare a name in here are the method's, even if it is none of its own names.
         homepage: where to read about it.
         api: version of the plugin API the plugin was written for (``quantserve.api.VERSION`` of that time).
     """

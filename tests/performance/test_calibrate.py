@@ -69,7 +69,9 @@ def test_the_fit_gives_no_negative_costs() -> None:
 
 def test_every_installed_method_names_a_kernel_of_this_cpu() -> None:
     kernels, _ = kernels_of(Registry.load(), this_cpu())
-    assert {"fp16-16", "awq-4", "quantserve_awq-4", "squeezellm-4", "squeezellm-3"} <= {kernel.key for kernel in kernels}
+    assert {"fp16-16", "awq-4", "quantserve_awq-4", "squeezellm-4", "squeezellm-3"} <= {
+        kernel.key for kernel in kernels
+    }
 
 
 @pytest.mark.slow

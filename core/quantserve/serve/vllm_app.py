@@ -40,6 +40,7 @@ from quantserve.serve.engine_imports import SparedContext
 from quantserve.serve.engine_logs import EngineLogs
 from quantserve.serve.envelope import Envelope, install
 from quantserve.serve.short_prompts import ShortPrompts, render_at_once
+from quantserve.serve.token_ids import bound_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ async def start(plan: Plan) -> EngineApp:
     engine_processes.get_mp_context = _mp_context
     args, engine = _start_engine(plan)
     try:
+        bound_token_ids(engine.input_processor)
         await engine.reset_mm_cache()
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)

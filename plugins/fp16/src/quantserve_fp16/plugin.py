@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FLOATS = ("F16", "BF16", "F32")
 DTYPES = ("float16", "bfloat16", "float32")
+PACKED = ("U8", "I8", "I16", "U16", "I32", "U32")
 QUANTIZED = ("qweight", "qzeros", "lookup_table", "weight_packed", "weight_scale", "weight_scale_inv")
 
 
@@ -113,4 +114,9 @@ def layout(linear: Linear) -> Mapping[str, Expected]:
 
 def quantized_tensors(checkpoint: Checkpoint) -> list[str]:
     """Names of tensors that only quantized checkpoints have."""
-    return sorted(name for name in checkpoint.tensors if name.rpartition(".")[2] in QUANTIZED)
+    return sorted(
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if name.rpartition(".")[2] in QUANTIZED
+        or (name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in PACKED)
+    )

@@ -22,12 +22,12 @@ from quantserve.detection import own_copy
 from quantserve.errors import CheckpointError, PluginError, UsageError
 from quantserve.expectation import Expectation, expectation, kernel_of, quality_of, width_of
 from quantserve.finding import Finding, Severity
-from quantserve.layers import linears
 from quantserve.memory import MemoryEstimate, estimate
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.performance import ENGINE_NOW, Prediction, Workload
 from quantserve.performance.imagine import imagined
 from quantserve.performance.shape import stored_bits_per_weight
+from quantserve.quantizable import quantizable
 from quantserve.registry import Hooks, Plugin, Registry
 from quantserve.target import Target, gib
 
@@ -261,7 +261,7 @@ def _checks(
     if kernel is not None and not in_files:
         why = f"K on one rank must be a multiple of {kernel.k_multiple}"
         ranks = model.tensor_parallel_size
-        findings += check_shards(linears(checkpoint), ranks, code="shards", why=why, k_multiple=kernel.k_multiple)
+        findings += check_shards(quantizable(checkpoint), ranks, code="shards", why=why, k_multiple=kernel.k_multiple)
     return findings
 
 

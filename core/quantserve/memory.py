@@ -36,7 +36,7 @@ _GPU_FIXED = GIB
 _SHARED_GPU_MARGIN = 0.1
 _BLOCK = 16  # tokens of a KV cache block in vLLM, unless the user says otherwise
 _CPU_FIXED = GIB
-_CPU_USABLE = 0.9  # of RAM; the operating system, Ray and the front door live in the rest
+_CPU_USABLE = 0.9  # of RAM; the operating system, Ray and the gateway live in the rest
 _FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 _RANKS = (1, 2, 4, 8, 16, 32, 64)
 # How far an estimate may be off. Weights come from headers; working memory is a rule of thumb. The cache follows from
@@ -146,9 +146,10 @@ def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> in
 def _modules(checkpoint: Checkpoint) -> list[tuple[Linear | None, list[Tensor], int]]:
     """Modules that differ: the linear, if it is one, the tensors, and how many modules are like it."""
     split = {linear.name: linear for linear in linears(checkpoint)}
+    left_out = _not_loaded(checkpoint)
     alike: dict[object, tuple[Linear | None, list[Tensor], int]] = {}
     for name, of_module in modules(checkpoint).items():
-        tensors = [tensor for tensor in of_module.values() if _is_loaded(tensor.name, checkpoint)]
+        tensors = [tensor for tensor in of_module.values() if tensor.name not in left_out]
         if not tensors:
             continue
         linear = split.get(name)
@@ -158,16 +159,17 @@ def _modules(checkpoint: Checkpoint) -> list[tuple[Linear | None, list[Tensor], 
     return list(alike.values())
 
 
-def _is_loaded(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether vLLM keeps a tensor: not the lm_head of a tied model, nor layers for multi-token prediction."""
+def _not_loaded(checkpoint: Checkpoint) -> frozenset[str]:
+    """Tensors vLLM does not keep: the lm_head of a tied model, and layers for multi-token prediction."""
     sizes = read_sizes(checkpoint)
     if sizes is None:
-        return True
-    if sizes.tied and name == lm_head_name(checkpoint):
-        return False  # vLLM loads it, and ties the two again when they are equal
-    block = split_block(name)
-    beyond = block is not None and block[1] >= sizes.layers
-    return not name.startswith("mtp.") and not (beyond and checkpoint.text_config.get("num_nextn_predict_layers"))
+        return frozenset()
+    # vLLM loads the lm_head, and ties it again when it equals the embeddings.
+    left = {lm_head_name(checkpoint)} if sizes.tied else set()
+    if checkpoint.text_config.get("num_nextn_predict_layers"):
+        blocks = ((name, split_block(name)) for name in checkpoint.tensors)
+        left |= {name for name, block in blocks if block is not None and block[1] >= sizes.layers}
+    return frozenset(left | {name for name in checkpoint.tensors if name.startswith("mtp.")})
 
 
 def _file_bytes(checkpoint: Checkpoint) -> int:

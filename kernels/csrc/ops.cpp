@@ -225,9 +225,11 @@ Prepared prepare(const Kernel& kernel, const Weight& w, const Source& source, co
 bool finite(const Tensor& values) {
   if (!values.defined()) return true;
   const float* from = values.const_data_ptr<float>();
-  int32_t largest = 0;
-  for (int64_t i = 0; i < values.numel(); ++i) largest = std::max(largest, std::bit_cast<int32_t>(from[i]) & INT32_MAX);
-  return largest < 0x7f800000;
+  uint32_t carries = 0;  // of an exponent of ones, plus one
+  for (int64_t i = 0, count = values.numel(); i < count; ++i) {
+    carries |= (std::bit_cast<uint32_t>(from[i]) & 0x7f800000) + 0x00800000;
+  }
+  return carries < 0x80000000;
 }
 
 Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table, const optional<Tensor>& scales,

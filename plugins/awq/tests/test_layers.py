@@ -122,7 +122,7 @@ def test_a_bias_that_was_rounded_to_infinity_is_refused() -> None:
     layer = linear.RowParallelLinear(
         K, 64, bias=True, quant_config=_config(), params_dtype=torch.float16, prefix="model.layers.3.mlp.down_proj"
     )
-    layer.bias.data.fill_(1e5)  # beyond float16
+    layer.bias.data.copy_(torch.full((64,), 1e5))  # beyond float16
     with pytest.raises(ValueError, match=r"layers\.3\.mlp\.down_proj: bias holds 64 values .* not finite in float16"):
         _load(layer, {None: _parts(64, K, 128, 9)})
 

@@ -15,6 +15,7 @@ pytest.importorskip("vllm")
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers import linear
 
 import quantserve_squeezellm
@@ -162,6 +163,21 @@ def test_weights_rest_packed_and_in_full_precision_whatever_the_dtype(dtype: tor
     x = torch.randn(2, K)
     assert torch.allclose(_out(layer, x), x @ dequantize(tensors).t(), atol=1e-4)
     assert _out(layer, x.to(dtype)).dtype == dtype
+
+
+def test_lora_wraps_the_packed_layer() -> None:
+    """vLLM's wrapper asks for `qweight`."""
+    layer = _load(_row(), {None: _tensors(4, 64, K, 9)})
+    assert layer.qweight is layer.kernel.codes  # no second copy
+    assert RowParallelLinearWithLoRA(layer).device.type == "cpu"
+
+
+def test_a_bias_that_was_rounded_to_infinity_is_refused() -> None:
+    name = "model.layers.3.mlp.down_proj"
+    layer = linear.RowParallelLinear(K, 64, bias=True, quant_config=_config(4), params_dtype=torch.float16, prefix=name)
+    layer.bias.data.copy_(torch.full((64,), 1e5))  # beyond float16
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp\.down_proj: bias holds 64 values .* not finite in float16"):
+        _load(layer, {None: _tensors(4, 64, K, 10)})
 
 
 def _row(bits: int = 4, **options: Any) -> Any:

@@ -21,7 +21,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from quantserve_kernels import Linear, from_squeezellm, load
+from quantserve_kernels import Linear, check_bias, from_squeezellm, load
 from quantserve_squeezellm._format import BITS, csr, k_multiple
 from quantserve_squeezellm._loading import SPARSE, LayerLoading, ShardId
 
@@ -200,6 +200,8 @@ class SqueezeLLMLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Module) -> None:
         """Check that everything arrived and pack it for the kernel, which takes the place of the loaded tensors.
 
+        `qweight` is the packed codes from then on.
+
         Raises:
             ValueError: a tensor of this layer never arrived, or holds what no weight can be; names it.
         """
@@ -210,6 +212,7 @@ class SqueezeLLMLinearMethod(LinearMethodBase):
         device = layer.qweight.device
         sparse = csr(n_index, k_index, values, loading.n) if values.numel() else {}
         try:
+            check_bias(getattr(layer, "bias", None))
             weight = from_squeezellm(
                 layer.qweight.data,
                 layer.lookup_table.data,
@@ -220,6 +223,8 @@ class SqueezeLLMLinearMethod(LinearMethodBase):
         for name in ("qweight", "lookup_table", *SPARSE):
             delattr(layer, name)
         layer.kernel = Linear(weight)
+        # vLLM's LoRA wrapper asks a quantized layer's `qweight` for its device, and does not wrap a layer without.
+        layer.register_buffer("qweight", layer.kernel.codes, persistent=False)
 
     def apply(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x` [..., k] to [..., n] in x's dtype."""

@@ -58,7 +58,9 @@ def test(folder: Path, arguments: list[str]) -> int:
     code = "import quantserve_kernels as kernels; print(kernels.__file__)"
     used = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert str(folder.absolute()) in used.stdout, used.stdout
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS)]
+    # Reports go to the process's standard error, which pytest is not to keep for itself.
+    options = ("--capture=sys", "-p", "no:faulthandler", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *options, *(f"tests/{name}" for name in TESTS)]
     return subprocess.run([*command, *arguments], env=environment).returncode
 
 

@@ -195,9 +195,7 @@ def test_capitals_in_the_declared_method_do_not_matter(check: Check) -> None:
 
 
 @pytest.mark.parametrize(("target", "accepted"), [("a100-80g", True), ("mi300x", False), ("cpu", False)])
-def test_a_method_says_which_arguments_vllm_takes_for_a_declared_one(
-    check: Check, target: str, accepted: bool
-) -> None:
+def test_a_method_says_which_arguments_vllm_takes_for_a_declared_one(check: Check, target: str, accepted: bool) -> None:
     marlin = replace(AWQ, vllm_name="auto_awq", accepts={"awq": {"cuda": ("auto_awq",)}})
     findings = check(layout="awq", method=marlin, target=target)
     if accepted:

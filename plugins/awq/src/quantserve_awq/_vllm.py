@@ -42,7 +42,7 @@ class KernelAWQConfig(AutoAWQConfig):
         return KERNEL_METHOD if user_quant == KERNEL_METHOD and declared in ("awq", "") else None
 
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
-        """Our method wherever vLLM would use its linear one; files with ``zero_point: false`` store zeros too, all 8."""
+        """Our method wherever vLLM uses its linear one; files with ``zero_point: false`` store zeros too, all 8."""
         theirs: QuantizeMethodBase | None = super().get_quant_method(layer, prefix)
         if isinstance(theirs, AutoAWQMarlinLinearMethod):
             return KernelAWQLinearMethod(self, prefix)

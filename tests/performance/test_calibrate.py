@@ -56,8 +56,9 @@ def test_noise_does_not_turn_a_step_into_layers(seed: int) -> None:
 
 def test_a_call_has_its_price() -> None:
     cheap = calibration()
-    dear = replace(cheap, calls={"awq-4": 1e-4})
-    seconds = [linear_cost(machine_of(this_cpu(), one), PLAIN, "awq-4").seconds(1, 1024, 1024) for one in (cheap, dear)]
+    dear = replace(cheap, calls={"quantserve_awq-4": 1e-4})
+    machines = [machine_of(this_cpu(), one) for one in (cheap, dear)]
+    seconds = [linear_cost(machine, PLAIN, "quantserve_awq-4").seconds(1, 1024, 1024) for machine in machines]
     assert seconds[1] - seconds[0] == pytest.approx(1e-4)
 
 

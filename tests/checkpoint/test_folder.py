@@ -62,6 +62,7 @@ def test_good_folder(tmp_path: Path, method: str, shards: int) -> None:
     assert checkpoint.problems == ()
     assert (checkpoint.location, checkpoint.path, checkpoint.tensors_complete) == ("local", folder, True)
     facts = ("present", "max_token_id", "max_base_token_id", "has_chat_template")
+    assert checkpoint.tokenizer["is_remote_code"] is False
     assert [checkpoint.tokenizer[fact] for fact in facts] == [True, 511, 511, True]
     assert checkpoint.quant_files == {"quant_config.json": {"wbits": 4}}
     assert checkpoint.torch_dtype == "float16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,20 @@ def test_missing_architectures(check: Check) -> None:
     assert serious(check(config={"architectures": REMOVE})) == []
     findings = check(config={"architectures": REMOVE, "model_type": "nobody-knows"})
     assert "architectures" in the(findings, "architectures-missing").offenders
+
+
+@pytest.mark.parametrize(("trusted", "codes"), [(False, ["remote-code-tokenizer"]), (True, [])])
+def test_a_tokenizer_of_remote_code_warns(tmp_path: Path, trusted: bool, codes: list[str]) -> None:
+    folder = make_llama(tmp_path / "m")
+    (folder / "tokenizer.json").rename(folder / "tiktoken.model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["tokens.Mine", None]}}))
+    model = served()
+    kwargs = {"trust_remote_code": True} if trusted else {}
+    engine = model.engine_config.model_copy(update={"engine_kwargs": kwargs})
+    model = model.model_copy(update={"engine_config": engine})
+    findings = check_model(open_checkpoint(str(folder)), model, find_target("l4"), FP16)
+    assert [finding.code for finding in findings if "remote" in finding.code] == codes
 
 
 def test_an_unknown_family_is_compared_block_by_block(check: Check) -> None:

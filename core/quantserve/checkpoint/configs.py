@@ -157,8 +157,10 @@ def _tokenizer(source: Source) -> tuple[dict[str, Any], list[Finding]]:
         ids.append(max(ids) + len(added))
     sentence, _ = read_object(source, "sentence_bert_config.json", "tokenizer-invalid", fix)
     template = (config or {}).get("chat_template")
+    auto_map = (config or {}).get("auto_map")
     facts = {
         "present": present,
+        "is_remote_code": isinstance(auto_map, dict) and "AutoTokenizer" in auto_map,
         "max_token_id": max(ids, default=None),
         "max_base_token_id": max(base, default=None),
         "has_chat_template": bool(template)

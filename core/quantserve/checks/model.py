@@ -226,6 +226,15 @@ def _check_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Fin
             "copy tokenizer.json and tokenizer_config.json from the base model, or set engine_config.tokenizer_id",
         )
         return
+    trusted = model.engine_kwargs.get("trust_remote_code") is True
+    if tokenizer.get("is_remote_code") and "tokenizer.json" not in checkpoint.files and not trusted:
+        yield Finding.warning(
+            "remote-code-tokenizer",
+            "the tokenizer is Python code in the checkpoint (auto_map), and there is no tokenizer.json; without "
+            "trust_remote_code vLLM takes the usual tokenizer of the model type, which may not read these files",
+            ["tokenizer_config.json"],
+            "read that code; if you trust it, set engine_kwargs.trust_remote_code: true",
+        )
     yield from _check_token_ids(checkpoint)
     generates = service(class_names(checkpoint))[1] in ("generate", "multimodal", "transformers")
     if tokenizer.get("has_chat_template") is False and not model.chat_template and generates:

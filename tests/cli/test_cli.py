@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import click
 import pytest
 
 from helpers.checkpoints import make_llama
-from quantserve.cli.main import COMMANDS, cli, run
+from quantserve.cli.main import CLOSED_PIPE, COMMANDS, cli, run
 
 HEAVY = ("torch", "vllm", "ray", "transformers", "numpy")
 
@@ -240,3 +241,46 @@ def test_every_option_has_a_help_text(name: str) -> None:
     assert command.help
     options = [option for option in command.params if isinstance(option, click.Option)]
     assert [option.opts[-1] for option in options if not (option.help or "").endswith((".", ")"))] == []
+
+
+# --- where the output goes ----------------------------------------------------------------------------
+
+
+def command(arguments: Sequence[str], redirect: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run quantserve in a shell, with its output redirected."""
+    line = f'"$0" -m quantserve "$@" {redirect}'
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line, sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environ},
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["schema"], ["serve", "--help"]])
+@pytest.mark.parametrize(
+    ("redirect", "exit_code", "stderr"),
+    [
+        ("<&-", 0, ""),
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 2, "error: cannot write the output: No space left on device\n"),
+        ("| true", CLOSED_PIPE, ""),
+    ],
+)
+def test_an_output_that_takes_nothing(arguments: list[str], redirect: str, exit_code: int, stderr: str) -> None:
+    done = command(arguments, redirect)
+    assert (done.returncode, done.stderr) == (exit_code, stderr)
+
+
+def test_files_never_get_the_number_of_a_closed_stream(fp16: Path) -> None:
+    good, broken = command(["check", str(fp16)], "<&- >&-"), command(["check", str(fp16 / "none")], "<&- >&-")
+    assert (good.returncode, broken.returncode) == (0, 2)
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("0", 120), ("-5", 120), ("wide", 120), ("9" * 30, 120), ("70", 70)])
+def test_the_width_of_the_output(columns: str, widest: int) -> None:
+    lines = command(["list"], "", COLUMNS=columns).stdout.splitlines()
+    assert widest - 20 < max(map(len, lines)) <= widest

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import os
+import signal
 import sys
 from importlib import import_module
 
 import click
 
 from quantserve import __version__
-from quantserve.errors import QuantserveError, one_line, unknown_name
+from quantserve.errors import QuantserveError, UsageError, one_line, unknown_name
 from quantserve.text import LONGEST_ERROR, harmless
 
 COMMANDS = {
@@ -28,6 +30,8 @@ COMMANDS = {
     "doctor": "Check this machine: engine, torch, kernels, Ray, HAProxy, GPU, plugins.",
 }
 INTERNAL_ERROR = 70  # sysexits.h EX_SOFTWARE: a bug in quantserve
+CLOSED_PIPE = 128 + signal.SIGPIPE  # as of any program that the signal ends, so that no script takes it for success
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class LazyGroup(click.Group):
@@ -71,10 +75,20 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     gc.set_threshold(100_000)  # default thresholds cost a third of the time for the 36,000 linears of a large mixture
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # the locale may lack a character of a name
     sys.exit(run(arguments))
+
+
+def open_standard_streams() -> None:
+    """Connect closed standard streams to the null device, so that no file opened later gets the number of one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115 - it stays open
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -98,16 +112,24 @@ def run(arguments: list[str] | None = None) -> int:
         click.secho("error: ", fg="red", bold=True, err=True, nl=False)
         click.echo(str(error), err=True)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader (head, less) has closed the pipe; prevent a second error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit:  # from click and rich, where the reader of the output (head, less) has closed the pipe
+        _drop_output()
+        return CLOSED_PIPE
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            _drop_output()
+            click.echo(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", err=True)
+            return UsageError.exit_code
         click.echo(f"internal error: {one_line(error)}", err=True)
         click.echo(
             "  This is a bug in quantserve. Run again with QUANTSERVE_DEBUG=1 and report the traceback.", err=True
         )
         return INTERNAL_ERROR
     return result if isinstance(result, int) else 0
+
+
+def _drop_output() -> None:
+    """Prevent a second error when Python flushes the output at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

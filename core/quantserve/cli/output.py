@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
 import click
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -20,6 +21,7 @@ from quantserve.text import escaped, to_json
 COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 OFFENDERS_SHOWN = 9  # eight, and how many more there are, as the checks name them
 WIDTH_WITHOUT_TERMINAL = 120
+WIDEST = 1_000
 
 
 class _Console(Console):
@@ -33,9 +35,17 @@ class _Console(Console):
 
 def console(*, stderr: bool = False) -> Console:
     """A console that keeps a readable width when the output is a pipe or a file."""
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_WITHOUT_TERMINAL
-    return _Console(stderr=stderr, width=width, highlight=False)
+    return _Console(stderr=stderr, width=_width(sys.stderr if stderr else sys.stdout), highlight=False)
+
+
+def _width(stream: TextIO) -> int:
+    """Columns of the output: ``COLUMNS``, else the terminal's, else 120; a terminal without a size has 0."""
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() and len(columns) < 9 else 0
+    if not width and stream.isatty():
+        with suppress(OSError, ValueError):
+            width = os.get_terminal_size(stream.fileno()).columns
+    return min(width, WIDEST) or WIDTH_WITHOUT_TERMINAL
 
 
 def print_json(value: object) -> None:

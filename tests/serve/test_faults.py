@@ -124,7 +124,7 @@ def full() -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("variable", "said", "seconds"),
     [
-        ("RAY_TMPDIR", r"^error: no space left in {folder} for Ray's session: 0 MiB free, 64 MiB needed$", 30),
+        ("RAY_TMPDIR", r"^error: too little free space in {folder} for Ray's session: 0 MiB, 64 MiB needed$", 30),
         ("VLLM_CACHE_ROOT", r"^  checkpoint  failed: No space left on device: {folder} \(VLLM_CACHE_ROOT\)$", 200),
     ],
 )

@@ -98,6 +98,37 @@ BROKEN = [
     Broken("import-changes-folder", "import os\nos.chdir('/')", "changed the working folder", whole=True),
     Broken("import-empties-path", "import sys\nsys.path.clear()", "from sys.path; put back", whole=True),
     Broken("import-recursion-limit", "import sys\nsys.setrecursionlimit(200)", "the recursion limit", whole=True),
+    Broken("import-replaces-a-function", "import json\njson.dumps = str", "replaced json.dumps; put back", whole=True),
+    Broken(
+        "import-replaces-a-method",
+        "from quantserve.api import Finding\nFinding.to_json = str",
+        "replaced quantserve.finding.Finding.to_json; put back",
+        whole=True,
+    ),
+    Broken(
+        "import-replaces-a-builtin", "import builtins\nbuiltins.len = id", "replaced builtins.len; put back", whole=True
+    ),
+    Broken(
+        "import-removes-modules",
+        "import sys\nfor name in ('json', 'quantserve.finding'): del sys.modules[name]",
+        "from sys.modules; put back",
+        whole=True,
+    ),
+    Broken("import-removes-finders", "import sys\nsys.meta_path.clear()", "from sys.meta_path; put back", whole=True),
+    Broken("import-replaces-stderr", "import sys\nsys.stderr = None", "replaced sys.stderr; put back", whole=True),
+    Broken(
+        "import-ignores-sigterm",
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)",
+        "changed the handler of SIGTERM; put back",
+        whole=True,
+    ),
+    Broken(
+        "100000-aliases",
+        "from quantserve.api import *\n"
+        + hook("method(): return Method('broken', 's', (8,), None, tuple(map(str, range(100_000))))"),
+        "Method.aliases has 100,000 entries; at most 100",
+        whole=True,
+    ),
     Broken(
         "exception-without-text", "class E(Exception):\n    def __str__(self): 1 / 0\nraise E", ": E at", whole=True
     ),
@@ -123,12 +154,21 @@ BROKEN = [
     Broken("detect-loops", hook("detect(checkpoint):\n    while True: pass"), f"{LATE} 0.3 s", seconds="0.3"),
     Broken("detect-claims-all", hook("detect(checkpoint): return True"), "", 0),
     Broken(
+        "detect-claims-nothing", hook("detect(checkpoint): return False"), "(quantserve-broken 0.9) does not claim", 1
+    ),
+    Broken(
         "detect-claims-plain",
         hook("detect(checkpoint): return not checkpoint.quantization_config"),
         "method-not-detected",
         1,
     ),
     # findings
+    Broken(
+        "validate-replaces-a-method",
+        validate("import quantserve.api as api; api.Finding.error = None; return []"),
+        "replaced quantserve.finding.Finding.error; put back",
+    ),
+    Broken("validate-coroutine", "async def later(): pass\n" + validate("return later()"), "returned coroutine"),
     Broken(
         "validate-raises", validate("raise KeyError('weight')"), "KeyError: 'weight' at quantserve_broken_plugin.py:"
     ),
@@ -196,6 +236,11 @@ BROKEN = [
     Broken("kwargs-nan", kwargs("{'seed': 1, 'watermark': float('nan')}"), "not JSON: watermark: "),
     Broken("kwargs-lambda", kwargs("{'hf_overrides': {'a': [lambda: 0]}}"), "not JSON: hf_overrides: "),
     Broken("kwargs-circular", "x = {}\nx['x'] = x\n" + kwargs("{'hf_overrides': x}"), "not JSON: hf_overrides: "),
+    Broken(
+        "kwargs-nested",
+        "x = {}\nfor _ in range(850): x = {'a': x}\n" + kwargs("{'hf_overrides': x}"),
+        "nested more than 100 levels deep for hf_overrides",
+    ),
     Broken(
         "kwargs-of-the-core",
         kwargs("{'model': 'x', 'tensor_parallel_size': 2}"),
@@ -379,6 +424,30 @@ def test_a_failing_hook_is_a_row(
     assert "'broken' of quantserve-broken 0.9 failed at stage 'quantserve_kernel'" in methods["broken"]["failed"]
     assert run([*asked, "--method", "fp16", "--method", "broken"]) == 3
     assert run([command, models["broken"].source, "--target", TARGET]) == 3
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os.write(1, b'noise')",
+        "import subprocess; subprocess.run(['echo', 'noise'])",
+        "import sys; sys.__stdout__.write('noise')",
+        "import os; os.close(1)",
+        "import os; os.close(2)",
+        "import os; os.dup2(os.open('/dev/null', os.O_WRONLY), 1)",
+    ],
+)
+@pytest.mark.parametrize("body", ["{}", "def quantserve_detect(checkpoint): {}; return False"])
+def test_standard_output_stays_ours(tmp_path: Path, code: str, body: str) -> None:
+    site = Site(tmp_path)
+    marked = "@hookimpl\n" if body.startswith("def") else ""
+    site.install("noisy", METHOD.format(name="noisy", aliases=()) + marked + body.format(code), name="noisy")
+    folder = str(make_llama(tmp_path / "m"))
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "quantserve", "check", folder, "--json", "--target", TARGET]
+    noisy = subprocess.run(command, capture_output=True, env=environ, timeout=60, check=False)
+    quiet = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert (noisy.returncode, noisy.stdout) == (0, quiet.stdout)
 
 
 # --- names -------------------------------------------------------------------------------------------

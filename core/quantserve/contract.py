@@ -35,6 +35,10 @@ MOST_OFFENDERS: Final = 50
 LONGEST_OFFENDER: Final = 200
 LONGEST_LINE: Final = 300
 LONGEST_NAME: Final = 64
+MOST_NAMES: Final = 100
+"""Aliases, widths, devices or dtypes of a method."""
+DEEPEST_KWARGS: Final = 100
+"""Levels of objects and arrays in an engine argument of a plugin."""
 LONGEST_KWARGS: Final = 1 << 20
 """Characters of a plugin's engine arguments as JSON."""
 
@@ -84,6 +88,8 @@ def method_breach(method: object) -> str:
     for field in ("aliases", "bits", "devices", "dtypes"):
         if not isinstance(value := getattr(method, field), tuple):
             return f"Method.{field} is {_kind(value)}, not a tuple: {value!r:.80}"
+        if len(value) > MOST_NAMES:
+            return f"Method.{field} has {len(value):,} entries; at most {MOST_NAMES}"
     if reason := _accepts_breach(method.accepts):
         return reason
     for field in ("name", "summary", "homepage"):
@@ -125,6 +131,8 @@ def _accepts_breach(accepts: object) -> str:
     """What is wrong with ``Method.accepts``: declared name -> device -> vLLM's arguments."""
     if not isinstance(accepts, Mapping):
         return f"Method.accepts is {_kind(accepts)}, not a mapping"
+    if len(accepts) > MOST_NAMES:
+        return f"Method.accepts has {len(accepts):,} entries; at most {MOST_NAMES}"
     for declared, devices in accepts.items():
         if not isinstance(declared, str) or declared != declared.lower() or not isinstance(devices, Mapping):
             return f"Method.accepts must map lower-case names to mappings of devices: {declared!r:.80}"
@@ -213,7 +221,16 @@ def json_of(value: object, key: str, longest: int) -> Any:
         raise Breach(f"returned a value that is not JSON: {key}: {str(error)[:200]}") from error
     if len(text) > longest:
         raise Breach(f"returned {len(text):,} characters of JSON for {key}; at most {longest:,}")
-    return json.loads(text)
+    made = json.loads(text)
+    level, depth = [made], 0
+    while level := [part for value in level for part in _parts(value)]:
+        if (depth := depth + 1) > DEEPEST_KWARGS:
+            raise Breach(f"returned a value nested more than {DEEPEST_KWARGS} levels deep for {key}")
+    return made
+
+
+def _parts(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def kernel_breach(profile: object) -> str:

@@ -141,6 +141,9 @@ def _not_detected(registry: Registry, checkpoint: Checkpoint, declared: str, def
         if who := served_by_vllm(name):
             message += f"; {who}"
         fix = how_to_install(name)
+    elif owner := registry.methods.get(declared.strip().lower()):
+        message = f"the checkpoint declares the method {declared[:80]!r}, but {owner.label} does not claim it"
+        fix = f"name the method in engine_kwargs.quantization, or ask the author of {owner.distribution} why"
     elif declared:
         message = f"the checkpoint declares {unknown_name('quantization method', declared[:80], known)}"
         fix = how_to_install(declared)

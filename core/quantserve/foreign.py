@@ -9,8 +9,7 @@ keeps the exception. After its time limit the code is ended:
 
 Time in which the code waited for a processor does not count, so a busy machine makes no plugin defective.
 
-What the code changed of the process is put back: the environment, the working folder, ``sys.path``, the recursion
-limit. Such a change is a fault of the plugin as well.
+What the code changed of the process is put back (`quantserve.process`). Such a change is a fault of the plugin as well.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from contextvars import copy_context
 from types import FrameType
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from quantserve.errors import UsageError
+from quantserve.process import Process, output_to_stderr
 from quantserve.text import harmless
 
 HOOK_S: Final = 10.0
@@ -45,8 +45,6 @@ _SWALLOWED: Final = 3
 _GRACE_S: Final = 15.0
 """How long a signal handler may be kept waiting after the limit."""
 _LONGEST: Final = 500
-_GUARDED: Final = ("VLLM_", "QUANTSERVE_")
-"""Variables that steer the engine and quantserve: code of a plugin may not set them either."""
 
 T = TypeVar("T")
 
@@ -104,10 +102,10 @@ def run(code: Callable[[], T], what: str, seconds: float, notice: str = "") -> T
         Raised: the code raised, left damage, or did not end in time.
         KeyboardInterrupt: the user pressed Ctrl-C; one that the code raises by itself is a `Raised`.
     """
-    before = _Process()
+    before = Process()
     call = _in_main_thread if _signals_work() else _in_thread
     try:
-        with redirect_stdout(sys.stderr):
+        with output_to_stderr(), redirect_stdout(sys.stderr):
             result = call(code, what, seconds, notice)
     except BaseException as error:
         before.restore()
@@ -284,53 +282,3 @@ def _in_thread(code: Callable[[], T], what: str, seconds: float, notice: str) ->
     if errors:
         raise Raised(errors[0]) from errors[0]
     return results[0]
-
-
-class _Process:
-    """What a plugin's code may not change of this process."""
-
-    def __init__(self) -> None:
-        self._environ = dict(os.environ)
-        self._path = list(sys.path)
-        self._recursion = sys.getrecursionlimit()
-        self._folder = _folder()
-
-    def restore(self) -> str:
-        """Put back what was changed; gives what that was, "" for nothing."""
-        return "; ".join(filter(None, (self._restore_environ(), *self._restore_others())))
-
-    def _restore_environ(self) -> str:
-        now = dict(os.environ)
-        removed = sorted(self._environ.keys() - now.keys())
-        changed = sorted(
-            name for name, value in now.items() if name.startswith(_GUARDED) and self._environ.get(name) != value
-        )
-        for name in changed:
-            os.environ.pop(name)
-        os.environ.update({name: self._environ[name] for name in (*removed, *changed) if name in self._environ})
-        done = [f"removed {_some(removed)}"] if removed else []
-        done += [f"set {_some(changed)}"] if changed else []
-        return f"{' and '.join(done)} in the environment; put back" if done else ""
-
-    def _restore_others(self) -> Iterator[str]:
-        if self._folder and _folder() != self._folder:
-            os.chdir(self._folder)
-            yield "changed the working folder; put back"
-        if missing := [entry for entry in self._path if entry not in sys.path]:
-            sys.path[:] = self._path
-            yield f"removed {_some(missing)} from sys.path; put back"
-        if sys.getrecursionlimit() < self._recursion:
-            yield f"set the recursion limit to {sys.getrecursionlimit()}; put back"
-            sys.setrecursionlimit(self._recursion)
-
-
-def _folder() -> str:
-    try:
-        return os.getcwd()
-    except OSError:  # it was deleted
-        return ""
-
-
-def _some(names: list[Any]) -> str:
-    first = ", ".join(harmless(str(name), 80) for name in names[:3])
-    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first

@@ -14,6 +14,7 @@ import click
 import pytest
 
 from helpers.checkpoints import make_llama
+from helpers.dists import METHOD, Site
 from quantserve.cli.main import CLOSED_PIPE, COMMANDS, cli, run
 
 HEAVY = ("torch", "vllm", "ray", "transformers", "numpy")
@@ -273,6 +274,19 @@ def command(arguments: Sequence[str], redirect: str, **environ: str) -> subproce
 def test_an_output_that_takes_nothing(arguments: list[str], redirect: str, exit_code: int, stderr: str) -> None:
     done = command(arguments, redirect)
     assert (done.returncode, done.stderr) == (exit_code, stderr)
+
+
+def test_a_bug_names_the_plugins_from_outside(tmp_path: Path) -> None:
+    finder = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None): raise RuntimeError("finder")
+sys.meta_path.insert(0, Finder())
+"""
+    Site(tmp_path).install("newcomer", finder + METHOD.format(name="m", aliases=()), name="m")
+    done = command(["list"], "", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 70
+    assert "A plugin can cause it as well. Run again with QUANTSERVE_DISABLE=m\n" in done.stderr
 
 
 def test_files_never_get_the_number_of_a_closed_stream(fp16: Path) -> None:

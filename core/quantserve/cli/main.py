@@ -8,7 +8,9 @@ import io
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import entry_points
 
 import click
 
@@ -126,8 +128,22 @@ def run(arguments: list[str] | None = None) -> int:
         click.echo(
             "  This is a bug in quantserve. Run again with QUANTSERVE_DEBUG=1 and report the traceback.", err=True
         )
+        if names := ",".join(plugins_from_outside()):
+            click.echo(f"  A plugin can cause it as well. Run again with QUANTSERVE_DISABLE={names}", err=True)
         return INTERNAL_ERROR
     return result if isinstance(result, int) else 0
+
+
+def plugins_from_outside() -> list[str]:
+    """Names of the installed plugins that are not this project's, as far as they can be read."""
+    with suppress(Exception):
+        from quantserve.claims import OURS, named_for, unusable_name
+        from quantserve.plugin import origin
+        from quantserve.registry import GROUP
+
+        points = [point for point in entry_points(group=GROUP) if not unusable_name(point.name)]
+        return sorted({p.name for p in points if p.name not in OURS or not named_for(origin(p)[0], p.name)})
+    return []
 
 
 def _drop_output() -> None:

@@ -432,6 +432,7 @@ def test_a_failing_hook_is_a_row(
         "import os; os.write(1, b'noise')",
         "import subprocess; subprocess.run(['echo', 'noise'])",
         "import sys; sys.__stdout__.write('noise')",
+        "import os; os.fork()",
         "import os; os.close(1)",
         "import os; os.close(2)",
         "import os; os.dup2(os.open('/dev/null', os.O_WRONLY), 1)",
@@ -749,6 +750,13 @@ def test_a_failing_register_is_named(site: Site, body: str, says: str, monkeypat
         load_plugins(environ, site.entry_points())
     assert says in str(caught.value)
     assert dict(os.environ) == before
+
+
+def test_an_engine_side_that_names_no_module(site: Site) -> None:
+    site.method("quantserve-broken", "broken", name="broken", engine={"broken": "no module"})
+    registry = load(site)
+    with pytest.raises(PluginError, match="stage 'register': the entry point's value 'no module' is no 'module' or"):
+        load_plugins(registry.engine_environment([registry.plugins["broken"]]), site.entry_points())
 
 
 def test_a_strangers_engine_side_of_the_same_name_is_not_loaded(site: Site) -> None:

@@ -211,6 +211,7 @@ def test_more_ways_to_be_broken(site: Site, code: str, stage: str, reason: str) 
         (":instance", "hooks", "names a Plugin, not a module"),
         (":function", "hooks", "names a function, not a module"),
         (":absent", "load", "absent"),
+        (" and more", "load", "the entry point's value 'quantserve_bad_plugin and more' is no 'module' or"),
     ],
 )
 def test_an_entry_point_that_names_no_module(site: Site, target: str, stage: str, reason: str) -> None:

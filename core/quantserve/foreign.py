@@ -214,6 +214,7 @@ def _in_main_thread(code: Callable[[], T], what: str, seconds: float, notice: st
         if seconds:
             _end_process_after(seconds + _GRACE_S)
             stack.callback(faulthandler.cancel_dump_traceback_later)
+        stack.callback(_end_copy, os.getpid())
         try:
             result = code()
         except KeyboardInterrupt as error:
@@ -225,6 +226,12 @@ def _in_main_thread(code: Callable[[], T], what: str, seconds: float, notice: st
         if overdue:
             raise _late(seconds)
         return result
+
+
+def _end_copy(process: int) -> None:
+    """End a process that the code has forked and that came back here: it would do everything a second time."""
+    if os.getpid() != process:
+        os._exit(1)
 
 
 @contextmanager

@@ -167,6 +167,22 @@ def origin(point: EntryPoint) -> tuple[str, str]:
     return (dist.name or "unknown distribution", dist.version or "?") if dist else ("unknown distribution", "?")
 
 
+def package_of(point: EntryPoint) -> str:
+    """First part of the name of the module that an entry point names."""
+    return point.value.replace(":", ".").partition(".")[0].strip()
+
+
+def resolve(point: EntryPoint) -> Any:
+    """Import what an entry point names.
+
+    Raises:
+        Breach: its value is no ``module`` or ``module:name``.
+    """
+    if not point.pattern.match(point.value):
+        raise foreign.Breach(f"the entry point's value {point.value!r:.80} is no 'module' or 'module:name'")
+    return point.load()
+
+
 def manager() -> pluggy.PluginManager:
     """A plugin manager that knows the hooks."""
     made = pluggy.PluginManager(hookspecs.PROJECT)
@@ -197,7 +213,9 @@ def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | F
     began = time.monotonic()
     try:
         limit = seconds * foreign.IMPORT_PARTS
-        module = foreign.run(point.load, f"plugin {label} at stage 'load'", limit, f"loading plugin {label} ...")
+        module = foreign.run(
+            lambda: resolve(point), f"plugin {label} at stage 'load'", limit, f"loading plugin {label} ..."
+        )
         import_s = time.monotonic() - began
         stage = "hooks"
         foreign.run(lambda: _register(module, point.name), f"plugin {label} at stage 'hooks'", seconds)
@@ -210,7 +228,7 @@ def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | F
             fix = f"upgrade quantserve, which is {__version__} here, or install the version of {distribution} for it"
         elif isinstance(error, _OtherApi):
             fix = error.fix(distribution)
-        return failure(stage, foreign.reason(error, point.module.partition(".")[0]), fix, error)
+        return failure(stage, foreign.reason(error, package_of(point)), fix, error)
     brought = [name for name in HEAVY if name in sys.modules and name not in heavy]
     return Plugin(
         point.name,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import EntryPoints, entry_points
 
 from quantserve import foreign
 from quantserve.errors import PluginError
-from quantserve.plugin import origin
+from quantserve.plugin import origin, package_of, resolve
 from quantserve.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE
 
 STAGE = "register"
@@ -47,7 +48,7 @@ def load_plugins(environ: Mapping[str, str], installed: EntryPoints | None = Non
         what = f"plugin {name} ({distribution} {version}) at stage {STAGE!r}"
         seconds = foreign.hook_seconds(environ) * foreign.REGISTER_PARTS
         try:
-            foreign.run(foreign.run(point.load, what, seconds), what, seconds)
+            foreign.run(foreign.run(partial(resolve, point), what, seconds), what, seconds)
         except foreign.Raised as raised:
-            reason = foreign.reason(raised.error, point.module.partition(".")[0])
+            reason = foreign.reason(raised.error, package_of(point))
             raise PluginError(name, distribution, version, STAGE, reason) from raised.error

@@ -132,6 +132,24 @@ BROKEN = [
     Broken(
         "exception-without-text", "class E(Exception):\n    def __str__(self): 1 / 0\nraise E", ": E at", whole=True
     ),
+    Broken(
+        "exception-with-a-property-for-notes",
+        "class E(Exception): __notes__ = property(lambda self: 1 / 0)\nraise E('x')",
+        "E: x at quantserve_broken",
+        whole=True,
+    ),
+    Broken(
+        "exception-with-a-number-for-notes",
+        "error = ValueError('x')\nerror.__notes__ = 7\nraise error",
+        "ValueError: x at quantserve_broken",
+        whole=True,
+    ),
+    Broken(
+        "exception-that-exits",
+        "class E(Exception):\n    def __getattribute__(self, name): raise SystemExit\nraise E",
+        "raised an exception that cannot be read",
+        whole=True,
+    ),
     Broken("exception-of-10-MB", "raise ValueError('x' * 10_000_000)", "(10,000,000 characters)", whole=True),
     Broken("exception-with-escapes", "raise ValueError('a\\x1b[2Jb')", "a\\x1b[2Jb", whole=True),
     Broken("later-api", "from quantserve.api import AnInventionOf2027", "fix: upgrade quantserve", whole=True),

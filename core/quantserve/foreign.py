@@ -66,6 +66,10 @@ class Raised(Exception):
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(type(error).__name__)
+        try:
+            isinstance(error, Breach)
+        except BaseException:  # its class is the plugin's, and may replace what every exception has
+            error = Breach("raised an exception that cannot be read")
         self.error = error
 
 
@@ -125,13 +129,18 @@ def reason(error: BaseException, package: str) -> str:
     """
     if isinstance(error, Breach):
         return harmless(str(error), 2 * _LONGEST)
+    name = _read(lambda: type(error).__name__)
+    text = _read(lambda: str(error).strip().partition("\n")[0])
+    notes = _read(lambda: "".join(f" ({note})" for note in getattr(error, "__notes__", ())))
+    return f"{name}: {text}{_place(error, package)}{notes}" if text else f"{name}{_place(error, package)}{notes}"
+
+
+def _read(text: Callable[[], str]) -> str:
+    """Text of an exception; "" where the plugin's class fails to give it."""
     try:
-        text = str(error).strip().splitlines()
-    except BaseException:  # its __str__ is the plugin's as well
-        text = []
-    said = f"{type(error).__name__}: {harmless(text[0], _LONGEST)}" if text else type(error).__name__
-    notes = "".join(f" ({harmless(str(note), _LONGEST)})" for note in getattr(error, "__notes__", ()))
-    return f"{said}{_place(error, package)}{notes}"
+        return harmless(text(), _LONGEST)
+    except BaseException:
+        return ""
 
 
 def say(line: str) -> None:

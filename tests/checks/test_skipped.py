@@ -240,3 +240,12 @@ def test_no_list_takes_long(match: Match, entries: list[str]) -> None:
     start = time.process_time()
     SkipList(entries, match).judge(layers)
     assert time.process_time() - start < 4
+
+
+@pytest.mark.parametrize("entries", ["lm_head", ["q_proj"], ["model.layers.0.mlp.down_proj"]])
+def test_messages_call_the_list_what_the_config_calls_it(entries: object) -> None:
+    findings = skip_findings(llama("o_proj"), SkipList(entries, key="ignored_layers"))
+    assert findings
+    for finding in findings:
+        assert "ignored_layers" in finding.message
+        assert "modules_to_not_convert" not in f"{finding.message} {finding.fix} {finding.offenders}"

@@ -98,9 +98,9 @@ def check_skip_list(checkpoint: Checkpoint, skip: SkipList, dense: Sequence[Line
         code: prefix of the code ``-skip-list``.
     """
     if skip.problem:
-        message = f"modules_to_not_convert of the quantization config {skip.problem}"
+        message = f"{skip.key} of the quantization config {skip.problem}"
         fix = "write it as a list of module names"
-        yield Finding.error(f"{code}-skip-list", message, ["modules_to_not_convert"], fix)
+        yield Finding.error(f"{code}-skip-list", message, [skip.key], fix)
         return
     layers = engine_layers(checkpoint)
     judged = _judged(checkpoint, skip, layers)
@@ -123,7 +123,7 @@ def check_skip_list(checkpoint: Checkpoint, skip: SkipList, dense: Sequence[Line
     if partly:
         yield (Finding.error if any(fuses(checkpoint, layer) for layer in partly) else Finding.warning)(
             f"{code}-skip-list",
-            f"modules_to_not_convert names a part of {counted(len(partly), 'fused layer')}; vLLM needs all parts or "
+            f"{skip.key} names a part of {counted(len(partly), 'fused layer')}; vLLM needs all parts or "
             f"none. First: {partly[0]}",
             named(partly),
             "list all parts of the layer (q_proj, k_proj and v_proj), or none",
@@ -131,18 +131,18 @@ def check_skip_list(checkpoint: Checkpoint, skip: SkipList, dense: Sequence[Line
     if names := [*routers, *unlisted]:
         yield (Finding.error if known or routers else Finding.warning)(
             f"{code}-skip-list",
-            f"{are(len(names), 'linear layer')} unquantized in the files but not named by modules_to_not_convert. "
+            f"{are(len(names), 'linear layer')} unquantized in the files but not named by {skip.key}. "
             f"vLLM builds {'it' if len(names) == 1 else 'them'} quantized. First: {names[0]}",
             named(names),
-            "add them to modules_to_not_convert of the quantization config",
+            f"add them to {skip.key} of the quantization config",
         )
     if listed:
         yield (Finding.error if known else Finding.warning)(
             f"{code}-skip-list",
-            f"{are(len(listed), 'linear layer')} quantized in the files but named by modules_to_not_convert. "
+            f"{are(len(listed), 'linear layer')} quantized in the files but named by {skip.key}. "
             f"vLLM builds {'it' if len(listed) == 1 else 'them'} unquantized. First: {listed[0]}",
             named(listed),
-            "remove them from modules_to_not_convert of the quantization config",
+            f"remove them from {skip.key} of the quantization config",
         )
 
 

@@ -43,11 +43,19 @@ class SkipList:
         entries: what vLLM compares names with; empty when there is no list.
         headers: whether the files count too.
         problem: why vLLM stops at the value, or "".
+        key: what the quantization config calls the list, for messages.
     """
 
-    def __init__(self, value: object, match: Match = "substring", headers: Headers = "if_empty") -> None:
+    def __init__(
+        self,
+        value: object,
+        match: Match = "substring",
+        headers: Headers = "if_empty",
+        key: str = "modules_to_not_convert",
+    ) -> None:
         self.entries, self.problem = _entries(value, match)
         self.headers = headers
+        self.key = key
         self._match = match
         self._named = _comparison(self.entries, match)
 

@@ -95,6 +95,11 @@ def test_every_name_becomes_the_one_the_platform_takes(tmp_path: Path, name: str
 # --- bad configs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("version", ["gemm", "GEMM", "exllama", "exllamav2", "ipex"])
+def test_versions_that_name_a_kernel_for_the_gemm_layout(tmp_path: Path, version: str) -> None:
+    assert not errors(composed(make_llama(tmp_path / "m", "awq", config=config(version=version))))
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [

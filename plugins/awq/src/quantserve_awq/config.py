@@ -18,6 +18,8 @@ KEYS = {
     "group_size": ("q_group_size", "group_size"),
     "zero_point": ("zero_point",),
 }
+# ``version`` names a layout, or a kernel of AutoAWQ's for files in the gemm layout.
+GEMM_VERSIONS = ("gemm", "exllama", "exllamav2", "ipex")
 EXAMPLE = '{"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm"}'
 
 
@@ -91,7 +93,7 @@ def config_findings(written: Written) -> list[Finding]:
                 "use a 4-bit export of the model",
             )
         )
-    if version.lower() != "gemm":
+    if version.lower() not in GEMM_VERSIONS:
         findings.append(
             Finding.error(
                 "awq-version",

@@ -155,6 +155,9 @@ def _kinds(config: Mapping[str, Any], layers: int) -> Sequence[Kind] | None:
             return _named(given[:layers], config, layers)
     if indices := _full_indices(config, layers):
         return ["full" if index in indices else "state" for index in range(layers)]
+    repeated = config.get("block_types")  # RecurrentGemma
+    if isinstance(repeated, list) and repeated:
+        return _named([repeated[index % len(repeated)] for index in range(layers)], config, layers)
     types = config.get("attn_type_list")
     if isinstance(types, list) and len(types) >= layers:
         return ["full" if kind == 1 else "state" for kind in types[:layers]]
@@ -210,6 +213,14 @@ def window_of(config: Mapping[str, Any]) -> int:
     return size_of(config, "sliding_window", "attention_chunk_size", "local_attention")
 
 
+def mamba_heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Heads of a Mamba 2 layer and groups of them that share a state projection; (0, 1) without."""
+    heads = size_of(config, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
+    if not heads and config.get("model_type") == "mamba2":
+        heads = size_of(config, "num_heads")
+    return heads, size_of(config, "mamba_n_groups", "n_groups", "mamba_ngroups") or 1
+
+
 def state_bytes(config: Mapping[str, Any], ranks: int, dtype_bytes: int) -> int | None:
     """Bytes of one layer's state on one rank; None when the fields do not tell.
 
@@ -234,12 +245,11 @@ def state_bytes(config: Mapping[str, Any], ranks: int, dtype_bytes: int) -> int 
     if not state or not kernel or not hidden:
         return None
     expand = config.get("mamba_expand", config.get("expand", 2))
-    heads = size_of(config, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
+    heads, groups = mamba_heads(config)
     size = size_of(config, "mamba_d_head", "mamba_head_dim", "mamba_headdim")
     inner = size_of(config, "mamba_d_ssm", "intermediate_size") if config.get("mamba_d_ssm") else heads * size
     inner = inner or int(hidden * (expand if isinstance(expand, (int, float)) else 2))
     if heads > 1:
-        groups = size_of(config, "mamba_n_groups", "n_groups", "mamba_ngroups") or 1
         channels = inner + 2 * max(groups, ranks) * state
         return (channels * (kernel - 1) * dtype_bytes + inner * state * wide) // ranks
     return (inner * (kernel - 1) * dtype_bytes + inner * state * dtype_bytes) // ranks

@@ -473,6 +473,13 @@ def test_rope_scaling_lengthens_the_context(check: Check, rope: dict[str, Any], 
         ),
         ({"intermediate": 513}, 2, "mlp-not-divisible", "intermediate_size 513", "to 1"),
         ({"intermediate": 512}, 8, "heads-not-divisible", "4 % 8 = 4", "to 4"),
+        (
+            {"heads": 6, "kv_heads": 6, "hidden": 384, "intermediate": 768, "vocab": 250},
+            3,
+            "vocabulary-not-divisible",
+            "vocab_size 250, padded to 256, does not divide over 3 ranks (256 % 3 = 1)",
+            "to 2",
+        ),
     ],
 )
 def test_tensor_parallelism(check: Check, sizes: dict[str, Any], ranks: int, code: str, says: str, fix: str) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quantserve.architecture import Architecture, read_sizes
-from quantserve.attention import read_heads
+from quantserve.attention import attention_layers, mamba_heads, read_heads, size_of
 from quantserve.finding import Finding
 
 if TYPE_CHECKING:
@@ -14,15 +14,13 @@ if TYPE_CHECKING:
     from quantserve.config import ModelConfig
     from quantserve.target import Target
 
+_VOCABULARY_MULTIPLE = 64  # vLLM pads the embedding to that many rows, whatever the number of ranks
 _WORKERS = "scaling_config.num_workers"
 _GPUS = "scaling_config.num_gpus_per_worker"
 
 
 def check_parallel(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
-    """Check the tensor parallel size against attention heads, kv heads, MLP width and devices, and that ranks get one.
-
-    The vocabulary needs no check: vLLM pads it.
-    """
+    """Check the tensor parallel size against devices and the sizes vLLM splits, and that each rank gets a device."""
     ranks = model.tensor_parallel_size
     if target.device != "cpu" and target.count and ranks > target.count:
         yield Finding.error(
@@ -39,46 +37,80 @@ def check_parallel(checkpoint: Checkpoint, model: ModelConfig, target: Target) -
             f"set {_GPUS} to 1, or to a share such as 0.3 to put several models on one GPU; "
             "if the CPU is meant, use `--target cpu`",
         )
-    given = read_heads(checkpoint)
-    if given is None or ranks <= 1:
+    if ranks <= 1:
         return
-    heads, kv_heads = given.query, given.kv
+    rules = [*_head_rules(checkpoint), *_state_rules(checkpoint), *_width_rules(checkpoint)]
+    fix = f"set {_WORKERS} to {_largest(lambda size: all(rule.works(size) for rule in rules), ranks)}"
+    for rule in rules:
+        if not rule.works(ranks):
+            yield Finding.error(rule.code, rule.why(ranks), [rule.field, _WORKERS], fix)
+
+
+class _Rule(NamedTuple):
+    """What a number of ranks must fulfil: the finding's code and field, the condition, and the message."""
+
+    code: str
+    field: str
+    works: Callable[[int], bool]
+    why: Callable[[int], str]
+
+
+def _divides(code: str, field: str, size: int, what: str) -> _Rule:
+    return _Rule(
+        code,
+        field,
+        lambda ranks: size % ranks == 0,
+        lambda ranks: f"{what} over {ranks} ranks ({size} % {ranks} = {size % ranks})",
+    )
+
+
+def _head_rules(checkpoint: Checkpoint) -> Iterator[_Rule]:
+    given, layers = read_heads(checkpoint), attention_layers(checkpoint)
+    if given is None or (layers is not None and not {"full", "window", "both"} & set(layers)):
+        return
+    kv = given.kv
+    heads = given.query
+    yield _divides("heads-not-divisible", "num_attention_heads", heads, f"{heads} attention heads do not divide")
     if given.latent:
-        kv_heads = heads  # every rank keeps the whole latent vector
+        return  # every rank keeps the whole latent vector
+    yield _Rule(
+        "kv-heads-not-divisible",
+        "num_key_value_heads",
+        lambda ranks: kv % ranks == 0 or ranks % kv == 0,
+        lambda ranks: (
+            f"{kv} key/value heads can be neither split over {ranks} ranks nor repeated on them: "
+            f"{kv} % {ranks} = {kv % ranks}, {ranks} % {kv} = {ranks % kv}"
+        ),
+    )
+
+
+def _state_rules(checkpoint: Checkpoint) -> Iterator[_Rule]:
+    """Heads of linear attention, and heads and groups of Mamba 2."""
+    config, layers = checkpoint.text_config, attention_layers(checkpoint)
+    if layers is None or not {"state", "both"} & set(layers):
+        return
+    for key in ("linear_num_key_heads", "linear_num_value_heads"):
+        if number := size_of(config, key):
+            yield _divides("heads-not-divisible", key, number, f"{number} {key} do not divide")
+    heads, groups = mamba_heads(config)
+    if heads > 1:
+        yield _divides("heads-not-divisible", "mamba_num_heads", heads, f"{heads} Mamba heads do not divide")
+        if groups > 1:
+            yield _divides("heads-not-divisible", "n_groups", groups, f"{groups} groups of Mamba heads do not divide")
+
+
+def _width_rules(checkpoint: Checkpoint) -> Iterator[_Rule]:
     sizes = read_sizes(checkpoint)
-    widths = _widths(sizes) if sizes and sizes.known else {}
-
-    def works(size: int) -> bool:
-        return (
-            heads % size == 0
-            and (kv_heads % size == 0 or size % kv_heads == 0)
-            and all(width % size == 0 for width in widths.values())
+    if sizes and sizes.known:
+        for key, width in _widths(sizes).items():
+            yield _divides("mlp-not-divisible", key, width, f"{key} {width} does not divide")
+    vocabulary = size_of(checkpoint.text_config, "vocab_size")
+    if vocabulary:
+        rows = -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        padded = f", padded to {rows}," if rows != vocabulary else ""
+        yield _divides(
+            "vocabulary-not-divisible", "vocab_size", rows, f"vocab_size {vocabulary}{padded} does not divide"
         )
-
-    fix = f"set {_WORKERS} to {_largest(works, ranks)}"
-    if heads % ranks:
-        yield Finding.error(
-            "heads-not-divisible",
-            f"{heads} attention heads do not divide over {ranks} ranks ({heads} % {ranks} = {heads % ranks})",
-            ["num_attention_heads", _WORKERS],
-            fix,
-        )
-    if kv_heads % ranks and ranks % kv_heads:
-        yield Finding.error(
-            "kv-heads-not-divisible",
-            f"{kv_heads} key/value heads can be neither split over {ranks} ranks nor repeated on them: "
-            f"{kv_heads} % {ranks} = {kv_heads % ranks}, {ranks} % {kv_heads} = {ranks % kv_heads}",
-            ["num_key_value_heads", _WORKERS],
-            fix,
-        )
-    for key, width in widths.items():
-        if width % ranks:
-            yield Finding.error(
-                "mlp-not-divisible",
-                f"{key} {width} does not divide over {ranks} ranks ({width} % {ranks} = {width % ranks})",
-                [key, _WORKERS],
-                fix,
-            )
 
 
 def _widths(sizes: Architecture) -> dict[str, int]:

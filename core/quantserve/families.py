@@ -94,6 +94,12 @@ def section_path(config: Mapping[str, Any]) -> tuple[str, ...]:
     return next((path for path in _SECTIONS if isinstance(_at(config, path), Mapping)), ())
 
 
+def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's config as the file spells it; empty where it has none."""
+    found = _at(config, section_path(config))
+    return found if isinstance(found, Mapping) else {}
+
+
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's config as transformers completes it.
 
@@ -101,27 +107,34 @@ def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     under two names (``n_embd``, ``hidden_size``) has both. Of a type that is not known, the section as it is.
     """
     path = section_path(config)
-    given = _at(config, path)
-    section: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    given = section(config)
     outer = entry(config.get("model_type"))
-    if path and not section and ("num_hidden_layers" in config or "hidden_size" in config):
-        section = {key: value for key, value in config.items() if key != "model_type"}  # a flat file, as Qwen2-VL's
-    model_type = section.get("model_type")
+    if path and not given and ("num_hidden_layers" in config or "hidden_size" in config):
+        given = {key: value for key, value in config.items() if key != "model_type"}  # a flat file, as Qwen2-VL's
+    model_type = given.get("model_type")
     if path and not isinstance(model_type, str) and outer is not None:
         model_type = outer.get("text_type")
     known = entry(model_type)
+    tied = _tied_by_outer(config, outer) if path else {}
     if not known:
-        return section
-    made = {**known.get("defaults", {}), **section}
+        return {**given, **tied}
+    made = {**known.get("defaults", {}), **given, **tied}
     for name, real in known.get("aliases", {}).items():
-        value = section.get(real, section.get(name, made.get(real)))
-        if value is not None or real in section:
+        value = given.get(real, given.get(name, made.get(real)))
+        if value is not None or real in given:
             made[name] = made[real] = value
     if isinstance(model_type, str):
         made["model_type"] = model_type
     if (switch := known.get("window_needs")) and not made.get(switch):
         made["sliding_window"] = None
     return made
+
+
+def _tied_by_outer(config: Mapping[str, Any], outer: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """``tie_word_embeddings`` of a multimodal model, which is the whole model's: vLLM copies it into the section."""
+    key = "tie_word_embeddings"
+    value = config.get(key, (outer or {}).get("defaults", {}).get(key))
+    return {} if value is None else {key: value}
 
 
 def layer_list(config: Mapping[str, Any], field: str, layers: int) -> list[str] | None:

@@ -38,6 +38,8 @@ _ROUTERS = re.compile(
 _WHOLE_DTYPES = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "I8")
 _PACKED = ("qweight", "weight_packed")
 _MAX_DOTS = 32
+SPEECH_PARTS = ("talker.", "token2wav.", "code2wav.")
+"""Beginnings of the tensors of Qwen-Omni that make speech; vLLM loads the ``thinker.`` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +114,18 @@ def other_tensors(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     return MappingProxyType(dict(_other(architecture, prefix, lm_head_name(checkpoint))))
 
 
-def modules(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+@once
+def modules(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, Tensor]]:
     """The tensors of the files by module: ``{"model.layers.0.mlp.up_proj": {"qweight": Tensor, ...}}``.
 
     A suffix may have dots: ``up_proj.weight.absmax`` belongs to ``up_proj``, as its ``weight.absmax``.
     """
+    paths = _linear_paths(checkpoint)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
-        module = module_of(name, checkpoint)
+        module = _module_of(name, checkpoint.tensors, paths)
         found.setdefault(module, {})[name[len(module) + 1 :] if module else name] = tensor
-    return found
+    return MappingProxyType(found)
 
 
 def module_of(name: str, checkpoint: Checkpoint) -> str:
@@ -130,14 +134,17 @@ def module_of(name: str, checkpoint: Checkpoint) -> str:
     That is the longest path of a linear the name begins with. Elsewhere it is the name up to its last
     dot, or up to that of the shortest tensor it extends (``weight``, ``weight.absmax``).
     """
-    paths = _linear_paths(checkpoint)
+    return _module_of(name, checkpoint.tensors, _linear_paths(checkpoint))
+
+
+def _module_of(name: str, tensors: Mapping[str, Tensor], paths: frozenset[str]) -> str:
     plain = end = name.rfind(".")
     for _ in range(_MAX_DOTS):
         if end < 0:
             break
         if name[:end] in paths:
             return name[:end]
-        if name[:end] in checkpoint.tensors:
+        if name[:end] in tensors:
             plain = name.rfind(".", 0, end)
         end = name.rfind(".", 0, end)
     return name[: max(plain, 0)]
@@ -177,7 +184,11 @@ def block_prefix(checkpoint: Checkpoint) -> str:
     prefixes = {match[1] for name in checkpoint.tensors if (match := _LLAMA_BLOCK.match(name))}
     if not prefixes or "model." in prefixes:
         return "model."
-    text = sorted(prefix for prefix in prefixes if "vision" not in prefix and "audio" not in prefix)
+    text = sorted(
+        prefix
+        for prefix in prefixes
+        if "vision" not in prefix and "audio" not in prefix and not prefix.startswith(SPEECH_PARTS)
+    )
     return (text or sorted(prefixes))[0]
 
 

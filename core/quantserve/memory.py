@@ -16,10 +16,20 @@ from quantserve.engine_defaults import (
     max_num_seqs,
 )
 from quantserve.environment import KV_CACHE_SPACE, engine_environment, whole_number
-from quantserve.families import entry
+from quantserve.families import entry, section
 from quantserve.finding import Finding
 from quantserve.kv_cache import kv_cache
-from quantserve.layers import Linear, linears, lm_head_name, modules, other_tensors, shard_k, shard_n, split_block
+from quantserve.layers import (
+    SPEECH_PARTS,
+    Linear,
+    linears,
+    lm_head_name,
+    modules,
+    other_tensors,
+    shard_k,
+    shard_n,
+    split_block,
+)
 from quantserve.once import once
 from quantserve.target import GIB, Target, gib, known_targets
 
@@ -160,16 +170,17 @@ def _modules(checkpoint: Checkpoint) -> list[tuple[Linear | None, list[Tensor], 
 
 
 def _not_loaded(checkpoint: Checkpoint) -> frozenset[str]:
-    """Tensors vLLM does not keep: the lm_head of a tied model, and layers for multi-token prediction."""
+    """Tensors vLLM does not keep: the lm_head of a tied model, layers for multi-token prediction, and speech."""
     sizes = read_sizes(checkpoint)
     if sizes is None:
         return frozenset()
-    # vLLM loads the lm_head, and ties it again when it equals the embeddings.
-    left = {lm_head_name(checkpoint)} if sizes.tied else set()
+    # vLLM loads a stored lm_head, and ties it again when it equals the embeddings: not where a section says untied.
+    untied = section(checkpoint.config).get("tie_word_embeddings") is False
+    left = {lm_head_name(checkpoint)} if sizes.tied and not untied else set()
     if checkpoint.text_config.get("num_nextn_predict_layers"):
         blocks = ((name, split_block(name)) for name in checkpoint.tensors)
         left |= {name for name, block in blocks if block is not None and block[1] >= sizes.layers}
-    return frozenset(left | {name for name in checkpoint.tensors if name.startswith("mtp.")})
+    return frozenset(left | {name for name in checkpoint.tensors if name.startswith(("mtp.", *SPEECH_PARTS))})
 
 
 def _file_bytes(checkpoint: Checkpoint) -> int:

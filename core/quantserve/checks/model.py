@@ -21,7 +21,7 @@ from quantserve.checks.parallel import check_parallel
 from quantserve.checks.tensors import check_size, check_tensors
 from quantserve.context import context_limit
 from quantserve.environment import LONG_CONTEXT, engine_environment, is_on
-from quantserve.families import VLLM, entry, section_path, service
+from quantserve.families import VLLM, entry, section, service
 from quantserve.finding import Finding
 from quantserve.layers import block_prefix, split_block
 
@@ -110,11 +110,9 @@ def _check_defaults(checkpoint: Checkpoint, architecture: Architecture) -> Itera
         "vocab_size": (architecture.vocab, embedding.shape[0] if embedding and embedding.shape else None),
         "num_attention_heads": (architecture.heads * architecture.head_dim, query.shape[0] if query else None),
     }
-    section: object = checkpoint.config
-    for key in section_path(checkpoint.config):
-        section = section.get(key, {}) if isinstance(section, Mapping) else {}
+    given = section(checkpoint.config)
     for key, (default, actual) in stored.items():
-        if actual is None or default == actual or not isinstance(section, Mapping) or section.get(key) is not None:
+        if actual is None or default == actual or given.get(key) is not None:
             continue
         what = "head_dim x num_attention_heads" if key == "num_attention_heads" else key
         yield Finding.error(

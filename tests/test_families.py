@@ -143,8 +143,8 @@ def test_sizes_heads_lengths_and_layers_are_vllms() -> None:
             kinds, theirs_kinds = attention_layers(checkpoint), getattr(text, "layer_types", None)
             if kinds is not None and theirs_kinds and "block" not in str(theirs_kinds[0]):
                 compared["layers"] += 1
-                window = getattr(text, "sliding_window", None)
-                expected = sum(name == "sliding_attention" for name in theirs_kinds) if window else 0
+                windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+                expected = sum(bool(getattr(text, windows.get(name, ""), None)) for name in theirs_kinds)
                 shared = getattr(text, "num_kv_shared_layers", 0) or 0
                 if not shared and kinds.count("window") != expected:
                     wrong.append(f"{kind}: {kinds.count('window')} windows instead of {expected}: {config}")

@@ -220,10 +220,36 @@ def test_archives_that_lie() -> None:
     assert read(good[:-40])[2] == ["pickle-invalid"]
     assert read(good[: len(good) // 2])[2] == ["pickle-invalid"]
     assert read(b"PK\x03\x04")[2] == ["pickle-invalid"]
-    assert read(b"")[2] == read(b"nonsense")[2] == ["pickle-legacy"]
+    assert read(b"")[2] == read(b"nonsense")[2] == ["pickle-invalid"]
     assert read(b"version https://git-lfs.github.com/spec/v1\n")[2] == ["lfs-pointer"]
     assert read(archive(pickle.dumps([1, 2])))[2] == ["pickle-invalid"]
     assert read(archive(pickle.dumps({"state_dict": {"a": 1}})))[2] == ["pickle-invalid"]
+
+
+@pytest.mark.parametrize("start", [b"<!DOCTYPE html>", b"GGUF\3\0\0\0", b"\x89HDF\r\n", b"\x1f\x8b\x08", b"\x93NUMPY"])
+def test_files_that_are_no_torch_files(start: bytes) -> None:
+    _, _, (finding,) = read_pickle(io.BytesIO(start + bytes(100)), "pytorch_model.bin")
+    assert finding.code == "pickle-invalid"
+    assert "no torch file: it begins with" in finding.message
+    assert finding.fix == "download the file again"
+
+
+@pytest.mark.parametrize(
+    "version", [b"3", b"3\n", b" 1", b"+10", b"3x", b"", b"0", b"0x3", b"-1", b"11", b"x", b"9" * 30, b"9" * 5000]
+)
+def test_the_version_of_the_format_is_read_as_torch_reads_it(version: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(save({"a": torch.zeros(2)}))) as good:
+        members = {name: good.read(name) for name in good.namelist()}
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as changed:
+        for name, data in members.items():
+            changed.writestr(name, version if name.endswith("/version") else data)
+    try:
+        torch.load(io.BytesIO(raw.getvalue()), weights_only=True)
+        expected = []
+    except (RuntimeError, IndexError, ValueError):
+        expected = ["pickle-invalid"]
+    assert read(raw.getvalue())[2] == expected
 
 
 def test_old_format() -> None:

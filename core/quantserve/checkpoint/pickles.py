@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import BinaryIO, Final
 
 from quantserve.checkpoint.archive import Archive, BadArchive
@@ -12,6 +13,9 @@ from quantserve.finding import Finding
 
 MAX_PICKLE: Final = 64 * 2**20
 """Bytes of data.pkl; a 70B checkpoint has well under one."""
+
+_MAX_VERSION: Final = 64
+"""Bytes of the member `version`, which has two."""
 
 SAVE_STATE: Final = "save the state dict itself: torch.save(model.state_dict(), FILE)"
 
@@ -45,20 +49,32 @@ def _load(file: BinaryIO, budget: Budget) -> tuple[dict[str, object], dict[str, 
     if start.startswith(b"version "):
         raise BadPickle("a Git LFS pointer, not the weights", "lfs-pointer", "fetch the real file with `git lfs pull`")
     if not start.startswith(b"PK\x03\x04"):
-        what = "a torch file of the format before version 1.6" if start.startswith(b"\x80") else "no torch file"
-        raise BadPickle(f"{what} (not a zip archive)", "pickle-legacy")
+        if start.startswith(b"\x80"):
+            raise BadPickle("a torch file of the format before version 1.6 (not a zip archive)", "pickle-legacy")
+        what = f"it begins with {shown(start.decode('latin-1'))!r}" if start else "it is empty"
+        raise BadPickle(f"no torch file: {what}", fix="download the file again")
     try:
         archive = Archive(file, budget.charge)
         if "constants.pkl" in archive.members:
             raise BadPickle("it is a TorchScript program; vLLM reads state dicts only", fix=SAVE_STATE)
-        if not archive.members.keys() & {"version", ".data/version"}:
-            raise BadArchive("the archive lacks the member `version` of every torch file")
+        _check_version(archive)
         raw = archive.read("data.pkl", MAX_PICKLE)
         budget.charge(len(raw) // 256)
     except BadArchive as error:
         raise BadPickle(str(error)) from None
     top = _state_dict(raw, budget)
     return top, {n.removeprefix("data/"): member.size for n, member in archive.members.items() if n.startswith("data/")}
+
+
+def _check_version(archive: Archive) -> None:
+    """Torch reads versions 1 to 10, as text that begins with the number. Raises BadArchive."""
+    name = next((name for name in ("version", ".data/version") if name in archive.members), None)
+    if name is None:
+        raise BadArchive("the archive lacks the member `version` of every torch file")
+    text = archive.read(name, _MAX_VERSION)
+    number = re.match(rb"\s*\+?(\d+)", text)
+    if not number or not 1 <= int(number[1]) <= 10:
+        raise BadArchive(f"its format version is {shown(text.decode('latin-1'))!r}; torch reads 1 to 10")
 
 
 def _state_dict(program: bytes, budget: Budget) -> dict[str, object]:

@@ -80,7 +80,7 @@ def context_length(checkpoint: Checkpoint, model: ModelConfig) -> int | None:
     asked = model.max_model_len
     if asked and asked > 0:
         return asked
-    return context_limit(checkpoint, model).default if checkpoint.config else None
+    return context_limit(checkpoint, model).default if checkpoint.text_config else None
 
 
 def rope_sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

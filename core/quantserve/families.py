@@ -104,8 +104,11 @@ def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's config as transformers completes it.
 
     Fields that the file leaves out have the defaults of its configuration class, and a field that the class reads
-    under two names (``n_embd``, ``hidden_size``) has both. Of a type that is not known, the section as it is.
+    under two names (``n_embd``, ``hidden_size``) has both. Of a type that is not known, the section as it is. Empty
+    when the language model is another repository's (Ultravox).
     """
+    if isinstance(config.get("text_model_id"), str):
+        return {}
     path = section_path(config)
     given = section(config)
     outer = entry(config.get("model_type"))

@@ -279,6 +279,22 @@ def test_missing_config(tmp_path: Path) -> None:
     assert set(found(folder)) == {"config-missing"}
 
 
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "m")
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    problem = found(folder)["config-missing"]
+    assert "LoRA adapter" in problem.message
+    assert "org/base" in problem.fix
+
+
+def test_an_index_left_beside_a_whole_file(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "m")
+    table = {"model.norm.weight": "model-00001-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    assert "or delete model.safetensors.index.json if" in found(folder)["shard-missing"].fix
+
+
 def test_highest_token_id(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", added_tokens={"<|pad|>": 515})
     assert open_checkpoint(str(folder)).tokenizer["max_token_id"] == 515

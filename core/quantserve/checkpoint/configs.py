@@ -21,6 +21,7 @@ TOKENIZER_FILES: Final = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
+_ADAPTER: Final = "adapter_config.json"
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -28,6 +29,8 @@ def json_names(source: Source) -> list[str]:
     """The JSON files `read_configs` is going to read."""
     names = ["config.json", PARAMS, "tokenizer_config.json", "tokenizer.json", "added_tokens.json"]
     names += ["special_tokens_map.json", "sentence_bert_config.json", *_quant_names(source)]
+    if "config.json" not in source.files:
+        names.append(_ADAPTER)
     if "tokenizer.json" not in source.files:
         names.append("vocab.json")
     return [name for name in names if name in source.files and not _too_far(source, name)]
@@ -68,14 +71,7 @@ def read_configs(
         params, findings = read_object(source, PARAMS, "config-invalid", f"correct {PARAMS} or fetch it again")
         config = adapted(params) if params is not None else None
     elif "config.json" not in source.files and not any(name.endswith(".gguf") for name in source.files):
-        findings.append(
-            Finding.error(
-                "config-missing",
-                "config.json is missing",
-                ("config.json",),
-                "copy config.json of the model these weights come from into the folder",
-            )
-        )
+        findings.append(_no_config(source))
     quant_files = {}
     for name in _quant_names(source):
         value, found = read_object(source, name, "quant-config-invalid", f"correct {shown(name)} or fetch it again")
@@ -84,6 +80,25 @@ def read_configs(
             quant_files[name] = value
     tokenizer, found = _tokenizer(source)
     return config or {}, quant_files, tokenizer, findings + found
+
+
+def _no_config(source: Source) -> Finding:
+    adapter, _ = read_object(source, _ADAPTER, "config-missing", "")
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path")
+        of = f" {shown(base)}" if isinstance(base, str) else ""
+        return Finding.error(
+            "config-missing",
+            f"config.json is missing: the files are a LoRA adapter ({_ADAPTER}), not a model",
+            (_ADAPTER,),
+            f"merge it into its base model{of} and give that folder",
+        )
+    return Finding.error(
+        "config-missing",
+        "config.json is missing",
+        ("config.json",),
+        "copy config.json of the model these weights come from into the folder",
+    )
 
 
 def _without_merges(raw: bytes) -> bytes:

@@ -143,7 +143,7 @@ class Checkpoint:
         """The quantization config vLLM would find without an argument; None when it would find none.
 
         In vLLM's order: ``quantization_config`` of config.json, else hf_quant_config.json, else
-        ``compression_config``, else the same keys of ``text_config``.
+        ``compression_config``, else the same keys of ``text_config``. An empty object counts as none.
         """
         candidates = (
             self.config.get("quantization_config"),
@@ -152,7 +152,7 @@ class Checkpoint:
             self.text_config.get("quantization_config"),
             self.text_config.get("compression_config"),
         )
-        return next((value for value in candidates if isinstance(value, Mapping)), None)
+        return next((value for value in candidates if isinstance(value, Mapping) and value), None)
 
     @property
     def torch_dtype(self) -> str | None:

@@ -274,12 +274,14 @@ def _index(source: Source, index: str, names: list[str], weights: Weights) -> di
             )
         )
     if absent:
+        whole = "model.safetensors"
+        stale = f", or delete {index} if {whole} is the whole model" if whole in there and whole not in files else ""
         weights.findings.append(
             Finding.error(
                 "shard-missing",
                 f"{len(absent)} of {counted(len(files), 'file')} in {index} missing: {', '.join(some(absent[:5]))}",
                 some(absent),
-                "download the missing files",
+                f"download the missing files{stale}",
             )
         )
     return table

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 _NAMES: Mapping[str, str] = {
     "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "compressed-tensors": "compressed-tensors", "modelopt": "ModelOpt FP8",
     "modelopt_fp4": "ModelOpt NVFP4", "mxfp4": "MXFP4", "bitsandbytes": "bitsandbytes", "hqq": "HQQ", "quark": "Quark",
-    "auto-round": "AutoRound", "exl2": "EXL2", "exl3": "EXL3", "torchao": "torchao", "bitnet": "BitNet", "aqlm": "AQLM",
+    "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "exl2": "EXL2", "exl3": "EXL3", "torchao": "torchao", "bitnet": "BitNet", "aqlm": "AQLM",
     "vptq": "VPTQ", "spqr": "SpQR", "mlx": "MLX", "gguf": "GGUF", "squeezellm": "SqueezeLLM", "eetq": "EETQ",
     "fbgemm_fp8": "FBGEMM FP8", "quanto": "Quanto", "higgs": "HIGGS",
 }  # fmt: skip
+_SPELLINGS: Mapping[str, str] = {"compressed_tensors": "compressed-tensors"}
 _SUFFIXES: Mapping[str, str] = {
     "weight_packed": "compressed-tensors", "weight_scale_inv": "fp8", "q_invperm": "exl2", "trellis": "exl3",
     "W_q": "hqq", "lookup_table": "squeezellm", "g_idx": "gptq",
@@ -31,8 +32,11 @@ def format_of(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """
     declared = checkpoint.quantization_config or {}
     method = declared.get("quant_method")
-    if isinstance(method, str) and method:
-        return method.strip().lower().replace("compressed_tensors", "compressed-tensors"), "quantization_config"
+    if isinstance(method, str) and method.strip():
+        name = _SPELLINGS.get(method.strip().lower(), method.strip().lower())
+        if name == "modelopt" and "FP4" in str(declared.get("quant_algo")):
+            name = "modelopt_fp4"
+        return name, "quantization_config"
     if "hf_quant_config.json" in checkpoint.quant_files:
         quantization = checkpoint.quant_files["hf_quant_config.json"].get("quantization")
         algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 FLOATS = ("F16", "BF16", "F32")
 DTYPES = ("float16", "bfloat16", "float32")
 PACKED = ("U8", "I8", "I16", "U16", "I32", "U32")
-QUANTIZED = ("qweight", "qzeros", "lookup_table", "weight_packed", "weight_scale", "weight_scale_inv")
+QUANTIZED = (
+    "qweight", "qzeros", "lookup_table", "weight_packed", "weight_scale", "weight_scale_inv", "W_q", "q_weight",
+    "trellis",
+)  # fmt: skip
 
 
 @hookimpl

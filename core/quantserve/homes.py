@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import stat
 import tempfile
 from collections.abc import Mapping, MutableMapping
@@ -124,6 +125,15 @@ def snapshot_in(folder: Path) -> Path:
     raise CheckpointError(
         f"{folder}: {len(found)} snapshots of {name} are in it: {shown}\n  fix: name one, such as {best}, or {name}"
     )
+
+
+def url_mistake(source: str) -> str:
+    """What is wrong with a URL where a model is expected, and the fix; "" when `source` is none."""
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
+        return ""
+    hub = re.match(r"https?://(?:huggingface|hf)\.co/([\w.-]+/[\w.-]+)", source)
+    fix = f"name it {hub[1]}" if hub else "download the model, and name its folder"
+    return f"a URL, where a folder or a model of the Hub (org/name) is expected\n  fix: {fix}"
 
 
 def temporary_folder() -> str:

@@ -208,6 +208,11 @@ def test_problems_of_all_files_at_once(write: Write) -> None:
     [
         ("nope", "nope: no such file or folder, and not a hub id (org/name)\n  fix: correct the path or the id"),
         ("one.yml", "one.yml: no such file or folder; did you mean one.yaml?"),
+        (
+            "https://hf.co/org/name",
+            "https://hf.co/org/name: a URL, where a folder or a model of the Hub (org/name) is expected\n"
+            "  fix: name it org/name",
+        ),
         ("configs/two", "configs/two: no such file or folder; did you mean configs/two.yaml?"),
         (
             "configs/q",

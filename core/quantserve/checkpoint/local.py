@@ -14,7 +14,7 @@ from quantserve.checkpoint.data import Location
 from quantserve.checkpoint.text import shown, some
 from quantserve.errors import CheckpointError
 from quantserve.finding import Finding
-from quantserve.homes import snapshot_in
+from quantserve.homes import snapshot_in, url_mistake
 
 
 @dataclass
@@ -136,6 +136,8 @@ def _only_a_path(source: str) -> bool:
 
 def missing(source: str, path: Path) -> str:
     """Say that a folder does not exist, how far its path does, and what is there instead."""
+    if mistake := url_mistake(source):
+        return f"{shown(source)}: {mistake}"
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent

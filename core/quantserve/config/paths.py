@@ -12,7 +12,7 @@ from typing import Final
 
 from quantserve.config.source import SUFFIXES
 from quantserve.errors import ConfigError
-from quantserve.homes import expand
+from quantserve.homes import expand, url_mistake
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 LORA: Final = (
@@ -105,6 +105,8 @@ def fits_id(char: str) -> bool:
 def not_found(text: str, folders: Sequence[Path]) -> str:
     """The error message for a name that does not exist, with close matches."""
     shown = (text if text.isprintable() else repr(text))[:200]
+    if mistake := url_mistake(text):
+        return f"{shown}: {mistake}"
     for folder in folders:
         path = folder / expand(text)
         try:

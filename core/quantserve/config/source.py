@@ -28,6 +28,11 @@ MAX_PROBLEMS: Final = 20
 SUFFIXES: Final = (".yaml", ".yml", ".json")
 
 _TAG: Final = "tag:yaml.org,2002:"
+_NO_VALUE: Final = {
+    "int": "no integer of at most 300 digits",
+    "float": "no finite number below 1e300",
+    "bool": "neither true nor false",
+}
 _NUMBERS: Final = {"int": SafeConstructor.construct_yaml_int, "float": SafeConstructor.construct_yaml_float}
 
 
@@ -315,7 +320,7 @@ class _Builder:
         except (ValueError, KeyError, OverflowError, IndexError):
             pass
         if kind == "bool" or kind in _NUMBERS:
-            self._add(node, f"{text[:60]!r} is not a {kind} that a config can hold")
+            self._add(node, f"{text[:60]!r} is {_NO_VALUE[kind]}")
         else:
             self._tag(node)
         return None

@@ -193,7 +193,7 @@ GOOD = {"model": "demo-fp16", "messages": QUESTION, "max_tokens": 2}
 @pytest.mark.parametrize(
     ("change", "param", "status", "said"),
     [
-        ({"model": "demo-fp17"}, "model", 404, "did you mean `demo-fp16`"),
+        ({"model": "demo-fp17"}, "model", 404, "Did you mean `demo-fp16`"),
         ({"temperature": -1}, "temperature", 400, "temperature"),
         ({"temperature": "hot"}, "temperature", 400, "temperature"),
         ({"top_p": 2}, "top_p", 400, "top_p"),

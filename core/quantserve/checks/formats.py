@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
 
 _NAMES: Mapping[str, str] = {
-    "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "compressed-tensors": "compressed-tensors", "modelopt": "ModelOpt FP8",
-    "modelopt_fp4": "ModelOpt NVFP4", "mxfp4": "MXFP4", "bitsandbytes": "bitsandbytes", "hqq": "HQQ", "quark": "Quark",
-    "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "exl2": "EXL2", "exl3": "EXL3", "torchao": "torchao", "bitnet": "BitNet", "aqlm": "AQLM",
-    "vptq": "VPTQ", "spqr": "SpQR", "mlx": "MLX", "gguf": "GGUF", "squeezellm": "SqueezeLLM", "eetq": "EETQ",
-    "fbgemm_fp8": "FBGEMM FP8", "quanto": "Quanto", "higgs": "HIGGS",
+    "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "compressed-tensors": "compressed-tensors",
+    "modelopt": "ModelOpt FP8", "modelopt_fp4": "ModelOpt NVFP4", "mxfp4": "MXFP4", "bitsandbytes": "bitsandbytes",
+    "hqq": "HQQ", "quark": "Quark", "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "exl2": "EXL2",
+    "exl3": "EXL3", "torchao": "torchao", "bitnet": "BitNet", "aqlm": "AQLM", "vptq": "VPTQ", "spqr": "SpQR",
+    "mlx": "MLX", "gguf": "GGUF", "squeezellm": "SqueezeLLM", "eetq": "EETQ", "fbgemm_fp8": "FBGEMM FP8",
+    "quanto": "Quanto", "higgs": "HIGGS",
 }  # fmt: skip
 _SPELLINGS: Mapping[str, str] = {"compressed_tensors": "compressed-tensors"}
 _SUFFIXES: Mapping[str, str] = {

@@ -89,8 +89,8 @@ BROKEN = [
     Broken("import-interrupts", "raise KeyboardInterrupt", "KeyboardInterrupt", whole=True),
     Broken("import-recursion", "def f(): f()\nf()", "RecursionError", whole=True),
     Broken("import-syntax", "def f(:", "SyntaxError", whole=True),
-    Broken("import-sleeps", "import time\ntime.sleep(60)", f"{LATE} 1.2 s", whole=True, seconds="0.2"),
-    Broken("import-loops", "while True: pass", f"{LATE} 1.2 s", whole=True, seconds="0.2"),
+    Broken("import-sleeps", "import time\ntime.sleep(60)", f"{LATE} 2.4 s", whole=True, seconds="0.4"),
+    Broken("import-loops", "while True: pass", f"{LATE} 2.4 s", whole=True, seconds="0.4"),
     Broken("import-clears-environ", "import os\nos.environ.clear()", "in the environment; put back", whole=True),
     Broken(
         "import-sets-vllm", "import os\nos.environ['VLLM_PLUGINS'] = 'x'", "set VLLM_PLUGINS in the env", whole=True

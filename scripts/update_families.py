@@ -119,13 +119,22 @@ def by_transformers() -> Iterator[str]:
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_MAPPING_NAMES,
     )
+    # vLLM compiles the decoder's forward, of which it wants this argument.
+    without_positions = {
+        name
+        for kind, name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+        if (base := getattr(transformers, str(auto.MODEL_MAPPING_NAMES.get(kind)), None))
+        and "position_ids" not in inspect.signature(base.forward).parameters
+    }
     for name in {
         cls for table in tables for value in table.values() for cls in ([value] if isinstance(value, str) else value)
     }:
         try:
             cls = getattr(transformers, name)
-            if issubclass(cls, transformers.PreTrainedModel) and (
-                cls.is_backend_compatible() or cls._can_set_attn_implementation()
+            if (
+                issubclass(cls, transformers.PreTrainedModel)
+                and (cls.is_backend_compatible() or cls._can_set_attn_implementation())
+                and name not in without_positions
             ):
                 yield name
         except Exception:

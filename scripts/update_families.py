@@ -158,6 +158,7 @@ def models() -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         entry = entry_of(cls, made)
         entry["architecture"] = MODEL_MAPPING_NAMES.get(name)
+        entry["strict"] = name not in _CONFIG_REGISTRY  # transformers' classes refuse values of another type
         text = made
         for path in _PATHS:
             found: Any = made

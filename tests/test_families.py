@@ -160,3 +160,23 @@ def test_every_architecture_vllm_lists_is_known() -> None:
     table = families._data()["architectures"]
     listed = set(table["served"]) | set(table["by_transformers"])
     assert {name for name in ModelRegistry.get_supported_archs() if not name.startswith("Transformers")} <= listed
+
+
+def test_transformers_refuses_the_types_that_check_refuses() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from quantserve.checks.model import _INTEGERS
+
+    accepted = []
+    for kind in text_types():
+        known = families.entry(kind) or {}
+        if not known.get("strict") or kind not in CONFIG_MAPPING:
+            continue
+        wrong: dict[str, Any] = {key: "x" for key in _INTEGERS if type(known["defaults"].get(key)) is int}
+        for key, value in {**wrong, "rope_scaling": "text", "rope_parameters": [1]}.items():
+            try:
+                CONFIG_MAPPING[kind](**{key: value})
+            except Exception:
+                continue
+            accepted.append(f"{kind}: {key}")
+    assert not accepted

@@ -155,6 +155,24 @@ def test_a_missing_field_has_its_default_which_the_files_contradict(check: Check
     assert "takes the default of llama" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("max_position_embeddings", "4096", "'4096' is not an integer"),
+        ("max_position_embeddings", 4096.5, "4096.5 is not an integer"),
+        ("rope_scaling", "yarn", "is not an object"),
+        ("rope_parameters", [1], "is not an object"),
+        ("layer_types", "full_attention", "is not a list"),
+        ("architectures", "LlamaForCausalLM", "is not a list of class names"),
+        ("architectures", 7, "is not a list of class names"),
+    ],
+)
+def test_a_value_of_a_type_that_transformers_refuses(check: Check, key: str, value: object, says: str) -> None:
+    finding = the(check(config={key: value}), "config-bad-field")
+    assert says in finding.message
+    assert finding.offenders == (key,)
+
+
 def test_a_missing_field_is_no_mistake_where_its_default_is_right(check: Check) -> None:
     assert serious(check(config={"tie_word_embeddings": REMOVE, "max_position_embeddings": REMOVE})) == []
 

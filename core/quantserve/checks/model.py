@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import TYPE_CHECKING
 
 from quantserve.architecture import (
@@ -21,7 +22,7 @@ from quantserve.checks.parallel import check_parallel
 from quantserve.checks.tensors import check_size, check_tensors
 from quantserve.context import context_limit
 from quantserve.environment import LONG_CONTEXT, engine_environment, is_on
-from quantserve.families import VLLM, entry, section, service
+from quantserve.families import VLLM, entry, section, section_path, service
 from quantserve.finding import Finding
 from quantserve.layers import block_prefix, split_block
 
@@ -84,6 +85,8 @@ def _check_architecture(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[
         )
     architecture, problems = read_architecture(checkpoint)
     yield from problems
+    told = {key for problem in problems for key in problem.offenders}
+    yield from (finding for finding in _check_types(checkpoint) if not told & set(finding.offenders))
     if architecture is not None:
         yield from _check_defaults(checkpoint, architecture)
     yield from check_service(checkpoint, model)
@@ -94,6 +97,45 @@ def _check_architecture(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[
             f"tensor names of model type {short(kind or '(none)')} are not known; missing and misshapen tensors are "
             "found by comparing its blocks with each other",
         )
+
+
+# Every configuration class of transformers that has one of them refuses text and fractions.
+_INTEGERS = (
+    "max_position_embeddings", "vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads",
+    "sliding_window",
+)  # fmt: skip
+
+
+def _check_types(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Values of a type that transformers' configuration class refuses: text for a number, a number for an object."""
+    config = checkpoint.config
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        yield _bad_type("architectures", names, "a list of class names")
+    section: object = config
+    for key in section_path(config):
+        section = section.get(key) if isinstance(section, Mapping) else None
+        if section is not None and not isinstance(section, Mapping):
+            yield _bad_type(key, section, "an object")
+    known = entry(checkpoint.text_config.get("model_type")) or {}
+    if not known.get("strict") or not isinstance(section, Mapping):
+        return
+    defaults = known.get("defaults", {})
+    for key, value in section.items():
+        wanted = ""
+        if key in _INTEGERS and type(defaults.get(key)) is int and isinstance(value, (str, float)):
+            wanted = "an integer"
+        elif key in ("rope_scaling", "rope_parameters") and not isinstance(value, (Mapping, NoneType)):
+            wanted = "an object"
+        elif key == "layer_types" and not isinstance(value, (list, NoneType)):
+            wanted = "a list with one kind a layer"
+        if wanted:
+            yield _bad_type(key, value, wanted)
+
+
+def _bad_type(key: str, value: object, wanted: str) -> Finding:
+    message = f"config.json: {key}: {short(value)} is not {wanted}"
+    return Finding.error("config-bad-field", message, [key], f"correct {key} in config.json")
 
 
 def _check_defaults(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -17,6 +18,10 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", DO_NOT_T
 os.environ["QUANTSERVE_CALIBRATION"] = "/nonexistent/calibration.json"
 for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS"):
     os.environ.pop(name, None)
+
+# A shell ignores SIGINT in what it starts in the background, and processes that tests start and stop would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run: new ones are tried with `--hypothesis-profile=default`, not in somebody's build.
 settings.register_profile("same", derandomize=True)

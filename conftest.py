@@ -19,7 +19,7 @@ os.environ["QUANTSERVE_CALIBRATION"] = "/nonexistent/calibration.json"
 for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS"):
     os.environ.pop(name, None)
 
-# A shell ignores SIGINT in what it starts in the background, and processes that tests start and stop would inherit that.
+# A shell ignores SIGINT in what it starts in the background, and the processes that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

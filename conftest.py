@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
@@ -26,6 +27,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The same examples in every run: new ones are tried with `--hypothesis-profile=default`, not in somebody's build.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Hide from other tests the variables that vLLM sets in this process: a model's environment would count them."""
+    engine = item.get_closest_marker("vllm") or item.get_closest_marker("ray")
+    names = [] if engine else [name for name in os.environ if name.startswith("VLLM_")]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        return (yield)
+    finally:
+        os.environ.update(hidden)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,11 +33,6 @@ def entry(model_type: object) -> Mapping[str, Any] | None:
     return found
 
 
-def versions() -> str:
-    """The versions the data was generated from."""
-    return f"transformers {_data()['transformers']}, vLLM {_data()['vllm']}"
-
-
 def latent_types() -> frozenset[str]:
     """Model types whose attention vLLM computes as multi-head latent attention."""
     return frozenset(_data()["architectures"]["latent_types"])

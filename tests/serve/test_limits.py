@@ -20,7 +20,7 @@ from quantserve.serve.trace import Trace
 from .asgi_client import Answer, Upstream, request
 
 CHAT = "/v1/chat/completions"
-SMALL = Policy(max_body_bytes=2000, max_messages=3, max_prompts=6, max_tokens=100, max_choices=4, max_stops=2)
+SMALL = Policy(max_body_mb=1, max_messages=3, max_prompts=6, max_tokens=100, max_choices=4, max_stops=2)
 
 
 class Seen(Upstream):
@@ -91,16 +91,16 @@ def test_values_within_the_limits_and_wrong_types_pass(body: dict[str, Any]) -> 
 @pytest.mark.parametrize("declared", [True, False])
 def test_bodies_that_are_too_long(kind: str | None, declared: bool) -> None:
     upstream = Upstream("m")
-    body = json.dumps({"prompt": "x" * 2000}).encode()
+    body = json.dumps({"prompt": "x" * (1 << 20)}).encode()
     headers = {"content-type": kind or ""}
     if declared:
         headers["content-length"] = str(len(body))
     answer = ask(body, "/v1/audio/transcriptions", upstream, parts=5, headers=headers)
     assert (answer.status, answer.error["code"], answer.error["param"]) == (413, "request_too_large", None)
-    assert "the limit is 2000 bytes" in answer.error["message"]
+    assert "the limit is 1048576 bytes" in answer.error["message"]
     assert (f"too large: {len(body)} bytes" in answer.error["message"]) == declared
     assert upstream.bodies == []
-    fits = b"x" * 2000
+    fits = b"x" * (1 << 20)
     assert ask(fits, "/upload", upstream, parts=5, headers={"content-type": "text/plain"}).status == 200
     assert upstream.bodies == [fits]
 
@@ -181,9 +181,9 @@ def test_a_policy_is_plain_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (policy.max_tokens, policy.request_timeout_s, policy.queue_timeout_s) == (50, 5, 30)
 
 
-def test_defaults_of_policy_and_config_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_has_the_limits_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QUANTSERVE_API_KEYS", raising=False)
-    assert Policy.of(HttpConfig()) == Policy(access_log="stderr")
+    assert Policy.of(HttpConfig()) == Policy()
 
 
 def test_an_access_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from starlette.types import Receive, Scope, Send
 
-from quantserve.serve.front_door import FrontDoor, ServedModel
 from quantserve.serve.metrics import GatewayMetrics, MetricsEndpoint
+from quantserve.serve.router import Router, ServedModel
 
 from .asgi_client import Answer, request
 
@@ -60,17 +60,17 @@ def model(name: str, app: Any, up: bool = True) -> ServedModel:
     return ServedModel({"id": name, "object": "model"}, app, healthy, f"/{name}")
 
 
-def ask(door: FrontDoor, path: str = "/openapi.json") -> Answer:
-    return asyncio.run(request(door, "GET", path))
+def ask(router: Router, path: str = "/openapi.json") -> Answer:
+    return asyncio.run(request(router, "GET", path))
 
 
-def door(*models: ServedModel) -> FrontDoor:
-    return FrontDoor(models, MetricsEndpoint(GatewayMetrics([dict(one.card) for one in models], list)))
+def router(*models: ServedModel) -> Router:
+    return Router(models, MetricsEndpoint(GatewayMetrics([dict(one.card) for one in models], list)))
 
 
 def test_several_models() -> None:
     chat, embed = Described(schema("/v1/chat/completions")), Described(schema("/v1/embeddings"))
-    front = door(model("chat", chat), model("embed", embed))
+    front = router(model("chat", chat), model("embed", embed))
     answer = ask(front)
     assert answer.headers["content-type"] == "application/json"
     found = answer.json
@@ -85,7 +85,7 @@ def test_several_models() -> None:
 
 
 def test_the_schema_of_errors_fits_errors() -> None:
-    front = door(model("chat", Described(schema("/v1/chat/completions"))))
+    front = router(model("chat", Described(schema("/v1/chat/completions"))))
     error = Draft202012Validator(ask(front).json["components"]["schemas"]["Error"])
     refused = asyncio.run(request(front, "POST", "/v1/chat/completions", {"model": "other"}))
     assert refused.status == 404
@@ -95,11 +95,11 @@ def test_the_schema_of_errors_fits_errors() -> None:
 
 def test_one_model_and_own_routes() -> None:
     chat, embed = Described(schema("/v1/chat/completions")), Described(schema("/v1/embeddings"))
-    only = ask(door(model("chat", chat))).json
+    only = ask(router(model("chat", chat))).json
     assert {"/v1/chat/completions", "/version", "/health", "/metrics"} <= set(only["paths"])
     assert only["components"]["schemas"]["Chat"]["required"] == ["messages"]
     assert "servers" not in only
-    mine = ask(door(model("chat", chat), model("embed", embed)), "/embed/openapi.json").json
+    mine = ask(router(model("chat", chat), model("embed", embed)), "/embed/openapi.json").json
     assert {"/v1/embeddings", "/version"} <= set(mine["paths"])
     assert not {"/v1/chat/completions", "/metrics"} & set(mine["paths"])
     assert mine["servers"] == [{"url": "/embed"}]
@@ -108,23 +108,23 @@ def test_one_model_and_own_routes() -> None:
 
 def test_models_that_are_down_are_not_asked() -> None:
     chat, embed = Described(schema("/v1/chat/completions")), Described(schema("/v1/embeddings"))
-    front = door(model("chat", chat), model("embed", embed, up=False))
+    front = router(model("chat", chat), model("embed", embed, up=False))
     assert "/v1/embeddings" not in ask(front).json["paths"]
     assert embed.asked == 0
-    nobody = ask(door(model("chat", chat, up=False)))
+    nobody = ask(router(model("chat", chat, up=False)))
     assert (nobody.status, nobody.error["code"]) == (503, "model_unavailable")
 
 
 @pytest.mark.parametrize("status", [404, 503])
 def test_a_server_without_a_schema(status: int) -> None:
-    front = door(model("chat", Described({}, status)), model("embed", Described(schema("/v1/embeddings"))))
+    front = router(model("chat", Described({}, status)), model("embed", Described(schema("/v1/embeddings"))))
     assert "/v1/embeddings" in ask(front).json["paths"]
-    assert ask(door(model("chat", Described({}, status)))).status in (404, 503)
+    assert ask(router(model("chat", Described({}, status)))).status in (404, 503)
 
 
 def test_closed_paths_are_neither_shown_nor_reached() -> None:
     chat = Described(schema("/v1/chat/completions", "/scale_elastic_ep"))
-    front = door(model("chat", chat), model("other", Described(schema("/v1/chat/completions"))))
+    front = router(model("chat", chat), model("other", Described(schema("/v1/chat/completions"))))
     assert "/scale_elastic_ep" not in ask(front, "/chat/openapi.json").json["paths"]
     asked = chat.asked
     for path in ("/chat/scale_elastic_ep", "/scale_elastic_ep", "/scale_elastic_ep/"):
@@ -135,7 +135,7 @@ def test_closed_paths_are_neither_shown_nor_reached() -> None:
 
 def test_a_new_schema_is_taken_over() -> None:
     chat = Described(schema("/v1/chat/completions"))
-    front = door(model("chat", chat))
+    front = router(model("chat", chat))
     assert "/v1/new" not in ask(front).json["paths"]
     chat.schema = schema("/v1/chat/completions", "/v1/new")
     assert "/v1/new" in ask(front).json["paths"]

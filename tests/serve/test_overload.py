@@ -63,13 +63,13 @@ def test_overload_is_refused_and_the_accepted_keep_their_latency(small: Server) 
     assert {outcome.kind for outcome in calm.outcomes} == {"ok"}
     usual = statistics.median(outcome.took for outcome in calm.outcomes)
 
-    door = gateway(small)
+    process = gateway(small)
     memory, inside = [], []
     began = time.monotonic()
     with Clients(small, kinds(CLIENTS)) as crowd:
         while time.monotonic() - began < SECONDS:
             time.sleep(0.5)
-            memory.append(door.memory_info().rss)
+            memory.append(process.memory_info().rss)
             inside.append(load(small, "running") + load(small, "waiting"))
     accepted = [outcome for outcome in crowd.outcomes if outcome.kind == "ok"]
     refused = [outcome for outcome in crowd.outcomes if outcome.kind == "refused"]

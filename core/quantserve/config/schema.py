@@ -248,20 +248,40 @@ class ScalingConfig(Section):
         return self
 
 
-class HttpConfig(Section):
-    """Address, access and request limits of the API."""
+class HttpLimits(Section):
+    """Limits, timeouts and buffers of the gateway.
 
-    host: str = Field(default="127.0.0.1", min_length=1, description="Address to bind; 0.0.0.0 for every interface.")
-    port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 picks a free one.")
-    api_keys_file: str | None = Field(
-        default=None,
-        description="File with one API key per line; relative to this file. Reloaded when it changes.",
-    )
+    Attributes:
+        max_body_mb, max_buffered_mb: MiB. max_head_kb, client_buffer_kb: KiB. Fields that end in _s: seconds.
+    """
+
     cors_origins: list[str] = Field(
         default_factory=list,
         description='Origins whose web pages may call the API, e.g. https://chat.example.org; ["*"] for every origin.',
     )
-    max_body_mb: int = Field(default=64, ge=1, le=1024, description="Largest request body in MiB; larger ones get 413.")
+    access_log: str = Field(
+        default="stderr",
+        min_length=1,
+        description="One JSON line per request: off, stderr, or a file relative to this file.",
+    )
+    max_connections: int = Field(
+        default=4096, ge=1, le=1_000_000, description="Most open client connections; further ones get 503."
+    )
+    max_head_kb: int = Field(
+        default=64, ge=4, le=1024, description="Largest request line and headers in KiB; larger ones get 431."
+    )
+    max_body_mb: int = Field(default=16, ge=1, le=1024, description="Largest request body in MiB; larger ones get 413.")
+    max_buffered_mb: int = Field(
+        default=256,
+        ge=1,
+        le=65536,
+        description="Most MiB of request bodies held in memory at one time; a request beyond that gets 503.",
+    )
+    max_requests_per_key: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most requests of one API key in progress or queued; further ones get 429. Default: no limit.",
+    )
     max_messages: int = Field(default=2048, ge=1, description="Most messages of one chat.")
     max_prompts: int = Field(default=2048, ge=1, description="Most prompts or inputs of one request.")
     max_tokens: int | None = Field(
@@ -271,15 +291,70 @@ class HttpConfig(Section):
     )
     max_choices: int = Field(default=128, ge=1, description="Largest `n` and `best_of`.")
     max_stops: int = Field(default=64, ge=1, description="Most stop texts or stop token ids of one request.")
-    request_timeout_s: float = Field(default=600, gt=0, description="Request timeout in seconds; then 504.")
+    head_timeout_s: float = Field(
+        default=10,
+        gt=0,
+        le=3600,
+        description="Seconds for a client to send the head of its first request, or of a later one it has begun.",
+    )
+    body_timeout_s: float = Field(
+        default=60, gt=0, le=3600, description="Seconds for a client to send the body of a request; then 408."
+    )
+    send_timeout_s: float = Field(
+        default=60,
+        gt=0,
+        le=3600,
+        description="Seconds a client may accept no data while a response waits; then it is disconnected.",
+    )
+    keep_alive_s: float = Field(
+        default=120,
+        ge=0,
+        le=86400,
+        description="Seconds an idle client connection stays open. Above the clients' own: Go keeps connections 90 s.",
+    )
+    request_timeout_s: float = Field(
+        default=600, gt=0, le=86400, description="Request timeout in seconds, queue included; then 504."
+    )
     queue_timeout_s: float = Field(
-        default=30, ge=0, description="Queue timeout: seconds a request may wait for a replica; then it is refused."
+        default=30,
+        ge=0,
+        le=86400,
+        description="Queue timeout: seconds a request may wait for a replica; then it is refused.",
     )
-    access_log: str = Field(
-        default="stderr",
-        min_length=1,
-        description="One JSON line per request: off, stderr, or a file relative to this file.",
+    drain_timeout_s: float = Field(
+        default=20, ge=0, le=86400, description="Drain timeout: seconds for requests in progress to finish at shutdown."
     )
+    connect_timeout_s: float = Field(
+        default=5, gt=0, le=60, description="Seconds for a connection to a replica; then another replica is tried."
+    )
+    replica_timeout_s: float = Field(
+        default=15,
+        ge=2,
+        le=600,
+        description="Seconds without a sign of life on a replica's connection until it counts as lost.",
+    )
+    max_attempts: int = Field(
+        default=3, ge=1, le=10, description="Most replicas a request is tried on, until a part of its response is sent."
+    )
+    client_buffer_kb: int = Field(
+        default=256,
+        ge=16,
+        le=65536,
+        description="KiB of a response buffered for a slow client; then the replica pauses it.",
+    )
+    health_cache_s: float = Field(
+        default=1, ge=0, le=60, description="Seconds the result of a health check is reused by `/health`."
+    )
+
+    @model_validator(mode="after")
+    def _room_for_a_body(self) -> HttpLimits:
+        if self.max_buffered_mb < self.max_body_mb:
+            raise fault(
+                f"max_buffered_mb ({self.max_buffered_mb}) must not be smaller than max_body_mb ({self.max_body_mb})",
+                at="max_buffered_mb",
+                fix="raise max_buffered_mb or lower max_body_mb",
+            )
+        return self
 
     @field_validator("cors_origins")
     @classmethod
@@ -294,6 +369,17 @@ class HttpConfig(Section):
         if "*" in origins and len(origins) > 1:
             raise fault('"*" allows every origin and makes the others redundant', fix='keep "*" or the others')
         return origins
+
+
+class HttpConfig(HttpLimits):
+    """Address, access, limits and timeouts of the API."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to bind; 0.0.0.0 for every interface.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 picks a free one.")
+    api_keys_file: str | None = Field(
+        default=None,
+        description="File with one API key per line; relative to this file. Reloaded when it changes.",
+    )
 
 
 def check_runtime_env(env: dict[str, Any]) -> dict[str, Any]:

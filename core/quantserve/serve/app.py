@@ -25,9 +25,9 @@ from quantserve.finding import Finding
 from quantserve.plan import Plan, make_plans, refusal
 from quantserve.registry import Registry
 from quantserve.serve.cluster import cluster_secret
-from quantserve.serve.engine import front_door_application, model_application
-from quantserve.serve.front_door import RESERVED
+from quantserve.serve.engine import gateway_application, model_application
 from quantserve.serve.limits import Policy
+from quantserve.serve.router import RESERVED
 from quantserve.serve.served import describe_models
 from quantserve.target import Target, find_target
 
@@ -52,7 +52,7 @@ def build(args: dict[str, Any]) -> Application:
     token, created = cluster_secret()
     children = {plan.model_id: model_application(plan, token, loopback=False) for plan in plans}
     models = describe_models(plans, created, policy)
-    return front_door_application(models, children, token, policy.model_dump(mode="json"))
+    return gateway_application(models, children, token, policy.model_dump(mode="json"))
 
 
 def plan_all(config: AppConfig, target: Target) -> list[Plan]:

@@ -31,7 +31,7 @@ from quantserve.serve.remote import DRAINING
 from quantserve.serve.request_defaults import RequestDefaults
 from quantserve.serve.served import public_app
 
-FRONT_DOOR: Final = "_front-door"
+GATEWAY: Final = "_gateway"
 """Name of the gateway's deployment; model ids cannot begin with an underscore."""
 WATCH_S: Final = 1.0
 LAST_WORDS_S: Final = 2.0
@@ -61,8 +61,8 @@ class ModelServer:
         self, plan: dict[str, Any], token: str, loopback: bool
     ) -> None:
         self._plan = Plan.model_validate(plan)
-        self._door = Doorkeeper()
-        self._listener = Listener(self._door, token)
+        self._gate = RequestGate()
+        self._listener = Listener(self._gate, token)
         self._host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         self._loop = _LoopThread()
         self._hung = False
@@ -81,7 +81,7 @@ class ModelServer:
         dismiss_spares()
         self._cpus = sorted(leave_to_workers(int(os.environ.get(RESERVE, 0))))
         length = self._engine.engine.model_config.max_model_len
-        self._door.app = Guard(RequestDefaults(self._engine.app, self._plan.request_defaults, length))
+        self._gate.app = Guard(RequestDefaults(self._engine.app, self._plan.request_defaults, length))
         listener = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
         listener.bind((self._host, 0))
         self._port = int(listener.getsockname()[1])
@@ -94,8 +94,8 @@ class ModelServer:
             "id": serve.get_replica_context().replica_id.unique_id,
             "host": self._host,
             "port": self._port,
-            "draining": self._door.draining,
-            "ongoing": self._door.ongoing,
+            "draining": self._gate.draining,
+            "ongoing": self._gate.ongoing,
             "cpus": self._cpus,
         }
 
@@ -107,7 +107,7 @@ class ModelServer:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve: requests in progress, which bypass Serve, for `scaling.replicas_for_load`."""
-        return {"ongoing": float(self._door.ongoing)}
+        return {"ongoing": float(self._gate.ongoing)}
 
     async def _exit_with_engine(self) -> None:
         """Exit the replica when its engine has died or hangs. The engine cannot be restarted in this process, and Serve
@@ -123,11 +123,11 @@ class ModelServer:
                 if question is None or not question.exception():
                     question, asked = asyncio.create_task(self._engine.ping()), now
             elif now - asked > patience:
-                self._hung = self._door.hung = True
+                self._hung = self._gate.hung = True
                 logger.error("the engine of %s did not respond for %.0f s", self._plan.model_id, patience)
                 break
         logger.error("the engine of %s failed; the replica exits and Ray Serve replaces it", self._plan.model_id)
-        self._door.draining = True  # the gateway sends new requests to another replica
+        self._gate.draining = True  # the gateway sends new requests to another replica
         await asyncio.sleep(LAST_WORDS_S)  # lets the errors of running requests reach their clients
         for process in psutil.Process().children(recursive=True):  # a hanging process would outlive this one
             with contextlib.suppress(psutil.Error):
@@ -143,12 +143,12 @@ class ModelServer:
         self._watch.cancel()
         given = self._plan.deployment.get("graceful_shutdown_timeout_s")
         patience = max(0.5, (20.0 if given is None else float(given)) - 1.0)
-        await self._door.drain(patience)
+        await self._gate.drain(patience)
         self._listener.close()
         self._engine.shutdown()
 
 
-class Doorkeeper:
+class RequestGate:
     """The outermost layer of a replica: counts requests, and refuses new ones while draining."""
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ class _LoopThread:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
 
-class FrontDoorServer:
+class GatewayServer:
     """The gateway as a deployment, for `serve run`, `serve deploy` and KubeRay.
 
     Args:
@@ -243,13 +243,13 @@ def model_application(plan: Plan, token: str, *, loopback: bool) -> Application:
     return deployment.bind(plan.model_dump(mode="json"), token, loopback)
 
 
-def front_door_application(
+def gateway_application(
     models: Sequence[Mapping[str, Any]], children: Mapping[str, Application], token: str, policy: Mapping[str, Any]
 ) -> Application:
     """The gateway and all models as one application."""
     bound = [{**model, "handle": children[str(model["card"]["id"])]} for model in models]
-    deployment = serve.deployment(serve.ingress()(FrontDoorServer)).options(
-        name=FRONT_DOOR,
+    deployment = serve.deployment(serve.ingress()(GatewayServer)).options(
+        name=GATEWAY,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=100_000,
         health_check_timeout_s=30,

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quantserve.config.schema import HttpLimits
 from quantserve.serve.access_log import AccessLog, check_destination
 from quantserve.serve.asgi import Guard, Refused, header, is_json, parse_object, read_body, replay
 from quantserve.serve.cors import Cors
@@ -31,36 +32,16 @@ _SUSPECT: Final = re.compile(rb"\d{19}|\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 _WITH_BODY: Final = ("POST", "PUT", "PATCH", "DELETE")
 
 
-class Policy(BaseModel):
-    """The part of `HttpConfig` that acts on requests; plain data that goes to other processes as JSON.
+class Policy(HttpLimits):
+    """The limits of `HttpConfig` and the API keys; plain data that goes to other processes as JSON.
 
     Attributes:
         keys: digests of the API keys and their source.
-        max_body_bytes: longest request body.
-        max_messages: most messages of one chat.
-        max_prompts: most prompts or inputs of one request, times its choices.
-        max_tokens: most tokens a request may ask for; None leaves it to the model's length.
-        max_choices: largest ``n`` and ``best_of``.
-        max_stops: most stop texts or stop token ids.
-        cors_origins: origins whose pages may call the API; ``*`` is every origin.
-        request_timeout_s: seconds a request may take.
-        queue_timeout_s: seconds a request may wait in the queue.
-        access_log: ``off``, ``stderr`` or a file.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=False)
 
     keys: KeySet = KeySet()
-    max_body_bytes: int = 64 * MIB
-    max_messages: int = 2048
-    max_prompts: int = 2048
-    max_tokens: int | None = None
-    max_choices: int = 128
-    max_stops: int = 64
-    cors_origins: tuple[str, ...] = ()
-    request_timeout_s: float = 600.0
-    queue_timeout_s: float = 30.0
-    access_log: str = "off"
 
     @classmethod
     def of(cls, http: HttpConfig) -> Policy:
@@ -70,19 +51,13 @@ class Policy(BaseModel):
             UsageError: the API keys cannot be used, or the access log cannot be written.
         """
         check_destination(http.access_log)
-        return cls(
-            keys=load_key_set(http.api_keys_file),
-            max_body_bytes=http.max_body_mb * MIB,
-            max_messages=http.max_messages,
-            max_prompts=http.max_prompts,
-            max_tokens=http.max_tokens,
-            max_choices=http.max_choices,
-            max_stops=http.max_stops,
-            cors_origins=tuple(http.cors_origins),
-            request_timeout_s=http.request_timeout_s,
-            queue_timeout_s=http.queue_timeout_s,
-            access_log=http.access_log,
-        )
+        limits = {name: getattr(http, name) for name in HttpLimits.model_fields}
+        return cls(keys=load_key_set(http.api_keys_file), **limits)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Longest request body."""
+        return self.max_body_mb * MIB
 
     @property
     def has_keys(self) -> bool:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import ASGIApp
 
 from quantserve.serve.directory import Directory
-from quantserve.serve.front_door import FrontDoor, ServedModel, model_aliases, model_card
 from quantserve.serve.limits import Policy, layers
 from quantserve.serve.metrics import GatewayMetrics, MetricsEndpoint
 from quantserve.serve.remote import RemoteModel
 from quantserve.serve.replicas import Limits
+from quantserve.serve.router import Router, ServedModel, model_aliases, model_card
 
 if TYPE_CHECKING:
     from quantserve.plan import Plan
@@ -64,4 +64,4 @@ def public_app(models: Sequence[Mapping[str, Any]], directory: Directory, policy
         pool = directory.pools[str(model["card"]["id"])]
         app = RemoteModel(pool, policy.request_timeout_s)
         served.append(ServedModel(model["card"], app, pool.healthy, model["route"], model["aliases"]))
-    return layers(FrontDoor(served, MetricsEndpoint(metrics)), policy, [metrics])
+    return layers(Router(served, MetricsEndpoint(metrics)), policy, [metrics])

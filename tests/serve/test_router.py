@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from quantserve.serve.front_door import FrontDoor, ServedModel
+from quantserve.serve.router import Router, ServedModel
 
 from .asgi_client import Answer, Upstream, request
 
@@ -31,8 +31,8 @@ def upstreams() -> dict[str, Upstream]:
 
 
 @pytest.fixture
-def door(upstreams: dict[str, Upstream]) -> FrontDoor:
-    return FrontDoor([model(upstream, name) for name, upstream in upstreams.items()])
+def router(upstreams: dict[str, Upstream]) -> Router:
+    return Router([model(upstream, name) for name, upstream in upstreams.items()])
 
 
 def ask(app: Any, method: str, path: str, body: object = None, **kwargs: Any) -> Answer:
@@ -41,21 +41,21 @@ def ask(app: Any, method: str, path: str, body: object = None, **kwargs: Any) ->
 
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/rerank"])
-def test_routes_by_model(door: FrontDoor, upstreams: dict[str, Upstream], name: str, path: str) -> None:
+def test_routes_by_model(router: Router, upstreams: dict[str, Upstream], name: str, path: str) -> None:
     body = json.dumps({"model": name, "é": "ü"}, ensure_ascii=False).encode()
-    answer = ask(door, "POST", path, body, parts=3)
+    answer = ask(router, "POST", path, body, parts=3)
     assert (answer.status, answer.json, answer.headers["x-upstream"]) == (200, {"from": name}, name)
     assert upstreams[name].bodies == [body]  # byte for byte
     assert upstreams[name].paths == [path]
 
 
-def test_own_route_inside_one_application(door: FrontDoor, upstreams: dict[str, Upstream]) -> None:
-    answer = ask(door, "POST", "/org--model-awq/v1/completions", {"prompt": "x"})
+def test_own_route_inside_one_application(router: Router, upstreams: dict[str, Upstream]) -> None:
+    answer = ask(router, "POST", "/org--model-awq/v1/completions", {"prompt": "x"})
     assert answer.json == {"from": "org/model-awq"}
     assert upstreams["org/model-awq"].paths == ["/v1/completions"]
-    assert ask(door, "GET", "/org--model-awq/metrics").json == {"from": "org/model-awq"}
-    assert [card["id"] for card in ask(door, "GET", "/org--model-awq/v1/models").json["data"]] == ["org/model-awq"]
-    refused = ask(door, "POST", "/org--model-awq/v1/completions", {"model": "demo-fp16", "prompt": "x"})
+    assert ask(router, "GET", "/org--model-awq/metrics").json == {"from": "org/model-awq"}
+    assert [card["id"] for card in ask(router, "GET", "/org--model-awq/v1/models").json["data"]] == ["org/model-awq"]
+    refused = ask(router, "POST", "/org--model-awq/v1/completions", {"model": "demo-fp16", "prompt": "x"})
     assert refused.status == 404
     assert "`org/model-awq`" in refused.error["message"]
     assert "Available models: `org/model-awq`." in refused.error["message"]
@@ -79,8 +79,8 @@ def test_own_route_inside_one_application(door: FrontDoor, upstreams: dict[str, 
         (b'{"model": ' + b"9" * 5000 + b"}", 400, "invalid_json", None, "not valid JSON"),
     ],
 )
-def test_mistakes(door: FrontDoor, body: object, status: int, code: str, param: str | None, said: str) -> None:
-    answer = ask(door, "POST", "/v1/chat/completions", body)
+def test_mistakes(router: Router, body: object, status: int, code: str, param: str | None, said: str) -> None:
+    answer = ask(router, "POST", "/v1/chat/completions", body)
     assert answer.status == status
     assert answer.headers["content-type"] == "application/json"
     assert (answer.error["code"], answer.error["param"]) == (code, param)
@@ -88,69 +88,69 @@ def test_mistakes(door: FrontDoor, body: object, status: int, code: str, param: 
     assert "Traceback" not in answer.error["message"]
 
 
-def test_long_name_is_not_echoed(door: FrontDoor) -> None:
-    assert len(ask(door, "POST", "/v1/completions", {"model": "m" * 100_000}).body) < 1000
+def test_long_name_is_not_echoed(router: Router) -> None:
+    assert len(ask(router, "POST", "/v1/completions", {"model": "m" * 100_000}).body) < 1000
 
 
-def test_not_json(door: FrontDoor) -> None:
+def test_not_json(router: Router) -> None:
     headers = {"content-type": "multipart/form-data; boundary=x"}
-    answer = ask(door, "POST", "/v1/audio/transcriptions", b"--x", headers=headers)
+    answer = ask(router, "POST", "/v1/audio/transcriptions", b"--x", headers=headers)
     assert answer.status == 415
     assert "/demo-fp16/v1" in answer.error["message"]
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/nothing", "/metrics", "/v1/chat/completions", "//", "/v1/responses/7"])
-def test_unknown_path(door: FrontDoor, path: str) -> None:
-    answer = ask(door, "GET", path)
+def test_unknown_path(router: Router, path: str) -> None:
+    answer = ask(router, "GET", path)
     assert (answer.status, answer.error["code"]) == (404, "unknown_url")
     prefixed = f"model-specific paths need a prefix, e.g. /demo-fp16{path}."
     assert answer.error["message"] == f"Unknown path {path}. This server hosts several models; {prefixed}"
 
 
-def test_models(door: FrontDoor) -> None:
+def test_models(router: Router) -> None:
     for path in ("/v1/models", "/v1/models/"):
-        listed = ask(door, "GET", path).json
+        listed = ask(router, "GET", path).json
         assert listed["object"] == "list"
         assert [card["id"] for card in listed["data"]] == list(IDS)
         assert all(isinstance(card["created"], int) for card in listed["data"])
 
 
 @pytest.mark.parametrize("name", ["demo-fp16", "org/model-awq", "org--model-awq", "org%2Fmodel-awq"])
-def test_one_model(door: FrontDoor, name: str) -> None:
-    answer = ask(door, "GET", f"/v1/models/{name}")
+def test_one_model(router: Router, name: str) -> None:
+    answer = ask(router, "GET", f"/v1/models/{name}")
     assert answer.status == 200
     assert answer.json["id"] in IDS
 
 
 def test_id_with_dashes_is_found_as_it_is() -> None:
-    door = FrontDoor([model(Upstream("a"), "a--b"), model(Upstream("b"), "b")])
-    assert ask(door, "GET", "/v1/models/a--b").json["id"] == "a--b"
+    router = Router([model(Upstream("a"), "a--b"), model(Upstream("b"), "b")])
+    assert ask(router, "GET", "/v1/models/a--b").json["id"] == "a--b"
 
 
-def test_unknown_and_unsupported_model_requests(door: FrontDoor) -> None:
-    assert ask(door, "GET", "/v1/models/nope").error["code"] == "model_not_found"
-    answer = ask(door, "DELETE", "/v1/models/demo-fp16")
+def test_unknown_and_unsupported_model_requests(router: Router) -> None:
+    assert ask(router, "GET", "/v1/models/nope").error["code"] == "model_not_found"
+    answer = ask(router, "DELETE", "/v1/models/demo-fp16")
     assert (answer.status, answer.headers["allow"]) == (405, "GET")
 
 
-def test_health_is_per_model(upstreams: dict[str, Upstream], door: FrontDoor) -> None:
-    answer = ask(door, "GET", "/health")
+def test_health_is_per_model(upstreams: dict[str, Upstream], router: Router) -> None:
+    answer = ask(router, "GET", "/health")
     assert (answer.status, answer.json["status"]) == (200, "ok")
     upstreams["demo-fp16"].healthy = False
-    answer = ask(door, "GET", "/health")
+    answer = ask(router, "GET", "/health")
     expected = {"status": "degraded", "models": {"demo-fp16": "unavailable", "org/model-awq": "ok"}}
     assert (answer.status, answer.json) == (503, expected)
-    assert ask(door, "GET", "/org--model-awq/health").status == 200
-    assert ask(door, "GET", "/demo-fp16/health").status == 503
+    assert ask(router, "GET", "/org--model-awq/health").status == 200
+    assert ask(router, "GET", "/demo-fp16/health").status == 503
 
 
 def test_a_raising_upstream_is_a_500_without_details() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("secret /etc/path")
 
-    door = FrontDoor([model(broken, "a"), model(Upstream("b"), "b")])
-    assert ask(door, "GET", "/health").json["models"] == {"a": "unavailable", "b": "ok"}
-    answer = ask(door, "POST", "/v1/completions", {"model": "a"})
+    router = Router([model(broken, "a"), model(Upstream("b"), "b")])
+    assert ask(router, "GET", "/health").json["models"] == {"a": "unavailable", "b": "ok"}
+    answer = ask(router, "POST", "/v1/completions", {"model": "a"})
     assert answer.status == 500
     assert answer.error["type"] == "server_error"
     assert "secret" not in answer.body.decode()
@@ -158,19 +158,19 @@ def test_a_raising_upstream_is_a_500_without_details() -> None:
 
 def test_a_single_model_gets_every_path() -> None:
     upstream = Upstream("only")
-    door = FrontDoor([model(upstream, "only", aliases=("adapter",))])
-    assert ask(door, "POST", "/v1/chat/completions", {"messages": []}).json == {"from": "only"}
-    assert ask(door, "POST", "/v1/chat/completions", {"model": "adapter"}).json == {"from": "only"}
-    assert ask(door, "POST", "/only/v1/chat/completions", {"model": "only"}).json == {"from": "only"}
-    assert ask(door, "GET", "/metrics").json == {"from": "only"}
-    assert ask(door, "POST", "/v1/chat/completions", {"model": "other"}).error["code"] == "model_not_found"
-    assert ask(door, "GET", "/health").json == {"status": "ok", "models": {"only": "ok"}}
-    cards = ask(door, "GET", "/v1/models").json["data"]
+    router = Router([model(upstream, "only", aliases=("adapter",))])
+    assert ask(router, "POST", "/v1/chat/completions", {"messages": []}).json == {"from": "only"}
+    assert ask(router, "POST", "/v1/chat/completions", {"model": "adapter"}).json == {"from": "only"}
+    assert ask(router, "POST", "/only/v1/chat/completions", {"model": "only"}).json == {"from": "only"}
+    assert ask(router, "GET", "/metrics").json == {"from": "only"}
+    assert ask(router, "POST", "/v1/chat/completions", {"model": "other"}).error["code"] == "model_not_found"
+    assert ask(router, "GET", "/health").json == {"status": "ok", "models": {"only": "ok"}}
+    cards = ask(router, "GET", "/v1/models").json["data"]
     assert [(card["id"], card["parent"]) for card in cards] == [("only", None), ("adapter", "only")]
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/only/v1/models"])
 def test_mounted_under_a_prefix(path: str) -> None:
     """Ray Serve's proxies differ in whether the prefix is still in the path."""
-    door = FrontDoor([model(Upstream("only"), "only")])
-    assert ask(door, "GET", path, root_path="/only").json["data"][0]["id"] == "only"
+    router = Router([model(Upstream("only"), "only")])
+    assert ask(router, "GET", path, root_path="/only").json["data"][0]["id"] == "only"

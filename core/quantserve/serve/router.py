@@ -86,7 +86,7 @@ def model_aliases(plan: Plan) -> list[str]:
     return [str(module["name"]) for module in modules if isinstance(module, Mapping) and module.get("name")]
 
 
-class FrontDoor:
+class Router:
     """ASGI app that routes to several models, or to one, which then gets every path the gateway does not serve itself.
 
     Args:

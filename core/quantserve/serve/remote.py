@@ -17,7 +17,7 @@ from quantserve.serve.asgi import Refused, header, internal_error, read_body
 from quantserve.serve.limits import JSON_KEY
 from quantserve.serve.replicas import BROKEN_S, Pool, Replica
 from quantserve.serve.trace import trace_of
-from quantserve.serve.upstream import ReplicaLost, Response
+from quantserve.serve.upstream import AppFailed, ReplicaLost, Response
 from quantserve.serve.wire import Headers
 
 ATTEMPTS: Final = 3
@@ -78,6 +78,9 @@ class RemoteModel:
         except ReplicaLost as lost:
             logger.warning("model %s: %s", self.pool.model_id, lost)
             await answer.fail(internal_error(503))
+        except AppFailed as failed:  # no retry: the request itself may be the cause, and would fail on every replica
+            logger.warning("model %s: %s", self.pool.model_id, failed)
+            await answer.fail(internal_error(500))
         finally:
             timer.cancel()
             leaving.cancel()

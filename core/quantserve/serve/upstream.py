@@ -31,6 +31,10 @@ class ReplicaLost(Exception):
     """A replica cannot be reached, or its connection closed before the response was complete."""
 
 
+class AppFailed(Exception):
+    """The replica's app ended without a complete response; the replica and its connection still work."""
+
+
 class Response:
     """A response that is being received.
 
@@ -46,7 +50,7 @@ class Response:
         self._paused = False
         self._ready: asyncio.Future[None] | None = None
         self._complete = False
-        self._lost = False
+        self._error: ReplicaLost | AppFailed | None = None
         self.status = 0
         self.headers: Headers = []
 
@@ -55,12 +59,13 @@ class Response:
 
         Raises:
             ReplicaLost: the connection closed before the end.
+            AppFailed: the app ended before the end.
         """
         while not self._chunks:
             if self._complete:
                 return b""
-            if self._lost:
-                raise ReplicaLost("the replica closed the connection in the middle of its response")
+            if self._error:
+                raise self._error
             await self._wait()
         data = self._chunks.popleft() if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
@@ -80,10 +85,11 @@ class Response:
 
         Raises:
             ReplicaLost: the connection closed before the response began.
+            AppFailed: the app ended without a response.
         """
         while not self.status:
-            if self._lost:
-                raise ReplicaLost("the replica closed the connection before it responded")
+            if self._error:
+                raise self._error
             await self._wait()
 
     async def _wait(self) -> None:
@@ -107,7 +113,15 @@ class Response:
             status, self.headers = unpack_head(payload)
             self.status = int(status)
         else:
-            self._lost = True
+            self._error = AppFailed("the replica's app ended without a complete response")
+        self._notify()
+
+    def lose(self) -> None:
+        """The connection is lost."""
+        self._error = ReplicaLost("the connection to the replica was lost before its response was complete")
+        self._notify()
+
+    def _notify(self) -> None:
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
@@ -132,7 +146,7 @@ class _Connection(asyncio.Protocol):
             self.used = True
             self.send(Kind.OPEN, number, payload)
         else:  # the connection was lost meanwhile
-            response.on_frame(Kind.FAILED, b"")
+            response.lose()
         return response
 
     def send(self, kind: Kind, number: int, payload: bytes = b"") -> None:
@@ -178,7 +192,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         for response in self._answers.values():
-            response.on_frame(Kind.FAILED, b"")
+            response.lose()
 
 
 class Upstream:
@@ -208,6 +222,7 @@ class Upstream:
 
         Raises:
             ReplicaLost: connecting failed, or the connection closed before the response began.
+            AppFailed: the app ended without a response.
         """
         payload = pack_request(method, target, [pair for pair in headers if pair[0] not in NOT_FORWARDED], body)
         while True:

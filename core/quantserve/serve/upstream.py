@@ -11,6 +11,7 @@ import itertools
 import socket
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final, cast
 
 from quantserve.serve.wire import Frames, Headers, Kind, frame, pack_request, unpack_head
@@ -25,6 +26,21 @@ NUMBERS: Final = 1 << 32
 NOT_FORWARDED: Final = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization",
                                   b"proxy-connection", b"transfer-encoding", b"expect"})  # fmt: skip
 """Hop-by-hop request headers."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Timeouts and buffers of the connection to a replica.
+
+    Attributes:
+        connect_s: connect timeout in seconds.
+        silence_s: seconds without a sign of life until the connection counts as lost.
+        buffer_bytes: bytes of a response buffered for a slow client before the replica pauses it.
+    """
+
+    connect_s: float = 5.0
+    silence_s: float = 15.0
+    buffer_bytes: int = 256 << 10
 
 
 class ReplicaLost(Exception):
@@ -170,6 +186,11 @@ class _Connection(asyncio.Protocol):
         if not self._answers and self._transport is not None:
             self._transport.close()
 
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
     @property
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
@@ -201,9 +222,11 @@ class Upstream:
     Args:
         host, port: its address.
         token: authenticates the connection; replicas close connections without it.
+        timing: timeouts and buffers.
     """
 
-    def __init__(self, host: str, port: int, token: str) -> None:
+    def __init__(self, host: str, port: int, token: str, timing: Timing = Timing()) -> None:
+        self.timing = timing
         self.host = host
         self.port = port
         self._token = token
@@ -244,6 +267,13 @@ class Upstream:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def fail(self) -> None:
+        """Close the connection at once; responses in progress raise `ReplicaLost`. For a replica known to be dead."""
+        connection = self._connection
+        self.close()
+        if connection is not None:
+            connection.abort()
 
     async def _connect(self) -> _Connection:
         if self._connection is not None and self._connection.usable:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from quantserve.serve.replicas import Limits, Pool
+from quantserve.serve.upstream import Timing
 
 POLL_S: Final = 1.0
 """Poll interval while replicas come and go. A rolling update stops an old replica 2 s after the new one is ready,
@@ -28,11 +29,14 @@ class Directory:
     Args:
         models: each with its ``card`` and ``limits``.
         token: authenticates connections to replicas.
+        timing: timeouts and buffers of these connections.
     """
 
-    def __init__(self, models: Sequence[Mapping[str, Any]], token: str) -> None:
+    def __init__(self, models: Sequence[Mapping[str, Any]], token: str, timing: Timing | None = None) -> None:
         self.pools = {
-            str(model["card"]["id"]): Pool(str(model["card"]["id"]), Limits(**model["limits"]), token)
+            str(model["card"]["id"]): Pool(
+                str(model["card"]["id"]), Limits(**model["limits"]), token, timing or Timing()
+            )
             for model in models
         }
 
@@ -57,6 +61,23 @@ class Directory:
         """Whether every pool is settled; see `Pool.settled`."""
         return all(pool.settled for pool in self.pools.values())
 
+    @property
+    def waiting(self) -> dict[str, int]:
+        """Number of queued requests by model id, without models that have none."""
+        return {model_id: len(pool.waiting) for model_id, pool in self.pools.items() if pool.waiting}
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What `poll_replicas` needs to know, as JSON."""
+        return {name: getattr(self, name) for name in ("wanted", "reachable", "settled", "waiting")}
+
+    def fail_running(self) -> None:
+        """End all requests in progress or queued with an error: shortly before the drain timeout of a shutdown ends,
+        so that streams end with an error event instead of a closed connection.
+        """
+        for pool in self.pools.values():
+            pool.fail_running()
+
 
 class ReplicaSink(Protocol):
     """What `poll_replicas` updates: a `Directory`, or the gateway process that holds one."""
@@ -75,6 +96,10 @@ class ReplicaSink(Protocol):
     @property
     def settled(self) -> bool:
         """Whether all replicas are healthy and no request is queued."""
+
+    @property
+    def waiting(self) -> Mapping[str, int]:
+        """Number of queued requests by model id."""
 
 
 async def poll_replicas(sink: ReplicaSink, handles: Mapping[str, Any], calm_s: float = POLL_S) -> None:

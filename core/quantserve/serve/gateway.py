@@ -7,7 +7,7 @@ replicas by model id whenever they change. End of file means that the parent has
 
 Standard output has the status, one JSON object per line, at every change and every second as a heartbeat: `wanted`, the
 models with queued requests and no replica; `reachable`, the models whose requests are accepted; `settled`, whether all
-replicas are healthy and no request is queued.
+replicas are healthy and no request is queued; `waiting`, the number of queued requests by model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import uvloop
 
 from quantserve.serve.directory import Directory
 from quantserve.serve.limits import Policy
-from quantserve.serve.served import public_app
+from quantserve.serve.served import public_app, timing_of
 from quantserve.text import LogFormatter
 
 KEEP_ALIVE_S: Final = 75
@@ -41,7 +41,7 @@ async def serve(listener: socket.socket) -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     settings = json.loads(await lines.readline())
     policy = Policy.model_validate(settings["policy"])
-    directory = Directory(settings["models"], settings["token"])
+    directory = Directory(settings["models"], settings["token"], timing_of(policy))
     app = public_app(settings["models"], directory, policy)
     config = uvicorn.Config(
         app,
@@ -69,7 +69,7 @@ async def _listen(lines: asyncio.StreamReader, directory: Directory, server: uvi
 async def _report(directory: Directory) -> None:
     last, when = "", 0.0
     while True:
-        line = json.dumps({"wanted": directory.wanted, "reachable": directory.reachable, "settled": directory.settled})
+        line = json.dumps(directory.status)
         if line != last or time.monotonic() - when > HEARTBEAT_S:
             print(line, flush=True)
             last, when = line, time.monotonic()

@@ -26,8 +26,6 @@ SOUND_S: Final = 10.0
 HANGS_S: Final = 30.0
 """Heartbeat timeout: a gateway without a heartbeat for so long is killed. It sends one every second."""
 WATCH_S: Final = 1.0
-REPLICA_FIELDS: Final = ("id", "host", "port", "draining", "cpus")
-"""The fields of a replica that are sent to the gateway."""
 
 
 class GatewayProcess:
@@ -54,10 +52,7 @@ class GatewayProcess:
 
     def update(self, addresses: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Send changed replicas to the gateway, and keep it off the CPUs they compute on."""
-        places = {
-            model_id: [{key: replica[key] for key in REPLICA_FIELDS} for replica in replicas]
-            for model_id, replicas in addresses.items()
-        }
+        places = {model_id: [dict(replica) for replica in replicas] for model_id, replicas in addresses.items()}
         with self._lock:
             if any(self._replicas.get(model_id) != there for model_id, there in places.items()):
                 self._replicas.update(places)
@@ -80,9 +75,14 @@ class GatewayProcess:
         return bool(self._status.get("settled"))
 
     @property
+    def waiting(self) -> dict[str, int]:
+        """Number of queued requests by model id."""
+        return dict(self._status.get("waiting", {}))
+
+    @property
     def taken_cpus(self) -> set[int]:
         """CPUs reserved for the engines' computing threads."""
-        return {cpu for there in self._replicas.values() for one in there for cpu in one["cpus"]}
+        return {cpu for there in self._replicas.values() for one in there for cpu in one.get("cpus", ())}
 
     def stop(self, patience: float) -> None:
         """Stop accepting connections and drain: requests in progress have `patience` seconds to finish."""

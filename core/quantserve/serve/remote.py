@@ -20,7 +20,6 @@ from quantserve.serve.trace import trace_of
 from quantserve.serve.upstream import AppFailed, ReplicaLost, Response
 from quantserve.serve.wire import Headers
 
-ATTEMPTS: Final = 3
 DRAINING: Final = b"x-quantserve-draining"
 """Header of the refusal of a draining replica; the request is retried on another one."""
 NOT_FORWARDED: Final = frozenset({b"authorization"})
@@ -39,11 +38,13 @@ class RemoteModel:
     Args:
         pool: the model's replicas.
         timeout_s: request timeout, from the request to the end of the response.
+        attempts: most replicas a request is tried on.
     """
 
-    def __init__(self, pool: Pool, timeout_s: float = 600.0) -> None:
+    def __init__(self, pool: Pool, timeout_s: float = 600.0, attempts: int = 3) -> None:
         self.pool = pool
         self.timeout_s = timeout_s
+        self.attempts = attempts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward one HTTP request. A disconnected client or the timeout cancels it in the replica.
@@ -94,7 +95,7 @@ class RemoteModel:
         light = scope["method"] in ("GET", "HEAD")
         failed: set[str] = set()
         began = time.perf_counter()
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, self.attempts + 1):
             avoid = frozenset(failed)
             async with self.pool.visit(avoid) if light else self.pool.slot(key, avoid) as replica:
                 trace.replica, trace.attempts = replica.id, attempt
@@ -104,7 +105,7 @@ class RemoteModel:
                         return
                 except ReplicaLost:
                     replica.broken_until = time.monotonic() + BROKEN_S
-                    if answer.started or attempt == ATTEMPTS:
+                    if answer.started or attempt == self.attempts:
                         raise
                 failed.add(replica.id)
                 began = time.perf_counter()

@@ -10,13 +10,13 @@ import hashlib
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from quantserve.serve.asgi import Refused
-from quantserve.serve.upstream import ReplicaLost, Upstream
+from quantserve.serve.upstream import AppFailed, ReplicaLost, Timing, Upstream
 
 BROKEN_S: Final = 1.0
 """How long a replica that could not be reached gets no requests, if there are other replicas."""
@@ -83,11 +83,17 @@ class _Waiter:
 
 @dataclass
 class Pool:
-    """The replicas of one model and the queue of requests for them."""
+    """The replicas of one model and the queue of requests for them.
+
+    Attributes:
+        running: for each request in progress or queued, a function that ends it with an error.
+    """
 
     model_id: str
     limits: Limits
     token: str = ""
+    timing: Timing = field(default_factory=Timing)
+    running: set[Callable[[], None]] = field(default_factory=set)
     replicas: dict[str, Replica] = field(default_factory=dict)
     waiting: deque[_Waiter] = field(default_factory=deque)
     _finished: deque[float] = field(default_factory=lambda: deque(maxlen=64))
@@ -99,7 +105,7 @@ class Pool:
             self.replicas.pop(gone).upstream.close()
         for name, address in known.items():
             if name not in self.replicas:
-                upstream = Upstream(str(address["host"]), int(address["port"]), self.token)
+                upstream = Upstream(str(address["host"]), int(address["port"]), self.token, self.timing)
                 self.replicas[name] = Replica(name, upstream)
             self.replicas[name].draining = bool(address.get("draining"))
         self._wake()
@@ -131,6 +137,11 @@ class Pool:
     def ongoing(self) -> int:
         """Requests in progress, on all replicas."""
         return sum(replica.ongoing for replica in self.replicas.values())
+
+    def fail_running(self) -> None:
+        """End all requests in progress or queued with an error; see `Directory.fail_running`."""
+        for fail in list(self.running):
+            fail()
 
     @asynccontextmanager
     async def slot(self, key: str | None = None, avoid: frozenset[str] = frozenset()) -> AsyncIterator[Replica]:
@@ -183,7 +194,7 @@ class Pool:
                 finally:
                     response.close()
                 return response.status == 200
-        except (ReplicaLost, TimeoutError):
+        except (ReplicaLost, AppFailed, TimeoutError):
             return False
 
     async def _acquire(self, key: str | None, avoid: frozenset[str]) -> Replica:

@@ -14,6 +14,7 @@ from quantserve.serve.metrics import GatewayMetrics, MetricsEndpoint
 from quantserve.serve.remote import RemoteModel
 from quantserve.serve.replicas import Limits
 from quantserve.serve.router import Router, ServedModel, model_aliases, model_card
+from quantserve.serve.upstream import Timing
 
 if TYPE_CHECKING:
     from quantserve.plan import Plan
@@ -56,12 +57,17 @@ def limits_of(plan: Plan, policy: Policy) -> Limits:
     )
 
 
+def timing_of(policy: Policy) -> Timing:
+    """Timeouts and buffers of the connections to replicas."""
+    return Timing(policy.connect_timeout_s, policy.replica_timeout_s, policy.client_buffer_kb << 10)
+
+
 def public_app(models: Sequence[Mapping[str, Any]], directory: Directory, policy: Policy) -> ASGIApp:
     """The app at the public address: limits, keys, logs and metrics around the router to the models' pools."""
     metrics = GatewayMetrics([model["card"] for model in models], lambda: directory.pools.values())
     served = []
     for model in models:
         pool = directory.pools[str(model["card"]["id"])]
-        app = RemoteModel(pool, policy.request_timeout_s)
+        app = RemoteModel(pool, policy.request_timeout_s, policy.max_attempts)
         served.append(ServedModel(model["card"], app, pool.healthy, model["route"], model["aliases"]))
     return layers(Router(served, MetricsEndpoint(metrics)), policy, [metrics])

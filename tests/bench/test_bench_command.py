@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -192,6 +194,61 @@ def test_failed_requests_are_counted_and_fail_the_gate(
     assert "3 of 6 requests failed with 429: queue full" in capsys.readouterr().out
     assert bench("-n", "6", "-c", "1", "--model", "demo-awq", "--fail-under", "0.001", "--overwrite") == 1
     assert "requests failed" in capsys.readouterr().err
+
+
+def test_a_run_without_a_token_fails(
+    bench: Callable[..., int], server: ModelServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script = lambda number, body: stream([], prompt=64)
+    assert bench("-n", "3", "--model", "demo-awq") == 1
+    assert "demo-awq, 10 users: no request got an output token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("soft", "hard", "code"), [(60, 400, 0), (60, 60, 1)])
+def test_open_files(server: ModelServer, tmp_path: Path, soft: int, hard: int, code: int) -> None:
+    """120 connections need more than the soft limit, which the client raises; with too low a hard limit it fails."""
+    server.script = lambda number, body: stream([(0.5, ["a"])], prompt=64)
+    limited = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}));"
+        "from quantserve.cli.main import run; sys.exit(run(sys.argv[1:]))"
+    )
+    arguments = ["bench", "--url", server.url, "--model", "demo-awq", "--warmup", "0", "--no-plots", "--out", "out"]
+    command = [sys.executable, "-c", limited, *arguments, "-n", "120", "-c", "120"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == code, done.stderr
+    errors = results(tmp_path)["measurements"][0]["error_codes"]
+    if code:
+        assert errors["open-files"] > 60
+        assert f"{errors['open-files']} of 120 requests failed in this client, not in the server" in done.stderr
+        assert "fix: raise the hard limit of open files" in done.stderr
+    else:
+        assert errors == {}
+
+
+def test_a_certificate_that_cannot_be_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *files, *name]
+    if not shutil.which("openssl") or subprocess.run(made, capture_output=True).returncode:
+        pytest.skip("no openssl here")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    monkeypatch.chdir(tmp_path)
+    with ModelServer(answer, context) as server:
+        arguments = ["bench", "--warmup", "0", "--no-plots", "--model", "demo-awq", "-n", "2"]
+        secure = f"https://localhost:{server.port}"
+        assert run([*arguments, "--url", secure]) == 4
+        said = capsys.readouterr().err
+        assert "cannot verify the certificate of localhost" in said
+        assert "SSL_CERT_FILE" in said
+        assert "start the server" not in said
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        assert run([*arguments, "--url", secure]) == 0
+        capsys.readouterr()
+        assert run([*arguments, "--out", "plain", "--url", secure.replace("https", "http")]) == 4
+        assert "https://" in capsys.readouterr().err
 
 
 def test_prompts_by_estimate_without_tokenize(bench: Callable[..., int], server: ModelServer, tmp_path: Path) -> None:

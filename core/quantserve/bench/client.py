@@ -7,15 +7,14 @@ last. The answers are decoded after the run (`Result.decode`).
 from __future__ import annotations
 
 import asyncio
-import errno
 import re
-import socket
 import ssl
 from dataclasses import dataclass, field
 from math import inf
 from time import perf_counter
 from typing import Final, cast
 
+from quantserve.bench.causes import connect_failure
 from quantserve.bench.request import Request, Target
 from quantserve.bench.result import Failure, Result
 from quantserve.bench.wire import ProtocolError, ResponseReader
@@ -187,9 +186,13 @@ class Connection(asyncio.Protocol):
     def _check(self) -> None:
         now = perf_counter()
         if now >= self._deadline:
-            self._end(Failure("timeout", f"no complete answer within {self._deadline - self._began:g} s"))
+            self._end(
+                Failure(
+                    "timeout", f"no complete answer within the client's timeout of {self._deadline - self._began:g} s"
+                )
+            )
         elif self._stall_s and now >= self._last_sign + self._stall_s:
-            self._end(Failure("stalled", f"no data for {self._stall_s:g} s"))
+            self._end(Failure("stalled", f"no data for {self._stall_s:g} s, the client's limit"))
         else:
             self._watch(now)
 
@@ -298,11 +301,6 @@ class Client:
                 )
         except TimeoutError:
             return Failure("connect-timeout", f"cannot connect to {target.host}:{target.port} within {limit:g} s")
-        except ConnectionRefusedError:
-            return Failure("refused", f"connection refused by {target.host}:{target.port}: no server listens there")
-        except socket.gaierror as error:
-            return Failure("dns", f"{target.host}: {error.strerror}")
         except OSError as error:
-            hint = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
-            return Failure("connect", one_line(error) + hint)
+            return connect_failure(target, error)
         return connection

@@ -16,6 +16,7 @@ from math import inf, sqrt
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
+from quantserve.bench.causes import raise_open_files
 from quantserve.bench.client import Client, Live
 from quantserve.bench.request import Request, Target
 from quantserve.bench.result import Result
@@ -155,7 +156,7 @@ async def run(
     """Send requests in the shape of a load, wait for every answer, decode them.
 
     Requests of a sequence are encoded before the clock starts, those of an iterator when they are due. Every request
-    sent is recorded.
+    sent is recorded. The soft limit of open files of this process is raised to the hard limit.
 
     Args:
         target: the server.
@@ -166,6 +167,7 @@ async def run(
         max_duration_s: stop sending after this time; requests in flight are completed.
         live: counters to update for a display.
     """
+    raise_open_files()
     client = Client(target, timeout_s, stall_s, live)
     supply = _Supply(target, requests)
     sender = _Sender(client, supply, max_duration_s or inf)

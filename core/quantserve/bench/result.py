@@ -63,9 +63,9 @@ class Failure:
     """Why a request failed.
 
     Attributes:
-        code: the HTTP status or the code of an error event; else one of ``refused``, ``dns``, ``connect``,
+        code: the HTTP status or the code of an error event; else one of ``refused``, ``connect``, ``tls``,
             ``connect-timeout``, ``closed``, ``reset``, ``protocol``, ``timeout``, ``stalled``, ``incomplete``,
-            ``cancelled``.
+            ``cancelled``, or one of `causes.OWN`.
         message: the server's or the system's words.
     """
 

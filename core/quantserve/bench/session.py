@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from quantserve.bench.causes import with_fix
 from quantserve.bench.client import Live
 from quantserve.bench.load import Closed, Load, Open, Rounds, Run, Timed, describe, run, run_blocking
 from quantserve.bench.measured import SATURATED, Measured, measure
@@ -273,7 +274,7 @@ def _check_answer(target: Target, settings: Settings, request: Request) -> None:
     message += outcome.failure.message
     if isinstance(outcome.failure.code, int) and 400 <= outcome.failure.code < 500 and outcome.failure.code != 429:
         raise UsageError(message)
-    raise EngineError(message)
+    raise EngineError(with_fix(message, outcome.failure.code))
 
 
 async def _shown(work: Any, show: Callable[[], None]) -> Run:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, Protocol, cast
 
+from quantserve.bench.causes import FIXES, connect_failure, with_fix
 from quantserve.bench.request import Target
 from quantserve.bench.result import error_message
 from quantserve.errors import EngineError, UsageError, one_line
@@ -41,6 +42,7 @@ class Session:
 
     def __init__(self, target: Target, timeout_s: float = TIMEOUT_S) -> None:
         self._target = target
+        self._timeout_s = timeout_s
         cls = http.client.HTTPSConnection if target.tls else http.client.HTTPConnection
         self._connection = cls(target.host, target.port, timeout=timeout_s)
 
@@ -60,9 +62,7 @@ class Session:
             raw = response.read()
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
-            raise EngineError(
-                f"no response from {self._target.url}: {one_line(error)}\n  fix: start the server, or correct --url"
-            ) from None
+            raise EngineError(f"no response from {self._target.url}: {self._cause(error)}") from None
         try:
             return response.status, json.loads(raw)
         except ValueError:
@@ -71,6 +71,15 @@ class Session:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+    def _cause(self, error: OSError | http.client.HTTPException) -> str:
+        if isinstance(error, TimeoutError):
+            return f"none within {self._timeout_s:g} s\n  fix: {FIXES['refused']}"
+        if isinstance(error, http.client.HTTPException | ConnectionResetError):
+            kind = "http" if self._target.tls else "https"
+            return f"{one_line(error)}\n  fix: correct --url; perhaps it begins with {kind}://"
+        failure = connect_failure(self._target, error)
+        return with_fix(failure.message, failure.code if failure.code in FIXES else "refused")
 
 
 class ServerTokenizer:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from quantserve.bench import markdown
+from quantserve.bench.causes import OWN, with_fix
 from quantserve.bench.load import Closed, Load, Rounds
 from quantserve.bench.measured import SLO_KEYS, Measured
 from quantserve.bench.request import Target
@@ -36,6 +37,8 @@ from quantserve.registry import Registry
 
 INTERRUPTED: Final = 130
 WARMUP: Final = 10
+OWN_SHARE: Final = 0.01
+"""Share of requests that may fail in the client itself; above it the measurement fails."""
 
 
 @click.command("bench")
@@ -286,17 +289,29 @@ def predicted(composition: Composition, load: Closed | Rounds, measured: Measure
 
 
 def gate(err: Console, measurements: Sequence[Measurement], fail_under: float | None) -> int:
-    """Exit code: 1 without a complete answer, or with a limit if a metric is below it or a request failed; else 0."""
-    problems = [
-        f"{m.served.id}, {m.load_label}: no request got a complete answer"
-        for m in measurements
-        if not m.measured.timings
-    ]
+    """Exit code: 1 if a measurement is void (`_void`), or with a limit if a metric is below it or a request failed."""
+    problems = [problem for m in measurements if (problem := _void(m))]
     if fail_under is not None:
         problems += [problem for m in measurements if (problem := _below(m, fail_under))]
     for problem in dict.fromkeys(problems):
         err.print(f"[red]failed[/] {escape(problem)}", soft_wrap=True)
     return 1 if problems else 0
+
+
+def _void(measurement: Measurement) -> str | None:
+    """Why the figures mean nothing: no answer, no token, or requests that this machine itself made fail."""
+    name, measured = f"{measurement.served.id}, {measurement.load_label}", measurement.measured
+    sent = int(measured.totals["requests"])
+    own = {code: count for code, count in measured.error_codes.items() if code in OWN}
+    if sum(own.values()) > OWN_SHARE * sent:
+        code = max(own, key=lambda code: own[code])
+        message = f"{name}: {sum(own.values())} of {sent} requests failed in this client, not in the server: "
+        return with_fix(message + measured.error_messages[code], code)
+    if not measured.timings:
+        return f"{name}: no request got a complete answer"
+    if not any(timing.output_tokens for timing in measured.timings):
+        return f"{name}: no request got an output token"
+    return None
 
 
 def _below(measurement: Measurement, limit: float) -> str | None:

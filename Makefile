@@ -6,7 +6,7 @@ PACKAGES := core/quantserve kernels/src/quantserve_kernels plugins/fp16/src/quan
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick corpus fuzz sanitize lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu clean
+.PHONY: help setup dev prepare serve test test-quick corpus fuzz sanitize lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -72,6 +72,10 @@ bench-kernels: dev ## kernel speed against torch, vLLM and memory bandwidth (ARG
 
 bench-gpu: dev ## kernel speed against cuBLAS on an NVIDIA GPU, and a decode loop; 80 s (ARGS="--models 70b")
 	@exec $(BIN)/python -m benchmarks.gpu $(ARGS)
+
+soak: dev ## a server under mixed load with a fault every minute, and what it lost or leaked; an hour (ARGS="--minutes 3")
+	@$(BIN)/python examples/prepare.py
+	@exec $(BIN)/python -m benchmarks.soak $(ARGS)
 
 clean: ## remove what can be made again, .venv excepted
 	rm -rf build dist kernels/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

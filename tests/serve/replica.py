@@ -14,10 +14,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quantserve.serve.asgi import read_body
 from quantserve.serve.listener import Listener
 from quantserve.serve.replicas import Limits, Pool
+from quantserve.serve.wire import Kind, frame, pack_head, pack_hello, pack_request
 
 from .asgi_client import Answer, request
 
 TOKEN = "t0ken"
+HELLO = frame(Kind.HELLO, 0, pack_hello(15, TOKEN.encode()))
 SYSTEM = {"role": "system", "content": "be kind"}
 
 
@@ -67,6 +69,14 @@ class Replica:
             if index == self.die_after:
                 raise ConnectionError("dead")
         await send({"type": "http.response.body", "body": b""})
+
+
+def open_frames(
+    number: int, method: str = "POST", target: bytes = b"/", body: bytes = b"", window: int = 1 << 20
+) -> bytes:
+    """The encoded frames of a request."""
+    head = pack_head(method.encode() + b" " + target, [])
+    return b"".join(frame(kind, number, payload) for kind, payload in pack_request(head, body, window))
 
 
 def session_of(send: Send) -> Any:

@@ -7,20 +7,39 @@ import hmac
 import logging
 import socket
 from collections import deque
-from typing import Final, cast
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Scope
 
 from quantserve.serve.asgi import request_scope
-from quantserve.serve.wire import Frames, Kind, frame, pack_head, unpack_request
+from quantserve.serve.link import Link
+from quantserve.serve.wire import (
+    MAX_PAYLOAD,
+    MAX_WINDOW,
+    VERSION,
+    Bytes,
+    Kind,
+    ProtocolError,
+    RequestReader,
+    frame,
+    pack_answer,
+    pack_welcome,
+    pieces,
+    unpack_hello,
+    unpack_number,
+)
 from quantserve.text import harmless
 
 LONGEST_HELLO: Final = 1 << 10
 """Longest frame that is accepted before the token."""
-HELLO_S: Final = 5.0
+HANDSHAKE_TICKS: Final = 2
+SILENCE_S: Final = 15.0
+"""`silence_s` of a connection until HELLO names the gateway's; see `Link`."""
 TOGETHER: Final = 16
 """Most frames that are sent in one write, so that the gateway can begin while more are produced."""
+LARGE: Final = 16 << 10
+"""A frame of so many bytes is sent at once, with those before it."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +49,7 @@ class Listener:
 
     Args:
         app: gets the requests, one task each.
-        token: must be the first frame of a connection; other connections are closed without a response.
+        token: must be in the first frame of a connection; other connections are closed without a response.
     """
 
     def __init__(self, app: ASGIApp, token: str) -> None:
@@ -51,83 +70,93 @@ class Listener:
             session.close()
 
 
-class _Session(asyncio.Protocol):
+class _Session(Link):
     """The connection of one gateway."""
 
     def __init__(self, listener: Listener) -> None:
+        super().__init__("gateway", SILENCE_S, LONGEST_HELLO, HANDSHAKE_TICKS)
         self._listener = listener
-        self._frames = Frames()
-        self._known = False
-        self._transport: asyncio.Transport | None = None
         self._requests: dict[int, _Request] = {}
         self._beginning: deque[_Request] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._full = False
         self._unsent: list[bytes] = []
-
-    @property
-    def full(self) -> bool:
-        """Whether the send buffer is full because the gateway reads too slowly."""
-        return self._full
 
     def write(self, data: bytes) -> None:
         """Send a frame, in one write with those that follow in the same turn of the event loop."""
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._flush)
         self._unsent.append(data)
-        if len(self._unsent) >= TOGETHER:
+        if len(self._unsent) >= TOGETHER or len(data) > LARGE:
             self._flush()
 
     def _flush(self) -> None:
-        if self._unsent and self._transport is not None and not self._transport.is_closing():
-            self._transport.write(b"".join(self._unsent))
-        self._unsent.clear()
+        if self._unsent:
+            super().write(b"".join(self._unsent))
+            self._unsent.clear()
 
     def close(self) -> None:
+        """Close after sending what is buffered."""
         self._flush()
-        if self._transport is not None:
-            self._transport.close()
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        super().close()
 
     # --- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
         self._listener.sessions.add(self)
-        asyncio.get_running_loop().call_later(HELLO_S, lambda: None if self._known else self.abort())
-
-    def data_received(self, data: bytes) -> None:
-        for kind, number, payload in self._frames.feed(data):
-            if not self._known:
-                if kind != Kind.HELLO or not hmac.compare_digest(payload, self._listener.token):
-                    self.abort()
-                    return
-                self._known = True
-            elif kind == Kind.OPEN:
-                self._open(number, payload)
-            elif (request := self._requests.get(number)) is not None:
-                request.on_frame(kind)
-        if not self._known and self._frames.wanted > LONGEST_HELLO:
-            self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
         self._listener.sessions.discard(self)
-        for request in self._requests.values():
-            request.on_frame(Kind.CANCEL)
+        for request in tuple(self._requests.values()):
+            request.cancel()
+        self._requests.clear()
 
-    def pause_writing(self) -> None:
-        self._full = True
+    def on_frame(self, kind: int, number: int, payload: bytes) -> None:
+        if not self._established:
+            self._on_hello(kind, number, payload)
+        elif number == 0:
+            self.on_ping(kind, payload)
+        elif (request := self._requests.get(number)) is not None:
+            self._on_request_frame(request, kind, payload)
+        elif kind == Kind.OPEN:
+            self._open(_Request(self, number, payload))
+        elif kind not in (Kind.CANCEL, Kind.CREDIT):  # these may cross the end of the response
+            raise ProtocolError(f"a frame of kind {kind} for request {number}, which does not exist")
 
-    def resume_writing(self) -> None:
-        self._full = False
-        for request in self._requests.values():
-            request.recheck()
+    def _on_hello(self, kind: int, number: int, payload: bytes) -> None:
+        if kind != Kind.HELLO or number:
+            raise ProtocolError("the first frame is not HELLO")
+        version, silence_s, token = unpack_hello(payload)
+        if not hmac.compare_digest(token, self._listener.token):
+            raise ProtocolError("wrong token")
+        if version != VERSION:
+            reason = f"version {version} of the gateway, version {VERSION} of this replica; run the same quantserve"
+            self.send(Kind.REFUSED, 0, reason.encode())
+            self.close()
+            logger.warning("refused the gateway %s: %s", self.address, reason)
+            return
+        self._establish(silence_s)
+        self.send(Kind.WELCOME, 0, pack_welcome())
 
-    def _open(self, number: int, payload: bytes) -> None:
-        request = self._requests[number] = _Request(self, number, payload)
+    def _on_request_frame(self, request: _Request, kind: int, payload: bytes) -> None:
+        if kind == Kind.CANCEL:
+            request.cancel()
+            if not request.received:
+                self._requests.pop(request.number)
+        elif kind == Kind.CREDIT:
+            request.grant(unpack_number(payload))
+        elif kind == Kind.BODY and not request.received:
+            request.feed(payload)
+            self._open(request)
+        else:
+            raise ProtocolError(f"a frame of kind {kind} out of order in request {request.number}")
+
+    def _open(self, request: _Request) -> None:
+        """Begin a request if it is complete."""
+        self._requests[request.number] = request
+        if not request.received:
+            return
         if request.scope["method"] != "POST":
             self._begin(request)
             return
@@ -163,38 +192,66 @@ class _Session(asyncio.Protocol):
 
 
 class _Request:
-    """One request: its ASGI scope and channels."""
+    """One request: its ASGI scope and channels.
+
+    Attributes:
+        received: whether the request has arrived completely.
+        scope: ASGI scope of a request that has arrived.
+    """
 
     def __init__(self, session: _Session, number: int, payload: bytes) -> None:
-        method, target, headers, body = unpack_request(payload)
-        path, _, query = target.partition(b"?")
         self.number = number
+        self.received = False
+        self.scope: Scope = {}
+        self._session = session
+        self._reader: RequestReader | None = RequestReader(payload)
+        self._window = self._reader.window
+        self._body: bytes | None = None
+        self._head_only = False
+        self._gone = asyncio.Event()
+        self._granted = asyncio.Event()
+        self._done = False
+        self.feed(b"")
+
+    def feed(self, payload: bytes) -> None:
+        """Take a further piece of the request.
+
+        Raises:
+            ProtocolError: it is malformed.
+        """
+        assert self._reader is not None
+        self._reader.feed(payload)
+        if not self._reader.complete:
+            return
+        method, target, headers, self._body = self._reader.request()
+        path, _, query = target.partition(b"?")
         self.scope = request_scope(method, unquote_to_bytes(path).decode("utf-8", "replace"), headers, query)
         self.scope["raw_path"] = path
-        self._session = session
-        self._body: bytes | None = body
         self._head_only = method == "HEAD"
-        self._gone = asyncio.Event()
-        self._paused = False
-        self._may_send = asyncio.Event()
-        self._done = False
+        self._reader = None
+        self.received = True
 
     @property
     def left(self) -> bool:
         """Whether the client has disconnected."""
         return self._gone.is_set()
 
-    def on_frame(self, kind: int) -> None:
-        """Handle a frame about this request: CANCEL, PAUSE or RESUME."""
-        if kind == Kind.CANCEL:
-            self._done = True
-            self._gone.set()
-        self._paused = kind == Kind.PAUSE
-        self.recheck()
+    def cancel(self) -> None:
+        """The client has disconnected."""
+        self._done = True
+        self._gone.set()
+        self._granted.set()
 
-    def recheck(self) -> None:
-        """Let a waiting `send` check again whether it may continue."""
-        self._may_send.set()
+    def grant(self, size: int) -> None:
+        """Allow `size` more bytes of the response.
+
+        Raises:
+            ProtocolError: that is too much.
+        """
+        self._window += size
+        if self._window > MAX_WINDOW:
+            raise ProtocolError(f"a window of {self._window} bytes; the limit is {MAX_WINDOW}")
+        self._granted.set()
 
     async def receive(self) -> Message:
         """ASGI: the body, then the disconnect, when the client disconnects or the response is complete."""
@@ -205,27 +262,52 @@ class _Request:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """ASGI: send a part of the response; waits while the client or the connection is slow."""
-        while (self._paused or self._session.full) and not self._done:
-            self._may_send.clear()
-            await self._may_send.wait()
+        """ASGI: send a part of the response; waits while the client or the connection is slow.
+
+        Raises:
+            ValueError: the protocol does not allow this head.
+        """
         if self._done:
             return
         if message["type"] == "http.response.start":
-            head = pack_head(b"%d" % message["status"], message.get("headers", ()))
-            self._session.write(frame(Kind.ANSWER, self.number, head))
+            await self._send(Kind.ANSWER, pack_answer(message["status"], message.get("headers", ())))
             return
         body = b"" if self._head_only else message.get("body", b"")
-        data = frame(Kind.DATA, self.number, body) if body else b""
-        if not message.get("more_body"):
-            data += frame(Kind.END, self.number)
+        last = not message.get("more_body")
+        if len(body) <= min(self._window, MAX_PAYLOAD) and self._session.free:
+            self._window -= len(body)
+            data = frame(Kind.DATA, self.number, body) if body else b""
+            if last:
+                data += frame(Kind.END, self.number)
+            if data:
+                self._session.write(data)
+        else:
+            await self._send_pieces(body)
+            if last and not self._done:
+                await self._send(Kind.END)
+        if last:
             self._done = True
             self._gone.set()
-        if data:
-            self._session.write(data)
+
+    async def _send_pieces(self, body: Bytes) -> None:
+        for piece in pieces(body):
+            while piece and not self._done:
+                if self._window <= 0:
+                    self._granted.clear()
+                    await self._granted.wait()
+                    continue
+                part, piece = piece[: self._window], piece[self._window :]
+                self._window -= len(part)
+                await self._send(Kind.DATA, part)
+
+    async def _send(self, kind: Kind, payload: Bytes = b"") -> None:
+        if self._session.free:
+            self._session.send(kind, self.number, payload)
+        else:
+            await self._session.send_in_turn(kind, self.number, payload)
 
     def finish(self) -> None:
         """The app has returned: report an incomplete response as failed."""
         if not self._done:
             self._done = True
-            self._session.write(frame(Kind.FAILED, self.number))
+            self._session.send(Kind.FAILED, self.number)

@@ -2,60 +2,97 @@
 
 An engine produces one token for each of its requests in every step. With a connection per request each token would cost
 a system call and a wakeup on both sides; on a shared connection the tokens of a step are sent in one write.
-
-A frame is its payload's length (4 bytes), the number of its request (4), a kind (1), and the payload. The gateway
-assigns the request numbers.
+docs/wire.md describes the protocol.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import Final
 
 Headers = list[tuple[bytes, bytes]]
+Bytes = bytes | memoryview
+
+VERSION: Final = 1
+"""Version of the protocol. Increase it with every change of frames or of their meaning."""
+MAX_PAYLOAD: Final = 64 << 10
+"""Largest payload of a frame in bytes. A longer head or body is sent in several frames."""
+MAX_HEAD: Final = 2 << 20
+"""Largest request line with headers, in bytes."""
+MAX_BODY: Final = 1 << 30
+"""Largest request body, in bytes."""
+MAX_WINDOW: Final = 1 << 30
+"""Most bytes of a response that may be granted at one time."""
 
 _FRAME: Final = struct.Struct("!IIB")
-_LENGTH: Final = struct.Struct("!I")
+_HELLO: Final = struct.Struct("!4sBI")
+_OPEN: Final = struct.Struct("!III")
+_NUMBER: Final = struct.Struct("!I")
+_MAGIC: Final = b"QSRV"
+_SILENCE_S: Final = (0.1, 3600.0)
+_METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
+_STATUS: Final = re.compile(rb"[2-5][0-9]{2}")
+
+
+class ProtocolError(Exception):
+    """The peer violated the protocol; the message is the reason."""
 
 
 class Kind(IntEnum):
-    """Type of a frame: the gateway sends HELLO to RESUME, the replica the others."""
+    """Type of a frame. Frames of a connection have request number 0."""
 
     HELLO = 0
-    """The token. It must be the first frame of a connection; otherwise the replica closes it."""
-    OPEN = 1
-    """A request: head and complete body, see `pack_request`."""
-    CANCEL = 2
-    """The client has disconnected."""
-    PAUSE = 3
-    """The client reads slowly: send no more of this response until RESUME."""
-    RESUME = 4
-    ANSWER = 5
-    """Status and headers, see `pack_head`."""
-    DATA = 6
-    """A piece of the body."""
-    END = 7
+    """First frame of the gateway: version, timeout and token, see `pack_hello`."""
+    WELCOME = 1
+    """First frame of the replica: it accepts the connection."""
+    REFUSED = 2
+    """Only frame of the replica: the reason, as text; the connection closes."""
+    PING = 3
+    PONG = 4
+    OPEN = 5
+    """A request, from the gateway: its head and the beginning of its body, see `pack_request`."""
+    BODY = 6
+    """A further piece of the request."""
+    CANCEL = 7
+    """From the gateway: the client has disconnected."""
+    CREDIT = 8
+    """From the gateway: so many more bytes of the response may be sent."""
+    ANSWER = 9
+    """Status and headers, from the replica; see `pack_head`."""
+    DATA = 10
+    """A piece of the response body."""
+    END = 11
     """The response is complete."""
-    FAILED = 8
+    FAILED = 12
     """The response ends here, incomplete."""
 
 
-def frame(kind: Kind, number: int, payload: bytes = b"") -> bytes:
+def frame(kind: Kind, number: int, payload: Bytes = b"") -> bytes:
     """An encoded frame."""
     return _FRAME.pack(len(payload), number, kind) + payload
 
 
 class Frames:
-    """Splits a byte stream into frames."""
+    """Splits a byte stream into frames.
 
-    def __init__(self) -> None:
+    Attributes:
+        limit: largest payload that is accepted, in bytes.
+    """
+
+    def __init__(self, limit: int = MAX_PAYLOAD) -> None:
+        self.limit = limit
         self._rest = bytearray()
         self._wanted = _FRAME.size
 
     def feed(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """Kind, number and payload of every frame that `data` completes."""
+        """Kind, number and payload of every frame that `data` completes.
+
+        Raises:
+            ProtocolError: a frame is longer than `limit`; it is not buffered.
+        """
         if self._rest:
             self._rest += data
             if len(self._rest) < self._wanted:
@@ -65,6 +102,8 @@ class Frames:
         self._wanted = _FRAME.size
         while size - start >= _FRAME.size:
             length, number, kind = _FRAME.unpack_from(data, start)
+            if length > self.limit:
+                raise ProtocolError(f"a frame of {length} bytes; the limit is {self.limit}")
             end = start + _FRAME.size + length
             if end > size:
                 self._wanted = end - start
@@ -74,41 +113,188 @@ class Frames:
         if start < size:
             self._rest += data[start:]
 
-    @property
-    def wanted(self) -> int:
-        """Length of the incomplete frame, as far as its header is known."""
-        return self._wanted
+
+def pack_hello(silence_s: float, token: bytes, version: int = VERSION) -> bytes:
+    """The payload of HELLO. All versions keep this layout.
+
+    Args:
+        silence_s: after so many seconds without a sign of life the connection counts as lost, at both ends.
+    """
+    return _HELLO.pack(_MAGIC, version, round(silence_s * 1000)) + token
+
+
+def unpack_hello(payload: bytes) -> tuple[int, float, bytes]:
+    """Version, timeout in seconds and token.
+
+    Raises:
+        ProtocolError: it is not a HELLO.
+    """
+    if len(payload) < _HELLO.size or not payload.startswith(_MAGIC):
+        raise ProtocolError("HELLO without magic and version")
+    _, version, milliseconds = _HELLO.unpack_from(payload)
+    low, high = _SILENCE_S
+    return version, min(high, max(low, milliseconds / 1000)), payload[_HELLO.size :]
+
+
+def pack_welcome(version: int = VERSION) -> bytes:
+    """The payload of WELCOME. All versions keep this layout."""
+    return _MAGIC + bytes([version])
+
+
+def pack_number(number: int) -> bytes:
+    """The payload of CREDIT."""
+    return _NUMBER.pack(number)
+
+
+def unpack_number(payload: bytes) -> int:
+    """The inverse of `pack_number`.
+
+    Raises:
+        ProtocolError: it is not 4 bytes.
+    """
+    if len(payload) != _NUMBER.size:
+        raise ProtocolError(f"a number of {len(payload)} bytes instead of {_NUMBER.size}")
+    return int(_NUMBER.unpack(payload)[0])
 
 
 def pack_head(first: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A first line and headers, one per line; headers that contain a line break are dropped."""
+    """A first line and headers, one per line; headers that contain a line break are dropped.
+
+    Raises:
+        ValueError: the first line contains a line break.
+    """
+    if b"\n" in first:
+        raise ValueError("a line break in the first line of a head")
     lines = [name + b":" + value for name, value in headers]
     return b"\n".join([first, *(line for line in lines if b"\n" not in line)])
 
 
 def unpack_head(head: bytes) -> tuple[bytes, Headers]:
-    """The inverse of `pack_head`."""
+    """The inverse of `pack_head`.
+
+    Raises:
+        ProtocolError: a line is not a header.
+    """
     first, *lines = head.split(b"\n")
     headers = []
     for line in lines:
-        name, _, value = line.partition(b":")
+        name, colon, value = line.partition(b":")
+        if not colon:
+            raise ProtocolError("a header without a colon")
         headers.append((name, value))
     return first, headers
 
 
-def pack_request(method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
-    """The payload of OPEN.
+def pack_answer(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The payload of ANSWER.
+
+    Raises:
+        ValueError: the gateway would refuse it: the status is not from 200 to 599, or the head is too large.
+    """
+    head = pack_head(b"%d" % status, headers)
+    if not 200 <= status <= 599 or len(head) > MAX_PAYLOAD:
+        raise ValueError(f"a response with status {status} and a head of {len(head)} bytes (at most {MAX_PAYLOAD})")
+    return head
+
+
+def unpack_answer(head: bytes) -> tuple[int, Headers]:
+    """Status and headers of ANSWER.
+
+    Raises:
+        ProtocolError: the status is not a number from 200 to 599, or a line is not a header.
+    """
+    status, headers = unpack_head(head)
+    if not _STATUS.fullmatch(status):
+        raise ProtocolError("a status that is not a number from 200 to 599")
+    return int(status), headers
+
+
+def pieces(data: Bytes, size: int = MAX_PAYLOAD) -> Iterator[memoryview]:
+    """Cut `data` without copying it."""
+    view = memoryview(data)
+    for start in range(0, len(view), size):
+        yield view[start : start + size]
+
+
+def pack_request(head: bytes, body: bytes, window: int) -> Iterator[tuple[Kind, Bytes]]:
+    """The frames of a request: an OPEN, then as many BODY as are needed.
 
     Args:
-        target: raw path and query.
+        head: method and target as first line, and headers; see `pack_head`.
+        window: bytes of the response that the replica may send before the first CREDIT.
+
+    Raises:
+        ValueError: the replica would refuse it: the method is malformed, or head or body is too large.
     """
-    head = pack_head(method.encode() + b" " + target, headers)
-    return _LENGTH.pack(len(head)) + head + body
+    if len(head) > MAX_HEAD or len(body) > MAX_BODY or not _METHOD.fullmatch(head.partition(b" ")[0]):
+        raise ValueError(f"a request with a malformed method, a head of {len(head)} or a body of {len(body)} bytes")
+    start = _OPEN.pack(len(head), len(body), window)
+    if len(start) + len(head) + len(body) <= MAX_PAYLOAD:
+        yield Kind.OPEN, start + head + body
+        return
+    room = MAX_PAYLOAD - len(start)
+    yield Kind.OPEN, start + head[:room]
+    for part in (head[room:], body):
+        for piece in pieces(part):
+            yield Kind.BODY, piece
 
 
-def unpack_request(payload: bytes) -> tuple[str, bytes, Headers, bytes]:
-    """Method, target, headers and body."""
-    (length,) = _LENGTH.unpack_from(payload)
-    first, headers = unpack_head(payload[_LENGTH.size : _LENGTH.size + length])
-    method, _, target = first.partition(b" ")
-    return method.decode(), target, headers, payload[_LENGTH.size + length :]
+class RequestReader:
+    """Assembles a request from the payloads of its frames.
+
+    Args:
+        payload: of OPEN.
+
+    Attributes:
+        window: bytes of the response that may be sent before the first CREDIT.
+
+    Raises:
+        ProtocolError: a length is wrong.
+    """
+
+    def __init__(self, payload: bytes) -> None:
+        if len(payload) < _OPEN.size:
+            raise ProtocolError("an OPEN that is too short")
+        self._head_size, self._body_size, self.window = _OPEN.unpack_from(payload)
+        if self._head_size > MAX_HEAD or self._body_size > MAX_BODY or self.window > MAX_WINDOW:
+            raise ProtocolError(
+                f"a request with a head of {self._head_size}, a body of {self._body_size} and a window of "
+                f"{self.window} bytes; the limits are {MAX_HEAD}, {MAX_BODY} and {MAX_WINDOW}"
+            )
+        self._head = b""
+        self._body: list[bytes] = []
+        self._missing = self._head_size + self._body_size
+        self.feed(payload[_OPEN.size :])
+
+    def feed(self, payload: bytes) -> None:
+        """Take the next piece.
+
+        Raises:
+            ProtocolError: it is longer than the rest of the request.
+        """
+        self._missing -= len(payload)
+        if self._missing < 0:
+            raise ProtocolError("a request longer than its declared length")
+        if missing := self._head_size - len(self._head):
+            self._head += payload[:missing]
+            payload = payload[missing:]
+        if payload:
+            self._body.append(payload)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return not self._missing
+
+    def request(self) -> tuple[str, bytes, Headers, bytes]:
+        """Method, target, headers and body of a complete request.
+
+        Raises:
+            ProtocolError: the head is malformed.
+        """
+        first, headers = unpack_head(self._head)
+        method, _, target = first.partition(b" ")
+        if not _METHOD.fullmatch(method):
+            raise ProtocolError("a malformed method")
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        return method.decode(), target, headers, body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,8 @@ from tests.serve.server import until
 
 CHILDREN = 20.0
 """Seconds that a process gets to start or to end."""
+WHILE_IMPORTED = gc.get_threshold()
+"""Thresholds of the garbage collector while this process imported the module of its task."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,13 @@ def _nothing_left() -> Iterator[None]:
 def _report(file: Path, wanted: str) -> None:
     from decimal import Decimal
 
-    facts = (os.getpid(), os.environ.get(wanted), multiprocessing.current_process().name, gc.get_threshold()[0])
+    facts = (
+        os.getpid(),
+        os.environ.get(wanted),
+        multiprocessing.current_process().name,
+        WHILE_IMPORTED,
+        gc.get_threshold(),
+    )
     file.write_text(repr((*facts, "poplib" in sys.modules, str(Decimal(1)))))
 
 
@@ -58,12 +67,13 @@ def test_the_next_process_is_the_spare_with_the_environment_of_now(
     spare = engine_imports._spares[-1].pid
     monkeypatch.setenv("QUANTSERVE_TEST", "now")
     pid, *facts = _started(SparedContext(), tmp_path / "first", name="EngineCore")
-    assert (pid, facts) == (spare, ["now", "EngineCore", engine_imports.RARELY[0], True, "1"])
+    thresholds = [engine_imports.RARELY, engine_imports.USUAL]
+    assert (pid, facts) == (spare, ["now", "EngineCore", *thresholds, True, "1"])
 
 
 def test_without_a_spare_a_process_is_spawned_as_usual(tmp_path: Path) -> None:
     facts = _started(SparedContext(), tmp_path / "second")[1:]
-    assert facts == (None, "one", gc.get_threshold()[0], False, "1")
+    assert facts == (None, "one", engine_imports.USUAL, engine_imports.USUAL, False, "1")
 
 
 def test_a_removed_variable_is_removed_in_the_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +120,7 @@ def test_an_unused_spare_can_be_dismissed() -> None:
 
 def test_a_failing_import_in_the_spare_is_ignored(tmp_path: Path) -> None:
     start_spare(["no_such_module_anywhere", "poplib"])
-    assert _started(SparedContext(), tmp_path / "file")[4] is True
+    assert _started(SparedContext(), tmp_path / "file")[5] is True
 
 
 def test_the_end_of_a_spare_is_seen(tmp_path: Path) -> None:
@@ -137,9 +147,47 @@ def test_a_spare_ends_with_its_parent(tmp_path: Path) -> None:
     until(lambda: not psutil.pid_exists(spare) or psutil.Process(spare).status() == psutil.STATUS_ZOMBIE, CHILDREN)
 
 
-def test_spawned_children_collect_rarely_and_the_plugin_ends_that(tmp_path: Path) -> None:
+def test_spawned_processes_collect_rarely_while_they_import_and_as_usual_when_they_run(tmp_path: Path) -> None:
     engine_imports.hurry_children()
-    assert _started(multiprocessing.get_context("spawn"), tmp_path / "file")[3] == engine_imports.RARELY[0]
+    facts = _started(multiprocessing.get_context("spawn"), tmp_path / "file")
+    assert facts[3:5] == (engine_imports.RARELY, engine_imports.USUAL)
+
+
+def _parent(file: Path) -> None:
+    _started(multiprocessing.get_context("spawn"), file)
+
+
+@pytest.mark.parametrize("spare", [False, True])
+@pytest.mark.parametrize("hurried", [False, True])
+def test_the_processes_of_spawned_processes_begin_in_the_same_way(tmp_path: Path, hurried: bool, spare: bool) -> None:
+    """An engine core spawns the workers."""
+    if hurried:
+        engine_imports.hurry_children()
+    if spare:
+        start_spare([])
+    process = SparedContext().Process(target=_parent, args=(tmp_path / "file",))
+    process.start()
+    process.join(CHILDREN)
+    assert process.exitcode == 0
+    imported, ran = eval((tmp_path / "file").read_text())[3:5]
+    assert (imported, ran) == (engine_imports.RARELY if hurried else engine_imports.USUAL, engine_imports.USUAL)
+
+
+def test_thresholds_that_a_module_sets_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sets_thresholds.py").write_text(
+        "import gc\ngc.set_threshold(5000)\ndef run(file): file.write_text(repr(gc.get_threshold()[0]))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    engine_imports.hurry_children()
+    run = importlib.import_module("sets_thresholds").run
+    gc.set_threshold(*engine_imports.USUAL)
+    process = multiprocessing.get_context("spawn").Process(target=run, args=(tmp_path / "file",))
+    process.start()
+    process.join(CHILDREN)
+    assert (tmp_path / "file").read_text() == "5000"
+
+
+def test_the_imports_of_the_replica_itself_end_with_the_usual_thresholds() -> None:
     with engine_imports.collecting_rarely():
         assert gc.get_threshold() == engine_imports.RARELY
     assert gc.get_threshold() == engine_imports.USUAL

@@ -49,7 +49,7 @@ def _gloo(rank: int, init_file: str, interface: str, found: multiprocessing.Queu
     import torch
     from torch import distributed
 
-    from quantserve.serve.engine_wait import register
+    from quantserve.serve.engine_plugins import register
 
     if interface:
         os.environ["GLOO_SOCKET_IFNAME"] = interface

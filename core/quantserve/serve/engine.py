@@ -21,22 +21,26 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quantserve.environment import API_KEY, RESERVE
 from quantserve.homes import settle
 from quantserve.plan import Plan
+from quantserve.serve import patches
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.cpus import leave_to_workers
-from quantserve.serve.directory import POLL_S, Directory, look_up, poll_replicas
-from quantserve.serve.engine_imports import ENGINE_CORE, collecting_rarely, dismiss_spares, hurry_children, start_spare
+from quantserve.serve.directory import Directory
+from quantserve.serve.discovery import POLL_S, poll_replicas
+from quantserve.serve.engine_imports import collecting_rarely, dismiss_spares
 from quantserve.serve.limits import Policy
 from quantserve.serve.listener import Listener
 from quantserve.serve.remote import DRAINING
 from quantserve.serve.request_defaults import RequestDefaults
-from quantserve.serve.served import public_app
+from quantserve.serve.scaling import QueueReports
+from quantserve.serve.served import public_app, timing_of
+from quantserve.serve.watchdog import watch
 
 GATEWAY: Final = "_gateway"
 """Name of the gateway's deployment; model ids cannot begin with an underscore."""
-WATCH_S: Final = 1.0
 LAST_WORDS_S: Final = 2.0
 HANGS: Final = 4
 """Hang timeout of an engine, in health check timeouts; long, because an engine does not answer during a prefill."""
+STARTUP_POLL_S: Final = 0.1
 DISCOVERY_S: Final = 5.0
 """How long a new gateway waits for replicas before it is ready without them; at the first start there are none."""
 POLICY: Final = "quantserve.serve.scaling:replicas_for_load"
@@ -64,6 +68,7 @@ class ModelServer:
         self._gate = RequestGate()
         self._listener = Listener(self._gate, token)
         self._host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
+        self._queued = QueueReports()
         self._loop = _LoopThread()
         self._hung = False
         await self._loop.run(self._start())
@@ -72,8 +77,8 @@ class ModelServer:
         for note in settle(os.environ):  # of this node, and of the model's runtime_env
             logger.warning(note)
         os.environ.pop(API_KEY, None)  # the gateway checks keys, and sends none
-        start_spare(ENGINE_CORE)
-        hurry_children()
+        patches.apply("spawned-imports")
+        patches.apply("spare-process")
         with collecting_rarely():
             from quantserve.serve import vllm_app
 
@@ -88,14 +93,21 @@ class ModelServer:
         await self._listener.start(listener)
         self._watch = asyncio.create_task(self._exit_with_engine())
 
-    async def describe(self) -> dict[str, Any]:
-        """Address and state of this replica, for discovery."""
+    async def describe(self, gateway: str = "", waiting: int = 0) -> dict[str, Any]:
+        """Address and state of this replica, for discovery.
+
+        Args:
+            gateway: id of the asking gateway.
+            waiting: number of requests in its queue for this model, for autoscaling.
+        """
+        if gateway:
+            self._queued.add(gateway, waiting)
         return {
             "id": serve.get_replica_context().replica_id.unique_id,
+            "actor": ray.get_runtime_context().get_actor_id(),
             "host": self._host,
             "port": self._port,
             "draining": self._gate.draining,
-            "ongoing": self._gate.ongoing,
             "cpus": self._cpus,
         }
 
@@ -106,26 +118,17 @@ class ModelServer:
             raise RuntimeError("the engine does not respond")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve: requests in progress, which bypass Serve, for `scaling.replicas_for_load`."""
-        return {"ongoing": float(self._gate.ongoing)}
+        """Called by Serve: requests in progress and queued, which bypass Serve, for `scaling.replicas_for_load`."""
+        return {"ongoing": float(self._gate.ongoing), "queued": float(self._queued.total)}
 
     async def _exit_with_engine(self) -> None:
         """Exit the replica when its engine has died or hangs. The engine cannot be restarted in this process, and Serve
         replaces a dead replica at once, an unhealthy one only after three failed health checks.
         """
-        patience = HANGS * float(self._plan.deployment.get("health_check_timeout_s") or 30)
-        asked = asyncio.get_running_loop().time()
-        question: asyncio.Task[None] | None = None
-        while not self._engine.dead:
-            await asyncio.sleep(WATCH_S)
-            now = asyncio.get_running_loop().time()
-            if question is None or question.done():
-                if question is None or not question.exception():
-                    question, asked = asyncio.create_task(self._engine.ping()), now
-            elif now - asked > patience:
-                self._hung = self._gate.hung = True
-                logger.error("the engine of %s did not respond for %.0f s", self._plan.model_id, patience)
-                break
+        timeout = HANGS * float(self._plan.deployment.get("health_check_timeout_s") or 30)
+        if await watch(self._engine.ping, lambda: self._engine.dead, timeout):
+            self._hung = self._gate.hung = True
+            logger.error("the engine of %s did not respond for %.0f s", self._plan.model_id, timeout)
         logger.error("the engine of %s failed; the replica exits and Ray Serve replaces it", self._plan.model_id)
         self._gate.draining = True  # the gateway sends new requests to another replica
         await asyncio.sleep(LAST_WORDS_S)  # lets the errors of running requests reach their clients
@@ -209,20 +212,19 @@ class GatewayServer:
         self, models: Sequence[Mapping[str, Any]], token: str, policy: Mapping[str, Any]
     ) -> None:
         settings = Policy.model_validate(policy)
-        self._directory = Directory(models, token)
+        self._directory = Directory(models, token, timing_of(settings))
         self._app = public_app(models, self._directory, settings)
         handles = {str(model["card"]["id"]): model["handle"] for model in models}
-        await self._discover(handles)
-        self._polling = asyncio.get_running_loop().create_task(poll_replicas(self._directory, handles))
+        self._polling = asyncio.get_running_loop().create_task(poll_replicas(self._directory, handles, POLL_S))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCOVERY_S):  # once this gateway is ready, it may replace another one
+                while not all(pool.replicas for pool in self._directory.pools.values()):
+                    await asyncio.sleep(STARTUP_POLL_S)
 
-    async def _discover(self, handles: Mapping[str, Any]) -> None:
-        """Find the running replicas: once this gateway is ready, it may replace another one."""
-        deadline = asyncio.get_running_loop().time() + DISCOVERY_S
-        while asyncio.get_running_loop().time() < deadline:
-            self._directory.update(await look_up(handles))
-            if all(pool.replicas for pool in self._directory.pools.values()):
-                return
-            await asyncio.sleep(POLL_S)
+    def check_health(self) -> None:
+        """Called by Serve; raises when the discovery of replicas has ended."""
+        if self._polling.done():
+            raise RuntimeError("the discovery of replicas has ended")
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The ASGI app for Serve's proxy."""

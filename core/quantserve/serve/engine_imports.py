@@ -2,8 +2,8 @@
 
 The replica, its engine core and every worker import vLLM, torch and transformers one after the other, which takes most
 of a small model's start. Two measures shorten it. Python's garbage collector, a quarter of the import time, runs rarely
-meanwhile. And the engine core's process is started early, as a spare: it imports while the replica imports, and then
-waits for its task.
+until a process has imported the modules of its task. And the engine core's process is started early, as a spare: it
+imports while the replica imports, and then waits for its task. Both are entries of `patches.PATCHES`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing import popen_spawn_posix, process, reduction, resource_tracker, spawn, util
-from multiprocessing.context import SpawnContext, SpawnProcess, set_spawning_popen
+from multiprocessing.context import BaseContext, SpawnContext, SpawnProcess, set_spawning_popen
+from types import ModuleType
 from typing import Any, Final
 
 USUAL: Final = gc.get_threshold()
@@ -34,31 +35,39 @@ def collecting_rarely() -> Iterator[None]:
     try:
         yield
     finally:
-        collect_as_usual()
+        gc.set_threshold(*USUAL)
 
 
-def collect_as_usual() -> None:
-    """Restore the default thresholds of the garbage collector."""
-    gc.set_threshold(*USUAL)
-
-
-def begin(**handles: int) -> None:
-    """Entry point of a spawned process; see `hurry_children`.
+def begin(hurried: bool = True, **handles: int) -> None:
+    """Entry point of a spawned process: the garbage collector runs rarely until its task and the task's modules are
+    loaded, and as usual when the task runs.
 
     Args:
+        hurried: whether the processes that it spawns begin in the same way.
         handles: those of `multiprocessing.spawn.spawn_main`.
     """
     gc.set_threshold(*RARELY)
-    hurry_children()
+    if hurried:
+        hurry_children()
+    usual = SpawnProcess._after_fork  # type: ignore[attr-defined]
+
+    def loaded() -> None:
+        """Called by multiprocessing when the task is loaded, before it runs."""
+        if gc.get_threshold() == RARELY:  # the task's modules have not set others
+            gc.set_threshold(*USUAL)
+        usual()
+
+    SpawnProcess._after_fork = staticmethod(loaded)  # type: ignore[attr-defined]
     spawn.spawn_main(**handles)
 
 
-def wait_to_begin(modules: Sequence[str], environ_handle: int, **handles: int) -> None:
+def wait_to_begin(modules: Sequence[str], environ_handle: int, hurried: bool, **handles: int) -> None:
     """Entry point of a spare process: imports the modules, and waits until it is used or its parent ends.
 
     Args:
         modules: modules to import.
         environ_handle: pipe with the environment, as JSON.
+        hurried: see `begin`.
         handles: those of `multiprocessing.spawn.spawn_main`.
     """
     gc.set_threshold(*RARELY)
@@ -77,11 +86,11 @@ def wait_to_begin(modules: Sequence[str], environ_handle: int, **handles: int) -
         import torch
 
         torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
-    begin(**handles)
+    begin(hurried, **handles)
 
 
 def hurry_children() -> None:
-    """Make the garbage collector run rarely in spawned processes, until the engine's plugin is loaded in them."""
+    """Make spawned processes start with `begin`."""
     spawn.get_command_line = _hurried
 
 
@@ -115,7 +124,8 @@ class Spare:
         self.sentinel, alive = os.pipe()
         tracker: int = resource_tracker.getfd()  # type: ignore[assignment]
         handles = {"environ_handle": environ_r, "pipe_handle": handle, "tracker_fd": tracker}
-        command = _command(wait_to_begin.__name__, modules=tuple(modules), **handles)
+        hurried = spawn.get_command_line is _hurried
+        command = _command(wait_to_begin.__name__, modules=tuple(modules), hurried=hurried, **handles)
         self.pid = util.spawnv_passfds(os.fsencode(self.executable), command, [*handles.values(), alive])
         for descriptor in (environ_r, handle, alive):
             os.close(descriptor)
@@ -149,6 +159,23 @@ _spares: list[Spare] = []
 def start_spare(modules: Sequence[str]) -> None:
     """Start a spare for the next process of `SparedContext`."""
     _spares.append(Spare(modules))
+
+
+def start_engine_core_spare() -> None:
+    """Start a spare for the engine core; `use_spares` lets vLLM use it."""
+    start_spare(ENGINE_CORE)
+
+
+def use_spares(starter: ModuleType) -> None:
+    """Let a module that starts processes in the context ``get_mp_context()`` use the spares, if there are any."""
+    if _spares:
+        usual = starter.get_mp_context
+
+        def get_mp_context() -> BaseContext:
+            context: BaseContext = usual()
+            return SparedContext() if context.get_start_method() == "spawn" else context
+
+        starter.get_mp_context = get_mp_context  # type: ignore[attr-defined]
 
 
 def dismiss_spares() -> None:

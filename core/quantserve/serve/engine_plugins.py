@@ -16,6 +16,7 @@ from quantserve import foreign
 from quantserve.errors import PluginError
 from quantserve.plugin import origin, package_of, resolve
 from quantserve.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE
+from quantserve.serve import patches
 
 STAGE = "register"
 
@@ -26,9 +27,8 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from quantserve.serve import engine_wait
-
-        engine_wait.register()
+        patches.apply("sched-yield")
+        patches.apply("gloo-device")
 
 
 def load_plugins(environ: Mapping[str, str], installed: EntryPoints | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Makes vLLM's processes on a CPU yield the core while they wait; `engine_plugins` calls it.
+"""Makes vLLM's processes on a CPU yield the core while they wait; two of `patches.PATCHES`.
 
 vLLM's engine core and its workers spin with ``sched_yield`` while they wait for each other, and for a second after the
 last step. On Linux 6.18 a spinning process can block another process on the same core, such as the one that sends the
@@ -16,8 +16,6 @@ import functools
 import os
 import time
 from typing import Any, Final
-
-from quantserve.serve.engine_imports import collect_as_usual
 
 SLEEP_EVERY: Final = 1000
 """Turns of the waiting loop, of about a microsecond each, between two sleeps."""
@@ -38,6 +36,13 @@ class Waiting:
             time.sleep(0)
 
 
+def sleep_in_some_turns() -> None:
+    """Replace the ``sched_yield`` of vLLM's loops that wait for messages by `Waiting`."""
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = Waiting()
+
+
 def share_gloo_device() -> None:
     """Let all gloo process groups of this process use one device, with one thread, instead of one each.
 
@@ -47,6 +52,8 @@ def share_gloo_device() -> None:
         return
     from torch.distributed import ProcessGroupGloo
 
+    if not hasattr(ProcessGroupGloo._Options(), "_devices"):
+        raise AttributeError("ProcessGroupGloo._Options has no _devices")
     plain = ProcessGroupGloo.__init__
     device = functools.cache(ProcessGroupGloo.create_default_device)
 
@@ -58,12 +65,3 @@ def share_gloo_device() -> None:
         plain(group, *where)
 
     ProcessGroupGloo.__init__ = start
-
-
-def register() -> None:
-    """Make the engine core and its workers yield while they wait, and reset the garbage collector after the imports."""
-    collect_as_usual()
-    from vllm.distributed.device_communicators import shm_broadcast
-
-    shm_broadcast.sched_yield = Waiting()
-    share_gloo_device()

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,18 +28,17 @@ from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
-from vllm.utils.system_utils import get_mp_context
 from vllm.v1.engine import utils as engine_processes
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from quantserve.errors import EngineError
 from quantserve.plan import Plan
+from quantserve.serve import patches
 from quantserve.serve.asgi import ask
-from quantserve.serve.engine_imports import SparedContext
+from quantserve.serve.engine_imports import use_spares
 from quantserve.serve.engine_logs import EngineLogs
-from quantserve.serve.envelope import Envelope, install
-from quantserve.serve.short_prompts import ShortPrompts, render_at_once
-from quantserve.serve.token_ids import bound_token_ids
+from quantserve.serve.envelope import Envelope
+from quantserve.serve.short_prompts import ShortPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +106,14 @@ async def start(plan: Plan) -> EngineApp:
     """
     # Forking a process with threads is not safe.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    engine_processes.get_mp_context = _mp_context
+    use_spares(engine_processes)
     args, engine = _start_engine(plan)
     try:
-        bound_token_ids(engine.input_processor)
+        patches.apply("token-ids", engine.input_processor)
         await engine.reset_mm_cache()
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
-        install(app)
+        patches.apply("error-handlers", app)
         await init_app_state(engine, app.state, args, tasks)
     except BaseException:
         engine.shutdown(timeout=0)
@@ -125,17 +123,12 @@ async def start(plan: Plan) -> EngineApp:
     started = EngineApp(ShortPrompts(Envelope(app, lambda: engine.errored)), engine, tuple(tasks))
     try:
         await started.warm_up()
-        render_at_once(engine.renderer, templates=not args.trust_request_chat_template)
+        patches.apply("short-prompts", engine.renderer, templates=not args.trust_request_chat_template)
         await started.lifespan.enter_async_context(app.router.lifespan_context(app))
     except BaseException:
         engine.shutdown(timeout=0)
         raise
     return started
-
-
-def _mp_context() -> BaseContext:
-    context = get_mp_context()
-    return SparedContext() if context.get_start_method() == "spawn" else context
 
 
 def _start_engine(plan: Plan, *, repair: bool = True) -> tuple[Namespace, AsyncLLM]:

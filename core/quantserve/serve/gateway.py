@@ -21,15 +21,14 @@ import sys
 import time
 from typing import Final
 
-import uvicorn
 import uvloop
 
 from quantserve.serve.directory import Directory
+from quantserve.serve.http_server import HttpServer
 from quantserve.serve.limits import Policy
 from quantserve.serve.served import public_app, timing_of
 from quantserve.text import LogFormatter
 
-KEEP_ALIVE_S: Final = 75
 STATUS_POLL_S: Final = 0.1
 HEARTBEAT_S: Final = 1.0
 LONGEST_LINE: Final = 64 << 20
@@ -43,24 +42,15 @@ async def serve(listener: socket.socket) -> None:
     policy = Policy.model_validate(settings["policy"])
     directory = Directory(settings["models"], settings["token"], timing_of(policy))
     app = public_app(settings["models"], directory, policy)
-    config = uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(settings["drain_s"]),
-    )
-    server = uvicorn.Server(config)
+    server = HttpServer(app, policy)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, setattr, server, "should_exit", True)
     work = [asyncio.create_task(_listen(lines, directory, server)), asyncio.create_task(_report(directory))]
     await server.serve(sockets=[listener])
     for task in work:
         task.cancel()
 
 
-async def _listen(lines: asyncio.StreamReader, directory: Directory, server: uvicorn.Server) -> None:
+async def _listen(lines: asyncio.StreamReader, directory: Directory, server: HttpServer) -> None:
     while line := await lines.readline():
         directory.update(json.loads(line))
     server.should_exit = server.force_exit = True

@@ -1,0 +1,163 @@
+"""The gateway's HTTP server: uvicorn with bounds on what a client costs before it is known.
+
+A request that the server refuses itself (its head, its body's framing, a timeout) gets OpenAI's error envelope and is
+passed to the app's observers, so that access log and metrics have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from quantserve.serve.asgi import Guard, Refused
+from quantserve.serve.http_connection import LINGER_S, Connection, refuse
+from quantserve.serve.trace import Traced
+
+if TYPE_CHECKING:
+    from uvicorn.server import ServerState
+
+    from quantserve.serve.limits import Policy
+
+RESERVED_FILES: Final = 128
+"""Open files kept for replicas, logs and connections that are being refused."""
+BACKLOG: Final = 2048
+RETRY_S: Final = 5
+REPORT_S: Final = 10.0
+"""Shortest interval between log lines about refused connections."""
+
+logger = logging.getLogger(__name__)
+
+
+class HttpServer(uvicorn.Server):
+    """A uvicorn server with the limits of a policy. It installs no signal handlers; set `should_exit` to stop it.
+
+    Raises the soft limit of open files to the hard limit.
+
+    Args:
+        app: the public app, a `Traced` layer whose `Guard` turns `Refused` into responses.
+        policy: the limits and timeouts; `drain_timeout_s` is the time for requests in progress at shutdown.
+    """
+
+    def __init__(self, app: ASGIApp, policy: Policy) -> None:
+        files = raise_open_files()
+        most = connections_for(policy.max_connections, files)
+        if most < policy.max_connections:
+            logger.warning(
+                "max_connections is %d instead of %d: this process may open %d files and keeps %d for itself. "
+                "Raise the hard limit (ulimit -Hn, systemd LimitNOFILE) to %d.",
+                *(most, policy.max_connections, files, files - most, policy.max_connections + RESERVED_FILES),
+            )
+        self.policy = policy
+        config = uvicorn.Config(
+            app,
+            http=cast(Any, _Connections(policy, most, getattr(app, "observers", ()))),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=min(BACKLOG, (files - most) // 2),
+            timeout_keep_alive=cast(int, policy.keep_alive_s),
+            timeout_graceful_shutdown=cast(int, policy.drain_timeout_s),
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to accept connections; accepted sockets inherit the options of the listening ones."""
+        for listener in sockets or ():
+            notice_lost_clients(listener, self.policy.send_timeout_s)
+        await super().startup(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the process's signal handlers as they are."""
+        yield
+
+
+def raise_open_files() -> int:
+    """Raise the soft limit of open files to the hard limit; returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def connections_for(wanted: int, files: int) -> int:
+    """Most client connections with a limit of `files` open files."""
+    return min(wanted, max(files - RESERVED_FILES, files // 2))
+
+
+def notice_lost_clients(sock: socket.socket, timeout_s: float) -> None:
+    """Let the kernel close a connection whose peer acknowledges or accepts no data for `timeout_s` seconds."""
+    probe_s = max(1, int(timeout_s / 4))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_USER_TIMEOUT", int(timeout_s * 1000)),  # Linux
+        ("TCP_KEEPIDLE", probe_s),
+        ("TCP_KEEPINTVL", probe_s),
+        ("TCP_KEEPCNT", 3),
+    ):
+        if option := getattr(socket, name, None):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+class _Connections:
+    """Makes the protocol of each accepted connection: HTTP, or a short refusal beyond `most` connections."""
+
+    def __init__(self, policy: Policy, most: int, observers: Any) -> None:
+        self.policy = policy
+        self.most = most
+        self.refusals = Traced(Guard(refuse), observers)
+        self.refused: set[_TooMany] = set()
+        self._unreported = 0
+        self._reported = -REPORT_S
+        message = f"The gateway has {most} connections, which is its limit. Retry in {RETRY_S} s."
+        headers = {"retry-after": str(RETRY_S), "connection": "close"}
+        response = Refused(503, message, code="too_many_connections", headers=headers).response
+        lines = b"".join(b"%s: %s\r\n" % pair for pair in response.raw_headers)
+        self.response = b"HTTP/1.1 503 Service Unavailable\r\n" + lines + b"\r\n" + bytes(response.body)
+
+    def __call__(self, server_state: ServerState, **arguments: Any) -> asyncio.Protocol:
+        """The protocol of one more connection."""
+        if len(server_state.connections) >= self.most:
+            self._report()
+            return _TooMany(self)
+        return Connection(self.policy, self.refusals, server_state=server_state, **arguments)
+
+    def _report(self) -> None:
+        self._unreported += 1
+        if time.monotonic() - self._reported > REPORT_S:
+            logger.warning("refused %d connections with 503: max_connections is %d", self._unreported, self.most)
+            self._reported, self._unreported = time.monotonic(), 0
+
+
+class _TooMany(asyncio.Protocol):
+    """A connection beyond the limit: gets 503 at once, and nothing it sends is read as a request."""
+
+    def __init__(self, connections: _Connections) -> None:
+        self.connections = connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the response and close; wait a little for the client's own close, if few others do."""
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self.connections.response)
+        if len(self.connections.refused) < RESERVED_FILES // 4:
+            self.connections.refused.add(self)
+            transport.write_eof()
+            asyncio.get_running_loop().call_later(LINGER_S, transport.abort)
+        else:
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self.connections.refused.discard(self)

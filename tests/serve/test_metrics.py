@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,7 @@ class TestState:
             demo.replicas["b"].draining = True
             metrics = GatewayMetrics(CARDS, lambda: [demo, big])
             async with demo.slot(), demo.slot():
-                demo.replicas["c"].broken_until = time.monotonic() + 60
+                demo.replicas["c"].broken = True
                 waiting = asyncio.create_task(demo.slot().__aenter__())
                 await asyncio.sleep(0)
                 text = metrics.render()
@@ -158,7 +157,7 @@ class TestState:
         assert value(text, "quantserve_requests_in_progress", model="demo", method="awq") == 2
         assert value(text, "quantserve_queue_length", model="demo") == 1
         assert value(text, "quantserve_queue_length", model="org/big") == 0
-        states = {"ready": 1.0, "broken": 1.0, "draining": 1.0}
+        states = {"ready": 1.0, "broken": 1.0, "unknown": 0.0, "draining": 1.0}
         assert {s: value(text, "quantserve_replicas", model="demo", state=s) for s in states} == states
         assert value(text, "quantserve_replicas", model="org/big", state="ready") == 0
 

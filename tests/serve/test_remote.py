@@ -158,7 +158,7 @@ def test_a_request_waits_for_the_successor_of_a_draining_replica() -> None:
             await until(lambda: len(app.pool.waiting) == 3)
             app.pool.update([{"id": "r", "host": "127.0.0.1", "port": b}])
             assert [answer.status for answer in await asyncio.gather(*early)] == [200] * 3
-            app.pool.update([{"id": "r", "host": "127.0.0.1", "port": b, "draining": True}])
+            app.pool.update([{"id": "r", "host": "127.0.0.1", "port": b, "state": "draining"}])
             late = asyncio.create_task(post(app))
             await until(lambda: app.pool.waiting)
             app.pool.update([])

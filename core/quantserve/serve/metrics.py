@@ -27,7 +27,8 @@ from quantserve.serve.asgi import Refused, header
 from quantserve.serve.metrics_text import CONTENT_TYPE, Merger, totals
 
 if TYPE_CHECKING:
-    from quantserve.serve.replicas import Pool, Replica
+    from quantserve.serve.replica_set import Replica
+    from quantserve.serve.replicas import Pool
     from quantserve.serve.trace import Trace
 
 BUCKETS: Final = (
@@ -49,7 +50,7 @@ REASONS: Final = {
 }  # fmt: skip
 """The ``reason`` of a request that the gateway refused, by status, unless the error code is one of `OVERLOAD_CODES`."""
 OVERLOAD_CODES: Final = ("queue_full", "queue_timeout")
-STATES: Final = ("ready", "broken", "draining")
+STATES: Final = ("ready", "broken", "unknown", "draining")
 UNKNOWN: Final = "unknown"
 OTHER: Final = "other"
 WINDOW_S: Final = 300.0
@@ -435,10 +436,9 @@ def _gauge(name: str, meaning: str, labels: Sequence[str]) -> GaugeMetricFamily:
 
 
 def _states(replicas: Iterable[Replica]) -> dict[str, int]:
-    now = time.monotonic()
     states = dict.fromkeys(STATES, 0)
     for replica in replicas:
-        states["draining" if replica.draining else "broken" if replica.broken_until > now else "ready"] += 1
+        states[replica.state] += 1
     return states
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -15,10 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import Refused, header, internal_error, read_body
 from quantserve.serve.limits import JSON_KEY
-from quantserve.serve.replicas import BROKEN_S, Pool, Replica
+from quantserve.serve.replica_set import Replica, ReplicaDraining
+from quantserve.serve.replicas import Pool
+from quantserve.serve.stream_errors import error_event
 from quantserve.serve.trace import trace_of
-from quantserve.serve.upstream import AppFailed, ReplicaLost, Response
+from quantserve.serve.upstream import AppFailed, ReplicaLost
 from quantserve.serve.wire import Headers
+from quantserve.text import harmless
 
 DRAINING: Final = b"x-quantserve-draining"
 """Header of the refusal of a draining replica; the request is retried on another one."""
@@ -27,7 +29,9 @@ NOT_FORWARDED: Final = frozenset({b"authorization"})
 NOT_RETURNED: Final = frozenset({b"transfer-encoding", b"connection", b"keep-alive", b"date", b"server"})
 PREFIX_CHARACTERS: Final = 512
 """Length of the prompt prefix that prefix affinity hashes."""
-SESSION: Final = b"x-session-id"
+SESSION: Final = (b"x-session-id", b"x_session_id")
+"""Headers with a session id; some proxies replace the dashes."""
+RETRY: Final = {"retry-after": "5"}
 
 logger = logging.getLogger(__name__)
 
@@ -52,104 +56,127 @@ class RemoteModel:
         Raises:
             Refused: the queue is full, there is no replica, or the request timed out.
         """
-        body = await read_body(receive)
-        answer = _Answer(send)
+        request = _Request(scope, await read_body(receive))
+        answer = _Answer(scope["path"], send)
         task = asyncio.current_task()
         assert task is not None
-        ended = ""
+        ended = False
+        error: Refused | None = None
 
-        def end(reason: str) -> None:
-            nonlocal ended
+        def end(reason: Refused | None) -> None:
+            nonlocal ended, error
             if not ended:
-                ended = reason
+                ended, error = True, reason
                 task.cancel()
 
+        def left(done: asyncio.Task[None]) -> None:
+            if not done.cancelled():
+                if failed := done.exception():
+                    logger.warning("model %s: the client's connection failed: %r", self.pool.model_id, failed)
+                end(None)
+
+        def fail() -> None:
+            end(Refused(503, "The server is shutting down. Retry in 5 s.", code="shutdown", headers=RETRY))
+
         leaving = asyncio.create_task(_disconnected(receive))
-        leaving.add_done_callback(lambda done: None if done.cancelled() else end("left"))
-        timer = asyncio.get_running_loop().call_later(self.timeout_s, end, "late")
+        leaving.add_done_callback(left)
+        late = Refused(504, f"Request timed out: the model did not finish within {self.timeout_s:g} s.", code="timeout")
+        timer = asyncio.get_running_loop().call_later(self.timeout_s, end, late)
+        self.pool.running.add(fail)
         try:
-            await self._forward(scope, body, answer)
+            await self._forward(scope, request, answer)
         except asyncio.CancelledError:
             if not ended:
                 raise
             task.uncancel()
-            if ended == "late":
-                message = f"Request timed out: the model did not finish within {self.timeout_s:g} s."
-                await answer.fail(Refused(504, message, code="timeout"))
         except ReplicaLost as lost:
             logger.warning("model %s: %s", self.pool.model_id, lost)
-            await answer.fail(internal_error(503))
+            error = internal_error(503)
         except AppFailed as failed:  # no retry: the request itself may be the cause, and would fail on every replica
             logger.warning("model %s: %s", self.pool.model_id, failed)
-            await answer.fail(internal_error(500))
+            error = internal_error(500)
         finally:
+            self.pool.running.discard(fail)
             timer.cancel()
             leaving.cancel()
+        if error is not None:
+            await answer.fail(error)
 
-    async def _forward(self, scope: Scope, body: bytes, answer: _Answer) -> None:
+    async def _forward(self, scope: Scope, request: _Request, answer: _Answer) -> None:
         """Try replicas until one responds; there is no retry once a part of the response was sent."""
         trace = trace_of(scope)
-        target = _target(scope)
-        headers = [(key, value) for key, value in scope["headers"] if key not in NOT_FORWARDED]
-        key = self._key(scope, body)
+        key = self._key(scope)
         light = scope["method"] in ("GET", "HEAD")
-        failed: set[str] = set()
-        began = time.perf_counter()
-        for attempt in range(1, self.attempts + 1):
-            avoid = frozenset(failed)
-            async with self.pool.visit(avoid) if light else self.pool.slot(key, avoid) as replica:
-                trace.replica, trace.attempts = replica.id, attempt
-                trace.queued_s += time.perf_counter() - began
-                try:
-                    if await self._exchange(replica, scope["method"], target, headers, body, answer):
-                        return
-                except ReplicaLost:
-                    replica.broken_until = time.monotonic() + BROKEN_S
-                    if answer.started or attempt == self.attempts:
-                        raise
-                failed.add(replica.id)
-                began = time.perf_counter()
-        raise self.pool.unavailable()
+        failed: frozenset[str] = frozenset()
+        while True:
+            began = time.perf_counter()
+            try:
+                async with (
+                    self.pool.visit(failed) if light else self.pool.slot(key, failed, retry=trace.attempts > 0)
+                ) as replica:
+                    trace.replica = replica.id
+                    trace.attempts += 1
+                    trace.queued_s += time.perf_counter() - began
+                    await self._exchange(replica, scope, request, answer)
+                    return
+            except ReplicaDraining:
+                continue  # no failed attempt: it accepts no request any more, and is not asked again
+            except ReplicaLost:
+                failed |= {trace.replica}
+                if answer.started or len(failed) >= self.attempts:
+                    raise
 
     @staticmethod
-    async def _exchange(
-        replica: Replica, method: str, target: bytes, headers: Headers, body: bytes, answer: _Answer
-    ) -> bool:
-        """Forward the request and its response; False when the replica is draining and refused it."""
-        response: Response = await replica.upstream.request(method, target, headers, body)
+    async def _exchange(replica: Replica, scope: Scope, request: _Request, answer: _Answer) -> None:
+        """Forward the request and its response.
+
+        Raises:
+            ReplicaDraining: the replica refused it.
+        """
+        response = await replica.upstream.request(scope["method"], request.target, request.headers, request.body)
         try:
-            if response.status == 503 and any(name == DRAINING for name, _ in response.headers):
-                replica.draining = True
-                return False
+            names = {name for name, _ in response.headers}
+            if response.status == 503 and DRAINING in names:
+                raise ReplicaDraining
+            if 300 <= response.status < 400 and b"location" in names:  # it leads to the replica, not to this gateway
+                raise Refused(404, f"Unknown path {harmless(scope['path'])}.", code="unknown_url")
+            request.body = b""  # there is no retry from here on
+            scope.pop(JSON_KEY, None)
             await answer.start(response.status, response.headers)
             while data := await response.read():
                 await answer.send(data)
             await answer.end()
         finally:
             response.close()
-        return True
 
-    def _key(self, scope: Scope, body: bytes) -> str | None:
+    def _key(self, scope: Scope) -> str | None:
         """The affinity key of this request; None without affinity."""
         affinity = self.pool.limits.affinity
         if affinity == "none" or len(self.pool.replicas) < 2:
             return None
-        if session := header(scope, SESSION):
-            return session.decode("latin-1")[:256]
+        for name in SESSION:
+            if session := header(scope, name):
+                return session.decode("latin-1")[:256]
         fields = scope.get(JSON_KEY)
-        if fields is None:
-            try:
-                fields = json.loads(body)
-            except ValueError:
-                return None
         return affinity_key(fields, affinity) if isinstance(fields, Mapping) else None
+
+
+class _Request:
+    """What is sent to a replica. The body is dropped as soon as no retry can need it: requests last minutes."""
+
+    def __init__(self, scope: Scope, body: bytes) -> None:
+        self.target = _target(scope)
+        self.headers = [(key, value) for key, value in scope["headers"] if key not in NOT_FORWARDED]
+        self.body = body
 
 
 class _Answer:
     """The response to the client, and how much of it was sent."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, path: str, send: Send) -> None:
+        self._path = path
         self._send = send
+        self._last = b""
         self.started = False
         self._events = False
 
@@ -160,6 +187,7 @@ class _Answer:
         await self._send({"type": "http.response.start", "status": status, "headers": kept})
 
     async def send(self, data: bytes) -> None:
+        self._last = data
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self, data: bytes = b"") -> None:
@@ -176,7 +204,7 @@ class _Answer:
             raise refused
         if not self._events:
             raise ReplicaLost("the response ended early")
-        await self.end(b"data: " + bytes(refused.response.body) + b"\n\n")
+        await self.end(error_event(self._path, refused.error, self._last))
 
 
 def affinity_key(fields: Mapping[str, Any], affinity: str) -> str | None:
@@ -186,11 +214,22 @@ def affinity_key(fields: Mapping[str, Any], affinity: str) -> str | None:
             return f"{name}:{value[:256]}"
     if affinity != "prefix":
         return None
-    messages, prompt = fields.get("messages"), fields.get("prompt")
-    text = json.dumps(messages[0]) if isinstance(messages, list) and messages else prompt
-    if not isinstance(text, str):
+    text = _first_text(fields.get("messages") or fields.get("prompt"))
+    if not text:
         return None
     return hashlib.blake2b(text[:PREFIX_CHARACTERS].encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+def _first_text(value: object) -> str | None:
+    """The first text of a prompt, of a list of messages or of a message with parts."""
+    while not isinstance(value, str):
+        if isinstance(value, list) and value:
+            value = value[0]
+        elif isinstance(value, Mapping):
+            value = value.get("content", value.get("text"))
+        else:
+            return None
+    return value
 
 
 def _target(scope: Scope) -> bytes:

@@ -6,41 +6,20 @@ All requests pass one gateway, which therefore knows the exact number of request
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import random
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Final
 
 from quantserve.serve.asgi import Refused
-from quantserve.serve.upstream import AppFailed, ReplicaLost, Timing, Upstream
+from quantserve.serve.queue import Queue, Waiter
+from quantserve.serve.replica_set import Replica, ReplicaSet
+from quantserve.serve.upstream import AppFailed, ReplicaLost, Timing
 
-BROKEN_S: Final = 1.0
-"""How long a replica that could not be reached gets no requests, if there are other replicas."""
 HEALTH_S: Final = 3.0
-SLACK: Final = 4
-"""A session or prefix stays on its replica until that has so many more requests than the least loaded one."""
 RETRY_AFTER_S: Final = (1, 60)
-
-
-@dataclass(eq=False)
-class Replica:
-    """A replica and its load.
-
-    Attributes:
-        ongoing: requests in progress that this gateway sent.
-        draining: it accepts no new requests.
-        broken_until: time (monotonic) until which other replicas are preferred.
-    """
-
-    id: str
-    upstream: Upstream
-    ongoing: int = 0
-    draining: bool = False
-    broken_until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,54 +45,41 @@ class Limits:
     retry_after_s: float | None = None
 
 
-@dataclass(eq=False)
-class _Waiter:
-    """A queued request, with its affinity key and the replicas to avoid; see `Pool.slot`."""
-
-    key: str | None
-    avoid: frozenset[str]
-    place: asyncio.Future[Replica] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-    @property
-    def given(self) -> Replica | None:
-        """The replica whose slot this request already holds, if any."""
-        done = self.place.done() and not self.place.cancelled() and not self.place.exception()
-        return self.place.result() if done else None
-
-
-@dataclass
 class Pool:
     """The replicas of one model and the queue of requests for them.
 
     Attributes:
+        replicas: by id.
+        waiting: the queue.
         running: for each request in progress or queued, a function that ends it with an error.
     """
 
-    model_id: str
-    limits: Limits
-    token: str = ""
-    timing: Timing = field(default_factory=Timing)
-    running: set[Callable[[], None]] = field(default_factory=set)
-    replicas: dict[str, Replica] = field(default_factory=dict)
-    waiting: deque[_Waiter] = field(default_factory=deque)
-    _finished: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    def __init__(self, model_id: str, limits: Limits, token: str = "", timing: Timing | None = None) -> None:
+        self.model_id = model_id
+        self.limits = limits
+        self.waiting = Queue()
+        self.running: set[Callable[[], None]] = set()
+        self._set = ReplicaSet(limits.ongoing, token, timing or Timing(), self._wake)
+        self._finished: deque[float] = deque(maxlen=64)
+
+    @property
+    def replicas(self) -> Mapping[str, Replica]:
+        """The known replicas by id."""
+        return self._set.replicas
 
     def update(self, addresses: Sequence[Mapping[str, Any]]) -> None:
-        """Set the running replicas: each with ``id``, ``host``, ``port`` and maybe ``draining``."""
-        known = {str(address["id"]): address for address in addresses}
-        for gone in set(self.replicas) - set(known):
-            self.replicas.pop(gone).upstream.close()
-        for name, address in known.items():
-            if name not in self.replicas:
-                upstream = Upstream(str(address["host"]), int(address["port"]), self.token, self.timing)
-                self.replicas[name] = Replica(name, upstream)
-            self.replicas[name].draining = bool(address.get("draining"))
-        self._wake()
+        """Set the known replicas.
+
+        Args:
+            addresses: each with ``id``, ``host``, ``port`` and maybe ``state``: ``ready``, ``draining``, ``unknown``
+                (no answer at the last poll) or ``dead`` (its requests in progress fail at once).
+        """
+        self._set.update(addresses)
 
     @property
     def wanted(self) -> bool:
-        """Whether requests are queued and there is no replica."""
-        return bool(self.waiting) and not self.replicas
+        """Whether requests are queued and no replica accepts requests."""
+        return bool(self.waiting) and not self._set.usable()
 
     @property
     def reachable(self) -> bool:
@@ -122,9 +88,8 @@ class Pool:
 
     @property
     def settled(self) -> bool:
-        """Whether no request is queued, and no replica is draining or failed within the last `BROKEN_S`."""
-        now = time.monotonic()
-        return not self.waiting and not any(one.draining or one.broken_until > now for one in self.replicas.values())
+        """Whether no request is queued and all replicas are ready."""
+        return not self.waiting and all(replica.state == "ready" for replica in self.replicas.values())
 
     @property
     def _awaited(self) -> bool:
@@ -135,8 +100,8 @@ class Pool:
 
     @property
     def ongoing(self) -> int:
-        """Requests in progress, on all replicas."""
-        return sum(replica.ongoing for replica in self.replicas.values())
+        """Requests in progress."""
+        return self._set.ongoing
 
     def fail_running(self) -> None:
         """End all requests in progress or queued with an error; see `Directory.fail_running`."""
@@ -144,22 +109,28 @@ class Pool:
             fail()
 
     @asynccontextmanager
-    async def slot(self, key: str | None = None, avoid: frozenset[str] = frozenset()) -> AsyncIterator[Replica]:
+    async def slot(
+        self, key: str | None = None, avoid: frozenset[str] = frozenset(), *, retry: bool = False
+    ) -> AsyncIterator[Replica]:
         """A slot on a replica for one request; waits in the queue for one.
+
+        `ReplicaLost` and `ReplicaDraining` of the body mark the replica as broken or draining.
 
         Args:
             key: affinity key; requests with the same key go to the same replica if the load allows it.
             avoid: ids of replicas on which this request already failed.
+            retry: this request had a slot before: it goes before new requests, and no full queue refuses it.
 
         Raises:
             Refused: 429, the queue is full or the queue timeout passed; 503, there is no replica.
         """
-        replica = await self._acquire(key, avoid)
+        replica = await self._acquire(key, avoid, retry)
         try:
-            yield replica
+            with self._set.noting(replica):
+                yield replica
+            self._finished.append(monotonic())
         finally:
             replica.ongoing -= 1
-            self._finished.append(time.monotonic())
             self._wake()
 
     @asynccontextmanager
@@ -172,42 +143,40 @@ class Pool:
         Raises:
             Refused: 503, there is no replica.
         """
-        usable = self._usable(avoid)
+        usable = self._set.usable(avoid)
         if not usable:
             raise self.unavailable()
-        yield min(usable, key=lambda replica: (replica.broken_until > time.monotonic(), replica.ongoing))
+        replica = min(usable, key=lambda replica: (replica.broken, replica.unknown, replica.ongoing))
+        with self._set.noting(replica):
+            yield replica
 
     async def healthy(self) -> bool:
-        """Whether a replica's health check passes, or a request would start a replica."""
-        if self.limits.wakes and not self._usable(frozenset()):
+        """Whether a replica's health check passes within `HEALTH_S`, or a request would start a replica."""
+        if self.limits.wakes and not self._set.usable():
             return True
-        return any(await asyncio.gather(*(self._healthy(replica) for replica in list(self.replicas.values()))))
-
-    @staticmethod
-    async def _healthy(replica: Replica) -> bool:
+        checks = [asyncio.ensure_future(_healthy(replica)) for replica in self.replicas.values()]
         try:
             async with asyncio.timeout(HEALTH_S):
-                response = await replica.upstream.request("GET", b"/health")
-                try:
-                    while await response.read():
-                        pass
-                finally:
-                    response.close()
-                return response.status == 200
-        except (ReplicaLost, AppFailed, TimeoutError):
-            return False
+                for check in asyncio.as_completed(checks):
+                    if await check:
+                        return True
+        except TimeoutError:
+            pass
+        finally:
+            for one in checks:
+                one.cancel()
+        return False
 
-    async def _acquire(self, key: str | None, avoid: frozenset[str]) -> Replica:
-        # First in, first out: a new request does not overtake the queue.
-        if not self.waiting and (replica := self._choose(key, avoid)):
+    async def _acquire(self, key: str | None, avoid: frozenset[str], retry: bool) -> Replica:
+        # No queued request could use this slot: it would have got it when the slot became usable.
+        if replica := self._set.choose(key, avoid):
             replica.ongoing += 1
             return replica
-        if not (self._usable(avoid) or self._awaited):
+        if not (self._set.usable(avoid) or self._awaited):
             raise self.unavailable()
-        if 0 <= self.limits.queued <= len(self.waiting):
+        if not retry and 0 <= self.limits.queued <= len(self.waiting):
             raise self._full()
-        waiter = _Waiter(key, avoid)
-        self.waiting.append(waiter)
+        waiter = self.waiting.add(key, avoid, retry)
         try:
             async with asyncio.timeout(self.limits.queue_s):
                 return await waiter.place
@@ -221,42 +190,25 @@ class Pool:
                 self._wake()
             raise
         finally:
-            if waiter in self.waiting:
-                self.waiting.remove(waiter)
-
-    def _usable(self, avoid: frozenset[str]) -> list[Replica]:
-        return [replica for name, replica in self.replicas.items() if not replica.draining and name not in avoid]
-
-    def _choose(self, key: str | None, avoid: frozenset[str]) -> Replica | None:
-        """The replica with the fewest requests, or the one of the affinity key unless it has `SLACK` more."""
-        now = time.monotonic()
-        usable = self._usable(avoid)
-        sound = [replica for replica in usable if replica.broken_until <= now] or usable
-        free = [replica for replica in sound if replica.ongoing < self.limits.ongoing]
-        if not free:
-            return None
-        least = min(replica.ongoing for replica in free)
-        if key is not None:
-            own = max(sound, key=lambda replica: hashlib.blake2b(f"{key}\0{replica.id}".encode()).digest())
-            if own.ongoing < self.limits.ongoing and own.ongoing - least < SLACK:
-                return own
-        return random.choice([replica for replica in free if replica.ongoing == least])
+            self.waiting.remove(waiter)
 
     def _wake(self) -> None:
-        """Assign free slots to queued requests, in order."""
-        for waiter in tuple(self.waiting):
-            if waiter.place.done():  # its client has disconnected
-                continue
-            if replica := self._choose(waiter.key, waiter.avoid):
+        """Assign free slots to queued requests, and refuse those for which no replica is left."""
+        while any(self._settle(waiter) for waiter in self.waiting.heads()):
+            pass
+
+    def _settle(self, waiter: Waiter) -> bool:
+        """Decide about the first request of a line; False when it must wait longer."""
+        if not waiter.place.done():  # otherwise its client has disconnected
+            if replica := self._set.choose(waiter.key, waiter.avoid):
                 replica.ongoing += 1
                 waiter.place.set_result(replica)
-            elif not (self._usable(waiter.avoid) or self._awaited):
+            elif not (self._set.usable(waiter.avoid) or self._awaited):
                 waiter.place.set_exception(self.unavailable())
-            elif waiter.avoid:  # a later request that avoids no replica may still find a slot
-                continue
             else:
-                break
-            self.waiting.remove(waiter)
+                return False
+        self.waiting.remove(waiter)
+        return True
 
     def unavailable(self) -> Refused:
         """The error of a model that has no replica."""
@@ -282,5 +234,18 @@ class Pool:
         low, high = RETRY_AFTER_S
         if len(self._finished) < 2:
             return low
-        rate = len(self._finished) / max(1e-3, time.monotonic() - self._finished[0])
+        rate = len(self._finished) / max(1e-3, monotonic() - self._finished[0])
         return int(min(high, max(low, round((len(self.waiting) + 1) / rate))))
+
+
+async def _healthy(replica: Replica) -> bool:
+    try:
+        response = await replica.upstream.request("GET", b"/health")
+        try:
+            while await response.read():
+                pass
+        finally:
+            response.close()
+        return response.status == 200
+    except (ReplicaLost, AppFailed):
+        return False

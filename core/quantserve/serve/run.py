@@ -20,7 +20,7 @@ from quantserve.plan import Plan
 from quantserve.serve.app import check_routes
 from quantserve.serve.cluster import Processes, cluster_secret, listen, log_folder, start_ray, stop_ray
 from quantserve.serve.cpus import keep_off
-from quantserve.serve.directory import poll_replicas
+from quantserve.serve.discovery import CALM_S, poll_replicas
 from quantserve.serve.engine import model_application
 from quantserve.serve.gateway_process import GatewayProcess
 from quantserve.serve.keys import VARIABLE
@@ -31,8 +31,6 @@ from quantserve.text import escaped
 
 POLL_S: Final = 0.5
 WATCH_S: Final = 5.0
-CALM_S: Final = 5.0
-"""Seconds between discovery polls while all replicas are healthy: each poll costs the engines time."""
 REACHABLE_S: Final = 15.0
 """Longest wait until the gateway knows all replicas; a model lost in between does not delay the others."""
 DRAIN_S: Final = 20

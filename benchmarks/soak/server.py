@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -22,8 +23,6 @@ from benchmarks.serving.processes import Tree, alive
 from benchmarks.serving.servers import environment
 from quantserve.bench.request import Target
 from quantserve.bench.server import free_port
-from quantserve.bench.tokens import Session
-from quantserve.errors import EngineError
 
 MODELS: Final = {"fp16": ("checkpoint", 2), "awq": ("awq", 1)}
 """Model id -> folder of the demo, replicas."""
@@ -97,8 +96,8 @@ class Server:
         keys = self._folder / "keys.txt"
         keys.write_text(f"{KEY}\nanother-key-0123456789\n")
         config = self._folder / "app.json"
-        http = {"access_log": str(self.access_log), "api_keys_file": str(keys)}
-        config.write_text(json.dumps({"models": [_model(*one) for one in MODELS.items()], "http": http}, indent=2))
+        limits = {"access_log": str(self.access_log), "api_keys_file": str(keys)}
+        config.write_text(json.dumps({"models": [_model(*one) for one in MODELS.items()], "http": limits}, indent=2))
         command = [sys.executable, "-m", "quantserve", "serve", str(config), "--port", str(self.port)]
         with self.log.open("wb") as out:
             self._process = subprocess.Popen(
@@ -182,14 +181,16 @@ class Server:
 
     def metrics(self) -> str:
         """The text of `/metrics`; empty if the gateway does not respond."""
-        session = Session(self.target, timeout_s=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
-            status, text = session.ask("GET", "/metrics")
-        except EngineError:
+            connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+            response = connection.getresponse()
+            text = response.read().decode()
+        except (OSError, http.client.HTTPException):
             return ""
         finally:
-            session.close()
-        return str(text) if status == 200 else ""
+            connection.close()
+        return text if response.status == 200 else ""
 
     def complete(self) -> bool:
         """Whether every replica is ready."""

@@ -136,6 +136,19 @@ def test_closed_paths_are_neither_shown_nor_reached() -> None:
 def test_a_new_schema_is_taken_over() -> None:
     chat = Described(schema("/v1/chat/completions"))
     front = router(model("chat", chat))
+    assert "/v1/messages" not in ask(front).json["paths"]
+    chat.schema = schema("/v1/chat/completions", "/v1/messages", "/v1/new")
+    assert "/v1/messages" in ask(front).json["paths"]
     assert "/v1/new" not in ask(front).json["paths"]
-    chat.schema = schema("/v1/chat/completions", "/v1/new")
-    assert "/v1/new" in ask(front).json["paths"]
+
+
+def test_requests_for_the_schema_ask_each_model_once_per_interval() -> None:
+    chat = Described(schema("/v1/chat/completions"))
+    front = Router([model("chat", chat)], health_cache_s=60)
+
+    async def many() -> None:
+        await asyncio.gather(*(request(front, "GET", "/openapi.json") for _ in range(20)))
+        await request(front, "GET", "/openapi.json")
+
+    asyncio.run(many())
+    assert chat.asked == 1

@@ -99,12 +99,109 @@ def test_not_json(router: Router) -> None:
     assert "/demo-fp16/v1" in answer.error["message"]
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/nothing", "/metrics", "/v1/chat/completions", "//", "/v1/responses/7"])
-def test_unknown_path(router: Router, path: str) -> None:
+@pytest.mark.parametrize("path", ["/metrics", "/v1/chat/completions", "/v1/responses/7"])
+def test_paths_of_one_model_need_its_prefix(router: Router, path: str) -> None:
     answer = ask(router, "GET", path)
     assert (answer.status, answer.error["code"]) == (404, "unknown_url")
     prefixed = f"model-specific paths need a prefix, e.g. /demo-fp16{path}."
     assert answer.error["message"] == f"Unknown path {path}. This server hosts several models; {prefixed}"
+
+
+@pytest.mark.parametrize("path", ["/v1", "/nothing", "/docs", "/redoc", "/demo-fp16/nothing", "/static/x"])
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "OPTIONS"])
+def test_unknown_path(router: Router, upstreams: dict[str, Upstream], method: str, path: str) -> None:
+    answer = ask(router, method, path, {"model": "demo-fp16"} if method == "POST" else None)
+    assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+    shown = path.removeprefix("/demo-fp16")
+    assert answer.error["message"] == f"Unknown path {shown}. GET /openapi.json lists the paths."
+    assert not any(upstream.bodies for upstream in upstreams.values())
+
+
+def test_every_target_has_an_answer(router: Router) -> None:
+    answer = ask(router, "OPTIONS", "*")
+    assert (answer.status, answer.headers["allow"]) == (204, "GET, HEAD, POST, OPTIONS")
+    for path in ("*", "", "x", "//", "/..", "/%00", "http://x/y"):
+        for method in ("GET", "OPTIONS", "POST", "CONNECT", "TRACE", "X"):
+            assert ask(router, method, path, {"model": "x"}).status < 500
+
+
+def test_the_overview(router: Router) -> None:
+    for path in ("/", "//"):
+        assert ask(router, "GET", path).json == {
+            "name": "quantserve", "api": "OpenAI-compatible",
+            "models": "/v1/models", "health": "/health", "schema": "/openapi.json",
+        }  # fmt: skip
+    assert ask(router, "GET", "/demo-fp16").json["models"] == "/demo-fp16/v1/models"
+    assert ask(router, "POST", "/").status == 405
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "//v1/completions", "/demo-fp16//v1/completions//"])
+def test_slashes_too_many_are_removed(path: str) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["path"])
+        await Upstream("m")(scope, receive, send)
+
+    assert ask(Router([model(app, "demo-fp16")]), "POST", path, {"prompt": "x"}).status == 200
+    assert seen == ["/v1/completions"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/sleep", "/v1/../sleep", "/v1/responses/../../sleep", "/SLEEP", "/sleep;x", "/./sleep", "/v1/responses/x/y",
+     "/%73leep", "/sleep/", "//sleep", "/sleep%2f", "/v1/load_lora_adapter", "/inference/v1/generate", "/adapters/x",
+     "/v1/chat/completions;x", "/v1/Completions", "/v1/completions\n", "/v1/completions?"],
+)  # fmt: skip
+def test_other_spellings_of_closed_paths_are_closed(path: str) -> None:
+    upstream = Upstream("only")
+    router = Router([model(upstream, "only")])
+    for prefix in ("", "/only"):
+        for method in ("GET", "POST"):
+            answer = ask(router, method, prefix + path, {} if method == "POST" else None)
+            assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+    assert upstream.bodies == []
+
+
+def test_health_checks_are_shared() -> None:
+    asked = []
+
+    async def healthy() -> bool:
+        asked.append(1)
+        await asyncio.sleep(0.01)
+        return True
+
+    served = [ServedModel({"id": name}, Upstream(name), healthy, f"/{name}") for name in ("a", "b")]
+    router = Router(served, health_cache_s=60)
+
+    async def many() -> None:
+        paths = ["/health", "/a/health", "/b/health"] * 10
+        answers = await asyncio.gather(*(request(router, method, path) for path in paths for method in ("GET", "HEAD")))
+        answers += [await request(router, "GET", "/health") for _ in range(5)]
+        assert {answer.status for answer in answers} == {200}
+
+    asyncio.run(many())
+    assert len(asked) == 2  # once for each model
+
+
+def test_a_health_check_outlives_the_client_that_asked_first() -> None:
+    async def work() -> None:
+        go = asyncio.Event()
+
+        async def healthy() -> bool:
+            await go.wait()
+            return True
+
+        router = Router([ServedModel({"id": "a"}, Upstream("a"), healthy, "/a")], health_cache_s=60)
+        first = asyncio.create_task(request(router, "GET", "/health"))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(request(router, "GET", "/health"))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        go.set()
+        assert (await second).status == 200
+
+    asyncio.run(work())
 
 
 def test_models(router: Router) -> None:

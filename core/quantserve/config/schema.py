@@ -277,6 +277,11 @@ class HttpLimits(Section):
         le=65536,
         description="Most MiB of request bodies held in memory at one time; a request beyond that gets 503.",
     )
+    max_json_values: int = Field(
+        default=1_000_000,
+        ge=1000,
+        description="Most values of a JSON body (numbers, texts, lists, objects), about; each token id is one.",
+    )
     max_requests_per_key: int | None = Field(
         default=None,
         ge=1,
@@ -290,7 +295,7 @@ class HttpLimits(Section):
         description="Most output tokens of a request, and the default of chats; default: the context length.",
     )
     max_choices: int = Field(default=128, ge=1, description="Largest `n` and `best_of`.")
-    max_stops: int = Field(default=64, ge=1, description="Most stop texts or stop token ids of one request.")
+    max_stops: int = Field(default=64, ge=1, description="Most stop texts, stop token ids or `bad_words` of one request.")
     head_timeout_s: float = Field(
         default=10,
         gt=0,

@@ -23,6 +23,9 @@ TYPES = {
 }
 """``error.type`` by status; other 4xx are ``invalid_request_error``, other 5xx ``server_error``."""
 
+JSON_KEY = "quantserve.json"
+"""Where an ASGI scope holds fields of its JSON body, so that no later layer parses it again."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -159,9 +162,13 @@ async def ask(app: ASGIApp, method: str, path: str, body: object = None) -> tupl
 
 
 def header(scope: Scope, name: bytes) -> bytes:
-    """The value of a request header (name in lower case), empty when absent."""
+    """The value of a request header (name in lower case), empty when absent.
+
+    In headers that begin with ``x-``, which only this server reads, ``_`` counts as ``-``: some proxies replace it.
+    """
+    own = name.startswith(b"x-")
     for key, value in scope["headers"]:
-        if key == name:
+        if key == name or (own and key.replace(b"_", b"-") == name):
             return bytes(value)
     return b""
 

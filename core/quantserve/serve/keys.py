@@ -26,6 +26,8 @@ from quantserve.serve.asgi import Refused, header
 VARIABLE: Final = "QUANTSERVE_API_KEYS"
 OPEN_PATHS: Final = ("/health",)
 """Paths that load balancers may request without a key; such a response has the status only."""
+KEY_DIGEST: Final = "quantserve.key"
+"""Where an ASGI scope holds the digest of its API key."""
 FILE_CHECK_S: Final = 1.0
 """Shortest time between two checks of the keys file."""
 _SHORTEST: Final = 8
@@ -69,6 +71,11 @@ def load_key_set(file: str | None) -> KeySet:
         raise UsageError(_complaint(VARIABLE, wrong))
     path = str(expand(file).absolute()) if file is not None else None
     return KeySet(fixed=tuple(_digests(given)), file=path, from_file=tuple(found))
+
+
+def forget_variable() -> None:
+    """Remove ``QUANTSERVE_API_KEYS`` from the environment, so that Ray, replicas and plugins do not inherit it."""
+    os.environ.pop(VARIABLE, None)
 
 
 def read_file(file: str) -> list[str]:
@@ -173,8 +180,10 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the key of HTTP and WebSocket requests."""
         digests = self.known.digests()
-        if not digests or scope["type"] == "lifespan" or self._known(scope, digests):
+        if not digests or scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+        elif (key_digest := self._known(scope, digests)) is not None:
+            await self.app({**scope, KEY_DIGEST: key_digest}, receive, send)
         elif self._open(scope):
             await _bare(self.app, scope, receive, send)
         elif scope["type"] == "websocket":
@@ -192,15 +201,16 @@ class ApiKeys:
         path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
         return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and path in OPEN_PATHS
 
-    def _known(self, scope: Scope, digests: Sequence[bytes]) -> bool:
+    def _known(self, scope: Scope, digests: Sequence[bytes]) -> bytes | None:
+        """The digest of the request's key if it is valid."""
         scheme, _, key = header(scope, b"authorization").partition(b" ")
         if scheme.lower() != b"bearer":
-            return False
+            return None
         given = sha256(key.strip()).digest()
         known = False
         for digest in digests:  # always all of them: constant time
             known |= hmac.compare_digest(given, digest)
-        return known
+        return given if known else None
 
 
 async def _bare(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

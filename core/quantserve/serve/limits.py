@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-import re
+import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Raw
 from pydantic import ConfigDict
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.config.schema import HttpLimits
 from quantserve.serve.access_log import AccessLog, check_destination
-from quantserve.serve.asgi import Guard, Refused, header, is_json, parse_object, read_body, replay
+from quantserve.serve.asgi import JSON_KEY, Guard, Refused, header, is_json, replay
+from quantserve.serve.bodies import BODY_KEY, MIB, Body, Buffers
 from quantserve.serve.cors import Cors
+from quantserve.serve.forms import is_form, read_form
+from quantserve.serve.json_fields import (
+    FieldReader,
+    check_text,
+    first,
+    is_list_of_lists,
+    is_token_ids,
+    items,
+    keys,
+    number,
+    shown,
+    text,
+)  # fmt: skip
+from quantserve.serve.key_limit import KeyLimit
 from quantserve.serve.keys import ApiKeys, KeySet, load_key_set
-from quantserve.serve.request_defaults import MAX_TOKENS_HEADER
+from quantserve.serve.routes import INPUT_TOKENS, MAX_TOKENS_HEADER, OUTPUT_TOKENS, normalized
 from quantserve.serve.trace import Observer, Traced, trace_of
 
 if TYPE_CHECKING:
     from quantserve.config import HttpConfig
 
-MIB: Final = 1 << 20
-JSON_KEY: Final = "quantserve.json"
-"""Where an ASGI scope holds the JSON object of its body, so that no later layer parses it again."""
-TOKEN_FIELDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+INLINE: Final = 64 << 10
+"""Longest body in bytes that is parsed on the event loop, within a millisecond; longer ones are parsed in a thread."""
+TOKEN_FIELDS: Final = tuple(sorted({field for fields in OUTPUT_TOKENS.values() for field in fields}))
 CHOICE_FIELDS: Final = ("n", "best_of")
-STOP_FIELDS: Final = ("stop", "stop_sequences", "stop_token_ids")
-PROMPT_FIELDS: Final = ("prompt", "input", "documents")
-_SUSPECT: Final = re.compile(rb"\d{19}|\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-"""Byte patterns without which a body has no number beyond 64 bits and no unpaired surrogate."""
-_WITH_BODY: Final = ("POST", "PUT", "PATCH", "DELETE")
+STOP_FIELDS: Final = ("stop", "stop_sequences", "stop_token_ids", "bad_words")
+PROMPT_FIELDS: Final = (
+    "prompt", "input", "inputs", "texts", "images", "documents", "queries", "items", "data_1", "data_2",
+    "text_1", "text_2",
+)  # fmt: skip
+SESSION_FIELDS: Final = ("prompt_cache_key", "user")
+OPENING: Final = 4096
+"""Bytes of a prompt's beginning that are kept for prefix affinity."""
 
 
 class Policy(HttpLimits):
@@ -75,7 +94,7 @@ def layers(app: ASGIApp, policy: Policy, observers: Sequence[Observer] = ()) -> 
         policy: the limits and keys.
         observers: called with the record of every request, beside the access log.
     """
-    app = Guard(ApiKeys(Limits(app, policy), policy.keys))
+    app = Guard(ApiKeys(KeyLimit(Limits(app, policy), policy.max_requests_per_key), policy.keys))
     if policy.cors_origins:
         app = Cors(app, policy.cors_origins)
     if policy.access_log != "off":
@@ -84,11 +103,11 @@ def layers(app: ASGIApp, policy: Policy, observers: Sequence[Observer] = ()) -> 
 
 
 class Limits:
-    """Pure ASGI layer that refuses requests beyond the policy: 413 for the body, 400 for a field of it.
+    """Pure ASGI layer that refuses requests beyond the policy: 413 and 503 for the body, 400 for a field of it.
 
-    A JSON body is read completely and parsed once; the object is stored in ``scope["quantserve.json"]``. Other bodies
-    are streamed and counted. The cap on tokens is sent to the replica in a header, because only the replica knows the
-    default of a request without that field.
+    The body is read completely, and released when the request is done or a later layer calls `bodies.release_body`.
+    The fields of a JSON object that later layers need are stored in ``scope["quantserve.json"]``. The cap on tokens is
+    sent to the replica in a header, because only the replica knows the default of a request without that field.
 
     Args:
         app: the protected app.
@@ -98,157 +117,112 @@ class Limits:
     def __init__(self, app: ASGIApp, policy: Policy) -> None:
         self.app = app
         self.policy = policy
+        self.buffers = Buffers(policy.max_buffered_mb * MIB)
+        counted = (*TOKEN_FIELDS, *CHOICE_FIELDS, *STOP_FIELDS, *PROMPT_FIELDS, "questions")
+        self._reader = FieldReader(("model", "stream", "messages", *SESSION_FIELDS, *counted))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check an HTTP request and hand it on."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self.policy.max_body_bytes
-        declared = header(scope, b"content-length")
-        if declared.isdigit() and int(declared[:20]) > limit:
-            raise _too_large(limit, int(declared[:20]))
-        scope = self._with_cap(scope)
-        if scope["method"] not in _WITH_BODY:
-            await self.app(scope, receive, send)
-        elif scope["method"] == "POST" and is_json(scope):
-            body = await self._read(receive)
-            if (parsed := _parse(scope, body)) is not None:
-                self.check(parsed)
-                if _SUSPECT.search(body):
-                    _check_values(parsed)
-                trace_of(scope).stream = parsed.get("stream") is True
-                scope[JSON_KEY] = parsed
-            await self.app(scope, replay(body, receive), send)
-        else:
-            await self.app(scope, _counted(receive, limit), send)
+        body = Body(self.buffers)
+        scope = {**scope, "headers": self._headers(scope), BODY_KEY: body}
+        try:
+            await body.read(scope, receive, self.policy.max_body_bytes)
+            if scope["method"] == "POST" and body.content:
+                await self._check(scope, body)
+            await self.app(scope, replay(body.content, receive), send)
+        finally:
+            body.release()
 
-    def check(self, body: Mapping[str, Any]) -> None:
-        """Check the fields of a body; fields of the wrong type are left to the model's server.
+    async def _check(self, scope: Scope, body: Body) -> None:
+        path = normalized(scope["path"])
+        if is_json(scope):
+            try:
+                if len(body.content) <= INLINE:
+                    fields = self._read(path, body.content)
+                else:
+                    fields = await asyncio.to_thread(self._read, path, body.content)
+            except Refused as refused:
+                if refused.error["code"] == "invalid_json" and not header(scope, b"content-type"):
+                    return  # vLLM reads no body without a Content-Type
+                raise
+            trace_of(scope).stream = fields.get("stream") is True
+            scope[JSON_KEY] = fields
+        elif is_form(path, scope):
+            for field, value in (await read_form(scope, body.content, (*TOKEN_FIELDS, "n"))).items():
+                self._check_number(field, value, str(value))
+
+    def _read(self, path: str, content: bytes) -> dict[str, Any]:
+        """Check a JSON body; returns the fields that later layers need, of the prompt only its beginning."""
+        check_text(content, self.policy.max_json_values)
+        fields = self._reader.read(content)
+        self.check(path, fields)
+        kept: dict[str, Any] = {name: text(fields.get(name)) for name in SESSION_FIELDS}
+        for name in ("model", "stream"):
+            if (raw := fields.get(name)) is not None:
+                kept[name] = json.loads(bytes(raw)) if len(memoryview(raw)) <= OPENING else shown(raw)
+        if (raw := fields.get("messages")) is not None and (message := first(raw)) is not None:
+            kept["messages"] = [_opening(message)]
+        elif (raw := fields.get("prompt")) is not None and (prompt := _opening(raw)).startswith('"'):
+            kept["prompt"] = prompt
+        return kept
+
+    def check(self, path: str, fields: Mapping[str, Raw]) -> None:
+        """Check the fields of a body as vLLM reads them; values that it refuses are left to it.
 
         Raises:
             Refused: 400, naming the field, its number and the limit.
         """
         policy = self.policy
-        messages = body.get("messages")
-        if isinstance(messages, list) and len(messages) > policy.max_messages:
-            raise _too_many("messages", f"has {len(messages)} messages", policy.max_messages)
-        for field in STOP_FIELDS:
-            if isinstance(stops := body.get(field), list) and len(stops) > policy.max_stops:
-                raise _too_many(field, f"has {len(stops)} items", policy.max_stops)
-        if policy.max_tokens is not None:
-            for field in TOKEN_FIELDS:
-                if _number(asked := body.get(field)) > policy.max_tokens:
-                    raise _too_much(field, asked, policy.max_tokens)
         choices = 1
-        for field in CHOICE_FIELDS:
-            if _number(asked := body.get(field)) > policy.max_choices:
-                raise _too_much(field, asked, policy.max_choices)
-            choices = max(choices, int(_number(asked)))
+        for field in (*TOKEN_FIELDS, *CHOICE_FIELDS):
+            if (raw := fields.get(field)) is not None and not (field == "max_tokens" and path.endswith(INPUT_TOKENS)):
+                asked = number(raw)
+                self._check_number(field, asked, shown(raw))
+                choices = max(choices, int(asked)) if field in CHOICE_FIELDS else choices
+        for field in STOP_FIELDS:
+            if (raw := fields.get(field)) is not None and len(items(raw) or ()) > policy.max_stops:
+                raise _too_many(field, f"has {len(items(raw) or ())} items", policy.max_stops)
         for field in PROMPT_FIELDS:
-            count = _prompts(body.get(field))
-            if count > policy.max_prompts:
-                raise _too_many(field, f"has {count} items", policy.max_prompts)
-            if count * choices > policy.max_prompts:
-                raise _too_many(field, f"has {count} items, {choices} times each", policy.max_prompts)
+            if (raw := fields.get(field)) is not None and not is_token_ids(raw):
+                self._check_prompts(field, len(items(raw) or (1,)), choices)
+        if (raw := fields.get("questions")) is not None:
+            self._check_prompts("questions", len(keys(raw)), 1)
+        if (raw := fields.get("messages")) is not None:
+            self._check_messages(items(raw) or [], choices, batch=is_list_of_lists(raw))
 
-    async def _read(self, receive: Receive) -> bytes:
-        limit = self.policy.max_body_bytes
-        try:
-            return await read_body(receive, limit)
-        except Refused as refused:
-            raise _too_large(limit) from refused
+    def _check_number(self, field: str, asked: float, given: str) -> None:
+        limit = self.policy.max_choices if field in CHOICE_FIELDS else self.policy.max_tokens
+        if limit is not None and asked > limit:
+            message = f"`{field}` is {given}; this server allows at most {limit}"
+            raise Refused(400, message, param=field, code="value_above_maximum")
 
-    def _with_cap(self, scope: Scope) -> Scope:
-        """The scope with our token cap in its headers; a client's header of that name is removed."""
-        headers = [pair for pair in scope["headers"] if pair[0] != MAX_TOKENS_HEADER]
+    def _check_prompts(self, field: str, count: int, choices: int) -> None:
+        if count * choices > self.policy.max_prompts:
+            times = f", {choices} times each" if count <= self.policy.max_prompts else ""
+            raise _too_many(field, f"has {count} items{times}", self.policy.max_prompts)
+
+    def _check_messages(self, messages: Sequence[Raw], choices: int, *, batch: bool) -> None:
+        chats = [len(items(chat) or ()) for chat in messages] if batch else [len(messages)]
+        if (longest := max(chats, default=0)) > self.policy.max_messages:
+            raise _too_many("messages", f"has {longest} messages", self.policy.max_messages)
+        if batch:
+            self._check_prompts("messages", len(chats), choices)
+
+    def _headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """The headers with our token cap; a client's header of that name is removed."""
+        headers = [pair for pair in scope["headers"] if pair[0].replace(b"_", b"-") != MAX_TOKENS_HEADER]
         if self.policy.max_tokens is not None:
             headers.append((MAX_TOKENS_HEADER, str(self.policy.max_tokens).encode()))
-        return {**scope, "headers": headers}
+        return headers
 
 
-def _parse(scope: Scope, body: bytes) -> dict[str, Any] | None:
-    """The JSON object of a body; None for an empty body, and for one that is no JSON and has no Content-Type."""
-    if not body:
-        return None
-    try:
-        return parse_object(body)
-    except Refused:
-        if header(scope, b"content-type"):
-            raise
-        return None
-
-
-def _check_values(body: Mapping[str, Any]) -> None:
-    """Refuse values that vLLM cannot send to its engine, for which it would answer 500.
-
-    Raises:
-        Refused: 400, an integer does not fit into 64 bits, or a string is not valid Unicode.
-    """
-    for field, value in body.items():
-        left = [field, value]
-        while left:
-            found = left.pop()
-            if isinstance(found, Mapping):
-                left += [*found, *found.values()]
-            elif isinstance(found, list):
-                left += found
-            elif isinstance(found, int) and not -(2**63) <= found < 2**64:
-                raise _unusable(field, f"the number {str(found)[:40]}, which does not fit into 64 bits.")
-            elif isinstance(found, str) and not _is_unicode(found):
-                raise _unusable(field, "text that is not valid Unicode (an unpaired surrogate).")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _unusable(field: str, has: str) -> Refused:
-    shown = field[:100].encode("ascii", "backslashreplace").decode()
-    return Refused(400, f"`{shown}` has {has}", param=shown, code="invalid_value")
-
-
-def _counted(receive: Receive, limit: int) -> Receive:
-    """A receive channel that raises when the body exceeds the limit."""
-    size = 0
-
-    async def channel() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > limit:
-            raise _too_large(limit)
-        return message
-
-    return channel
-
-
-def _prompts(value: object) -> int:
-    """Number of prompts in ``prompt`` or ``input``: a list of token ids is one prompt, a list of texts several."""
-    if not isinstance(value, list):
-        return 1
-    return 1 if value and isinstance(value[0], int) else len(value)
-
-
-def _number(value: object) -> float:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
-
-
-def _too_much(field: str, asked: object, limit: int) -> Refused:
-    message = f"`{field}` is {str(asked)[:40]}; this server allows at most {limit}"
-    return Refused(400, message, param=field, code="value_above_maximum")
+def _opening(raw: Raw) -> str:
+    return bytes(memoryview(raw)[:OPENING]).decode(errors="replace")
 
 
 def _too_many(field: str, has: str, limit: int) -> Refused:
     message = f"`{field}` {has}; this server allows at most {limit}"
     return Refused(400, message, param=field, code="array_above_max_length")
-
-
-def _too_large(limit: int, size: int | None = None) -> Refused:
-    has = "" if size is None else f"{size} bytes, "
-    message = f"Request body too large: {has}the limit is {limit} bytes ({limit / MIB:g} MiB)."
-    return Refused(413, message, code="request_too_large")

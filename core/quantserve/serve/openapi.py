@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
+
+from quantserve.serve.routes import is_client_path
 
 METHODS: Final = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
 JSON: Final = "application/json"
@@ -47,7 +49,6 @@ def public_schema(
     several: bool,
     metrics: bool,
     route: str = "",
-    closed: Collection[str] = (),
 ) -> dict[str, Any]:
     """The schema of the paths that clients reach at one address.
 
@@ -58,7 +59,6 @@ def public_schema(
             gateway's own paths, and ``model`` is required.
         metrics: whether the gateway serves ``/metrics``.
         route: prefix of all paths.
-        closed: paths of the models' servers that clients cannot reach.
     """
     paths: dict[str, Any] = {}
     components: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def public_schema(
         for kind, found in copy.deepcopy(dict(schema.get("components") or {})).items():
             components.setdefault(kind, {}).update(found)
         for path, item in copy.deepcopy(dict(schema.get("paths") or {})).items():
-            if path in closed:
+            if not is_client_path(path):
                 continue
             if operations := {key: value for key, value in item.items() if not several or _routable(key, value)}:
                 paths.setdefault(path, operations)

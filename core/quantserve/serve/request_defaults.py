@@ -10,24 +10,23 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from msgspec import Raw
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.serve.asgi import header, is_json, parse_object, read_body, replay
+from quantserve.serve.asgi import header, is_json, read_body, replay
+from quantserve.serve.json_fields import LONGEST_NUMBER, FieldReader, integer, spliced
+from quantserve.serve.routes import CHAT, COMPLETIONS, MAX_TOKENS_HEADER, OUTPUT_TOKENS, UNBOUNDED
 
-PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
-MAX_TOKENS_HEADER: Final = b"x-quantserve-max-tokens"
-"""Header from the gateway: the cap on tokens, also for requests that set none of the token fields."""
-CAPPED: Final = {
-    "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
-    "/v1/completions": ("max_tokens",),
-    "/v1/responses": ("max_output_tokens",),
-}
-"""By path, the fields for the number of output tokens."""
+PATHS: Final = frozenset({CHAT, COMPLETIONS})
 UNITED: Final = ("stop", "stop_token_ids")
 """Fields where the client's values and the defaults are combined."""
 LENGTH_HEADERS: Final = (b"content-length", b"transfer-encoding")
 REPLACED_BY: Final = {"max_tokens": "max_completion_tokens"}
 """OpenAI's newer name of a field: if the client sets it, the older field gets no default."""
+
+
+TOKEN_FIELDS: Final = tuple(sorted({field for fields in OUTPUT_TOKENS.values() for field in fields}))
+COMPLETED: Final = frozenset({*UNBOUNDED, *PATHS})
 
 
 class RequestDefaults:
@@ -45,20 +44,22 @@ class RequestDefaults:
         self.app = app
         self.max_model_len = max_model_len
         self.defaults = {key: value for key, value in defaults.items() if value is not None and value != []}
+        self._reader = FieldReader(("messages", *TOKEN_FIELDS, *self.defaults))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Complete the body of a completion request; forward other requests unchanged."""
-        if scope["type"] != "http" or scope["method"] != "POST" or (route := _route(scope)) not in CAPPED:
+        """Complete the body of a request for tokens; forward other requests unchanged."""
+        if scope["type"] != "http" or scope["method"] != "POST" or (route := _route(scope)) not in COMPLETED:
             await self.app(scope, receive, send)
             return
         cap = self._cap(scope)
-        if cap is not None or (self.defaults and route in PATHS):
+        if is_json(scope) and (cap is not None or (self.defaults and route in PATHS)):
             body = await read_body(receive)
-            if is_json(scope) and (completed := self._completed(route, parse_object(body), cap)) is not None:
-                body = json.dumps(completed, separators=(",", ":")).encode()
+            if changes := self._changes(route, self._reader.read(body), cap):
+                body = spliced(body, changes)
                 headers = [pair for pair in scope["headers"] if pair[0] not in LENGTH_HEADERS]
                 scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
             receive = replay(body, receive)
+            del body  # it may be long, and is not needed while the response is produced
         await self.app(scope, receive, send)
 
     def _cap(self, scope: Scope) -> int | None:
@@ -68,15 +69,17 @@ class RequestDefaults:
             return None
         return int(value)
 
-    def _completed(self, route: str, body: dict[str, Any], cap: int | None) -> dict[str, Any] | None:
-        """The body with defaults and cap applied, or None if nothing changes."""
-        completed = self.complete(body) if route in PATHS else None
-        if cap is None:
-            return completed
-        return capped(route, body if completed is None else completed, cap) or completed
+    def _changes(self, route: str, fields: Mapping[str, Raw], cap: int | None) -> dict[str, Any]:
+        """The fields to add to a body or to replace in it."""
+        numbers = [name for name in OUTPUT_TOKENS[route] if name in fields]
+        body = {name: _value(name, fields[name]) for name in (*numbers, *self.defaults) if name in fields}
+        changes = self._missing(body) if route in PATHS else {}
+        if cap is not None:
+            changes |= capped(route, {**body, **changes}, cap, chat="messages" in fields)
+        return changes
 
-    def complete(self, body: dict[str, Any]) -> dict[str, Any] | None:
-        """The body with defaults, or None if nothing changes."""
+    def _missing(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The defaults that a body lacks."""
         missing: dict[str, Any] = {}
         for key, default in self.defaults.items():
             given = body.get(key)
@@ -90,22 +93,25 @@ class RequestDefaults:
                 missing[key] = default
         if "min_tokens" in missing:
             _keep_below_limit(missing, body)
-        return {**body, **missing} if missing else None
+        return missing
 
 
-def capped(route: str, body: Mapping[str, Any], cap: int) -> dict[str, Any] | None:
-    """The body with the cap applied to its token field, or None if the value there is small enough.
+def _value(name: str, raw: Raw) -> Any:
+    """The value of a field; True for a long one whose value does not matter."""
+    return json.loads(bytes(raw)) if name in UNITED or len(memoryview(raw)) <= LONGEST_NUMBER else True
 
-    A completion without the field gets vLLM's default of 16, with null as many as fit into the context.
+
+def capped(route: str, body: Mapping[str, Any], cap: int, *, chat: bool = True) -> dict[str, int]:
+    """The token fields of a body that are above the cap, with the cap; and that field if there must be one.
+
+    A completion without the field gets vLLM's default of 16.
     """
-    fields = CAPPED[route]
-    asked = [body[field] for field in fields if isinstance(body.get(field), int)]
-    if route == "/v1/completions" and "max_tokens" not in body:
-        return None
-    if asked:
-        large = {field: cap for field in fields if isinstance(body.get(field), int) and body[field] > cap}
-        return {**body, **large} if large else None
-    return {**body, fields[0]: cap}
+    fields = OUTPUT_TOKENS[route]
+    if route == COMPLETIONS and "max_tokens" in body and body["max_tokens"] is None:
+        return {"max_tokens": cap}
+    if route in UNBOUNDED and (chat or route != "/invocations") and all(body.get(field) is None for field in fields):
+        return {fields[-1]: cap}
+    return {field: cap for field in fields if integer(body.get(field)) > cap}
 
 
 def union(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
@@ -120,8 +126,7 @@ def union(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
 def _keep_below_limit(missing: dict[str, Any], body: Mapping[str, Any]) -> None:
     """Lower a default ``min_tokens`` to the client's maximum; vLLM would refuse a minimum above it."""
     for key in ("max_completion_tokens", "max_tokens"):
-        limit = body.get(key)
-        if isinstance(limit, int) and limit < missing["min_tokens"]:
+        if body.get(key) is not None and (limit := integer(body[key])) < missing["min_tokens"]:
             missing["min_tokens"] = limit
 
 

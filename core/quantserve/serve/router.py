@@ -10,15 +10,17 @@ import asyncio
 import difflib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.serve.asgi import Refused, answer_lifespan, ask, is_json, parse_object, read_body, replay
-from quantserve.serve.limits import JSON_KEY
+from quantserve.serve.asgi import JSON_KEY, Refused, answer_lifespan, ask, is_json, parse_object, read_body, replay
 from quantserve.serve.openapi import rendered
+from quantserve.serve.routes import is_client_path, normalized
+from quantserve.serve.shared import Shared
 from quantserve.serve.trace import trace_of
 
 if TYPE_CHECKING:
@@ -29,8 +31,7 @@ LISTED: Final = 20
 """Most model ids listed in an error."""
 RESERVED: Final = frozenset({"v1", "v2", "health", "metrics", "tokenize", "detokenize", "docs", "openapi.json", "-"})
 """First path segments that a model's route must not use."""
-CLOSED: Final = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
-"""Engine control paths of vLLM's server that clients must not reach; Ray Serve does the scaling here."""
+READ_ONLY: Final = ("GET", "HEAD")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,20 +88,26 @@ def model_aliases(plan: Plan) -> list[str]:
 
 
 class Router:
-    """ASGI app that routes to several models, or to one, which then gets every path the gateway does not serve itself.
+    """ASGI app that routes to several models, or to one, which then gets every client path of vLLM's server.
 
     Args:
         models: at least one; ids differ.
         metrics: ASGI app for ``GET /metrics``; None routes that path like any other.
+        health_cache_s: seconds a health check and the API schema are reused.
     """
 
-    def __init__(self, models: Sequence[ServedModel], metrics: ASGIApp | None = None) -> None:
+    def __init__(
+        self, models: Sequence[ServedModel], metrics: ASGIApp | None = None, health_cache_s: float = 0.0
+    ) -> None:
         self.metrics = metrics
         self.models = {model.id: model for model in models}
         self.names = {name: model for model in models for name in (model.id, *model.aliases)}
         self.routes = {model.route.strip("/"): model for model in models}
         self.only = models[0] if len(models) == 1 else None
-        self._schemas: dict[str, tuple[list[bytes], bytes]] = {}
+        self._healthy = {model.id: Shared(model.healthy, health_cache_s) for model in models}
+        ways: list[tuple[str, list[ServedModel]]] = [("", list(models)), *((model.route, [model]) for model in models)]
+        self._schemas = {route: Shared(partial(self._schema, served, route), health_cache_s) for route, served in ways}
+        self._rendered: dict[str, tuple[list[bytes], bytes]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or forward the request to its model."""
@@ -110,9 +117,12 @@ class Router:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
+        if scope["path"] == "*" and scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})(scope, receive, send)
+            return
         scope = self._without_root(scope)
         segment = scope["path"].split("/", 2)[1]
-        if scope["path"] == "/metrics" and self.metrics and scope["method"] in ("GET", "HEAD"):
+        if scope["path"] == "/metrics" and self.metrics and scope["method"] in READ_ONLY:
             await self.metrics(scope, receive, send)
             return
         if model := self.routes.get(segment):
@@ -128,54 +138,67 @@ class Router:
         if response := await self._own(scope, [model], route):
             await response(scope, receive, send)
             return
-        path = scope["path"]
+        if not is_client_path(scope["path"]):
+            raise self._unknown_path(scope["path"])
         fields: Mapping[str, Any] = {}
-        if scope["method"] == "POST" and is_json(scope) and path.startswith("/v1/"):
-            body = await read_body(receive)
-            fields = _fields(scope, body)
+        if scope["method"] == "POST" and is_json(scope) and scope["path"].startswith("/v1/"):
+            fields, receive = await _fields(scope, receive)
             name = fields.get("model")
             if name is not None and (not isinstance(name, str) or self.names.get(name) is not model):
                 raise self._unknown(name, [model.id, *model.aliases])
-            receive = replay(body, receive)
         await self._forward_to(model, fields, scope, receive, send)
 
     async def _several(self, scope: Scope, receive: Receive, send: Send) -> None:
         if response := await self._own(scope, list(self.models.values())):
             await response(scope, receive, send)
-        elif scope["method"] != "POST":
-            raise Refused(404, self._unknown_path(scope["path"]), code="unknown_url")
+        elif not is_client_path(scope["path"]) or scope["method"] != "POST":
+            raise self._unknown_path(scope["path"])
         else:
             await self._forward(scope, receive, send)
 
     async def _own(self, scope: Scope, models: Sequence[ServedModel], route: str = "") -> Response | None:
-        """The response to paths that the gateway serves itself: health, the list of models and the API schema."""
+        """The response to paths that the gateway serves itself: overview, health, list of models and API schema."""
         path: str = scope["path"]
-        if path == "/health" and scope["method"] in ("GET", "HEAD"):
-            return await _health(models)
-        if path == "/v1/models" or path.startswith("/v1/models/"):
-            return self._models(path, scope, {name: model for name, model in self.names.items() if model in models})
-        if path == "/openapi.json" and scope["method"] in ("GET", "HEAD"):
-            return Response(await self._schema(models, route), media_type="application/json")
-        return None
+        if path not in ("/", "/health", "/openapi.json", "/v1/models") and not path.startswith("/v1/models/"):
+            return None
+        if scope["method"] not in READ_ONLY:
+            message = f"Method {scope['method']} is not allowed here; use GET."
+            raise Refused(405, message, code="method_not_allowed", headers={"allow": "GET"})
+        if path == "/":
+            return JSONResponse(_overview(route, self.metrics is not None))
+        if path == "/health":
+            return await self._health(models)
+        if path == "/openapi.json":
+            return Response(await self._schemas[route](), media_type="application/json")
+        return self._models(path, {name: model for name, model in self.names.items() if model in models})
+
+    async def _health(self, models: Sequence[ServedModel]) -> Response:
+        """Every model's health check; 200 only when all pass."""
+        found = await asyncio.gather(*(self._healthy[model.id]() for model in models))
+        body = {
+            "status": "ok" if all(found) else "degraded" if any(found) else "down",
+            "models": {model.id: "ok" if up else "unavailable" for model, up in zip(models, found, strict=True)},
+        }
+        return JSONResponse(body, 200 if all(found) else 503)
 
     async def _schema(self, models: Sequence[ServedModel], route: str) -> bytes:
         """The OpenAPI schema of these models' servers, restricted to the paths that clients can reach.
 
         Models without a healthy replica are left out, so that a request for the schema starts no replica.
         """
-        up = [model for model in models if await model.healthy()]
+        up = [model for model in models if await self._healthy[model.id]()]
         answers = await asyncio.gather(*(ask(model.app, "GET", "/openapi.json") for model in up))
         texts = [text for status, text in answers if status == 200]
         if not texts:
             message = "No model is ready; the API schema comes from the models' servers. Retry when /health is ok."
             raise Refused(503, message, code="model_unavailable")
-        known = self._schemas.get(route)
+        known = self._rendered.get(route)
         if known is None or known[0] != texts:
             names = [name for name, model in self.names.items() if model in models]
             several = len(models) > 1
             ours = self.metrics is not None and not route
-            known = texts, rendered(texts, names, several=several, metrics=ours, route=route, closed=CLOSED)
-            self._schemas[route] = known
+            known = texts, rendered(texts, names, several=several, metrics=ours, route=route)
+            self._rendered[route] = known
         return known[1]
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -186,8 +209,7 @@ class Router:
                 f"This server hosts several models: a body other than JSON needs a model's route, e.g. {example}/v1."
             )
             raise Refused(415, message, code="unsupported_media_type")
-        body = await read_body(receive)
-        fields = _fields(scope, body)
+        fields, receive = await _fields(scope, receive)
         name = fields.get("model")
         if name is None:
             message = f"`model` is missing. Available models: {_listed(self.names)}."
@@ -195,23 +217,20 @@ class Router:
         model = self.names.get(name) if isinstance(name, str) else None
         if model is None:
             raise self._unknown(name, self.names)
-        await self._forward_to(model, fields, scope, replay(body, receive), send)
+        await self._forward_to(model, fields, scope, receive, send)
 
     @staticmethod
     async def _forward_to(
         model: ServedModel, fields: Mapping[str, Any], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        if scope["path"].rstrip("/") in CLOSED:
-            raise Refused(404, f"Unknown path {scope['path']}.", code="unknown_url")
         trace = trace_of(scope)
         trace.model, trace.stream = model.id, fields.get("stream") is True
         trace.quant_method = str((model.card.get("metadata") or {}).get("method") or "")
         await model.app(scope, receive, send)
 
-    def _models(self, path: str, scope: Scope, known: Mapping[str, ServedModel]) -> Response:
+    @staticmethod
+    def _models(path: str, known: Mapping[str, ServedModel]) -> Response:
         """``/v1/models`` and ``/v1/models/ID``; in ID slashes may be written as ``--``."""
-        if scope["method"] not in ("GET", "HEAD"):
-            raise Refused(405, f"Method {scope['method']} is not allowed here; use GET.", headers={"allow": "GET"})
         cards = [_card(name, model) for name, model in known.items()]
         name = path.removeprefix("/v1/models").strip("/")
         if not name:
@@ -219,12 +238,14 @@ class Router:
         for candidate in (name, unquote(name), name.replace("--", "/")):
             if candidate in known:
                 return JSONResponse(_card(candidate, known[candidate]))
-        raise self._unknown(name, known)
+        raise Router._unknown(name, known)
 
-    def _unknown_path(self, path: str) -> str:
-        example = next(iter(self.models.values())).route
-        hint = f"model-specific paths need a prefix, e.g. {example}{path[:200]}"
-        return f"Unknown path {path[:200]}. This server hosts several models; {hint}."
+    def _unknown_path(self, path: str) -> Refused:
+        hint = "GET /openapi.json lists the paths."
+        if is_client_path(path):
+            example = next(iter(self.models.values())).route
+            hint = f"This server hosts several models; model-specific paths need a prefix, e.g. {example}{path[:200]}."
+        return Refused(404, f"Unknown path {path[:200]}. {hint}", code="unknown_url")
 
     @staticmethod
     def _unknown(name: object, known: Mapping[str, Any] | Sequence[str]) -> Refused:
@@ -237,27 +258,28 @@ class Router:
 
     @staticmethod
     def _without_root(scope: Scope) -> Scope:
-        """The scope with the path below the mount point, whether or not the server removed the prefix."""
+        """The scope with the normalized path below the mount point, whether or not the server removed the prefix."""
         root = scope.get("root_path", "")
         path = scope["path"]
         path = path[len(root) :] if root and path.startswith(root) else path
-        return {**scope, "path": path or "/", "root_path": ""}
+        return {**scope, "path": normalized(f"/{path}"), "root_path": ""}
 
 
-def _fields(scope: Scope, body: bytes) -> Mapping[str, Any]:
-    """The JSON object of a body; taken from the scope if the limits layer has parsed it."""
+async def _fields(scope: Scope, receive: Receive) -> tuple[Mapping[str, Any], Receive]:
+    """Fields of the JSON body, from the scope if the limits layer has parsed it; and a channel with the body."""
     parsed = scope.get(JSON_KEY)
-    return parsed if isinstance(parsed, Mapping) else parse_object(body)
+    if isinstance(parsed, Mapping):
+        return parsed, receive
+    body = await read_body(receive)
+    return parse_object(body), replay(body, receive)
 
 
-async def _health(models: Sequence[ServedModel]) -> Response:
-    """Run every model's health check; 200 only when all pass."""
-    found = await asyncio.gather(*(model.healthy() for model in models))
-    body = {
-        "status": "ok" if all(found) else "degraded" if any(found) else "down",
-        "models": {model.id: "ok" if up else "unavailable" for model, up in zip(models, found, strict=True)},
-    }
-    return JSONResponse(body, 200 if all(found) else 503)
+def _overview(route: str, metrics: bool) -> dict[str, Any]:
+    """The response to ``GET /``."""
+    paths = {"models": "/v1/models", "health": "/health", "schema": "/openapi.json"}
+    if metrics and not route:
+        paths["metrics"] = "/metrics"
+    return {"name": "quantserve", "api": "OpenAI-compatible", **{name: route + path for name, path in paths.items()}}
 
 
 def _card(name: str, model: ServedModel) -> dict[str, Any]:

@@ -70,4 +70,4 @@ def public_app(models: Sequence[Mapping[str, Any]], directory: Directory, policy
         pool = directory.pools[str(model["card"]["id"])]
         app = RemoteModel(pool, policy.request_timeout_s, policy.max_attempts)
         served.append(ServedModel(model["card"], app, pool.healthy, model["route"], model["aliases"]))
-    return layers(Router(served, MetricsEndpoint(metrics)), policy, [metrics])
+    return layers(Router(served, MetricsEndpoint(metrics), policy.health_cache_s), policy, [metrics])

@@ -1,0 +1,216 @@
+"""Reads some fields of a JSON object without building the others, and checks its text.
+
+The text is checked and skipped in steps of a few milliseconds, so that a large body parsed in a thread does not hold
+the interpreter for long. What passes is read by vLLM's parser exactly as here.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+from pydantic import TypeAdapter, ValidationError
+
+from quantserve.serve.asgi import Refused
+
+STEP: Final = 256 << 10
+"""Bytes checked at once."""
+NAMED: Final = 64 << 10
+"""Longest body, in bytes, of which the field with an unusable value is named."""
+LONGEST_NUMBER: Final = 100
+"""Longest number, in characters, that is read; longer ones count as infinite."""
+_UNFINISHED: Final = re.compile(rb"(?:\\u[dD][89abAB]..)?(?:\\(?:u.{0,4}|.?))?[-+.\deE]{0,400}\Z", re.DOTALL)
+"""What must not be cut in two: an escape sequence, a pair of surrogates, a number."""
+_LONE: Final = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]", re.DOTALL)
+_LONG: Final = re.compile(rb"[-+.\deE]{19,}")
+_INTEGER: Final = re.compile(rb"-?\d+")
+_TOKEN_IDS: Final = re.compile(rb"\[\s*[-\dtf]")
+_LIST: Final = re.compile(rb"\[")
+_LISTS: Final = re.compile(rb"\[\s*\[")
+_INT: Final = TypeAdapter(int)
+
+
+class _First(msgspec.Struct, array_like=True):
+    item: Raw | UnsetType = UNSET
+
+
+_list = msgspec.json.Decoder(list[Raw])
+_object = msgspec.json.Decoder(dict[str, Raw])
+_first = msgspec.json.Decoder(_First)
+
+
+class FieldReader:
+    """Reads the given top-level fields of a JSON object.
+
+    Args:
+        names: of the fields.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = {f"f{index}": name for index, name in enumerate(sorted(set(names)))}
+        fields = [(field, Raw | UnsetType, UNSET) for field in self._names]
+        self._decoder = msgspec.json.Decoder(msgspec.defstruct("Fields", fields, rename=self._names))
+
+    def read(self, body: bytes) -> dict[str, Raw]:
+        """The fields that are present, as JSON. Of a field given twice the last one counts, as for vLLM.
+
+        Raises:
+            Refused: 400, the body is not a JSON object.
+        """
+        found = _decode(self._decoder, body)
+        return {name: raw for field, name in self._names.items() if (raw := getattr(found, field)) is not UNSET}
+
+
+def check_text(body: bytes, max_values: int) -> None:
+    """Check what vLLM reads otherwise than JSON's grammar has it, or cannot send to its engine.
+
+    Args:
+        body: a JSON text.
+        max_values: most values (numbers, texts, keys, lists, objects) of one body, about.
+
+    Raises:
+        Refused: 400, the text is not UTF-8, has an unpaired surrogate or an integer beyond 64 bits, or too many values.
+    """
+    try:
+        _check(body, max_values)
+    except Refused as refused:
+        if refused.error["code"] == "too_many_values" or len(body) > NAMED:
+            raise
+        raise _named(body, refused) from None
+
+
+def _check(body: bytes, max_values: int) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start = quotes = commas = containers = 0
+    while start < len(body):
+        # Of the same length, and without backslashes and quotes that begin or end nothing.
+        piece = body[start : start + STEP].replace(b"\\\\", b"__").replace(b'\\"', b"__")
+        start += len(piece)
+        if start < len(body) and (unfinished := _UNFINISHED.search(piece, len(piece) - 512)):
+            start -= len(piece) - unfinished.start()
+            piece = piece[: unfinished.start()]
+        try:
+            decoder.decode(piece, final=start >= len(body))
+        except UnicodeDecodeError:
+            message = f"The request body must be UTF-8{_encoding(body)}."
+            raise Refused(400, message, code="invalid_json") from None
+        if b"\\u" in piece and _LONE.search(piece):
+            raise _unusable("text that is not valid Unicode (an unpaired surrogate)")
+        parts = piece.split(b'"')
+        outside = b"".join(parts[quotes & 1 :: 2])
+        quotes += len(parts) - 1
+        commas += outside.count(b",")
+        containers += outside.count(b"[") + outside.count(b"{")
+        if max(commas, containers + quotes // 2) > max_values:
+            message = f"The request body has too many JSON values: the limit is {max_values}."
+            raise Refused(400, message, code="too_many_values")
+        for number in _LONG.findall(outside):
+            if _INTEGER.fullmatch(number) and (len(number) > 20 or not -(2**63) <= int(number) < 2**64):
+                raise _unusable(f"the number {number[:40].decode()}, which does not fit into 64 bits")
+
+
+def number(raw: Raw) -> float:
+    """`integer` of a JSON value; infinity for values of more than `LONGEST_NUMBER` characters, which are not read."""
+    return math.inf if len(memoryview(raw)) > LONGEST_NUMBER else integer(json.loads(bytes(raw)))
+
+
+def integer(value: object) -> float:
+    """The integer that vLLM's request classes (pydantic, lax) make of a value, also of texts and booleans;
+    0 for values that they refuse.
+    """
+    if isinstance(value, float):
+        return value  # also one that they refuse
+    try:
+        return _INT.validate_python(value)
+    except ValidationError:
+        return 0
+
+
+def text(raw: Raw | None, longest: int = 1024) -> str | None:
+    """A text of at most `longest` bytes of JSON; None for other values."""
+    if raw is None or len(memoryview(raw)) > longest:
+        return None
+    value = json.loads(bytes(raw))
+    return value if isinstance(value, str) else None
+
+
+def shown(raw: Raw) -> str:
+    """The beginning of a value, for a message."""
+    return bytes(memoryview(raw)[:40]).decode(errors="replace")
+
+
+def items(raw: Raw) -> list[Raw] | None:
+    """The items of a list; None for other values."""
+    return _decode(_list, raw) if _LIST.match(memoryview(raw)) else None
+
+
+def keys(raw: Raw) -> Sequence[str]:
+    """The keys of an object; none for other values."""
+    return list(_decode(_object, raw)) if bytes(memoryview(raw)[:1]) == b"{" else ()
+
+
+def first(raw: Raw) -> Raw | None:
+    """The first item of a list; None for other values."""
+    item = _decode(_first, raw).item if _LIST.match(memoryview(raw)) else UNSET
+    return None if item is UNSET else item
+
+
+def is_token_ids(raw: Raw) -> bool:
+    """Whether a value is a list of token ids."""
+    return _TOKEN_IDS.match(memoryview(raw)) is not None
+
+
+def is_list_of_lists(raw: Raw) -> bool:
+    """Whether a value is a list that begins with a list."""
+    return _LISTS.match(memoryview(raw)) is not None
+
+
+def spliced(body: bytes, fields: Mapping[str, Any]) -> bytes:
+    """A JSON object with further fields at its end, where they replace earlier ones of the same name."""
+    if not fields:
+        return body
+    opening = body.rstrip()[:-1].rstrip()
+    comma = b"" if opening.endswith(b"{") else b","
+    return opening + comma + msgspec.json.encode(dict(fields))[1:]
+
+
+def _decode(decoder: msgspec.json.Decoder[Any], text: bytes | Raw) -> Any:
+    try:
+        return decoder.decode(text)
+    except msgspec.ValidationError:
+        raise Refused(400, "The request body must be a JSON object.", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).removeprefix("JSON is malformed: ")
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
+        raise Refused(400, f"The request body is not valid JSON: {reason}.", code="invalid_json") from None
+
+
+def _named(body: bytes, refused: Refused) -> Refused:
+    """The same refusal with the name of the first field that has an unusable value."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return refused
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        try:
+            _check(json.dumps({name: value}).encode(), len(body))
+        except Refused as cause:
+            shown = name[:100].encode("ascii", "backslashreplace").decode()
+            message = str(cause.error["message"]).replace("The request body", f"`{shown}`", 1)
+            return Refused(400, message, param=shown, code="invalid_value")
+    return refused
+
+
+def _unusable(what: str) -> Refused:
+    return Refused(400, f"The request body has {what}.", code="invalid_value")
+
+
+def _encoding(body: bytes) -> str:
+    found = json.detect_encoding(body[:4])
+    return "" if found.startswith("utf-8") else f", not {found.upper()}"

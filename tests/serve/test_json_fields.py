@@ -111,7 +111,10 @@ def test_lists() -> None:
     def raw(text: str) -> Any:
         return FieldReader(["x"]).read(f'{{"x": {text}}}'.encode())["x"]
 
-    assert [len(items(raw(text)) or ()) for text in ("[]", "[1,[2,3],{}]", "7", '"[1]"')] == [0, 3, 0, 0]
+    assert [len(items(raw(text), 5)) for text in ("[]", "[1,[2,3],{}]", "7", '"[1]"')] == [0, 3, 0, 0]
+    long = raw("[" + "1,   " * 50_000 + "1]")
+    assert [len(items(long, most)) for most in (5, 2048, 60_000)] == [6, 2049, 50_001]
+    assert [len(items(raw(f"[{' ' * (1 << 17)}{text}]"), 2)) for text in ("", "1", "1,2", "1,2,3")] == [0, 1, 2, 3]
     assert [bytes(found) if (found := first(raw(text))) else None for text in ('[{"a": 1}, 2]', "[]", "7")] == [
         b'{"a": 1}', None, None,
     ]  # fmt: skip

@@ -10,7 +10,8 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -21,8 +22,10 @@ from quantserve.serve.asgi import Refused
 
 STEP: Final = 256 << 10
 """Bytes checked at once."""
-NAMED: Final = 64 << 10
-"""Longest body, in bytes, of which the field with an unusable value is named."""
+INLINE: Final = 64 << 10
+"""Longest text, in bytes, that is read within a millisecond or two. Of a longer body, the field with an unusable value
+is not named, and long lists are not counted to their end.
+"""
 LONGEST_NUMBER: Final = 100
 """Longest number, in characters, that is read; longer ones count as infinite."""
 _UNFINISHED: Final = re.compile(rb"(?:\\u[dD][89abAB]..)?(?:\\(?:u.{0,4}|.?))?[-+.\deE]{0,400}\Z", re.DOTALL)
@@ -41,7 +44,6 @@ class _First(msgspec.Struct, array_like=True):
 
 
 _list = msgspec.json.Decoder(list[Raw])
-_object = msgspec.json.Decoder(dict[str, Raw])
 _first = msgspec.json.Decoder(_First)
 
 
@@ -80,39 +82,47 @@ def check_text(body: bytes, max_values: int) -> None:
     try:
         _check(body, max_values)
     except Refused as refused:
-        if refused.error["code"] == "too_many_values" or len(body) > NAMED:
+        if refused.error["code"] == "too_many_values" or len(body) > INLINE:
             raise
         raise _named(body, refused) from None
 
 
 def _check(body: bytes, max_values: int) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    start = quotes = commas = containers = 0
-    while start < len(body):
-        # Of the same length, and without backslashes and quotes that begin or end nothing.
-        piece = body[start : start + STEP].replace(b"\\\\", b"__").replace(b'\\"', b"__")
+    quotes = commas = containers = 0
+    try:
+        for piece, outside in _pieces(body):
+            decoder.decode(piece)
+            if b"\\u" in piece and _LONE.search(piece):
+                raise _unusable("text that is not valid Unicode (an unpaired surrogate)")
+            quotes += piece.count(b'"')
+            commas += outside.count(b",")
+            containers += outside.count(b"[") + outside.count(b"{")
+            if max(commas, containers + quotes // 2) > max_values:
+                message = f"The request body has too many JSON values: the limit is {max_values}."
+                raise Refused(400, message, code="too_many_values")
+            for number in _LONG.findall(outside):
+                if _INTEGER.fullmatch(number) and (len(number) > 20 or not -(2**63) <= int(number) < 2**64):
+                    raise _unusable(f"the number {number[:40].decode()}, which does not fit into 64 bits")
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise Refused(400, f"The request body must be UTF-8{_encoding(body)}.", code="invalid_json") from None
+
+
+def _pieces(text: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Cut a JSON text into pieces, with backslashes and quotes replaced that begin or end nothing; each piece also
+    without the contents of its strings.
+    """
+    start = quotes = 0
+    while start < len(text):
+        piece = text[start : start + STEP].replace(b"\\\\", b"__").replace(b'\\"', b"__")  # of the same length
         start += len(piece)
-        if start < len(body) and (unfinished := _UNFINISHED.search(piece, len(piece) - 512)):
+        if start < len(text) and (unfinished := _UNFINISHED.search(piece, len(piece) - 512)):
             start -= len(piece) - unfinished.start()
             piece = piece[: unfinished.start()]
-        try:
-            decoder.decode(piece, final=start >= len(body))
-        except UnicodeDecodeError:
-            message = f"The request body must be UTF-8{_encoding(body)}."
-            raise Refused(400, message, code="invalid_json") from None
-        if b"\\u" in piece and _LONE.search(piece):
-            raise _unusable("text that is not valid Unicode (an unpaired surrogate)")
         parts = piece.split(b'"')
-        outside = b"".join(parts[quotes & 1 :: 2])
+        yield piece, b"".join(parts[quotes & 1 :: 2])
         quotes += len(parts) - 1
-        commas += outside.count(b",")
-        containers += outside.count(b"[") + outside.count(b"{")
-        if max(commas, containers + quotes // 2) > max_values:
-            message = f"The request body has too many JSON values: the limit is {max_values}."
-            raise Refused(400, message, code="too_many_values")
-        for number in _LONG.findall(outside):
-            if _INTEGER.fullmatch(number) and (len(number) > 20 or not -(2**63) <= int(number) < 2**64):
-                raise _unusable(f"the number {number[:40].decode()}, which does not fit into 64 bits")
 
 
 def number(raw: Raw) -> float:
@@ -145,14 +155,25 @@ def shown(raw: Raw) -> str:
     return bytes(memoryview(raw)[:40]).decode(errors="replace")
 
 
-def items(raw: Raw) -> list[Raw] | None:
-    """The items of a list; None for other values."""
-    return _decode(_list, raw) if _LIST.match(memoryview(raw)) else None
+def items(raw: Raw, most: int) -> list[Raw]:
+    """The items of a list, of a long one not more than ``most + 1``; none for other values."""
+    if not _LIST.match(memoryview(raw)):
+        return []
+    if len(memoryview(raw)) <= INLINE:
+        return list(_decode(_list, raw))
+    return [item for item in msgspec.structs.astuple(_decode(_up_to(most + 1), raw)) if item is not UNSET]
 
 
-def keys(raw: Raw) -> Sequence[str]:
-    """The keys of an object; none for other values."""
-    return list(_decode(_object, raw)) if bytes(memoryview(raw)[:1]) == b"{" else ()
+@lru_cache(16)
+def _up_to(most: int) -> msgspec.json.Decoder[Any]:
+    """Reads the first items of a list and skips the others, of which there may be millions."""
+    fields = [(f"f{index}", Raw | UnsetType, UNSET) for index in range(most)]
+    return msgspec.json.Decoder(msgspec.defstruct("Items", fields, array_like=True))
+
+
+def objects(raw: Raw) -> int:
+    """Number of objects within an object."""
+    return sum(outside.count(b"{") for _, outside in _pieces(bytes(raw))) - 1
 
 
 def first(raw: Raw) -> Raw | None:

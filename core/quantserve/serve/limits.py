@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Raw
@@ -18,17 +19,18 @@ from quantserve.serve.bodies import BODY_KEY, MIB, Body, Buffers
 from quantserve.serve.cors import Cors
 from quantserve.serve.forms import is_form, read_form
 from quantserve.serve.json_fields import (
+    INLINE,
     FieldReader,
     check_text,
     first,
     is_list_of_lists,
     is_token_ids,
     items,
-    keys,
     number,
+    objects,
     shown,
     text,
-)  # fmt: skip
+)
 from quantserve.serve.key_limit import KeyLimit
 from quantserve.serve.keys import ApiKeys, KeySet, load_key_set
 from quantserve.serve.routes import INPUT_TOKENS, MAX_TOKENS_HEADER, OUTPUT_TOKENS, normalized
@@ -37,15 +39,23 @@ from quantserve.serve.trace import Observer, Traced, trace_of
 if TYPE_CHECKING:
     from quantserve.config import HttpConfig
 
-INLINE: Final = 64 << 10
-"""Longest body in bytes that is parsed on the event loop, within a millisecond; longer ones are parsed in a thread."""
 TOKEN_FIELDS: Final = tuple(sorted({field for fields in OUTPUT_TOKENS.values() for field in fields}))
 CHOICE_FIELDS: Final = ("n", "best_of")
 STOP_FIELDS: Final = ("stop", "stop_sequences", "stop_token_ids", "bad_words")
 PROMPT_FIELDS: Final = (
-    "prompt", "input", "inputs", "texts", "images", "documents", "queries", "items", "data_1", "data_2",
-    "text_1", "text_2",
-)  # fmt: skip
+    "prompt",
+    "input",
+    "inputs",
+    "texts",
+    "images",
+    "documents",
+    "queries",
+    "items",
+    "data_1",
+    "data_2",
+    "text_1",
+    "text_2",
+)
 SESSION_FIELDS: Final = ("prompt_cache_key", "user")
 OPENING: Final = 4096
 """Bytes of a prompt's beginning that are kept for prefix affinity."""
@@ -117,6 +127,7 @@ class Limits:
     def __init__(self, app: ASGIApp, policy: Policy) -> None:
         self.app = app
         self.policy = policy
+        self._parser = ThreadPoolExecutor(1, "parser")  # one: several would keep the event loop waiting
         self.buffers = Buffers(policy.max_buffered_mb * MIB)
         counted = (*TOKEN_FIELDS, *CHOICE_FIELDS, *STOP_FIELDS, *PROMPT_FIELDS, "questions")
         self._reader = FieldReader(("model", "stream", "messages", *SESSION_FIELDS, *counted))
@@ -143,7 +154,9 @@ class Limits:
                 if len(body.content) <= INLINE:
                     fields = self._read(path, body.content)
                 else:
-                    fields = await asyncio.to_thread(self._read, path, body.content)
+                    fields = await asyncio.get_running_loop().run_in_executor(
+                        self._parser, self._read, path, body.content
+                    )
             except Refused as refused:
                 if refused.error["code"] == "invalid_json" and not header(scope, b"content-type"):
                     return  # vLLM reads no body without a Content-Type
@@ -183,15 +196,17 @@ class Limits:
                 self._check_number(field, asked, shown(raw))
                 choices = max(choices, int(asked)) if field in CHOICE_FIELDS else choices
         for field in STOP_FIELDS:
-            if (raw := fields.get(field)) is not None and len(items(raw) or ()) > policy.max_stops:
-                raise _too_many(field, f"has {len(items(raw) or ())} items", policy.max_stops)
+            if (raw := fields.get(field)) is not None and (
+                count := len(items(raw, policy.max_stops))
+            ) > policy.max_stops:
+                raise _too_many(field, raw, count, "items", policy.max_stops)
         for field in PROMPT_FIELDS:
             if (raw := fields.get(field)) is not None and not is_token_ids(raw):
-                self._check_prompts(field, len(items(raw) or (1,)), choices)
+                self._check_prompts(field, raw, len(items(raw, policy.max_prompts)), choices)
         if (raw := fields.get("questions")) is not None:
-            self._check_prompts("questions", len(keys(raw)), 1)
+            self._check_prompts("questions", raw, objects(raw), 1)
         if (raw := fields.get("messages")) is not None:
-            self._check_messages(items(raw) or [], choices, batch=is_list_of_lists(raw))
+            self._check_messages(raw, choices)
 
     def _check_number(self, field: str, asked: float, given: str) -> None:
         limit = self.policy.max_choices if field in CHOICE_FIELDS else self.policy.max_tokens
@@ -199,17 +214,22 @@ class Limits:
             message = f"`{field}` is {given}; this server allows at most {limit}"
             raise Refused(400, message, param=field, code="value_above_maximum")
 
-    def _check_prompts(self, field: str, count: int, choices: int) -> None:
-        if count * choices > self.policy.max_prompts:
-            times = f", {choices} times each" if count <= self.policy.max_prompts else ""
-            raise _too_many(field, f"has {count} items{times}", self.policy.max_prompts)
+    def _check_prompts(self, field: str, raw: Raw, count: int, choices: int) -> None:
+        limit = self.policy.max_prompts
+        if count > limit:
+            raise _too_many(field, raw, count, "items", limit)
+        if count * choices > limit:
+            raise _too_many(field, raw, count, f"items, {choices} times each", limit)
 
-    def _check_messages(self, messages: Sequence[Raw], choices: int, *, batch: bool) -> None:
-        chats = [len(items(chat) or ()) for chat in messages] if batch else [len(messages)]
-        if (longest := max(chats, default=0)) > self.policy.max_messages:
-            raise _too_many("messages", f"has {longest} messages", self.policy.max_messages)
-        if batch:
-            self._check_prompts("messages", len(chats), choices)
+    def _check_messages(self, raw: Raw, choices: int) -> None:
+        limit = self.policy.max_messages
+        chats = [raw]
+        if is_list_of_lists(raw):
+            chats = items(raw, self.policy.max_prompts)
+            self._check_prompts("messages", raw, len(chats), choices)
+        for chat in chats:
+            if (count := len(items(chat, limit))) > limit:
+                raise _too_many("messages", chat, count, "messages", limit)
 
     def _headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         """The headers with our token cap; a client's header of that name is removed."""
@@ -223,6 +243,7 @@ def _opening(raw: Raw) -> str:
     return bytes(memoryview(raw)[:OPENING]).decode(errors="replace")
 
 
-def _too_many(field: str, has: str, limit: int) -> Refused:
-    message = f"`{field}` {has}; this server allows at most {limit}"
+def _too_many(field: str, raw: Raw, count: int, what: str, limit: int) -> Refused:
+    about = "" if len(memoryview(raw)) <= INLINE else "at least "
+    message = f"`{field}` has {about}{count} {what}; this server allows at most {limit}"
     return Refused(400, message, param=field, code="array_above_max_length")

@@ -1,13 +1,13 @@
-"""``python -m fuzzing [headers] [configs] [pickles] --count N --seed N``: exits 1 when an input failed."""
+"""``python -m fuzzing [headers] [configs] [pickles] [frames] --count N --seed N``: exits 1 when an input failed."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from fuzzing import configs, headers, pickles, run
+from fuzzing import configs, frames, headers, pickles, run
 
-TARGETS = {target.name: target for target in (headers.TARGET, configs.TARGET, pickles.TARGET)}
+TARGETS = {target.name: target for target in (headers.TARGET, configs.TARGET, pickles.TARGET, frames.TARGET)}
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from typing import Final
 
 from quantserve.serve.link import HANGS, TICKS, Link
 from quantserve.serve.wire import (
+    DATA,
     MAX_PAYLOAD,
     VERSION,
     Headers,
@@ -76,6 +77,7 @@ class Response:
         self._read = 0  # bytes read since the last CREDIT
         self._credit_at = window // 2
         self._ready: asyncio.Future[None] | None = None
+        self._receiving = False  # between status and end
         self._complete = False
         self._error: ReplicaLost | AppFailed | None = None
         self.status = 0
@@ -133,31 +135,32 @@ class Response:
         Raises:
             ProtocolError: it must not come now.
         """
-        if self._complete or self._error:
-            raise ProtocolError(f"a frame of kind {kind} after the end of response {self.number}")
-        if kind == Kind.DATA and self.status:
+        if kind == DATA and self._receiving:
             self._window -= len(payload)
             if self._window < 0:
                 raise ProtocolError(f"more data than was granted to response {self.number}")
             if payload:
                 self._chunks.append(payload)
+        elif self._complete or self._error:
+            raise ProtocolError(f"a frame of kind {kind} after the end of response {self.number}")
         elif kind == Kind.END and self.status:
             self._complete = True
+            self._receiving = False
         elif kind == Kind.ANSWER and not self.status:
             self.status, self.headers = unpack_answer(payload)
+            self._receiving = True
         elif kind == Kind.FAILED:
             self._error = AppFailed("the replica's app ended without a complete response")
+            self._receiving = False
         else:
             raise ProtocolError(f"a frame of kind {kind} out of order in response {self.number}")
-        self._notify()
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)
 
     def lose(self, reason: str) -> None:
         """The connection is lost."""
         if not self._complete:
             self._error = ReplicaLost(reason)
-            self._notify()
-
-    def _notify(self) -> None:
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
@@ -234,7 +237,7 @@ class Connection(Link):
 
     def on_frame(self, kind: int, number: int, payload: bytes) -> None:
         """Handle a frame; those of responses that were closed are ignored."""
-        if (response := self._answers.get(number)) is not None:
+        if response := self._answers.get(number):
             response.on_frame(kind, payload)
         elif number == 0:
             self._on_control(kind, payload)

@@ -17,8 +17,6 @@ HANGS: Final = 4
 """A process whose host responds and that sends nothing for so many `silence_s` counts as hung."""
 HIGH_WATER: Final = 128 << 10
 """Bytes in the send buffer above which senders wait for their turn."""
-UNSENT: Final = 128 << 10
-"""Bytes that the kernel takes before it sends them: what is sent next waits for no more than these."""
 
 _ACKNOWLEDGED: Final = struct.Struct("=24xI28xI")
 """``tcpi_unacked`` (segments) and ``tcpi_last_ack_recv`` (milliseconds) of Linux's ``struct tcp_info``."""
@@ -41,6 +39,7 @@ class Link(asyncio.Protocol):
         handshake_ticks: within so many ticks the handshake must be complete.
 
     Attributes:
+        free: whether the send buffer has room; small frames are then sent without waiting for a turn.
         reason: why this end closed the connection; empty while it did not.
     """
 
@@ -58,6 +57,7 @@ class Link(asyncio.Protocol):
         self._due = 0.0
         self._heard = False
         self._quiet = 0
+        self.free = True
         self.reason = ""
 
     def on_frame(self, kind: int, number: int, payload: bytes) -> None:
@@ -93,12 +93,7 @@ class Link(asyncio.Protocol):
         """Whether frames can be sent."""
         return self._transport is not None and not self._transport.is_closing()
 
-    @property
-    def free(self) -> bool:
-        """Whether a small frame can be sent without waiting for a turn."""
-        return self._writable.is_set() and not self._turns.locked()
-
-    def send(self, kind: Kind, number: int, payload: Bytes = b"") -> None:
+    def send(self, kind: int, number: int, payload: Bytes = b"") -> None:
         """Send a frame now."""
         self.write(frame(kind, number, payload))
 
@@ -168,10 +163,12 @@ class Link(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The send buffer is full."""
         self._writable.clear()
+        self.free = False
 
     def resume_writing(self) -> None:
         """The send buffer has room."""
         self._writable.set()
+        self.free = True
 
     # --- liveness
 
@@ -182,13 +179,10 @@ class Link(asyncio.Protocol):
             self._set_options()
 
     def _set_options(self) -> None:
-        """Socket options, as far as this platform has them."""
-        options = {"TCP_NODELAY": 1, "TCP_NOTSENT_LOWAT": UNSENT}
-        options["TCP_USER_TIMEOUT"] = round(HANGS * self._silence_s * 1000)
-        for name, value in options.items():
-            if self._transport is not None and hasattr(socket, name):
-                wire = self._transport.get_extra_info("socket")
-                wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        """TCP_USER_TIMEOUT, where this platform has it: the longest time without progress, even with a live peer."""
+        if self._transport is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            wire = self._transport.get_extra_info("socket")
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(HANGS * self._silence_s * 1000))
 
     def _wait(self) -> None:
         loop = asyncio.get_running_loop()

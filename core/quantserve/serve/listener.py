@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Scope
 from quantserve.serve.asgi import request_scope
 from quantserve.serve.link import Link
 from quantserve.serve.wire import (
+    DATA,
     MAX_PAYLOAD,
     MAX_WINDOW,
     VERSION,
@@ -274,9 +275,10 @@ class _Request:
             return
         body = b"" if self._head_only else message.get("body", b"")
         last = not message.get("more_body")
-        if len(body) <= min(self._window, MAX_PAYLOAD) and self._session.free:
-            self._window -= len(body)
-            data = frame(Kind.DATA, self.number, body) if body else b""
+        size = len(body)
+        if size <= self._window and size <= MAX_PAYLOAD and self._session.free:
+            self._window -= size
+            data = frame(DATA, self.number, body) if size else b""
             if last:
                 data += frame(Kind.END, self.number)
             if data:
@@ -298,7 +300,7 @@ class _Request:
                     continue
                 part, piece = piece[: self._window], piece[self._window :]
                 self._window -= len(part)
-                await self._send(Kind.DATA, part)
+                await self._session.send_in_turn(Kind.DATA, self.number, part)
 
     async def _send(self, kind: Kind, payload: Bytes = b"") -> None:
         if self._session.free:

@@ -28,6 +28,9 @@ MAX_WINDOW: Final = 1 << 30
 """Most bytes of a response that may be granted at one time."""
 
 _FRAME: Final = struct.Struct("!IIB")
+_HEADER: Final = _FRAME.size
+_pack_frame = _FRAME.pack
+_unpack_frame = _FRAME.unpack_from
 _HELLO: Final = struct.Struct("!4sBI")
 _OPEN: Final = struct.Struct("!III")
 _NUMBER: Final = struct.Struct("!I")
@@ -70,9 +73,13 @@ class Kind(IntEnum):
     """The response ends here, incomplete."""
 
 
-def frame(kind: Kind, number: int, payload: Bytes = b"") -> bytes:
+DATA: Final = int(Kind.DATA)
+"""`Kind.DATA` for the code that runs for each token: members of an enumeration are slow."""
+
+
+def frame(kind: int, number: int, payload: Bytes = b"") -> bytes:
     """An encoded frame."""
-    return _FRAME.pack(len(payload), number, kind) + payload
+    return _pack_frame(len(payload), number, kind) + payload
 
 
 class Frames:
@@ -85,7 +92,7 @@ class Frames:
     def __init__(self, limit: int = MAX_PAYLOAD) -> None:
         self.limit = limit
         self._rest = bytearray()
-        self._wanted = _FRAME.size
+        self._wanted = _HEADER
 
     def feed(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
         """Kind, number and payload of every frame that `data` completes.
@@ -99,16 +106,15 @@ class Frames:
                 return
             data, self._rest = bytes(self._rest), bytearray()
         start, size = 0, len(data)
-        self._wanted = _FRAME.size
-        while size - start >= _FRAME.size:
-            length, number, kind = _FRAME.unpack_from(data, start)
+        self._wanted = _HEADER
+        while (begin := start + _HEADER) <= size:
+            length, number, kind = _unpack_frame(data, start)
             if length > self.limit:
                 raise ProtocolError(f"a frame of {length} bytes; the limit is {self.limit}")
-            end = start + _FRAME.size + length
-            if end > size:
+            if (end := begin + length) > size:
                 self._wanted = end - start
                 break
-            yield kind, number, data[start + _FRAME.size : end]
+            yield kind, number, data[begin:end]
             start = end
         if start < size:
             self._rest += data[start:]

@@ -119,7 +119,7 @@ def test_what_does_not_fit_says_why(bare: Bare, capsys: pytest.CaptureFixture[st
     assert "128.5 GiB" in refused["fp16-16"]
     assert refused["awq-4"] is None
     text = refusal(capsys, ["recommend", str(bare(LLAMA_70B)), "--target", "1xl4"], 1)
-    assert "nothing serves" in text
+    assert "no installed method can serve" in text
     assert "22.5 GiB" in text
 
 

@@ -46,11 +46,11 @@ def _print(registry: Registry) -> None:
             )
         )
     if rows:
-        columns = ("method", "bits", "devices", "what and from where")
+        columns = ("method", "bits", "devices", "description and source")
         out.print(table("Quantization methods", columns, rows, wrap=columns[-1:]))
     else:
         out.print(
-            "No plugin can be used; see below."
+            "No plugin can be used; the reasons are below."
             if registry.failures or registry.disabled
             else "No plugin is installed. Install one, e.g. `pip install 'quantserve\\[all]'`."
         )

@@ -180,7 +180,9 @@ def print_refusals(out: Console, advice: Advice) -> None:
         elif candidate.refusal:
             out.print(f"  [red]{escape(candidate.label)}[/] cannot be served: {escape(candidate.refusal)}")
         elif candidate.made is None:
-            out.print(f"  [yellow]{escape(candidate.label)}[/]: its plugin names no kernel, so nothing is predicted")
+            out.print(
+                f"  [yellow]{escape(candidate.label)}[/]: its plugin describes no kernel, so there is no prediction"
+            )
 
 
 def print_notes(out: Console, advice: Advice) -> None:

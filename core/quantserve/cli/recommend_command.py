@@ -90,7 +90,7 @@ def command(
     workload = find_workload(workload_name)
     for path in (plot, config):
         if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path}: the folder {path.parent} does not exist")
+            raise UsageError(f"{path}: the folder {path.parent} does not exist\n  fix: create it, or give another path")
     if config is not None and config.exists():
         raise UsageError(f"{config} exists already\n  fix: name a new file")
     advice = advice_for(source, target, methods, ranks)
@@ -98,8 +98,10 @@ def command(
     if not order_of:
         if any(candidate.failure for candidate in advice.candidates) and advice.exit_code:
             raise next(candidate.failure for candidate in advice.candidates if candidate.failure)
-        lines = [f"{c.label}: {c.failed or c.refusal or 'nothing is known of its kernel'}" for c in advice.candidates]
-        raise FindingsError(f"nothing serves {advice.model.model_id} on {target}\n  " + "\n  ".join(lines), {})
+        lines = [f"{c.label}: {c.failed or c.refusal or 'its plugin describes no kernel'}" for c in advice.candidates]
+        raise FindingsError(
+            f"no installed method can serve {advice.model.model_id} on {target}\n  " + "\n  ".join(lines), {}
+        )
     changes = leaders(advice, workload, most)
     if plot is not None:
         write(plot, plotted(advice, workload, most, changes))
@@ -265,11 +267,11 @@ def write_config(path: Path, order_of: Sequence[Ranked], workload: Workload, adv
     write(path, header + yaml.safe_dump(config, sort_keys=False))
     said = [f"wrote {escape(str(path))}; next: quantserve check {escape(str(path))}"]
     if not has_files:
-        said.append(f"  {escape(advice.model.source)} has no weights yet: put those of {candidate.label} there first")
+        said.append(f"  {escape(advice.model.source)} has no weights yet: first copy those of {candidate.label} there")
     elif chosen is not best:
         said.append(
-            f"  it serves the files as they are, in {escape(candidate.label)}; {escape(best.candidate.label)} would be "
-            f"{best.prediction.tokens_per_s / p.tokens_per_s:.2f}x as fast and needs another checkpoint"
+            f"  the config serves the existing files ({escape(candidate.label)}); "
+            f"{escape(best.candidate.label)} would be {best.prediction.tokens_per_s / p.tokens_per_s:.2f}x as fast, but needs another checkpoint"
         )
     return "\n".join(said)
 

@@ -269,9 +269,10 @@ def write_config(path: Path, order_of: Sequence[Ranked], workload: Workload, adv
     if not has_files:
         said.append(f"  {escape(advice.model.source)} has no weights yet: first copy those of {candidate.label} there")
     elif chosen is not best:
+        ratio = f"{best.prediction.tokens_per_s / p.tokens_per_s:.2f}x as fast"
         said.append(
-            f"  the config serves the existing files ({escape(candidate.label)}); "
-            f"{escape(best.candidate.label)} would be {best.prediction.tokens_per_s / p.tokens_per_s:.2f}x as fast, but needs another checkpoint"
+            f"  the config serves the existing files ({escape(candidate.label)}); {escape(best.candidate.label)} would "
+            f"be {ratio}, but needs another checkpoint"
         )
     return "\n".join(said)
 

@@ -123,7 +123,7 @@ def test_successful_responses_are_not_changed() -> None:
     assert len(answer.chunks) > 1
 
 
-def stream(*events: bytes, path: str = CHAT) -> list[bytes]:
+def stream(*events: bytes, path: str = CHAT) -> Answer:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -131,13 +131,13 @@ def stream(*events: bytes, path: str = CHAT) -> list[bytes]:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    return asyncio.run(request(Envelope(app), "POST", path, {})).chunks
+    return asyncio.run(request(Envelope(app), "POST", path, {}))
 
 
 def test_errors_inside_a_stream() -> None:
     first, last = b'data: {"id": "1", "choices": [{"text": "error"}]}\n\n', b"data: [DONE]\n\n"
     inner = {"message": "secret in /opt/x.py", "type": "InternalServerError", "param": None, "code": 500}
-    chunks = stream(first, b"data: " + json.dumps({"error": inner}).encode() + b"\n\n", last)
+    chunks = stream(first, b"data: " + json.dumps({"error": inner}).encode() + b"\n\n", last).chunks
     assert (chunks[0], chunks[2], chunks[3]) == (first, last, b"")
     assert chunks[1].startswith(b"data: ")
     assert chunks[1].endswith(b"\n\n")
@@ -147,18 +147,32 @@ def test_errors_inside_a_stream() -> None:
         "type": "server_error", "param": None, "code": None,
     }  # fmt: skip
     client = {"message": "too long (parameter=x, value=3)", "type": "BadRequestError", "param": "x", "code": 400}
-    error = json.loads(stream(b"data: " + json.dumps({"error": client}).encode() + b"\n\n")[0][6:])["error"]
+    error = json.loads(stream(first, b"data: " + json.dumps({"error": client}).encode() + b"\n\n").chunks[1][6:])[
+        "error"
+    ]
     assert error == {"message": "too long", "type": "invalid_request_error", "param": "x", "code": "invalid_value"}
 
 
 def test_anthropics_error_events() -> None:
+    first = b"event: message_start\ndata: {}\n\n"
     inner = {"type": "error", "error": {"type": "internal_error", "message": "secret"}}
-    (chunk, _) = stream(b"event: error\ndata: " + json.dumps(inner).encode() + b"\n\n", path="/v1/messages")
+    event = b"event: error\ndata: " + json.dumps(inner).encode() + b"\n\n"
+    (_, chunk, _) = stream(first, event, path="/v1/messages").chunks
     assert chunk.startswith(b"event: error\ndata: {")
     found = json.loads(chunk.partition(b"data: ")[2])
     assert (found["type"], found["error"]["type"]) == ("error", "server_error")
     assert b"secret" not in chunk
-    assert b"secret" not in stream(b"event: error\ndata: secret\n\n")[0]
+    assert b"secret" not in stream(first, b"event: error\ndata: secret\n\n").chunks[1]
+
+
+@pytest.mark.parametrize(("code", "status"), [(400, 400), (404, 404), (500, 500), ("x", 500), (None, 500), (200, 500)])
+def test_a_stream_that_begins_with_an_error_is_a_response_with_its_status(code: object, status: int) -> None:
+    """vLLM sends status 200 before the engine has seen the request."""
+    error = {"message": "no", "type": "BadRequestError", "param": "top_p", "code": code}
+    answer = stream(b"data: " + json.dumps({"error": error}).encode() + b"\n\n", b"data: [DONE]\n\n")
+    assert (answer.status, answer.headers["content-type"]) == (status, "application/json")
+    assert answer.error["param"] == ("top_p" if status == 400 else answer.error["param"])
+    assert b"DONE" not in answer.body
 
 
 # --- requests that do not fit ---------------------------------------------------------------------------
@@ -253,21 +267,21 @@ GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
         ({"messages": []}, "model", "missing_required_parameter", "`model` is missing"),
         ({}, "model", "missing_required_parameter", "`model` is missing; `messages` is missing"),
         ([1], None, "invalid_type", "The request body must be an object"),
-        ({**GOOD, "messages": "x"}, "messages", "invalid_type", "`messages` must be a valid list"),
+        ({**GOOD, "messages": "x"}, "messages", "invalid_type", "`messages` must be a list"),
         ({**GOOD, "messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter", "is missing"),
         ({**GOOD, "messages": [*GOOD["messages"], {"role": "x", "content": ""}]}, "messages[1].role", "invalid_value",
-         "`messages[1].role` must be 'system' or must be 'user' or 'assistant'"),
+         "`messages[1].role` must be 'system' or 'user' or 'assistant'"),
         ({**GOOD, "messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id",
          "missing_required_parameter", "`messages[0].tool_call_id` is missing"),
         ({**GOOD, "messages": [{"role": "user", "content": 7}]}, "messages[0].content", "invalid_type",
-         "`messages[0].content` must be a valid string or must be a valid list"),
+         "`messages[0].content` must be a string or a list"),
         ({**GOOD, "messages": [{"role": "user", "content": [{"url": 1}]}]}, "messages[0].content[0].url",
-         "invalid_type", "`messages[0].content[0].url` must be a valid string"),
-        ({**GOOD, "temperature": "hot"}, "temperature", "invalid_type", "`temperature` must be a valid number"),
+         "invalid_type", "`messages[0].content[0].url` must be a string"),
+        ({**GOOD, "temperature": "hot"}, "temperature", "invalid_type", "`temperature` must be a number"),
         ({**GOOD, "temperature": -1}, "temperature", "invalid_value", "must be greater than or equal to 0"),
-        ({**GOOD, "n": 1.5}, "n", "invalid_type", "must be a valid integer"),
-        ({**GOOD, "stop": ["a", 1]}, "stop[1]", "invalid_type", "`stop[1]` must be a valid string"),
-        ({**GOOD, "stop": 1}, "stop", "invalid_type", "`stop` must be a valid string or must be a valid list"),
+        ({**GOOD, "n": 1.5}, "n", "invalid_type", "must be an integer"),
+        ({**GOOD, "stop": ["a", 1]}, "stop[1]", "invalid_type", "`stop[1]` must be a string"),
+        ({**GOOD, "stop": 1}, "stop", "invalid_type", "`stop` must be a string or a list"),
         ({**GOOD, "top_p": 5}, "top_p", "invalid_value", "top_p must be in (0, 1], got 5."),
         ({**GOOD, "temprature": 1}, "temprature", "unknown_parameter", "`temprature` is not known"),
         (b"{", None, "invalid_json", "The request body is not valid JSON: "),
@@ -302,18 +316,18 @@ def test_parts_that_vllm_validates_later(fastapi_app: FastAPI) -> None:
     """vLLM answers these with pydantic's own text, the client's input in it."""
     app = Envelope(fastapi_app)
     answer = asyncio.run(request(app, "POST", "/later", {"items": [{}, "x"]}))
-    assert (answer.status, answer.error["param"], answer.error["code"]) == (400, None, "invalid_type")
-    assert answer.error["message"] == "Item 1 of a list in the request must be an object"
+    assert (answer.status, answer.error["param"], answer.error["code"]) == (400, "items[1]", "invalid_type")
+    assert answer.error["message"] == "`items[1]` must be an object"
     answer = asyncio.run(request(app, "POST", "/later", {"items": [], "n": "many"}))
     assert (answer.status, answer.error["param"], answer.error["code"]) == (400, "n", "invalid_type")
-    assert answer.error["message"].startswith("`n` must be a valid integer")
+    assert answer.error["message"].startswith("`n` must be an integer")
 
 
 @pytest.mark.parametrize(
     ("message", "said"),
     [
         ({"content": "x"}, "`messages[0].role` is missing"),
-        ({"role": "user", "content": 7}, "`messages[0].content` must be a valid string or must be a valid list"),
+        ({"role": "user", "content": 7}, "`messages[0].content` must be a string or a list"),
         ({"role": "tool", "content": "x"}, "`messages[0].tool_call_id` is missing"),
         (7, "`messages[0]` must be an object"),
     ],

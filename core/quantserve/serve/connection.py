@@ -17,6 +17,7 @@ from quantserve.serve.link import HANGS, TICKS, Link
 from quantserve.serve.wire import (
     DATA,
     MAX_PAYLOAD,
+    SAME,
     VERSION,
     Headers,
     Kind,
@@ -24,8 +25,8 @@ from quantserve.serve.wire import (
     pack_hello,
     pack_number,
     pack_request,
-    pack_welcome,
     unpack_answer,
+    unpack_welcome,
 )
 
 LONGEST_REFUSAL: Final = 1 << 10
@@ -249,9 +250,8 @@ class Connection(Link):
             self.on_ping(kind, payload)
         elif kind == Kind.REFUSED:
             self.fail(f"it refused the connection: {payload[:LONGEST_REFUSAL].decode('utf-8', 'replace')}")
-        elif payload != pack_welcome():
-            theirs = payload[len(pack_welcome()) - 1 :].hex() or "unknown"
-            raise ProtocolError(f"version {theirs}; this gateway has {VERSION}; run the same quantserve on both")
+        elif (version := unpack_welcome(payload)) != VERSION:
+            self.fail(f"it has protocol version {version}, this gateway has {VERSION}; {SAME}")
         else:
             self._establish(self._timing.silence_s)
             if not self.welcome.done():
@@ -261,7 +261,7 @@ class Connection(Link):
         """All responses in progress are lost."""
         super().connection_lost(error)
         if not self._established and not self.reason:
-            self.reason = "it closed before WELCOME; run gateway and replica with the same quantserve and token"
+            self.reason = f"it closed before WELCOME, as for another token or an older protocol; {SAME}"
         if not self.welcome.done():
             self.welcome.set_exception(ReplicaLost(self._loss))
             self.welcome.exception()  # nobody has to wait for it

@@ -74,6 +74,7 @@ class Link(asyncio.Protocol):
         self._frames.limit = MAX_PAYLOAD
         self._patience = TICKS * HANGS
         self._set_silence(silence_s)
+        self._wait()
 
     def on_ping(self, kind: int, payload: bytes) -> None:
         """Handle a frame with number 0 after the handshake: a PING or PONG.
@@ -185,6 +186,8 @@ class Link(asyncio.Protocol):
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(HANGS * self._silence_s * 1000))
 
     def _wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         loop = asyncio.get_running_loop()
         self._due = loop.time() + self._tick_s
         self._timer = loop.call_later(self._tick_s, self._tick)

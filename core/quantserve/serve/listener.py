@@ -18,6 +18,7 @@ from quantserve.serve.wire import (
     DATA,
     MAX_PAYLOAD,
     MAX_WINDOW,
+    SAME,
     VERSION,
     Bytes,
     Kind,
@@ -132,10 +133,10 @@ class _Session(Link):
         if not hmac.compare_digest(token, self._listener.token):
             raise ProtocolError("wrong token")
         if version != VERSION:
-            reason = f"version {version} of the gateway, version {VERSION} of this replica; run the same quantserve"
+            reason = f"the gateway has protocol version {version}, this replica has {VERSION}; {SAME}"
             self.send(Kind.REFUSED, 0, reason.encode())
             self.close()
-            logger.warning("refused the gateway %s: %s", self.address, reason)
+            logger.warning("refused gateway %s: %s", self.address, reason)
             return
         self._establish(silence_s)
         self.send(Kind.WELCOME, 0, pack_welcome())

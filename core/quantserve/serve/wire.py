@@ -18,6 +18,8 @@ Bytes = bytes | memoryview
 
 VERSION: Final = 1
 """Version of the protocol. Increase it with every change of frames or of their meaning."""
+SAME: Final = "run the same version of quantserve on both"
+"""The fix when versions differ."""
 MAX_PAYLOAD: Final = 64 << 10
 """Largest payload of a frame in bytes. A longer head or body is sent in several frames."""
 MAX_HEAD: Final = 2 << 20
@@ -145,6 +147,17 @@ def unpack_hello(payload: bytes) -> tuple[int, float, bytes]:
 def pack_welcome(version: int = VERSION) -> bytes:
     """The payload of WELCOME. All versions keep this layout."""
     return _MAGIC + bytes([version])
+
+
+def unpack_welcome(payload: bytes) -> int:
+    """The version in WELCOME.
+
+    Raises:
+        ProtocolError: it is not a WELCOME.
+    """
+    if len(payload) != len(_MAGIC) + 1 or not payload.startswith(_MAGIC):
+        raise ProtocolError("WELCOME without magic and version")
+    return payload[-1]
 
 
 def pack_number(number: int) -> bytes:

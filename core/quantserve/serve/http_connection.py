@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import unquote
 
 import httptools
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from quantserve.serve.asgi import Refused, request_scope
+from quantserve.serve.http_exchange import Exchange, Http10Exchange, Lingering
 
 if TYPE_CHECKING:
-    from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
-
     from quantserve.serve.limits import Policy
 
 KIB: Final = 1024
@@ -28,61 +29,10 @@ MAX_PIPELINED: Final = 16
 LINGER_S: Final = 5.0
 """How long data is discarded after a response to an unfinished request, so that a reset does not destroy it."""
 
-_IDLE, _HEAD, _BODY, _CLOSED = range(4)
+_HEAD, _BODY, _READ, _IDLE, _CLOSED = range(5)
+"""What a connection waits for: a head, the rest of a body, the app's response, the next request, its end."""
 
 logger = logging.getLogger(__name__)
-
-
-async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    """The app of a request that is refused: its channel raises the reason."""
-    await receive()
-
-
-class Exchange(RequestResponseCycle):
-    """One request and its response. A response that begins before the request has ended closes the connection.
-
-    Attributes:
-        refusal: raised to the app that waits for the body.
-        unfinished: the response began before the request had ended.
-    """
-
-    refusal: Refused | None = None
-    unfinished = False
-    _until_close = False
-
-    async def receive(self) -> ASGIReceiveEvent:
-        """The next part of the body, or the disconnect.
-
-        Raises:
-            Refused: the rest of the body cannot be read.
-        """
-        if self.refusal is None:
-            message = await super().receive()
-        if self.refusal is not None:
-            raise self.refusal
-        return message
-
-    async def send(self, message: ASGISendEvent) -> None:
-        """Send a part of the response; HTTP/1.0 has no chunks, so the end of the connection ends such a body."""
-        if message["type"] == "http.response.start":
-            await self._start(message)
-            return
-        if self._until_close:
-            self.expected_content_length = len(message.get("body", b""))  # type: ignore[arg-type]
-        await super().send(message)
-
-    async def _start(self, message: Any) -> None:
-        headers = list(message.get("headers", ()))
-        if self.scope["http_version"] == "1.0":
-            headers = [(name, value) for name, value in headers if name.lower() != b"transfer-encoding"]
-            if not any(name.lower() == b"content-length" for name, _ in headers):
-                self._until_close, self.chunked_encoding = True, False
-        self.unfinished = self.more_body
-        if self.unfinished:
-            headers.append((b"connection", b"close"))
-        await super().send(cast("ASGISendEvent", {**message, "headers": headers}))
-        if self.unfinished:
-            self.keep_alive = True  # `Connection.on_response_complete` closes, later than uvicorn would
 
 
 class Connection(HttpToolsProtocol):
@@ -99,7 +49,11 @@ class Connection(HttpToolsProtocol):
         self.policy = policy
         self.refusals = refusals
         self.limit = policy.max_head_kb * KIB
-        self.stage = self.timed = _HEAD
+        self.stage = _HEAD
+        self.timed = _HEAD
+        """The stage that the deadline is for."""
+        self.deadline = inf
+        self.timer: asyncio.TimerHandle | None = None
         self.running: RequestResponseCycle | None = None
         self.url = b""
         self.head = 0
@@ -110,12 +64,14 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
         super().connection_made(transport)
-        self._wait(self.policy.head_timeout_s)
+        self.lingering = Lingering(transport, self._linger)
+        self._expire_in(self.policy.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the app, whose request may be an earlier one than the last that was read."""
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()
+        if self.timer is not None:
+            self.timer.cancel()
         self.pipeline.clear()
         if self.running is not None and not self.running.response_complete:
             self.running.disconnected = True
@@ -126,9 +82,7 @@ class Connection(HttpToolsProtocol):
         if self.stage == _CLOSED:
             return
         if self.stage == _IDLE:
-            self._unset_keepalive_if_required()
-            if self.cycle.response_complete:
-                self.stage, self.url = _HEAD, b""
+            self.stage, self.url = _HEAD, b""
         self.fed += len(data)
         error: Exception | None = None
         try:
@@ -155,17 +109,24 @@ class Connection(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the request target."""
-        super().on_url(url)
-        self._count(len(url))
+        self.url += url
+        self.head += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; trailers of a body are ignored."""
         if self.stage == _HEAD:
-            super().on_header(name, value)
-            self._count(len(name) + len(value) + HEADER_BYTES)
+            self.head += len(name) + len(value) + HEADER_BYTES
+            if self.head > self.limit:
+                raise self._too_large()
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Start the request, or queue it behind the one in progress."""
+        if self.head > self.limit:
+            raise self._too_large()
         scope, parser = self.scope, self.parser
         scope["method"] = parser.get_method().decode("ascii")
         if parser.should_upgrade():
@@ -179,39 +140,54 @@ class Connection(HttpToolsProtocol):
         last, self.cycle = self.cycle, self._exchange(scope)
         if version == "1.1":
             self.cycle.waiting_for_100_continue = self.expect_100_continue
-            self.cycle.keep_alive = self.policy.keep_alive_s > 0 and parser.should_keep_alive()
+        self.keep_alive = version == "1.1" and self.policy.keep_alive_s > 0 and parser.should_keep_alive()
         self.stage, self.timed, self.fed = _BODY, _IDLE, 0
         self._begin(last, self.app)
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
         self.fed -= (1 + FRAMING) * len(body)
-        super().on_body(body)
+        cycle = self.cycle
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        """End a request."""
-        if not self.parser.should_upgrade():
-            self.stage = _IDLE
-            super().on_message_complete()
+        """End a request. Unless its response has begun, the connection may be kept for further requests."""
+        if self.parser.should_upgrade():
+            return
+        self.stage, cycle = _READ, self.cycle
+        if not cycle.response_started:
+            cycle.transport = self.transport
+            cycle.keep_alive = self.keep_alive
+        cycle.more_body = False
+        cycle.message_event.set()
 
     def on_response_complete(self) -> None:
-        """Continue with the next request, or close after a refusal."""
-        super().on_response_complete()
-        if self.transport.is_closing() or not self.cycle.response_complete:
+        """Continue with the next request, or wait for it, or close after a response that ends the connection."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
             return
-        if cast(Exchange, self.cycle).unfinished:
-            self._linger()
-        elif self.stage == _HEAD:
-            self._wait(self.policy.head_timeout_s)
+        self.flow.resume_reading()
+        if self.pipeline:
+            self.running, app = self.pipeline.pop()
+            self._start_asgi_task(self.running, app)
+        else:
+            if self.stage == _READ:
+                self.stage = _IDLE
+            self._time()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self.running = cycle
-        super()._start_asgi_task(cycle, app)
+    def shutdown(self) -> None:
+        """Close, at the latest after the response in progress."""
+        self.keep_alive = False
+        super().shutdown()
 
     def _begin(self, last: RequestResponseCycle | None, app: Any) -> None:
         if last is None or last.response_complete:
+            self.running = self.cycle
             self._start_asgi_task(self.cycle, app)
-        else:
+        else:  # at most one more read: the app may wait for a disconnect, for which it resumes reading
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, app))
 
@@ -221,25 +197,18 @@ class Connection(HttpToolsProtocol):
         Raises:
             Refused: 400, the request target is not valid.
         """
-        path: bytes | None = b"/"
-        query: bytes | None = b""
-        if self.url != b"*":
-            try:
-                parsed = httptools.parse_url(self.url)
-                path, query = parsed.path or b"/", parsed.query
-            except httptools.HttpParserInvalidURLError:
-                path = None
-        if path is None or not path.startswith(b"/") or not self.url.isascii():
+        try:
+            parsed = httptools.parse_url(b"/" if self.url == b"*" else self.url)
+            raw = parsed.path or b"/"
+            path = raw.decode("ascii")
+        except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
+            path = ""
+        if not path.startswith("/"):
             raise Refused(400, "The request target is not valid.", code="invalid_request_target")
-        text = path.decode("ascii")
-        self.scope["path"] = unquote(text) if "%" in text else text
-        self.scope["raw_path"] = path
-        self.scope["query_string"] = query or b""
-
-    def _count(self, size: int) -> None:
-        self.head += size
-        if self.head > self.limit:
-            raise self._too_large()
+        scope = self.scope
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = raw
+        scope["query_string"] = parsed.query or b""
 
     def _too_large(self) -> Refused:
         kib = self.policy.max_head_kb
@@ -250,39 +219,50 @@ class Connection(HttpToolsProtocol):
         return Refused(431, message, code="request_header_fields_too_large")
 
     def _time(self) -> None:
-        """Start the timer of the stage that has begun."""
-        self.timed = self.stage
-        if self.stage == _HEAD:
-            self._wait(self.policy.head_timeout_s)
-        elif self.stage == _BODY:
-            self._wait(self.policy.body_timeout_s)
-        else:
-            self._unset_keepalive_if_required()
-
-    def _wait(self, seconds: float) -> None:
-        self._unset_keepalive_if_required()
-        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
-
-    def timeout_keep_alive_handler(self) -> None:
-        """The timer of the current stage has ended."""
-        if self.transport.is_closing():
-            return
+        """Set the deadline of the stage that has begun."""
         policy, self.timed = self.policy, self.stage
-        if self.flow.read_paused and self.stage != _IDLE:
+        if self.stage == _READ:
+            self.deadline = inf
+        elif self.stage == _IDLE:
+            self._expire_in(policy.keep_alive_s)
+        elif self.stage == _HEAD:
+            self._expire_in(policy.head_timeout_s)
+        elif self.stage == _BODY:
+            self._expire_in(policy.body_timeout_s)
+        else:
+            self._expire_in(LINGER_S)
+
+    def _expire_in(self, seconds: float) -> None:
+        """Set the deadline; a timer that ends earlier stays, so that most requests set none."""
+        self.deadline = self.loop.time() + seconds
+        if self.timer is None:
+            self.timer = self.loop.call_later(seconds, self._expire)
+        elif self.timer.when() > self.deadline:
+            self.timer.cancel()
+            self.timer = self.loop.call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        """Apply the deadline, if it has passed."""
+        self.timer = None
+        left = self.deadline - self.loop.time()
+        if self.transport.is_closing() or left == inf:
+            return
+        if left > 0:
+            self.timer = self.loop.call_later(left, self._expire)
+        elif self.flow.read_paused and self.stage in (_HEAD, _BODY):
             self._time()  # the client cannot send, because the app does not read
-        elif self.stage == _BODY and not self.cycle.response_complete:
-            message = f"The request body did not arrive within {policy.body_timeout_s:g} s."
+        elif self.stage == _BODY:
+            message = f"The request body did not arrive within {self.policy.body_timeout_s:g} s."
             self._refuse(Refused(408, message, code="request_timeout"))
         elif self.stage == _HEAD and self.url:
-            message = f"The request's headers did not arrive within {policy.head_timeout_s:g} s."
+            message = f"The request's headers did not arrive within {self.policy.head_timeout_s:g} s."
             self._refuse(Refused(408, message, code="request_timeout"))
         else:
             self.transport.close()
 
     def _refuse(self, refused: Refused) -> None:
         """Respond with an error after the responses in progress, and read no more requests."""
-        stage, self.stage = self.stage, _CLOSED
-        self._unset_keepalive_if_required()
+        stage, self.stage, self.deadline = self.stage, _CLOSED, inf
         last = self.cycle
         if stage != _BODY:
             self.cycle = self._refused_request()
@@ -296,9 +276,10 @@ class Connection(HttpToolsProtocol):
         self.cycle.message_event.set()
 
     def _exchange(self, scope: Any) -> Exchange:
-        return Exchange(
+        """An exchange that closes the connection, as long as its request has not ended."""
+        return (Exchange if scope["http_version"] == "1.1" else Http10Exchange)(
             scope=scope,
-            transport=self.transport,
+            transport=cast(asyncio.Transport, self.lingering),
             flow=self.flow,
             logger=self.logger,
             access_logger=self.access_logger,
@@ -324,11 +305,10 @@ class Connection(HttpToolsProtocol):
         self.data_received(b"\r\n".join([line, *kept, b"", rest]))
 
     def _linger(self) -> None:
-        """Close so that the client can read the response, also one that is still sending."""
+        """Close the connection when the client has, and discard what it sends until then."""
         self.stage = _CLOSED
-        self.transport.write_eof()
-        self._unset_keepalive_if_required()
-        self.timeout_keep_alive_task = self.loop.call_later(LINGER_S, self.transport.close)
+        if not self.transport.is_closing():
+            self.transport.write_eof()
 
 
 def _reason(error: Exception) -> Refused:

@@ -19,7 +19,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from quantserve.serve.asgi import Guard, Refused
-from quantserve.serve.http_connection import LINGER_S, Connection, refuse
+from quantserve.serve.http_connection import LINGER_S, Connection
+from quantserve.serve.http_exchange import refuse
 from quantserve.serve.trace import Traced
 
 if TYPE_CHECKING:

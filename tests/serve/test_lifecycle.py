@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -84,6 +86,9 @@ def test_one_model_has_the_address_to_itself_and_dies_with_its_server(demo: Path
             assert "version" in running.request("GET", prefix + "/version").json()
         assert running.request("POST", "/v1/completions", {"model": "x", "prompt": ""}).status_code == 404
         assert httpx.get(running.base + "/v1/models", timeout=30).status_code == 401
+        for process in running.descendants():
+            with contextlib.suppress(psutil.Error):
+                assert "from-the-environment" not in process.environ().values()
         engine = [p for p in running.descendants() if p.name().startswith(("VLLM::", "ray::ServeReplica"))]
         assert len(engine) >= 3
         door = gateway(running)

@@ -27,6 +27,7 @@ from quantserve.serve.cpus import leave_to_workers
 from quantserve.serve.directory import Directory
 from quantserve.serve.discovery import POLL_S, poll_replicas
 from quantserve.serve.engine_imports import collecting_rarely, dismiss_spares
+from quantserve.serve.keys import forget_variable
 from quantserve.serve.limits import Policy
 from quantserve.serve.listener import Listener
 from quantserve.serve.remote import DRAINING
@@ -77,6 +78,7 @@ class ModelServer:
         for note in settle(os.environ):  # of this node, and of the model's runtime_env
             logger.warning(note)
         os.environ.pop(API_KEY, None)  # the gateway checks keys, and sends none
+        forget_variable()
         patches.apply("spawned-imports")
         patches.apply("spare-process")
         with collecting_rarely():
@@ -211,6 +213,7 @@ class GatewayServer:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, models: Sequence[Mapping[str, Any]], token: str, policy: Mapping[str, Any]
     ) -> None:
+        forget_variable()
         settings = Policy.model_validate(policy)
         self._directory = Directory(models, token, timing_of(settings))
         self._app = public_app(models, self._directory, settings)

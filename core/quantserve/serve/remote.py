@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
 
-from quantserve.serve.asgi import Refused, header, internal_error, read_body
-from quantserve.serve.limits import JSON_KEY
+from quantserve.serve.asgi import JSON_KEY, Refused, header, internal_error, read_body
+from quantserve.serve.bodies import release_body
 from quantserve.serve.replica_set import Replica, ReplicaDraining
 from quantserve.serve.replicas import Pool
 from quantserve.serve.stream_errors import error_event
@@ -142,6 +142,7 @@ class RemoteModel:
                 raise Refused(404, f"Unknown path {harmless(scope['path'])}.", code="unknown_url")
             request.body = b""  # there is no retry from here on
             scope.pop(JSON_KEY, None)
+            release_body(scope)
             await answer.start(response.status, response.headers)
             while data := await response.read():
                 await answer.send(data)

@@ -23,7 +23,7 @@ from quantserve.serve.cpus import keep_off
 from quantserve.serve.discovery import CALM_S, poll_replicas
 from quantserve.serve.engine import model_application
 from quantserve.serve.gateway_process import GatewayProcess
-from quantserve.serve.keys import VARIABLE
+from quantserve.serve.keys import VARIABLE, forget_variable
 from quantserve.serve.limits import Policy
 from quantserve.serve.progress import Progress
 from quantserve.serve.served import describe_models
@@ -33,9 +33,12 @@ POLL_S: Final = 0.5
 WATCH_S: Final = 5.0
 REACHABLE_S: Final = 15.0
 """Longest wait until the gateway knows all replicas; a model lost in between does not delay the others."""
-DRAIN_S: Final = 20
-"""Drain timeout: how long requests in progress may take to finish at shutdown."""
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+KILL_GATEWAY_S: Final = 3.0
+"""A gateway is killed so long after the drain timeout."""
+DISCOVERY_WAIT_S: Final = 1.0
+DISCOVERY_END_S: Final = 2.0
+STOPPED_AT_ONCE: Final = 130
+"""Exit code after a second signal."""
 
 
 def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = False) -> int:
@@ -55,6 +58,7 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
     """
     check_routes(plans)
     policy = Policy.of(http)
+    forget_variable()
     listener = listen(http.host, http.port)
     port = int(listener.getsockname()[1])
     if not policy.has_keys and not _is_loopback(http.host):
@@ -62,70 +66,164 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
             f"Warning: listening on {http.host} without API keys: anyone who can reach this machine can use the API. "
             f"Set {VARIABLE} or --api-keys-file."
         )
-    processes = Processes()
-    interrupts = Interrupts()
-    gateway: GatewayProcess | None = None
-    progress: Progress | None = None
+    server = _Server(plans, policy, listener)
+    stop = StopSignal(server.end)
     try:
         _say(f"Starting Ray and {_count(plans)}; small models take 30 to 90 s, large ones several minutes.")
-        ray_processes = start_ray()
-        interrupts.install()  # Ray has replaced the handlers
-        processes.scan()
-        _say(f"Logs: {log_folder()}")
-        token, created = cluster_secret()
-        progress = Progress([plan.app_name for plan in plans], log_folder())
-        gateway = GatewayProcess(
-            listener,
-            {
-                "models": describe_models(plans, created, policy),
-                "token": token,
-                "policy": policy.model_dump(mode="json"),
-                "drain_s": DRAIN_S,
-            },
-            _say,
-        )
-        _deploy(plans, token)
-        _start_discovery(plans, gateway)
-        _wait_until_started(progress, processes, interrupts)
-        ready = [plan for plan in plans if plan.app_name in progress.ready]
-        _wait_until_reachable(ready, gateway, interrupts)
-        ray_processes.keep_off(gateway.taken_cpus)
-        keep_off(os.getpid(), gateway.taken_cpus)
+        server.start(stop)
+        ready = server.ready
         _announce(ready, len(plans), http.host, port, policy.has_keys)
-        if progress.failed:
-            _say(f"Not served, because they failed to start (reasons above): {', '.join(progress.failed)}")
-        _watch(progress, processes, interrupts)
-    except KeyboardInterrupt:
+        if server.failed:
+            _say(f"Not served, because they failed to start (reasons above): {', '.join(server.failed)}")
+        server.watch(stop)
+    except Stopped:
         pass
     finally:
-        listener.close()
-        _stop(gateway, processes, interrupts)
-    return EngineError.exit_code if progress and progress.failed and not keep_going else 0
+        server.stop()
+    return EngineError.exit_code if server.failed and not keep_going else 0
 
 
-class Interrupts:
-    """Signals that end serving: the first one drains and stops, the second one stops at once."""
+class _Server:
+    """Ray, the models and the gateway."""
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self._stopping = False
-        self.install()
+    def __init__(self, plans: Sequence[Plan], policy: Policy, listener: socket.socket) -> None:
+        self._plans = plans
+        self._policy = policy
+        self._listener = listener
+        self._processes = Processes()
+        self._gateway: GatewayProcess | None = None
+        self._discovery: _Discovery | None = None
+        self._progress: Progress | None = None
 
-    def install(self) -> None:
-        """Install the signal handlers; Python allows that in the main thread only."""
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._received)
+    @property
+    def ready(self) -> list[Plan]:
+        """The models that are served."""
+        return [plan for plan in self._plans if self._progress and plan.app_name in self._progress.ready]
 
-    def _received(self, number: int, frame: FrameType | None) -> None:
-        again = self.event.is_set()
-        self.event.set()
-        if again or not self._stopping:
-            raise KeyboardInterrupt
+    @property
+    def failed(self) -> list[str]:
+        """The models that failed to start."""
+        return self._progress.failed if self._progress else []
 
-    def stopping(self) -> None:
-        """Shutdown has begun: the next signal stops at once."""
-        self._stopping = True
+    def start(self, stop: StopSignal) -> None:
+        """Start all; returns when every model is ready or failed, and the gateway knows the ready ones.
+
+        Raises:
+            EngineError: Ray or all models failed to start.
+            Stopped: a signal arrived.
+        """
+        ray_processes = start_ray()
+        stop.check()
+        _say(f"Logs: {log_folder()}")
+        token, created = cluster_secret()
+        self._progress = Progress([plan.app_name for plan in self._plans], log_folder())
+        settings = {
+            "models": describe_models(self._plans, created, self._policy),
+            "token": token,
+            "policy": self._policy.model_dump(mode="json"),
+        }
+        self._gateway = GatewayProcess(self._listener, settings, _say)
+        stop.run(lambda: _deploy(self._plans, token))
+        self._discovery = _Discovery(self._plans, self._gateway)
+        self._wait_until_started(stop)
+        self._wait_until_reachable(stop)
+        ray_processes.keep_off(self._gateway.taken_cpus)
+        keep_off(os.getpid(), self._gateway.taken_cpus)
+
+    def watch(self, stop: StopSignal) -> None:
+        """Print every change of a model's state.
+
+        Raises:
+            EngineError: contact with Ray Serve was lost.
+            Stopped: a signal arrived.
+        """
+        assert self._progress is not None
+        while True:
+            stop.wait(WATCH_S)
+            for line in self._progress.update(stop.run(_applications)):
+                _say(line)
+            self._processes.reap()
+
+    def stop(self) -> None:
+        """Drain, then stop all processes."""
+        began = time.monotonic()
+        self._listener.close()
+        drain_s = self._policy.drain_timeout_s
+        _say(
+            f"Stopping: requests in progress have up to {drain_s:g} s to finish. Press Ctrl-C again to stop at once."
+            if self._gateway
+            else "Stopping."
+        )
+        if self._gateway:
+            self._gateway.stop(drain_s + KILL_GATEWAY_S)
+        if self._discovery:
+            self._discovery.stop()
+        stop_ray(self._processes)
+        _say(f"Stopped in {time.monotonic() - began:.1f} s.")
+
+    def end(self) -> None:
+        """Stop all processes at once, and then this one, whatever its other threads do."""
+        _say("Stopping at once.")
+        self._listener.close()
+        if self._gateway:
+            self._gateway.end()
+        self._processes.kill()
+        _say("Stopped at once.")
+        os._exit(STOPPED_AT_ONCE)
+
+    def _wait_until_started(self, stop: StopSignal) -> None:
+        """Return when all models are ready or failed; one that fails is reported at once and does not stop the others.
+
+        Raises:
+            EngineError: all models failed to start.
+        """
+        assert self._progress is not None
+        while self._progress.starting:
+            for line in self._progress.update(stop.run(_applications)):
+                _say(line)
+            if self.failed and not (self._progress.starting or self.ready):
+                raise EngineError(f"failed to start: {', '.join(self.failed)}\n  logs: {self._progress.logs}")
+            stop.wait(POLL_S)
+
+    def _wait_until_reachable(self, stop: StopSignal) -> None:
+        """Return when the gateway knows a replica of every ready model; discovery lags behind Ray Serve by a poll."""
+        assert self._gateway is not None
+        deadline = time.monotonic() + REACHABLE_S
+        ready = {plan.model_id for plan in self.ready}
+        while not ready <= set(self._gateway.reachable) and time.monotonic() < deadline:
+            stop.wait(0.05)
+
+
+class _Discovery:
+    """Polls Ray Serve for replicas in a thread and sends their addresses to the gateway."""
+
+    def __init__(self, plans: Sequence[Plan], gateway: GatewayProcess) -> None:
+        from ray import serve
+
+        self._handles = {plan.model_id: serve.get_app_handle(plan.app_name) for plan in plans}
+        self._gateway = gateway
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="discovery")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop polling, before Ray ends."""
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join(DISCOVERY_END_S)
+
+    def _run(self) -> None:
+        self._task = self._loop.create_task(self._poll())
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._task)
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                await poll_replicas(self._gateway, self._handles)
+            except Exception as error:
+                _say(f"Discovery of replicas failed ({one_line(error)}); starting it again.")
+            await asyncio.sleep(DISCOVERY_WAIT_S)
 
 
 def _deploy(plans: Sequence[Plan], token: str) -> None:
@@ -141,49 +239,9 @@ def _deploy(plans: Sequence[Plan], token: str) -> None:
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def _start_discovery(plans: Sequence[Plan], gateway: GatewayProcess) -> None:
-    """Poll Ray Serve for replicas in a thread and send their addresses to the gateway."""
-    from ray import serve
-
-    handles = {plan.model_id: serve.get_app_handle(plan.app_name) for plan in plans}
-    polling = poll_replicas(gateway, handles, CALM_S)
-    threading.Thread(target=asyncio.run, args=(polling,), daemon=True, name="discovery").start()
-
-
 def _for_one_machine(plan: Plan) -> Plan:
     """The plan with one start attempt: on one machine a model that failed to start once fails again."""
     return plan.model_copy(update={"deployment": {"max_constructor_retry_count": 1, **plan.deployment}})
-
-
-def _wait_until_started(progress: Progress, processes: Processes, interrupts: Interrupts) -> None:
-    """Return when all models are ready or failed; one that fails is reported at once and does not stop the others.
-
-    Raises:
-        EngineError: all models failed to start.
-    """
-    while progress.starting:
-        for line in progress.update(_applications()):
-            _say(line)
-        processes.scan()
-        if progress.failed and not (progress.starting or progress.ready):
-            names = ", ".join(progress.failed)
-            raise EngineError(f"failed to start: {names}\n  logs: {progress.logs}")
-        interrupts.event.wait(POLL_S)
-
-
-def _wait_until_reachable(ready: Sequence[Plan], gateway: GatewayProcess, interrupts: Interrupts) -> None:
-    """Return when the gateway knows a replica of every ready model; discovery lags behind Ray Serve by one poll."""
-    deadline = time.monotonic() + REACHABLE_S
-    while not {plan.model_id for plan in ready} <= set(gateway.reachable) and time.monotonic() < deadline:
-        interrupts.event.wait(0.05)
-
-
-def _watch(progress: Progress, processes: Processes, interrupts: Interrupts) -> None:
-    """Print every change of a model's state until a signal arrives."""
-    while not interrupts.event.wait(WATCH_S):
-        for line in progress.update(_applications()):
-            _say(line)
-        processes.scan()
 
 
 def _applications() -> dict[str, Any]:
@@ -194,21 +252,6 @@ def _applications() -> dict[str, Any]:
     except Exception as error:
         message = f"lost contact with the Ray Serve controller ({type(error).__name__}); shutting down"
         raise EngineError(f"{message}\n  logs: {log_folder()}") from error
-
-
-def _stop(gateway: GatewayProcess | None, processes: Processes, interrupts: Interrupts) -> None:
-    interrupts.stopping()
-    _say(f"Stopping: requests in progress have up to {DRAIN_S} s to finish. Press Ctrl-C again to stop at once.")
-    began = time.monotonic()
-    try:
-        if gateway:
-            gateway.stop(DRAIN_S + 1)
-        killed = stop_ray(processes, graceful=True)
-    except KeyboardInterrupt:
-        if gateway:
-            gateway.stop(0)
-        killed = stop_ray(processes, graceful=False)
-    _say(f"Stopped in {time.monotonic() - began:.1f} s." + (f" {killed} processes had to be killed." if killed else ""))
 
 
 def _announce(ready: Sequence[Plan], wanted: int, host: str, port: int, keys: bool) -> None:

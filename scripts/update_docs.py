@@ -1,4 +1,4 @@
-"""Write the generated parts of docs/ anew: command help and config keys, between markers in the Markdown.
+"""Write the generated parts of docs/ anew: command help, config keys and patches, between markers in the Markdown.
 
     .venv/bin/python scripts/update_docs.py
 
@@ -20,6 +20,7 @@ from quantserve.bench.markdown import DEFINITION_COLUMNS, definitions, table
 from quantserve.bench.metrics import TOTALS
 from quantserve.cli.main import cli
 from quantserve.config import json_schema
+from quantserve.serve.patches import PATCHES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PART = re.compile(r"(<!-- generated: (?P<kind>\w+) ?(?P<name>[\w-]*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -78,10 +79,20 @@ def bench_definitions(name: str) -> str:
     return f"{table(('key', 'unit', 'definition'), rows, left=3)}\n"
 
 
+def patches(name: str) -> str:
+    """A table of the patches of other packages."""
+    rows = [
+        " | ".join((f"| `{key}`", "yes" if one.safety else "", one.changes, one.why, one.gain, f"{one.without} |"))
+        for key, one in PATCHES.items()
+    ]
+    return "\n".join(["| patch | safety | changes | why | gain | without |", "|---|---|---|---|---|---|", *rows]) + "\n"
+
+
 KINDS: Mapping[str, Callable[[str], str]] = {
     "help": command_help,
     "config": config_keys,
     "bench": bench_definitions,
+    "patches": patches,
 }
 
 

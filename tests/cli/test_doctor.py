@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import quantserve_kernels
 from quantserve.cli import doctor_command
 from quantserve.cli.main import run
+from quantserve.serve.patches import PATCHES, VARIABLE
 from quantserve.target import known_targets
 
 NAME = f"quantserve-kernels {version('quantserve-kernels')}"
@@ -33,6 +35,7 @@ import sys
 {before}
 from quantserve.cli import doctor_command
 from quantserve.cli.main import run
+from quantserve.serve.patches import PATCHES, VARIABLE
 from quantserve.target import this_cpu
 doctor_command.find_target = lambda name: this_cpu()
 run(["doctor", "--quick", "--json"])
@@ -119,3 +122,36 @@ def test_without_quick_the_kernels_are_loaded(
     run(["doctor", "--json"])
     (row,) = [row for row in json.loads(capsys.readouterr().out) if row["what"] == "kernels import"]
     assert row["status"] == "ok"
+
+
+def patch_rows(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str, str]]:
+    run(["doctor", "--quick", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    return [(row["what"], row["status"], row["detail"]) for row in rows if row["what"].startswith("patch")]
+
+
+def test_patches_that_fit_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert patch_rows(capsys) == [("patches", "ok", f"fit: {', '.join(PATCHES)}")]
+    monkeypatch.setenv(VARIABLE, "none,token-ids")
+    fit, *off = patch_rows(capsys)
+    assert fit == ("patches", "ok", "fit: none")
+    assert {detail.split()[0]: status for _, status, detail in off} == {
+        name: "warning" if patch.safety else "ok" for name, patch in PATCHES.items()
+    }
+    monkeypatch.setenv(VARIABLE, "glue")
+    ((what, status, detail),) = patch_rows(capsys)
+    assert (what, status) == ("patches", "fail")
+    assert "unknown patch 'glue'" in detail
+
+
+@pytest.mark.parametrize(("name", "status"), [("token-ids", "fail"), ("sched-yield", "warning")])
+def test_a_patch_that_does_not_fit_is_a_row(
+    name: str, status: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = PATCHES[name].relies_on[0][0]
+    monkeypatch.setitem(PATCHES, name, replace(PATCHES[name], relies_on=((target, "no such text"),)))  # type: ignore[arg-type]
+    row = patch_rows(capsys)[1]
+    assert row[:2] == ("patch", status)
+    assert row[2].startswith(f"{name}: vllm ")
+    assert f"has no `no such text` in {target}" in row[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import multiprocessing
 import os
 import signal
@@ -12,15 +13,18 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from helpers.checkpoints import make_llama
+from quantserve.cli.main import run
 from quantserve.serve import engine_imports
 from quantserve.serve.engine_imports import Spare, SparedContext, start_spare
 from tests.serve.server import until
 
-CHILDREN = 20.0
+CHILDREN = 60.0
 """Seconds that a process gets to start or to end."""
 WHILE_IMPORTED = gc.get_threshold()
 """Thresholds of the garbage collector while this process imported the module of its task."""
@@ -179,9 +183,9 @@ def test_thresholds_that_a_module_sets_are_kept(tmp_path: Path, monkeypatch: pyt
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     engine_imports.hurry_children()
-    run = importlib.import_module("sets_thresholds").run
+    task = importlib.import_module("sets_thresholds").run
     gc.set_threshold(*engine_imports.USUAL)
-    process = multiprocessing.get_context("spawn").Process(target=run, args=(tmp_path / "file",))
+    process = multiprocessing.get_context("spawn").Process(target=task, args=(tmp_path / "file",))
     process.start()
     process.join(CHILDREN)
     assert (tmp_path / "file").read_text() == "5000"
@@ -191,3 +195,67 @@ def test_the_imports_of_the_replica_itself_end_with_the_usual_thresholds() -> No
     with engine_imports.collecting_rarely():
         assert gc.get_threshold() == engine_imports.RARELY
     assert gc.get_threshold() == engine_imports.USUAL
+
+
+def _plugins_loaded(file: Path) -> None:
+    from vllm import plugins
+
+    plugins.load_general_plugins()
+    file.write_text(repr((os.environ["VLLM_PLUGINS"], WHILE_IMPORTED, gc.get_threshold())))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("target", ["a100-80g", "cpu"])
+def test_an_engine_process_of_any_plan_collects_as_usual(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Spawned as vLLM spawns it, with the plan's environment; a GPU's plan does not load our plugin."""
+    from vllm.utils.system_utils import get_mp_context
+
+    assert run(["plan", str(make_llama(tmp_path / "model")), "--target", target, "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    for name, value in plan["runtime_env"]["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    engine_imports.hurry_children()
+    process = get_mp_context().Process(target=_plugins_loaded, args=(tmp_path / "file",), name="EngineCore")
+    process.start()
+    process.join(120)
+    found = eval((tmp_path / "file").read_text())
+    assert found == ("" if target != "cpu" else "quantserve", engine_imports.RARELY, engine_imports.USUAL)
+
+
+@pytest.mark.vllm
+def test_the_process_manager_of_vllm_starts_the_engine_core_in_the_spare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine import core, utils
+
+    monkeypatch.setattr(utils, "get_mp_context", utils.get_mp_context)
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    monkeypatch.setattr(core.EngineCoreProc, "run_engine_core", _core)
+    start_spare([])
+    spare = engine_imports._spares[-1].pid
+    engine_imports.use_spares(utils)
+    config = SimpleNamespace(
+        shutdown_timeout=0,
+        parallel_config=SimpleNamespace(data_parallel_size=1, assigned_physical_gpu_ids=None, numa_bind=False),
+    )
+    manager = utils.CoreEngineProcManager(
+        local_engine_count=1,
+        start_index=0,
+        local_start_index=0,
+        vllm_config=config,
+        local_client=True,
+        handshake_address=str(tmp_path / "file"),
+        executor_class=object,
+        log_stats=False,
+    )
+    (process,) = manager.processes
+    process.join(120)
+    assert (process.pid, process.exitcode) == (spare, 0)
+    assert (tmp_path / "file").read_text() == str(spare)
+
+
+def _core(handshake_address: str, **_: object) -> None:
+    Path(handshake_address).write_text(str(os.getpid()))

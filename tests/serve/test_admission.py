@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from typing import Any
 
 import pytest
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quantserve.serve import replicas
+from quantserve.serve.asgi import Refused
 from quantserve.serve.limits import Policy, layers
+from quantserve.serve.queue import Queue
 from quantserve.serve.remote import RemoteModel, affinity_key
-from quantserve.serve.replicas import Limits, Pool
+from quantserve.serve.replicas import HEALTH_S, Limits, Pool
 
 from .asgi_client import request
 from .replica import SYSTEM, Replica, pool_of, post, run, served, until, unused_port
@@ -85,6 +89,100 @@ def test_the_queue_is_first_in_first_out() -> None:
         # Two have places at a time, of whom either may notice first.
         assert max(abs(place - number) for place, number in enumerate(served)) <= 2
         assert (pool.ongoing, len(pool.waiting)) == (0, 0)
+
+    run(work)
+
+
+def test_a_request_that_had_a_slot_goes_before_new_ones() -> None:
+    async def work() -> None:
+        pool = Pool("demo", Limits(ongoing=1, queued=1))
+        pool.update([{"id": "r", "host": "127.0.0.1", "port": 9}])
+        served: list[str] = []
+
+        async def client(name: str, retry: bool = False) -> None:
+            async with pool.slot(retry=retry):
+                served.append(name)
+
+        async with pool.slot():
+            tasks = [asyncio.create_task(client("new")), asyncio.create_task(client("moved", retry=True))]
+            await until(lambda: len(pool.waiting) == 2)
+        await asyncio.gather(*tasks)
+        assert served == ["moved", "new"]
+
+    run(work)
+
+
+def test_a_long_queue_is_served_in_linear_time() -> None:
+    async def work(length: int) -> float:
+        queue = Queue()
+        waiters = [queue.add(None, frozenset(), False) for _ in range(length)]
+        began = time.process_time()
+        for waiter in waiters[1::3]:  # some leave from the middle
+            queue.remove(waiter)
+        while heads := queue.heads():
+            queue.remove(heads[0])
+        assert len(queue) == 0
+        return time.process_time() - began
+
+    short, long = run(lambda: work(2_000)), run(lambda: work(40_000))
+    assert long < 100 * short  # linear: 20 times; quadratic: 400 times
+
+
+def test_retry_after_counts_only_requests_that_were_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(replicas, "monotonic", lambda: now)
+
+    async def work() -> None:
+        nonlocal now
+        pool = Pool("demo", Limits(ongoing=1, queued=1))
+        pool.update([{"id": "r", "host": "127.0.0.1", "port": 9}])
+        for _ in range(4):
+            async with pool.slot():
+                now += 5
+        for _ in range(100):
+            with contextlib.suppress(asyncio.CancelledError):
+                async with pool.slot():
+                    raise asyncio.CancelledError  # its client has disconnected
+        async with pool.slot():
+            queued = asyncio.create_task(pool.slot().__aenter__())
+            await until(lambda: pool.waiting)
+            with pytest.raises(Refused) as refused:
+                await pool.slot().__aenter__()
+        await queued
+        assert refused.value.headers == {"retry-after": "8"}  # two requests, at 4 in 15 s
+
+    run(work)
+
+
+@pytest.mark.parametrize("wakes", [True, False])
+def test_a_draining_replica_does_not_keep_a_model_from_being_started(wakes: bool) -> None:
+    async def work() -> None:
+        replica = Replica()
+        async with served(replica) as port:
+            pool = pool_of(Limits(wakes=wakes))
+            pool.update([{"id": "old", "host": "127.0.0.1", "port": 9, "state": "draining"}])
+            waiting = asyncio.create_task(post(RemoteModel(pool)))
+            await until(lambda: pool.waiting)
+            assert pool.wanted
+            pool.update([{"id": "new", "host": "127.0.0.1", "port": port}])
+            assert (await waiting).status == 200
+
+    run(work)
+
+
+def test_the_health_check_takes_the_first_healthy_replica_and_is_bounded() -> None:
+    async def work() -> None:
+        class Ill(Replica):
+            async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+                if self.name == "hangs":
+                    await asyncio.Event().wait()
+                raise RuntimeError("the app is broken")
+
+        async with served(Ill("hangs")) as a, served(Ill("fails")) as b, served(Replica()) as c:
+            async with asyncio.timeout(HEALTH_S):
+                assert await pool_of(a=a, b=b, c=c, dead=unused_port()).healthy()
+            async with asyncio.timeout(3 * HEALTH_S):
+                assert not await pool_of(a=a, b=b, dead=unused_port()).healthy()
 
     run(work)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +13,22 @@ from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import Guard, read_body, request_scope
 from quantserve.serve.remote import DRAINING, RemoteModel
+from quantserve.serve.replicas import Limits, Pool
 from quantserve.serve.upstream import ReplicaLost
 
+from .asgi_client import request
 from .replica import Replica, pool_of, post, run, served, session_of, until, unused_port
+
+
+@contextlib.contextmanager
+def chosen(pool: Pool, name: str) -> Iterator[None]:
+    """The replica is the least loaded one, and gets the next request."""
+    others = [replica for replica in pool.replicas.values() if replica.id != name]
+    for replica in others:
+        replica.ongoing += 1
+    yield
+    for replica in others:
+        replica.ongoing -= 1
 
 
 def test_an_unreachable_replica_is_skipped() -> None:
@@ -21,8 +36,50 @@ def test_an_unreachable_replica_is_skipped() -> None:
         replica = Replica()
         async with served(replica) as port:
             app = RemoteModel(pool_of(dead=unused_port(), alive=port))
-            answers = [await post(app) for _ in range(6)]
-            assert [answer.status for answer in answers] == [200] * 6
+            with chosen(app.pool, "dead"):
+                assert (await post(app)).status == 200
+            assert app.pool.replicas["dead"].state == "broken"
+            with chosen(app.pool, "dead"):  # although it has fewer requests
+                assert (await post(app)).status == 200
+            assert len(replica.requests) == 2
+
+    run(work)
+
+
+def test_a_replica_that_can_be_reached_again_gets_the_queued_requests_at_once() -> None:
+    async def work() -> None:
+        busy, back = Replica("busy"), Replica("back")
+        busy.hold = back.hold = asyncio.Event()
+        async with served(busy) as a, served(back) as b:
+            app = RemoteModel(pool_of(Limits(ongoing=1), busy=a, back=b))
+            with contextlib.suppress(ReplicaLost):
+                async with app.pool.slot():
+                    raise ReplicaLost("as if its connection was lost")
+            requests = [asyncio.create_task(post(app)) for _ in range(2)]
+            await until(lambda: app.pool.waiting)
+            await until(lambda: busy.requests and back.requests)  # within a second; the first one has not ended
+            assert not app.pool.waiting
+            busy.hold.set()
+            assert [answer.status for answer in await asyncio.gather(*requests)] == [200, 200]
+
+    run(work)
+
+
+def test_a_retry_is_not_refused_for_a_full_queue() -> None:
+    async def work() -> None:
+        replica, order = Replica(), []
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(Limits(ongoing=1, queued=1), dead=unused_port(), alive=port))
+            with chosen(app.pool, "dead"):  # the other one is full
+                new = asyncio.create_task(post(app, {"prompt": "new"}))
+                late = asyncio.create_task(post(app, {"prompt": "late"}))
+                await until(lambda: len(app.pool.waiting) == 2)
+                assert (await post(app)).error["code"] == "queue_full"
+            async with app.pool.slot(avoid=frozenset({"dead"}), retry=True):  # its end wakes the others
+                pass
+            for task in (new, late):
+                order.append((await task).status)
+            assert order == [200, 200]
 
     run(work)
 
@@ -39,10 +96,9 @@ def test_a_replica_that_dies_before_it_answers_has_a_successor() -> None:
         dying, replica = Dying(), Replica()
         async with served(dying) as a, served(replica) as b:
             app = RemoteModel(pool_of(dying=a, alive=b))
-            answers = [await post(app) for _ in range(30)]  # which replica is asked first is left to chance
-            assert [answer.status for answer in answers] == [200] * 30
-            assert len(replica.requests) == 30
-            assert len(dying.requests) >= 1
+            with chosen(app.pool, "dying"):
+                assert (await post(app)).status == 200
+            assert (len(dying.requests), len(replica.requests)) == (1, 1)
 
     run(work)
 
@@ -142,8 +198,28 @@ def test_a_draining_replica_hands_its_requests_to_another() -> None:
         draining.head = (503, [(DRAINING, b"1"), (b"content-type", b"application/json")])
         async with served(draining) as a, served(replica) as b:
             app = RemoteModel(pool_of(d=a, r=b))
-            assert [(await post(app)).status for _ in range(6)] == [200] * 6
-            assert len(draining.requests) <= 1
+            for _ in range(2):
+                with chosen(app.pool, "d"):
+                    assert (await post(app)).status == 200
+                app.pool.update(
+                    [{"id": "d", "host": "127.0.0.1", "port": a}, {"id": "r", "host": "127.0.0.1", "port": b}]
+                )
+            assert (len(draining.requests), len(replica.requests)) == (1, 2)  # an older look-up does not revoke it
+
+    run(work)
+
+
+def test_draining_replicas_use_up_no_attempts() -> None:
+    async def work() -> None:
+        draining, replica = Replica("d"), Replica()
+        draining.head = (503, [(DRAINING, b"1"), (b"content-type", b"application/json")])
+        async with contextlib.AsyncExitStack() as stack:
+            ports = {f"d{number}": await stack.enter_async_context(served(draining)) for number in range(5)}
+            port = await stack.enter_async_context(served(replica))
+            app = RemoteModel(pool_of(None, **ports, r=port), attempts=1)
+            app.pool.replicas["r"].ongoing += 1  # it is asked last
+            assert (await post(app)).status == 200
+            assert (len(draining.requests), len(replica.requests)) == (5, 1)
 
     run(work)
 
@@ -165,3 +241,157 @@ def test_a_request_waits_for_the_successor_of_a_draining_replica() -> None:
             assert ((await late).status, (await post(app)).status) == (503, 503)
 
     run(work)
+
+
+def test_the_body_is_dropped_when_no_retry_can_need_it() -> None:
+    dropped = asyncio.Event()
+
+    class Body(bytes):
+        def __del__(self) -> None:
+            dropped.set()
+
+    async def work() -> None:
+        async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+            await read_body(receive)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"1", "more_body": True})
+            await dropped.wait()
+            await send({"type": "http.response.body", "body": b"2"})
+
+        messages = [{"type": "http.request", "body": Body(b"{}"), "more_body": False}]
+        sent: list[bytes] = []
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            return await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+
+        async with served(slow) as port:
+            await RemoteModel(pool_of(r=port))(request_scope("POST", "/v1/completions"), receive, send)
+        assert b"".join(sent) == b"12"
+
+    run(work)
+
+
+@pytest.mark.parametrize("location", [b"http://gateway/v1/models", b"/v1/models", b"//elsewhere/"])
+def test_a_redirect_of_the_replica_does_not_leave_the_gateway(location: bytes) -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.head = (307, [(b"location", location)])
+        async with served(replica) as port:
+            for method in ("GET", "POST"):
+                answer = await request(RemoteModel(pool_of(r=port)), method, "/v1/models/")
+                assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+                assert "location" not in answer.headers
+
+    run(work)
+
+
+@pytest.mark.parametrize("header", ["x-session-id", "x_session_id"])
+def test_a_session_stays_on_its_replica(header: str) -> None:
+    async def work() -> None:
+        replicas = [Replica(name) for name in "abc"]
+        async with served(replicas[0]) as a, served(replicas[1]) as b, served(replicas[2]) as c:
+            app = RemoteModel(pool_of(Limits(affinity="session"), a=a, b=b, c=c))
+            for _ in range(12):
+                assert (await post(app, headers={header: "s1"})).status == 200
+            assert sorted(len(replica.requests) for replica in replicas) == [0, 0, 12]
+
+    run(work)
+
+
+INTERNAL = "Internal error. The server's log has the details."
+BROKEN: dict[str, tuple[list[bytes], dict[str, Any]]] = {
+    "/v1/chat/completions": ([b"data: {}\n\n"], {"type": "server_error"}),
+    "/v1/messages": (
+        [b"event: ping\ndata: {}\n\n"],
+        {"type": "error", "error": {"type": "api_error", "message": INTERNAL}},
+    ),
+    "/v1/responses": (
+        [b'event: x\ndata: {"sequence_number":7}\n\n'],
+        {"type": "error", "code": "server_error", "param": None, "sequence_number": 8,
+         "message": INTERNAL},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", BROKEN)
+@pytest.mark.parametrize("cut", [0, 5])
+def test_a_broken_stream_ends_with_the_error_event_of_its_api(path: str, cut: int) -> None:
+    chunks, expected = BROKEN[path]
+
+    async def work() -> None:
+        replica = Replica()
+        replica.chunks = [chunks[0] + chunks[0][:cut]]  # in the middle of an event, too
+        replica.die_after = 1
+        async with served(replica) as port:
+            answer = await post(RemoteModel(pool_of(r=port)), path=path)
+        last = answer.body.decode().rstrip("\n").split("\n\n")[-1].split("\n")
+        event = json.loads(last[-1].removeprefix("data: "))
+        if path == "/v1/chat/completions":
+            assert len(last) == 1
+            assert event["error"]["type"] == expected["type"]
+        else:
+            assert last[0] == "event: error"
+            assert event == expected
+
+    run(work)
+
+
+def test_at_the_end_of_the_drain_timeout_requests_end_with_an_error() -> None:
+    async def work() -> None:
+        streaming, held = Replica(), Replica()
+        held.hold = asyncio.Event()
+        more = asyncio.Event()
+
+        async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+            await read_body(receive)
+            await send({"type": "http.response.start", "status": 200, "headers": streaming.head[1]})
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+            more.set()
+            await receive()
+            streaming.cancelled += 1
+
+        async with served(stream) as a, served(held) as b:
+            first, second = RemoteModel(pool_of(r=a)), RemoteModel(pool_of(Limits(ongoing=1), r=b))
+            requests = [asyncio.create_task(post(app)) for app in (first, second, second)]
+            await until(lambda: held.requests and second.pool.waiting and more.is_set())
+            for app in (first, second):
+                app.pool.fail_running()
+            answers = await asyncio.gather(*requests)
+            assert [answer.status for answer in answers] == [200, 503, 503]
+            assert answers[0].body.startswith(b"data: 1\n\ndata: {")
+            assert b"shutting down" in answers[0].body
+            assert [answer.error["code"] for answer in answers[1:]] == ["shutdown", "shutdown"]
+            await until(lambda: streaming.cancelled == held.cancelled == 1)
+            assert (first.pool.ongoing, second.pool.ongoing, len(second.pool.running)) == (0, 0, 0)
+
+    run(work)
+
+
+def test_a_receive_channel_that_fails_is_a_client_that_left(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        replica = Replica()
+        replica.hold = asyncio.Event()
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(r=port))
+            messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+            async def receive() -> Any:
+                if messages:
+                    return messages.pop()
+                await until(lambda: replica.requests)
+                raise RuntimeError("the connection is in an odd state")
+
+            async def send(message: Any) -> None:
+                raise AssertionError("nothing was answered")
+
+            await app(request_scope("POST", "/v1/completions"), receive, send)
+            await until(lambda: replica.cancelled == 1)
+            assert app.pool.ongoing == 0
+
+    run(work)
+    assert "odd state" in caplog.text

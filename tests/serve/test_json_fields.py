@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantserve.serve.asgi import Refused
@@ -34,6 +34,7 @@ def dumped(found: list[tuple[str, Any]], *, ascii: bool) -> bytes:
     return (" {" + ", ".join(fields) + "}\n").encode("utf-8", "surrogatepass")
 
 
+@settings(deadline=None)
 @given(pairs, st.booleans())
 def test_fields_are_read_as_by_the_json_module(found: list[tuple[str, Any]], ascii: bool) -> None:
     body = dumped(found, ascii=ascii)
@@ -47,6 +48,7 @@ def test_fields_are_read_as_by_the_json_module(found: list[tuple[str, Any]], asc
     assert added == {**expected, "n": 3, "x": [1.5]}
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 40), st.integers(0, 8), st.sampled_from(["\\ud83d\\ude00", "\\\\", '\\"', "\\n", "é", "9", "-1e5"])
 )

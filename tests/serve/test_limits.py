@@ -166,7 +166,7 @@ def test_forms_have_the_same_limits(path: str, field: str) -> None:
 
 @pytest.mark.parametrize("unit", [b"[],", b"{},", b'"",', b"1,", b"1.5,", b'"\\"",', b'{"a":[]},'])
 def test_a_body_of_very_many_values_is_refused_before_any_is_built(unit: bytes) -> None:
-    policy = Policy(max_body_mb=4, max_json_values=50_000)
+    policy = Policy(max_body_mb=4)
     body = b'{"model": "m", "tools": [' + unit * (4_000_000 // len(unit)) + b"0]}"
     upstream = Upstream("m")
     tracemalloc.start()
@@ -177,6 +177,26 @@ def test_a_body_of_very_many_values_is_refused_before_any_is_built(unit: bytes) 
     assert "the limit is 50000" in answer.error["message"]
     assert upstream.bodies == []
     assert peak < 6 * len(body)  # objects for all values would take 20 to 60 times as much
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "status"),
+    [
+        ("/v1/completions", "prompt", "1", 200), ("/m/v1/completions/", "prompt", "1", 200),
+        ("/v1/embeddings", "input", "-1", 200), ("/v1/embeddings", "input", "[1,2]", 400),
+        ("/v1/completions", "tools", "1", 400), ("/v1/responses", "input", "1", 400),
+        ("/v1/completions", "prompt", "1.5", 400), ("/v1/completions", "prompt", "true", 400),
+        ("/v1/completions", "prompt", '"1"', 400), ("/v1/completions", "prompt", "[]", 400),
+    ],
+)  # fmt: skip
+def test_token_ids_of_a_prompt_may_be_many(path: str, field: str, value: str, status: int) -> None:
+    body = f'{{"{field}": [{",".join([value] * 9000)}]}}'.encode()
+    answer = asyncio.run(request(Limits(Upstream("m"), Policy(max_json_values=1000)), "POST", path, body))
+    assert answer.status == status
+    if field == "tools":
+        assert "10 token ids count as one" in answer.error["message"]
+    body = f'{{"{field}": [{",".join([value] * 11_000)}]}}'.encode()
+    assert asyncio.run(request(Limits(Upstream("m"), Policy(max_json_values=1000)), "POST", path, body)).status == 400
 
 
 def test_text_with_the_signs_of_values_is_not_counted_as_values() -> None:

@@ -278,9 +278,9 @@ class HttpLimits(Section):
         description="Most MiB of request bodies held in memory at one time; a request beyond that gets 503.",
     )
     max_json_values: int = Field(
-        default=1_000_000,
+        default=50_000,
         ge=1000,
-        description="Most values of a JSON body (numbers, texts, lists, objects), about; each token id is one.",
+        description="Most values of a JSON body (numbers, texts, lists, objects), about; ten token ids count as one.",
     )
     max_requests_per_key: int | None = Field(
         default=None,

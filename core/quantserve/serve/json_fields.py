@@ -26,6 +26,8 @@ INLINE: Final = 64 << 10
 """Longest text, in bytes, that is read within a millisecond or two. Of a longer body, the field with an unusable value
 is not named, and long lists are not counted to their end.
 """
+IDS_PER_VALUE: Final = 10
+"""Number of token ids that count as one value: vLLM reads them fast, and a long prompt has many."""
 LONGEST_NUMBER: Final = 100
 """Longest number, in characters, that is read; longer ones count as infinite."""
 _UNFINISHED: Final = re.compile(rb"(?:\\u[dD][89abAB]..)?(?:\\(?:u.{0,4}|.?))?[-+.\deE]{0,400}\Z", re.DOTALL)
@@ -69,25 +71,28 @@ class FieldReader:
         return {name: raw for field, name in self._names.items() if (raw := getattr(found, field)) is not UNSET}
 
 
-def check_text(body: bytes, max_values: int) -> None:
+def check_text(body: bytes, max_values: int) -> int:
     """Check what vLLM reads otherwise than JSON's grammar has it, or cannot send to its engine.
 
     Args:
         body: a JSON text.
-        max_values: most values (numbers, texts, keys, lists, objects) of one body, about.
+        max_values: most texts, keys, lists and objects of one body, and a tenth of its numbers; about.
+
+    Returns:
+        the number of values in lists and objects, about.
 
     Raises:
         Refused: 400, the text is not UTF-8, has an unpaired surrogate or an integer beyond 64 bits, or too many values.
     """
     try:
-        _check(body, max_values)
+        return _check(body, max_values)
     except Refused as refused:
         if refused.error["code"] == "too_many_values" or len(body) > INLINE:
             raise
         raise _named(body, refused) from None
 
 
-def _check(body: bytes, max_values: int) -> None:
+def _check(body: bytes, max_values: int) -> int:
     decoder = codecs.getincrementaldecoder("utf-8")()
     quotes = commas = containers = 0
     try:
@@ -98,13 +103,13 @@ def _check(body: bytes, max_values: int) -> None:
             quotes += piece.count(b'"')
             commas += outside.count(b",")
             containers += outside.count(b"[") + outside.count(b"{")
-            if max(commas, containers + quotes // 2) > max_values:
-                message = f"The request body has too many JSON values: the limit is {max_values}."
-                raise Refused(400, message, code="too_many_values")
+            if max(commas // IDS_PER_VALUE, containers + quotes // 2) > max_values:
+                raise too_many_values(max_values)
             for number in _LONG.findall(outside):
                 if _INTEGER.fullmatch(number) and (len(number) > 20 or not -(2**63) <= int(number) < 2**64):
                     raise _unusable(f"the number {number[:40].decode()}, which does not fit into 64 bits")
         decoder.decode(b"", final=True)
+        return commas + 1
     except UnicodeDecodeError:
         raise Refused(400, f"The request body must be UTF-8{_encoding(body)}.", code="invalid_json") from None
 
@@ -123,6 +128,14 @@ def _pieces(text: bytes) -> Iterator[tuple[bytes, bytes]]:
         parts = piece.split(b'"')
         yield piece, b"".join(parts[quotes & 1 :: 2])
         quotes += len(parts) - 1
+
+
+def too_many_values(limit: int) -> Refused:
+    """The refusal of a body with more values than `limit`."""
+    message = (
+        f"The request body has too many JSON values: the limit is {limit}; {IDS_PER_VALUE} token ids count as one."
+    )
+    return Refused(400, message, code="too_many_values")
 
 
 def number(raw: Raw) -> float:
@@ -185,6 +198,12 @@ def first(raw: Raw) -> Raw | None:
 def is_token_ids(raw: Raw) -> bool:
     """Whether a value is a list of token ids."""
     return _TOKEN_IDS.match(memoryview(raw)) is not None
+
+
+def token_ids(raw: Raw) -> int:
+    """Number of token ids in a value, about: 0 if it has anything but integers and lists of them."""
+    value = bytes(raw)
+    return 0 if value.translate(None, b"[]-0123456789, \t\r\n") else value.count(b",") + 1
 
 
 def is_list_of_lists(raw: Raw) -> bool:

@@ -30,10 +30,12 @@ from quantserve.serve.json_fields import (
     objects,
     shown,
     text,
+    token_ids,
+    too_many_values,
 )
 from quantserve.serve.key_limit import KeyLimit
 from quantserve.serve.keys import ApiKeys, KeySet, load_key_set
-from quantserve.serve.routes import INPUT_TOKENS, MAX_TOKENS_HEADER, OUTPUT_TOKENS, normalized
+from quantserve.serve.routes import INPUT_TOKENS, MAX_TOKENS_HEADER, OUTPUT_TOKENS, TOKEN_IDS, normalized
 from quantserve.serve.trace import Observer, Traced, trace_of
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ class Limits:
         self.policy = policy
         self._parser = ThreadPoolExecutor(1, "parser")  # one: several would keep the event loop waiting
         self.buffers = Buffers(policy.max_buffered_mb * MIB)
-        counted = (*TOKEN_FIELDS, *CHOICE_FIELDS, *STOP_FIELDS, *PROMPT_FIELDS, "questions")
+        counted = (*TOKEN_FIELDS, *CHOICE_FIELDS, *STOP_FIELDS, *PROMPT_FIELDS, "questions", "tokens", "query")
         self._reader = FieldReader(("model", "stream", "messages", *SESSION_FIELDS, *counted))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -169,8 +171,11 @@ class Limits:
 
     def _read(self, path: str, content: bytes) -> dict[str, Any]:
         """Check a JSON body; returns the fields that later layers need, of the prompt only its beginning."""
-        check_text(content, self.policy.max_json_values)
+        limit = self.policy.max_json_values
+        values = check_text(content, limit)
         fields = self._reader.read(content)
+        if values > limit and values - sum(token_ids(fields[name]) for name in _ids(path) if name in fields) > limit:
+            raise too_many_values(limit)
         self.check(path, fields)
         kept: dict[str, Any] = {name: text(fields.get(name)) for name in SESSION_FIELDS}
         for name in ("model", "stream"):
@@ -237,6 +242,10 @@ class Limits:
         if self.policy.max_tokens is not None:
             headers.append((MAX_TOKENS_HEADER, str(self.policy.max_tokens).encode()))
         return headers
+
+
+def _ids(path: str) -> Sequence[str]:
+    return next((fields for end, fields in TOKEN_IDS.items() if path.endswith(end)), ())
 
 
 def _opening(raw: Raw) -> str:

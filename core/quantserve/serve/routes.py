@@ -30,6 +30,15 @@ UNBOUNDED: Final = frozenset({CHAT, "/v1/chat/completions/batch", RESPONSES, "/c
 """Paths where a request without such a field gets as many tokens as fit into the context."""
 INPUT_TOKENS: Final = ("/v2/embed",)
 """Paths where ``max_tokens`` is the number of input tokens that are used."""
+TOKEN_IDS: Final = {
+    COMPLETIONS: ("prompt",),
+    "/v1/embeddings": ("input",),
+    "/pooling": ("input",),
+    "/classify": ("input",),
+    "/detokenize": ("tokens",),
+    "/generative_scoring": ("query", "items"),
+}
+"""By path, the fields that take lists of token ids."""
 FORMS: Final = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 """Paths that take multipart forms instead of JSON."""
 CLIENT_PATHS: Final = frozenset({

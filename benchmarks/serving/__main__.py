@@ -23,7 +23,7 @@ from benchmarks.serving.processes import busy_cores
 
 SHAPES = ("demo", "small")
 QUICK: dict[str, Any] = {
-    "paths": "one,route,door,ray-default",
+    "paths": "one,route,shared,ray-default",
     "shapes": "demo",
     "users": "16",
     "lengths": "64/64",

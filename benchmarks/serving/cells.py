@@ -17,12 +17,12 @@ PATHS: Final[Mapping[str, str]] = {
     "bare": "vLLM's own server",
     "one": "quantserve, one model: the root",
     "route": "quantserve, several models: the model's own route",
-    "door": "quantserve, several models: the shared address",
+    "shared": "quantserve, several models: the shared address",
     "ray-default": "Ray Serve LLM as it comes",
     "ray-direct": "Ray Serve LLM, direct streaming behind HAProxy",
 }
 REFERENCE: Final = "bare"
-OURS: Final = ("one", "route", "door")
+OURS: Final = ("one", "route", "shared")
 PEERS: Final = ("ray-default", "ray-direct")
 PEER: Final = "ray-default"
 """What our throughput is compared with as well."""

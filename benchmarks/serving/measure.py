@@ -122,7 +122,7 @@ def alone(choice: Choice, model: Model, amount: Amount) -> list[Beside]:
 
 def several(choice: Choice, models: Sequence[Model], cells: Sequence[Cell]) -> list[Beside]:
     """The server of several models."""
-    paths = tuple(path for path in ("route", "door") if path in choice.paths)
+    paths = tuple(path for path in ("route", "shared") if path in choice.paths)
     return [Beside("several", models, paths, cells)] if paths else []
 
 
@@ -239,7 +239,7 @@ class Bench:
             for config in configs:
                 for name in wanted:
                     self._start(name, planned([config]))
-            for name in ("bare", "several") if "door" in self._choice.paths else ():
+            for name in ("bare", "several") if "shared" in self._choice.paths else ():
                 self._start(name, planned(configs))
 
     def _start(self, name: str, models: Sequence[Model]) -> None:
@@ -268,4 +268,4 @@ def targets_of(path: str, server: Server, cell: Cell) -> list[Target]:
     """Where a path leads, per model of a cell."""
     if path not in PATHS:
         raise BenchError(f"unknown path {path}")
-    return [server.door(model) if path == "door" else server.route(model) for model in cell.models]
+    return [server.shared(model) if path == "shared" else server.route(model) for model in cell.models]

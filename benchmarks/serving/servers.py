@@ -39,13 +39,13 @@ class Command:
         line: words of the command.
         environment: variables besides those of this process.
         urls: model id -> where its own route is.
-        door: where all models are, chosen by the request's `model`; empty where there is no such place.
+        shared: where all models are, chosen by the request's `model`; empty where there is no such place.
     """
 
     line: Sequence[str]
     environment: Mapping[str, str]
     urls: Mapping[str, str]
-    door: str = ""
+    shared: str = ""
 
 
 Build = Callable[[Sequence[Model]], list[Command]]
@@ -185,9 +185,9 @@ class Server:
         """A model's own place."""
         return next(Target(command.urls[model], model) for command in self.commands if model in command.urls)
 
-    def door(self, model: str) -> Target:
+    def shared(self, model: str) -> Target:
         """The place of all models."""
-        return Target(self.commands[0].door, model)
+        return Target(self.commands[0].shared, model)
 
     def cpu_s(self) -> float:
         """Processor time so far, in seconds."""

@@ -122,8 +122,8 @@ def test_unknown_names_list_the_known_ones() -> None:
 
 
 def test_the_reference_always_takes_part_and_options_win_over_quick() -> None:
-    choice = choice_of(parser().parse_args(["--quick", "--paths", "door", "--rounds", "2", "--concurrency", "64,1"]))
-    assert choice.paths == ("bare", "door")
+    choice = choice_of(parser().parse_args(["--quick", "--paths", "shared", "--rounds", "2", "--concurrency", "64,1"]))
+    assert choice.paths == ("bare", "shared")
     assert (choice.rounds, choice.users, choice.shapes, choice.starts) == (2, (1, 64), ("demo",), 0)
 
 

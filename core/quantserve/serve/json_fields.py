@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from quantserve.serve.asgi import Refused
 
-STEP: Final = 256 << 10
+STEP: Final = 64 << 10
 """Bytes checked at once."""
 INLINE: Final = 64 << 10
 """Longest text, in bytes, that is read within a millisecond or two. Of a longer body, the field with an unusable value

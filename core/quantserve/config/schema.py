@@ -336,7 +336,7 @@ class HttpLimits(Section):
         default=15,
         ge=2,
         le=600,
-        description="Seconds until a replica whose host has vanished counts as lost; a hanging one after 4 times as long.",
+        description="Seconds until a replica whose host has vanished counts as lost; a hanging one after 4 times that.",
     )
     max_attempts: int = Field(
         default=3, ge=1, le=10, description="Most replicas a request is tried on, until a part of its response is sent."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Collection
 from typing import Final
@@ -18,6 +19,7 @@ from quantserve.serve.routes import FORMS
 
 PIECE: Final = 32 << 10
 """Bytes parsed at once; in between, other requests have their turn."""
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
 _KINDS: Final = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 
 

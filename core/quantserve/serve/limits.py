@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
@@ -167,7 +168,7 @@ class Limits:
             scope[JSON_KEY] = fields
         elif is_form(path, scope):
             for field, value in (await read_form(scope, body.content, (*TOKEN_FIELDS, "n"))).items():
-                self._check_number(field, value, str(value))
+                self._check_number(field, value, "too long" if value == math.inf else str(value))
 
     def _read(self, path: str, content: bytes) -> dict[str, Any]:
         """Check a JSON body; returns the fields that later layers need, of the prompt only its beginning."""

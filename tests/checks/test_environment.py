@@ -183,15 +183,3 @@ def test_modelscope(findings: Findings, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "find_spec", lambda name: object())
     assert findings(on) == {}
     assert findings(on, location="hub")["VLLM_USE_MODELSCOPE"].severity is Severity.WARNING
-
-
-def test_an_unknown_patch_is_an_error_and_a_missing_safety_patch_a_warning(findings: Findings) -> None:
-    name = "QUANTSERVE_PATCHES"
-    assert findings({name: "none"}) == findings({}, QUANTSERVE_PATCHES="gloo-device") == {}
-    unknown = findings({}, QUANTSERVE_PATCHES="glue")[name]
-    assert (unknown.code, unknown.severity) == ("environment-invalid", Severity.ERROR)
-    unsafe = findings({name: "none,token-ids"})[name]
-    assert (unsafe.code, unsafe.severity) == ("environment-unsafe", Severity.WARNING)
-    assert "ends the engine" in unsafe.message
-    assert findings({name: "glue"}, L4) == {}  # another machine's shell
-    assert findings({name: "glue"}, QUANTSERVE_PATCHES="none") == {}

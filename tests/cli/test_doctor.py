@@ -133,7 +133,7 @@ def patch_rows(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str, str]]
 def test_patches_that_fit_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert patch_rows(capsys) == [("patches", "ok", f"fit: {', '.join(PATCHES)}")]
-    monkeypatch.setenv(VARIABLE, "none,token-ids")
+    monkeypatch.setenv(VARIABLE, ",".join(["none", *PATCHES]))
     fit, *off = patch_rows(capsys)
     assert fit == ("patches", "ok", "fit: none")
     assert {detail.split()[0]: status for _, status, detail in off} == {

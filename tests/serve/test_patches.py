@@ -6,17 +6,23 @@ import dataclasses
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from helpers.checkpoints import make_llama
 from quantserve.errors import EngineError, UsageError
 from quantserve.serve import patches
 from quantserve.serve.patches import PATCHES, VARIABLE, Patch
+
+from .server import BIN, serve
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = sorted(name for name, patch in PATCHES.items() if not patch.safety)
@@ -111,7 +117,7 @@ def test_patches_are_switched_off_by_name(monkeypatch: pytest.MonkeyPatch, caplo
     assert patches.switched_off({}) == patches.switched_off({VARIABLE: " , "}) == frozenset()
     assert patches.switched_off({VARIABLE: "none"}) == set(OPTIONAL)
     assert patches.switched_off({VARIABLE: "gloo-device, sched-yield"}) == {"gloo-device", "sched-yield"}
-    assert patches.switched_off({VARIABLE: "none,token-ids"}) == set(PATCHES)
+    assert patches.switched_off({VARIABLE: ",".join(["none", *SAFETY])}) == set(PATCHES)
     monkeypatch.setenv(VARIABLE, "token-ids")
     assert patches.apply("token-ids", object()) is False
     assert "QUANTSERVE_PATCHES switches patch token-ids off: such a prompt ends the engine" in caplog.text
@@ -124,6 +130,49 @@ def test_an_unknown_name_is_an_error_with_the_known_ones(monkeypatch: pytest.Mon
         match=r"QUANTSERVE_PATCHES: unknown patch 'gloo-devices'; did you mean 'gloo-device'\? \(known:.*none",
     ):
         patches.apply("sched-yield")
+
+
+def test_a_safety_patch_that_is_switched_off_is_a_risk() -> None:
+    assert patches.risks({}) == patches.risks({VARIABLE: "none"}) == []
+    (risk,) = patches.risks({VARIABLE: "none,token-ids"})
+    assert risk.startswith("QUANTSERVE_PATCHES switches the safety patch token-ids off: such a prompt ends the engine")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_serve_refuses_an_unknown_name_before_it_starts_ray(given: bool, tmp_path: Path) -> None:
+    variables = {VARIABLE: "glue"}
+    entry = {"engine_config": {"model_id": "m", "hf_model_id": str(make_llama(tmp_path / "m"))}}
+    if given:
+        entry["engine_config"]["runtime_env"] = {"env_vars": variables}  # type: ignore[assignment]
+    (tmp_path / "app.yaml").write_text(yaml.safe_dump({"models": [entry]}))
+    command = [BIN / "quantserve", "serve", tmp_path / "app.yaml", "--port", "0"]
+    environment = os.environ | ({} if given else variables)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "QUANTSERVE_PATCHES: unknown patch 'glue'" in done.stderr
+    assert "Starting Ray" not in done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_models_are_served_without_the_patches(demo: Path) -> None:
+    folder = tempfile.mkdtemp(prefix="qs-", dir="/tmp")  # Ray's sockets need a short path
+    server = serve(demo / "checkpoint", "--max-model-len", "256", RAY_TMPDIR=folder, **{VARIABLE: "none"})
+    try:
+        server.ready()
+        chat = {"model": "checkpoint", "messages": [{"role": "user", "content": "What is a deque?"}], "max_tokens": 8}
+        assert server.request("POST", "/v1/chat/completions", chat).status_code == 200
+        streamed = server.request("POST", "/v1/chat/completions", {**chat, "stream": True})
+        assert streamed.text.rstrip().endswith("data: [DONE]")
+        assert server.request("POST", "/v1/chat/completions", {**chat, "n": "many"}).status_code == 400
+        logs = "".join(
+            path.read_text(errors="replace") for path in Path(folder).glob("ray/session_*/logs/worker-*.err")
+        )
+        off = set(re.findall(rf"{VARIABLE} switches patch ([\w-]+) off", logs))
+        assert off == set(OPTIONAL)
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

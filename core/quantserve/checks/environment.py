@@ -23,9 +23,7 @@ from quantserve.environment import (
     is_on,
     whole_number,
 )
-from quantserve.errors import UsageError
 from quantserve.finding import Finding
-from quantserve.serve import patches
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
@@ -54,7 +52,6 @@ def check_environment(
     shell = {name: value for name, value in environ.items() if name.startswith("VLLM_")}
     engine = engine_environment(model, target, environ)
     yield from _check_values(engine, given, target)
-    yield from _check_patches(given, environ if target.is_here else {})
     yield from _check_names(engine, given)
     yield from _check_modelscope(checkpoint, engine, target)
     unused = {name: why for name, why in _SET_BY_PLAN.items() if engine.get(name, "spawn") not in ("", "spawn")}
@@ -92,19 +89,6 @@ def _check_values(engine: Mapping[str, str], given: Mapping[str, str], target: T
             if name == PORT
             else 'write a whole number, such as "1"',
         )
-
-
-def _check_patches(given: Mapping[str, str], shell: Mapping[str, str]) -> Iterator[Finding]:
-    name = patches.VARIABLE
-    try:
-        off = patches.switched_off({**shell, **given})
-    except UsageError as error:
-        yield Finding.error("environment-invalid", str(error), [name], "correct it, or unset it")
-        return
-    for patch in sorted(off):
-        if patches.PATCHES[patch].safety:
-            message = f"{name} switches the safety patch {patch} off: {patches.PATCHES[patch].without}"
-            yield Finding.warning("environment-unsafe", message, [name], f"remove {patch} from {name}")
 
 
 def _check_names(engine: Mapping[str, str], given: Mapping[str, str]) -> Iterator[Finding]:

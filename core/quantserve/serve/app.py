@@ -13,6 +13,8 @@ For `serve run`, `serve deploy` and KubeRay:
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +26,15 @@ from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
 from quantserve.plan import Plan, make_plans, refusal
 from quantserve.registry import Registry
+from quantserve.serve import patches
 from quantserve.serve.cluster import cluster_secret
 from quantserve.serve.engine import gateway_application, model_application
 from quantserve.serve.limits import Policy
 from quantserve.serve.router import RESERVED
 from quantserve.serve.served import describe_models
 from quantserve.target import Target, find_target
+
+logger = logging.getLogger(__name__)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -48,6 +53,9 @@ def build(args: dict[str, Any]) -> Application:
         raise ConfigError(f"serve args: target must be text, got {target!r}")
     config = load_object(args, "serve args")
     plans = plan_all(config, find_target(target))
+    for plan in plans:
+        for risk in patches.risks({**os.environ, **plan.runtime_env["env_vars"]}):
+            logger.warning("%s: %s", plan.model_id, risk)
     policy = Policy.of(config.http)
     token, created = cluster_secret()
     children = {plan.model_id: model_application(plan, token, loopback=False) for plan in plans}

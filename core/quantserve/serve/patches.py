@@ -52,7 +52,7 @@ class Patch:
 
 PATCHES: Final[Mapping[str, Patch]] = {
     "spawned-imports": Patch(
-        changes="multiprocessing.spawn.get_command_line",
+        changes="`multiprocessing.spawn.get_command_line`",
         apply="quantserve.serve.engine_imports:hurry_children",
         relies_on=(
             ("multiprocessing.spawn:get_command_line", "def get_command_line(**kwds):"),
@@ -66,7 +66,7 @@ PATCHES: Final[Mapping[str, Patch]] = {
         without="slower start",
     ),
     "spare-process": Patch(
-        changes="vllm.v1.engine.utils.get_mp_context",
+        changes="`vllm.v1.engine.utils.get_mp_context`",
         apply="quantserve.serve.engine_imports:start_engine_core_spare",
         relies_on=(
             ("multiprocessing.popen_fork:Popen.__init__", "self._launch(process_obj)"),
@@ -82,7 +82,7 @@ PATCHES: Final[Mapping[str, Patch]] = {
         without="slower start",
     ),
     "token-ids": Patch(
-        changes="InputProcessor._validate_model_input of the engine's client",
+        changes="`InputProcessor._validate_model_input` of the engine's client",
         apply="quantserve.serve.token_ids:bound_token_ids",
         relies_on=(
             ("vllm.v1.engine.input_processor:InputProcessor.process_inputs", "self._validate_model_inputs("),
@@ -100,6 +100,23 @@ PATCHES: Final[Mapping[str, Patch]] = {
         without="such a prompt ends the engine, with all requests",
         safety=True,
     ),
+    "structured-outputs": Patch(
+        changes="`add_request` and `generate` of the engine's client",
+        apply="quantserve.serve.structured_outputs:bound_structured_outputs",
+        relies_on=(
+            ("vllm.v1.engine.async_llm:AsyncLLM.generate", "q = await self.add_request("),
+            (
+                "vllm.v1.engine.async_llm:AsyncLLM.add_request",
+                "async def add_request( self, request_id: str, prompt: EngineCoreRequest",
+            ),
+            ("vllm.sampling_params:SamplingParams.verify", "self._validate_structured_outputs("),
+            ("vllm.v1.structured_output:StructuredOutputManager.grammar_init", "self.executor.submit("),
+        ),
+        why="vLLM parses clients' schemas and grammars on the event loop and compiles them without a limit on time",
+        gain="a grammar that takes too long gets status 400",
+        without="one grammar can stop all streams of the replica for half a minute, and structured outputs for good",
+        safety=True,
+    ),
     "error-handlers": Patch(
         changes="exception handlers of vLLM's FastAPI app",
         apply="quantserve.serve.envelope:install",
@@ -112,7 +129,7 @@ PATCHES: Final[Mapping[str, Patch]] = {
         without="vLLM's texts in OpenAI's envelope; status 500 for some invalid bodies",
     ),
     "short-prompts": Patch(
-        changes="_tokenize_prompt_async, _apply_chat_template_async and _render_with_timeout of the engine's renderer",
+        changes="methods of the engine's renderer that start threads: `_tokenize_prompt_async` and two more",
         apply="quantserve.serve.short_prompts:render_at_once",
         relies_on=(
             (
@@ -131,7 +148,7 @@ PATCHES: Final[Mapping[str, Patch]] = {
         without="later first tokens under load",
     ),
     "sched-yield": Patch(
-        changes="vllm.distributed.device_communicators.shm_broadcast.sched_yield",
+        changes="`vllm.distributed.device_communicators.shm_broadcast.sched_yield`",
         apply="quantserve.serve.engine_wait:sleep_in_some_turns",
         relies_on=(
             ("vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait", "sched_yield()"),
@@ -143,7 +160,7 @@ PATCHES: Final[Mapping[str, Patch]] = {
         without="on Linux 6.18, pauses of a second and more in streams",
     ),
     "gloo-device": Patch(
-        changes="torch.distributed.ProcessGroupGloo.__init__",
+        changes="`torch.distributed.ProcessGroupGloo.__init__`",
         apply="quantserve.serve.engine_wait:share_gloo_device",
         relies_on=(
             (
@@ -205,11 +222,17 @@ def switched_off(environ: Mapping[str, str]) -> frozenset[str]:
     return frozenset(usual | given - {"none"})
 
 
+def risks(environ: Mapping[str, str]) -> list[str]:
+    """A line for each safety patch that ``QUANTSERVE_PATCHES`` leaves out; raises like `switched_off`."""
+    off = [(name, PATCHES[name]) for name in sorted(switched_off(environ)) if PATCHES[name].safety]
+    return [f"{VARIABLE} switches the safety patch {name} off: {patch.without}." for name, patch in off]
+
+
 def misfit(patch: Patch) -> str:
     """Why a patch does not fit the installed packages; empty if it does. Imports none of them."""
     for target, text in patch.relies_on:
         try:
-            found = _source(target)
+            found = source(target)
         except (ImportError, LookupError, OSError, SyntaxError):
             return f"{_package(target)} has no source of {target}"
         if _one_spaced(text) not in found:
@@ -218,7 +241,7 @@ def misfit(patch: Patch) -> str:
 
 
 @cache
-def _source(target: str) -> str:
+def source(target: str) -> str:
     """The source of ``module:attribute`` or of a whole module, found without an import."""
     module, _, path = target.partition(":")
     root, *parts = module.split(".")

@@ -132,7 +132,7 @@ class Book:
 
 
 class Users:
-    """Users at work until they are cancelled, half of them on kept-alive connections.
+    """Users at work, half of them on kept-alive connections. Each kind is sent once, then by chance.
 
     Args:
         target: the server; its API key is sent.
@@ -147,6 +147,7 @@ class Users:
         self._target = target
         self._kinds = kinds
         self._chance = random.Random(seed)
+        self._first = self._chance.sample(kinds, len(kinds))
 
     async def work(self, count: int, pause_s: float) -> None:
         """Run `count` users, each with pauses of `pause_s` on average, until `enough` is set."""
@@ -166,7 +167,7 @@ class Users:
         shares = [kind.share for kind in self._kinds]
         connection: _Connection | None = None
         while not self.enough.is_set():
-            (kind,) = self._chance.choices(self._kinds, shares)
+            kind = self._first.pop() if self._first else self._chance.choices(self._kinds, shares)[0]
             connection = await self._send(kind, connection)
             if connection and not keeps:
                 connection.close()

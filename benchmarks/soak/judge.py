@@ -33,12 +33,12 @@ class Judgement:
     """One judgement.
 
     Attributes:
-        sound: whether it passed.
+        sound: whether it passed; None if there was too little to judge.
         detail: numbers, or the first things that are wrong.
     """
 
     name: str
-    sound: bool
+    sound: bool | None
     detail: str
 
 
@@ -114,7 +114,7 @@ def flat(samples: Sequence[Sample], name: str) -> list[Judgement]:
         points = [(sample.at, float(value(sample.roles[role]))) for sample in calm if role in sample.roles]
         title = f"{name} of {role}"
         if len(points) < FEWEST:
-            judgements.append(Judgement(title, True, f"not judged: {len(points)} calm samples, {FEWEST} needed"))
+            judgements.append(Judgement(title, None, f"{len(points)} samples without a fault, {FEWEST} needed"))
             continue
         growth = slope(points) * (points[-1][0] - points[0][0])
         level = statistics.median(y for _, y in points)
@@ -162,7 +162,7 @@ def idle(busy: float | None) -> Judgement:
 
 def stopped(wrong: Sequence[str]) -> Judgement:
     """Whether the server ended as it should, with all its processes."""
-    return Judgement("nothing is left after the stop", not wrong, _with(f"{len(wrong)} faults", wrong))
+    return Judgement("nothing is left after the stop", not wrong, _with(f"{len(wrong)} leftovers or errors", wrong))
 
 
 def _outcome(one: Outcome) -> str:

@@ -20,9 +20,10 @@ PANELS = (
 
 def table(found: Mapping[str, Any]) -> str:
     """Judgements, one row per minute, faults and requests by kind, in Markdown."""
-    rows = [[f["name"], "ok" if f["sound"] else "FAILED", f["detail"].replace("\n", "; ")] for f in found["judgements"]]
-    failed = sum(not judgement["sound"] for judgement in found["judgements"])
-    verdict = f"{failed} of {len(rows)} judgements failed" if failed else f"all {len(rows)} judgements passed"
+    words = {True: "ok", False: "FAILED", None: "not judged"}
+    rows = [[f["name"], words[f["sound"]], f["detail"].replace("\n", "; ")] for f in found["judgements"]]
+    count = {word: sum(row[1] == word for row in rows) for word in words.values()}
+    verdict = f"{count['ok']} judgements passed, {count['FAILED']} failed, {count['not judged']} without enough samples"
     parts = [
         f"{machine_line(found['machine'])}",
         f"{found['minutes']:g} minutes, {found['users']} users: {verdict}.",
@@ -49,7 +50,7 @@ def _minute(minute: Mapping[str, Any]) -> list[str]:
         f"{use['private'] / 2**20:.0f} / {use['fds']} / {use['threads']} / {use['processes']}"
         for use in (minute["roles"][role] for role in ROLES)
     ]
-    return [f"{minute['minute']:.0f}", str(minute["answered"]), str(minute["refused"]), str(minute["failed"]), *uses]
+    return [f"{minute['minute']:.1f}", str(minute["answered"]), str(minute["refused"]), str(minute["failed"]), *uses]
 
 
 def _fault(found: Mapping[str, Any], fault: Mapping[str, Any]) -> list[str]:
@@ -77,8 +78,10 @@ def plot(found: Mapping[str, Any], folder: Path) -> Iterable[Path]:
             colour = COLOURS[number + 1]
             axis.plot([x for x, _ in points], [y for _, y in points], "-", color=colour, label=role, linewidth=1.5)
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_yscale("symlog", linthresh=1)
-        axis.set_ylim(bottom=0)
+        axis.set_yscale("log")
+        axis.set_ylim(
+            bottom=0.7 * min(s["roles"][role][key] / scale for s in found["samples"] for role in ROLES) or 0.7
+        )
         axis.yaxis.set_major_formatter("{x:g}")
     last = axes[-1]
     for number, result in enumerate(("answered", "refused", "failed")):
@@ -104,7 +107,8 @@ def plot(found: Mapping[str, Any], folder: Path) -> Iterable[Path]:
     if len(found["faults"]) <= 12:
         for fault in found["faults"]:
             name, at = f"{fault['name']} {fault['model']}".strip(), (fault["at"] - began) / 60
-            style = {"rotation": 90, "va": "top", "ha": "right", "fontsize": 7, "color": "#555555"}
+            style = {"rotation": 90, "va": "top", "ha": "right", "fontsize": 7, "color": "#333333"}
+            style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
             axes[0].annotate(name, (at, 1), xycoords=("data", "axes fraction"), **style)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ROLES), frameon=False)
     last.legend(frameon=False, ncols=3, fontsize=8)

@@ -150,7 +150,7 @@ def test_a_patch_that_does_not_fit_is_a_row(
     name: str, status: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = PATCHES[name].relies_on[0][0]
-    monkeypatch.setitem(PATCHES, name, replace(PATCHES[name], relies_on=((target, "no such text"),)))  # type: ignore[arg-type]
+    monkeypatch.setitem(PATCHES, name, replace(PATCHES[name], relies_on=((target, "no such text"),)))
     row = patch_rows(capsys)[1]
     assert row[:2] == ("patch", status)
     assert row[2].startswith(f"{name}: vllm ")

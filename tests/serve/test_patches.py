@@ -85,7 +85,7 @@ def changed(patch: Patch) -> Patch:
 def test_a_patch_that_does_not_fit_is_skipped_with_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(PATCHES, name, changed(PATCHES[name]))  # type: ignore[arg-type]
+    monkeypatch.setitem(PATCHES, name, changed(PATCHES[name]))
     monkeypatch.setattr(patches.pkgutil, "resolve_name", pytest.fail)
     assert patches.apply(name) is False
     (record,) = caplog.records
@@ -98,14 +98,14 @@ def test_a_patch_that_does_not_fit_is_skipped_with_one_line(
 
 @pytest.mark.parametrize("name", SAFETY)
 def test_a_safety_patch_that_does_not_fit_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PATCHES, name, changed(PATCHES[name]))  # type: ignore[arg-type]
+    monkeypatch.setitem(PATCHES, name, changed(PATCHES[name]))
     with pytest.raises(EngineError, match=rf"safety patch {name} .* has no `no such text` in .*\n  fix: .*{VARIABLE}"):
         patches.apply(name)
 
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_a_patch_that_fails_counts_as_one_that_does_not_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PATCHES, name, dataclasses.replace(PATCHES[name], apply="quantserve.serve.patches:gone"))  # type: ignore[arg-type]
+    monkeypatch.setitem(PATCHES, name, dataclasses.replace(PATCHES[name], apply="quantserve.serve.patches:gone"))
     if name in SAFETY:
         with pytest.raises(EngineError, match="AttributeError"):
             patches.apply(name)
@@ -143,7 +143,7 @@ def test_serve_refuses_an_unknown_name_before_it_starts_ray(given: bool, tmp_pat
     variables = {VARIABLE: "glue"}
     entry = {"engine_config": {"model_id": "m", "hf_model_id": str(make_llama(tmp_path / "m"))}}
     if given:
-        entry["engine_config"]["runtime_env"] = {"env_vars": variables}  # type: ignore[assignment]
+        entry["engine_config"]["runtime_env"] = {"env_vars": variables}
     (tmp_path / "app.yaml").write_text(yaml.safe_dump({"models": [entry]}))
     command = [BIN / "quantserve", "serve", tmp_path / "app.yaml", "--port", "0"]
     environment = os.environ | ({} if given else variables)

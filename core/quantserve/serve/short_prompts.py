@@ -1,4 +1,4 @@
-"""Renders and tokenizes short prompts on the event loop instead of in a thread.
+"""Renders and tokenizes short prompts on the event loop instead of in a thread; one of `patches.PATCHES`.
 
 vLLM runs every chat template and every tokenization in a thread. For long prompts that keeps the streams of other
 requests running. For short ones the two thread switches take longer than the work, and when many requests begin
@@ -54,11 +54,12 @@ def render_at_once(renderer: BaseRenderer[Any], *, templates: bool) -> None:
     """
     if not isinstance(renderer, hf.HfRenderer) or not getattr(renderer.tokenizer, "is_fast", False):
         return
-    renderer._tokenize_prompt_async = _at_once(renderer._tokenize_prompt, renderer._tokenize_prompt_async)
+    changed = {"_tokenize_prompt_async": _at_once(renderer._tokenize_prompt, renderer._tokenize_prompt_async)}
     if templates:
         in_thread, with_timeout = renderer._apply_chat_template_async, renderer._render_with_timeout
-        renderer._apply_chat_template_async = _at_once(hf.safe_apply_chat_template, in_thread)
-        renderer._render_with_timeout = lambda work: work if _short.get() else with_timeout(work)
+        changed["_apply_chat_template_async"] = _at_once(hf.safe_apply_chat_template, in_thread)
+        changed["_render_with_timeout"] = lambda work: work if _short.get() else with_timeout(work)
+    vars(renderer).update(changed)  # all of them or, where one is missing, none
 
 
 def _at_once(work: Callable[..., T], in_thread: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:

@@ -82,7 +82,10 @@ def plot(found: Mapping[str, Any], folder: Path) -> Iterable[Path]:
         axis.set_ylim(
             bottom=0.7 * min(s["roles"][role][key] / scale for s in found["samples"] for role in ROLES) or 0.7
         )
+        axis.yaxis.set_minor_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="both", labelsize=8)
     last = axes[-1]
     for number, result in enumerate(("answered", "refused", "failed")):
         points = [(minute["minute"], minute[result]) for minute in found["by_minute"]]

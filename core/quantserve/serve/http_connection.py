@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import unquote
@@ -26,7 +28,7 @@ FRAMING: Final = 8
 """Bytes of chunk sizes, extensions and trailers allowed for each byte of a body, beyond `max_head_kb`."""
 MAX_PIPELINED: Final = 16
 """Most requests of a connection that wait for the response to an earlier one."""
-LINGER_S: Final = 5.0
+LINGER_S: Final = 2.0
 """How long data is discarded after a response to an unfinished request, so that a reset does not destroy it."""
 
 _HEAD, _BODY, _READ, _IDLE, _CLOSED = range(5)
@@ -64,6 +66,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
         super().connection_made(transport)
+        notice_lost_client(transport, self.policy.send_timeout_s)
         self.lingering = Lingering(transport, self._linger)
         self._expire_in(self.policy.head_timeout_s)
 
@@ -173,10 +176,9 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:
             self.running, app = self.pipeline.pop()
             self._start_asgi_task(self.running, app)
-        else:
-            if self.stage == _READ:
-                self.stage = _IDLE
-            self._time()
+        elif self.stage == _READ:
+            self.stage = _IDLE
+        self._time()
 
     def shutdown(self) -> None:
         """Close, at the latest after the response in progress."""
@@ -311,6 +313,21 @@ class Connection(HttpToolsProtocol):
             self.transport.write_eof()
 
 
+def notice_lost_client(transport: asyncio.Transport, timeout_s: float) -> None:
+    """Let the kernel close a connection whose peer acknowledges or accepts no data for `timeout_s` seconds."""
+    probe_s = max(1, int(timeout_s / 4))
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (
+            ("TCP_USER_TIMEOUT", int(timeout_s * 1000)),  # Linux
+            ("TCP_KEEPIDLE", probe_s),
+            ("TCP_KEEPINTVL", probe_s),
+            ("TCP_KEEPCNT", 3),
+        ):
+            if option := getattr(socket, name, None):
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 def _reason(error: Exception) -> Refused:
     """The response to what the parser, or a callback of it, raised."""
     cause = error.__context__
@@ -318,4 +335,4 @@ def _reason(error: Exception) -> Refused:
         return cause
     if cause is not None:
         logger.error("cannot read a request", exc_info=cause)
-    return Refused(400, f"This is not a valid HTTP/1.1 request: {error}.", code="invalid_http_request")
+    return Refused(400, f"This is not a valid HTTP request: {error}.", code="invalid_http_request")

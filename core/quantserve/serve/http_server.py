@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import resource
-import socket
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 RESERVED_FILES: Final = 128
 """Open files kept for replicas, logs and connections that are being refused."""
-BACKLOG: Final = 2048
 RETRY_S: Final = 5
 REPORT_S: Final = 10.0
 """Shortest interval between log lines about refused connections."""
@@ -57,7 +55,6 @@ class HttpServer(uvicorn.Server):
                 "Raise the hard limit (ulimit -Hn, systemd LimitNOFILE) to %d.",
                 *(most, policy.max_connections, files, files - most, policy.max_connections + RESERVED_FILES),
             )
-        self.policy = policy
         config = uvicorn.Config(
             app,
             http=cast(Any, _Connections(policy, most, getattr(app, "observers", ()))),
@@ -65,17 +62,10 @@ class HttpServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            backlog=min(BACKLOG, (files - most) // 2),
             timeout_keep_alive=cast(int, policy.keep_alive_s),
             timeout_graceful_shutdown=cast(int, policy.drain_timeout_s),
         )
         super().__init__(config)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to accept connections; accepted sockets inherit the options of the listening ones."""
-        for listener in sockets or ():
-            notice_lost_clients(listener, self.policy.send_timeout_s)
-        await super().startup(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -96,20 +86,6 @@ def raise_open_files() -> int:
 def connections_for(wanted: int, files: int) -> int:
     """Most client connections with a limit of `files` open files."""
     return min(wanted, max(files - RESERVED_FILES, files // 2))
-
-
-def notice_lost_clients(sock: socket.socket, timeout_s: float) -> None:
-    """Let the kernel close a connection whose peer acknowledges or accepts no data for `timeout_s` seconds."""
-    probe_s = max(1, int(timeout_s / 4))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_USER_TIMEOUT", int(timeout_s * 1000)),  # Linux
-        ("TCP_KEEPIDLE", probe_s),
-        ("TCP_KEEPINTVL", probe_s),
-        ("TCP_KEEPCNT", 3),
-    ):
-        if option := getattr(socket, name, None):
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class _Connections:
@@ -148,9 +124,8 @@ class _TooMany(asyncio.Protocol):
     def __init__(self, connections: _Connections) -> None:
         self.connections = connections
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Send the response and close; wait a little for the client's own close, if few others do."""
-        assert isinstance(transport, asyncio.Transport)
         transport.write(self.connections.response)
         if len(self.connections.refused) < RESERVED_FILES // 4:
             self.connections.refused.add(self)

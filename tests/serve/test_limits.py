@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import email.message
 import gzip
 import json
 import sys
@@ -134,6 +135,19 @@ def test_bodies_must_be_utf_8(encoding: str) -> None:
     for headers in ({}, {"content-type": "application/json; charset=utf-16"}, {"content-type": "application/x+json"}):
         answer = ask(body, headers=headers)
         assert (answer.status, answer.error["code"]) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["application/json", "APPLICATION/JSON", " application/json ;charset=x", "application/json; a=b; c",
+     "application/x+json", "application/vnd.api+json; q", "application/.+JSON", "application/json\t", ";", "application/+json"],
+)  # fmt: skip
+def test_what_fastapi_takes_for_json_is_checked(kind: str) -> None:
+    message = email.message.Message()
+    message["content-type"] = kind
+    subtype = message.get_content_subtype()
+    if message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json")):
+        assert ask({"n": 500}, headers={"content-type": kind}).error["param"] == "n"
 
 
 def test_compressed_bodies_are_refused_by_name() -> None:

@@ -46,19 +46,9 @@ TOKEN_FIELDS: Final = tuple(sorted({field for fields in OUTPUT_TOKENS.values() f
 CHOICE_FIELDS: Final = ("n", "best_of")
 STOP_FIELDS: Final = ("stop", "stop_sequences", "stop_token_ids", "bad_words")
 PROMPT_FIELDS: Final = (
-    "prompt",
-    "input",
-    "inputs",
-    "texts",
-    "images",
-    "documents",
-    "queries",
-    "items",
-    "data_1",
-    "data_2",
-    "text_1",
-    "text_2",
-)
+    "prompt", "input", "inputs", "texts", "images", "documents", "queries", "items",
+    "data_1", "data_2", "text_1", "text_2",
+)  # fmt: skip
 SESSION_FIELDS: Final = ("prompt_cache_key", "user")
 OPENING: Final = 4096
 """Bytes of a prompt's beginning that are kept for prefix affinity."""
@@ -202,9 +192,8 @@ class Limits:
                 self._check_number(field, asked, shown(raw))
                 choices = max(choices, int(asked)) if field in CHOICE_FIELDS else choices
         for field in STOP_FIELDS:
-            if (raw := fields.get(field)) is not None and (
-                count := len(items(raw, policy.max_stops))
-            ) > policy.max_stops:
+            raw = fields.get(field)
+            if raw is not None and (count := len(items(raw, policy.max_stops))) > policy.max_stops:
                 raise _too_many(field, raw, count, "items", policy.max_stops)
         for field in PROMPT_FIELDS:
             if (raw := fields.get(field)) is not None and not is_token_ids(raw):

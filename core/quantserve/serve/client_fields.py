@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 Path = tuple[str | int, ...]
 _PROBES: Final = 3
 """Errors that are compared with a part of the body."""
+_SEARCHED: Final = 1000
+"""Objects and lists in which a name is searched."""
 _LONGEST_PATH: Final = 200
+_PART: Final = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+_WORD: Final = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,36 @@ def origin(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[Path, Any]:
     return next(found, ((), body))
 
 
+def iterated(errors: Sequence[Mapping[str, Any]], body: Any) -> Path | None:
+    """The path to a text or an object in the place of a list: pydantic validates its characters or keys."""
+    index, refused = next(((error["loc"][0], error.get("input")) for error in errors if error["loc"]), (None, None))
+    if not isinstance(index, int) or not isinstance(refused, str):
+        return None
+    for path, value in _containers(body):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(part, str | dict) and next(islice(part, index, None), None) == refused:
+                return (*path, key)
+    return None
+
+
+def known(param: str, body: Any) -> str:
+    """A path without its last parts that are not in the body; a name alone is kept, as it may be missing."""
+    path = tuple(name or int(index) for name, index in _PART.findall(param))
+    for index, part in enumerate(path):
+        if not _has(body, part):
+            return written(path[:index]) or (param if len(path) == 1 else written(path[:1]))
+        body = body[part]
+    return param
+
+
+def mentioned(message: str, body: Any) -> str | None:
+    """The path to the field with an underscore in its name that a message mentions first."""
+    words = {word: index for index, word in reversed(list(enumerate(_WORD.findall(message)))) if "_" in word}
+    objects = ((path, value) for path, value in islice(_containers(body), _SEARCHED) if isinstance(value, dict))
+    paths = [(*path, key) for path, value in objects for key in value if key in words]
+    return written(min(paths, key=lambda path: (words[path[-1]], len(path)))) if paths else None
+
+
 def _has(value: Any, part: object) -> bool:
     if isinstance(part, int):
         return isinstance(value, list) and part < len(value)
@@ -89,7 +125,7 @@ def _fits(error: Mapping[str, Any], value: Any) -> bool:
 
 def _containers(body: Any) -> Iterator[tuple[Path, Any]]:
     """All objects and lists in a body, outer ones first."""
-    waiting: deque[tuple[Path, Any]] = deque([((), body)])
+    waiting: deque[tuple[Path, Any]] = deque([((), body)] if isinstance(body, dict | list) else ())
     while waiting:
         path, value = waiting.popleft()
         yield path, value

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantserve.serve.asgi import Refused, internal_error
-from quantserve.serve.validation_errors import invalid_request
+from quantserve.serve.validation_errors import invalid_request, wrong_fields
 from quantserve.serve.vllm_errors import refusal
 from quantserve.text import harmless
 
@@ -25,6 +25,8 @@ READERS: Final = (
     ("construct_chat_messages_with_tool_call", "vllm"),
 )
 """Functions, and their packages, that parse a request: its body, a part of a message, the items of a response."""
+CONTENTS: Final = ("messages", "input", "prompt")
+"""Fields with parts that vLLM parses itself."""
 BODY: Final = "quantserve.body"
 """Key of the ASGI scope: the `SentBody` of a request."""
 _LONGEST_BODY: Final = 1 << 20
@@ -171,11 +173,10 @@ def install(app: Any) -> None:
     from pydantic import ValidationError
 
     async def handler(request: Request, error: RequestValidationError) -> Response:
-        return invalid_request(error.errors(), error.body).response
+        return invalid_request(error.errors(), _client_body(request)).response
 
     async def later(request: Request, error: ValidationError) -> Response:
-        sent = request.scope.get(BODY)
-        return invalid_request(error.errors(), sent.parsed() if sent else None).response
+        return invalid_request(error.errors(), _client_body(request)).response
 
     app.add_exception_handler(RequestValidationError, handler)
     app.add_exception_handler(ValidationError, later)
@@ -195,10 +196,21 @@ def _unreadable(otherwise: Callable[[Request, Any], Any] | None) -> Callable[[Re
                 raise error
             return await otherwise(request, error)
         logger.info("%s could not be read: %r", harmless(request.url.path), error)
-        message = "The request body cannot be parsed: a field has the wrong type or is empty."
-        return Refused(400, message, code="invalid_type").response
+        body = _client_body(request)
+        if errors := wrong_fields(request.scope.get("endpoint"), body):
+            return invalid_request(errors, body).response
+        field = next((name for name in CONTENTS if isinstance(body, Mapping) and name in body), None)
+        subject = f"`{field}`" if field else "The request body"
+        message = f"{subject} cannot be parsed: a part of it has the wrong type or is empty."
+        return Refused(400, message, param=field, code="invalid_type").response
 
     return handler
+
+
+def _client_body(request: Request) -> Any:
+    """The parsed body of a request as the client sent it; vLLM's validators change the one that they get."""
+    sent = request.scope.get(BODY)
+    return sent.parsed() if sent else None
 
 
 def _raised_by_reader(error: BaseException) -> bool:

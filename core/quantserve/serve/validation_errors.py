@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from pydantic import TypeAdapter, ValidationError
+
 from quantserve.serve.asgi import Refused
-from quantserve.serve.client_fields import Path, origin, place, written
+from quantserve.serve.client_fields import Path, iterated, known, origin, place, written
 
 DETAILS: Final = re.compile(r"\s*\((?:parameter=[^\s,()]*(?:, value=.*)?|value=.*)\)\s*$", re.DOTALL)
 """What vLLM appends to its messages."""
@@ -70,7 +72,11 @@ def invalid_request(errors: Sequence[Any], body: object = None) -> Refused:
         body: the client's parsed body.
     """
     found: list[_Problem] = []
-    start, part = origin([error for error in errors if isinstance(error, Mapping)], body)
+    typed = [error for error in errors if isinstance(error, Mapping) and error["loc"]]
+    start, part = origin(typed, body)
+    relative = [{**error, "loc": error["loc"][error["loc"][0] == "body" :]} for error in typed]
+    if not start and (path := iterated(relative, body)):
+        return _refused([_Problem(path, "must be a list", "invalid_type")])
     for error in errors:
         if not isinstance(error, Mapping):
             if "media type" in (text := str(error)).lower():
@@ -84,6 +90,26 @@ def invalid_request(errors: Sequence[Any], body: object = None) -> Refused:
         else:
             found.append(_problem(error, part, start))
     return _refused(_likeliest(found))
+
+
+def wrong_fields(endpoint: Any, body: Any) -> list[Any]:
+    """pydantic's errors of the fields of a body, each validated alone, without the validators of the whole.
+
+    Args:
+        endpoint: the route's function, with an annotation that is a pydantic model.
+        body: the client's parsed body.
+    """
+    models = [hint for hint in getattr(endpoint, "__annotations__", {}).values() if hasattr(hint, "model_fields")]
+    errors: list[Any] = []
+    for name, field in models[0].model_fields.items() if models and isinstance(body, Mapping) else ():
+        if name in body:
+            try:
+                TypeAdapter(field.annotation).validate_python(body[name])
+            except ValidationError as error:
+                errors += [{**one, "loc": (name, *one["loc"])} for one in error.errors()]
+            except (AssertionError, AttributeError, LookupError, TypeError, RecursionError, ValueError):
+                errors.append({"type": "wrong_type", "loc": (name,), "msg": "has the wrong type", "input": body[name]})
+    return errors
 
 
 def shortened(text: str, most: int = LONGEST) -> str:
@@ -123,7 +149,7 @@ def _problem(error: Mapping[str, Any], part: object, start: Path) -> _Problem:
         return replace(problem, path=path, text=text, code="invalid_value", constant=True)
     cause = context.get("error")
     if (own := getattr(cause, "parameter", None)) and not found.path:
-        problem = replace(problem, path=(str(own),))
+        problem = replace(problem, path=(known(str(own), part),))
     wrong_type = kind.endswith(_WRONG_TYPES) or kind == "int_from_float"
     code = "invalid_type" if wrong_type else "invalid_value"
     return replace(problem, text=_text(error, cause), code=code, constant=kind == "literal_error")

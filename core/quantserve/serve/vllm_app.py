@@ -110,6 +110,7 @@ async def start(plan: Plan) -> EngineApp:
     args, engine = _start_engine(plan)
     try:
         patches.apply("token-ids", engine.input_processor)
+        patches.apply("structured-outputs", engine)
         await engine.reset_mm_cache()
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)

@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from quantserve.serve.asgi import Refused
-from quantserve.serve.client_fields import Path, written
+from quantserve.serve.client_fields import Path, known, mentioned, written
 from quantserve.serve.validation_errors import DETAILS, LONGEST, shortened
 
 PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
@@ -65,7 +65,6 @@ SCHEMAS: Final[tuple[Path, ...]] = (
 """Places of a schema or grammar in a request, in the order in which vLLM uses them."""
 _TOO_LONG: Final = re.compile(r"maximum context length|longer than the maximum model length", re.IGNORECASE)
 _TOKEN: Final = re.compile(r"[Tt]oken id (-?\d+)")
-_NAME: Final = re.compile(r"\w+")
 
 
 def refusal(status: int, method: str, path: str, body: bytes, client: Any = None) -> Refused:
@@ -79,6 +78,8 @@ def refusal(status: int, method: str, path: str, body: bytes, client: Any = None
         client: the client's parsed body.
     """
     message, param, code = _parts(body)
+    if status == 400 and code:  # made here, while the request was parsed
+        return Refused(status, message, param=param, code=code)
     if status == 404 and message in ("", "Not Found"):
         return Refused(404, f"Unknown path {path[:200]}.", code="unknown_url")
     if status == 405:
@@ -106,6 +107,8 @@ def refusal(status: int, method: str, path: str, body: bytes, client: Any = None
         if message == "There was an error parsing the body":
             message, code = "The request body is not valid JSON: it cannot be decoded.", "invalid_json"
         code = code or ("invalid_value" if param else None)
+    if param and isinstance(client, Mapping):
+        param = known(param, client)
     return Refused(status, shortened(message), param=param or None, code=code)
 
 
@@ -172,9 +175,8 @@ def _ids(value: Any) -> Iterator[tuple[Path, int]]:
 
 def _named(message: str, client: Mapping[str, Any]) -> str | None:
     """The field of a message without ``param``: one of the client's that the message mentions, or a usual one."""
-    words = set(_NAME.findall(message[:LONGEST]))
-    if own := [name for name in client if isinstance(name, str) and "_" in name and name in words]:
-        return min(own, key=message.index)
+    if own := mentioned(message[:LONGEST], client):
+        return own
     if match := NAMED.match(message):
         return match[1]
     return next((param for pattern, param in HINTS if pattern.search(message)), None)

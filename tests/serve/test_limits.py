@@ -140,7 +140,8 @@ def test_bodies_must_be_utf_8(encoding: str) -> None:
 @pytest.mark.parametrize(
     "kind",
     ["application/json", "APPLICATION/JSON", " application/json ;charset=x", "application/json; a=b; c",
-     "application/x+json", "application/vnd.api+json; q", "application/.+JSON", "application/json\t", ";", "application/+json"],
+     "application/x+json", "application/vnd.api+json; q", "application/.+JSON", "application/json\t", ";",
+     "application/+json"],
 )  # fmt: skip
 def test_what_fastapi_takes_for_json_is_checked(kind: str) -> None:
     message = email.message.Message()

@@ -25,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import Refused, header
 from quantserve.serve.metrics_text import CONTENT_TYPE, Merger, totals
+from quantserve.serve.routes import CLIENT_PATHS
 
 if TYPE_CHECKING:
     from quantserve.serve.replica_set import Replica
@@ -35,14 +36,7 @@ BUCKETS: Final = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0
 )  # fmt: skip
 """Upper bounds of the histograms in seconds: from a cached first byte to the longest answer."""
-PATHS: Final = frozenset({
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/models",
-    "/v1/chat/completions/batch", "/v2/embed", "/generative_scoring",
-    "/v1/score", "/v1/rerank", "/v2/rerank", "/v1/audio/transcriptions", "/v1/audio/translations",
-    "/v1/chat/completions/render", "/v1/completions/render", "/v1/messages/count_tokens",
-    "/score", "/rerank", "/pooling", "/classify", "/tokenize", "/detokenize", "/invocations",
-    "/health", "/metrics", "/version", "/ping", "/load", "/docs", "/openapi.json",
-})  # fmt: skip
+PATHS: Final = CLIENT_PATHS | {"/", "/v1/models", "/health", "/openapi.json", "/docs"}
 """Values of the ``path`` label. The ID of ``/v1/models/ID`` is cut off; all other paths are ``other``."""
 REASONS: Final = {
     400: "invalid", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "invalid", 408: "timeout",

@@ -36,7 +36,7 @@ BUCKETS: Final = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0
 )  # fmt: skip
 """Upper bounds of the histograms in seconds: from a cached first byte to the longest answer."""
-PATHS: Final = CLIENT_PATHS | {"/", "/v1/models", "/health", "/openapi.json", "/docs"}
+PATHS: Final = CLIENT_PATHS | {"/v1/models", "/health", "/openapi.json", "/docs"}
 """Values of the ``path`` label. The ID of ``/v1/models/ID`` is cut off; all other paths are ``other``."""
 REASONS: Final = {
     400: "invalid", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "invalid", 408: "timeout",

@@ -85,7 +85,7 @@ class Link(asyncio.Protocol):
         """
         if payload or not self._established or kind not in (Kind.PING, Kind.PONG):
             raise ProtocolError(f"a frame of kind {kind} without a request")
-        if kind == Kind.PING:
+        if kind == Kind.PING and self.free:  # otherwise the buffered data shows the same
             self.send(Kind.PONG, 0)
 
     # --- sending

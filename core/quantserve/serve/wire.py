@@ -7,6 +7,7 @@ docs/wire.md describes the protocol.
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -93,8 +94,7 @@ class Frames:
 
     def __init__(self, limit: int = MAX_PAYLOAD) -> None:
         self.limit = limit
-        self._rest = bytearray()
-        self._wanted = _HEADER
+        self._rest = bytearray()  # an incomplete frame
 
     def feed(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
         """Kind, number and payload of every frame that `data` completes.
@@ -102,24 +102,37 @@ class Frames:
         Raises:
             ProtocolError: a frame is longer than `limit`; it is not buffered.
         """
-        if self._rest:
-            self._rest += data
-            if len(self._rest) < self._wanted:
-                return
-            data, self._rest = bytes(self._rest), bytearray()
         start, size = 0, len(data)
-        self._wanted = _HEADER
+        if self._rest:
+            start = min(size, max(0, _HEADER - len(self._rest)))
+            self._rest += data[:start]
+            if len(self._rest) < _HEADER:
+                return
+            end = start + self._missing()
+            self._rest += data[start:end]
+            if end > size:
+                return
+            start = end
+            _, number, kind = _unpack_frame(self._rest)
+            payload, self._rest = bytes(memoryview(self._rest)[_HEADER:]), bytearray()
+            yield kind, number, payload
         while (begin := start + _HEADER) <= size:
             length, number, kind = _unpack_frame(data, start)
             if length > self.limit:
                 raise ProtocolError(f"a frame of {length} bytes; the limit is {self.limit}")
             if (end := begin + length) > size:
-                self._wanted = end - start
                 break
             yield kind, number, data[begin:end]
             start = end
         if start < size:
-            self._rest += data[start:]
+            self._rest = bytearray(data[start:])
+
+    def _missing(self) -> int:
+        """Bytes that the incomplete frame needs."""
+        length, _, _ = _unpack_frame(self._rest)
+        if length > self.limit:
+            raise ProtocolError(f"a frame of {length} bytes; the limit is {self.limit}")
+        return int(_HEADER + length - len(self._rest))
 
 
 def pack_hello(silence_s: float, token: bytes, version: int = VERSION) -> bytes:
@@ -281,7 +294,7 @@ class RequestReader:
                 f"{self.window} bytes; the limits are {MAX_HEAD}, {MAX_BODY} and {MAX_WINDOW}"
             )
         self._head = b""
-        self._body: list[bytes] = []
+        self._body = io.BytesIO()  # joins the pieces as they come, so that there is no pause at the end
         self._missing = self._head_size + self._body_size
         self.feed(payload[_OPEN.size :])
 
@@ -297,8 +310,7 @@ class RequestReader:
         if missing := self._head_size - len(self._head):
             self._head += payload[:missing]
             payload = payload[missing:]
-        if payload:
-            self._body.append(payload)
+        self._body.write(payload)
 
     @property
     def complete(self) -> bool:
@@ -315,5 +327,4 @@ class RequestReader:
         method, _, target = first.partition(b" ")
         if not _METHOD.fullmatch(method):
             raise ProtocolError("a malformed method")
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        return method.decode(), target, headers, body
+        return method.decode(), target, headers, self._body.getvalue()

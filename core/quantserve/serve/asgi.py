@@ -69,28 +69,18 @@ def error_type(status: int) -> str:
     return TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
-async def read_body(receive: Receive, limit: int | None = None) -> bytes:
-    """Read a request body.
-
-    Args:
-        receive: ASGI receive channel.
-        limit: most bytes; None behind the `Limits` layer, which has checked the size.
+async def read_body(receive: Receive) -> bytes:
+    """Read a request body; the `Limits` layer has checked its size.
 
     Raises:
-        Refused: 413, it is longer than `limit` bytes.
         Disconnected: the client disconnected.
     """
     chunks: list[bytes] = []
-    size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise Disconnected
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if limit is not None and size > limit:
-            raise Refused(413, f"Request body too large: the limit is {limit} bytes.", code="request_too_large")
-        chunks.append(chunk)
+        chunks.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(chunks) if len(chunks) > 1 else chunks[0]
 

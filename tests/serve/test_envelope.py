@@ -283,7 +283,7 @@ GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
         ({**GOOD, "stop": ["a", 1]}, "stop[1]", "invalid_type", "`stop[1]` must be a string"),
         ({**GOOD, "stop": 1}, "stop", "invalid_type", "`stop` must be a string or a list"),
         ({**GOOD, "top_p": 5}, "top_p", "invalid_value", "top_p must be in (0, 1], got 5."),
-        ({**GOOD, "temprature": 1}, "temprature", "unknown_parameter", "`temprature` is not known"),
+        ({**GOOD, "temprature": 1}, "temprature", "unknown_parameter", "`temprature` is not a known field"),
         (b"{", None, "invalid_json", "The request body is not valid JSON: "),
     ],
 )  # fmt: skip

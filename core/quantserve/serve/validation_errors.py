@@ -80,7 +80,7 @@ def invalid_request(errors: Sequence[Any], body: object = None) -> Refused:
     for error in errors:
         if not isinstance(error, Mapping):
             if "media type" in (text := str(error)).lower():
-                message = "The body must be JSON, with the header `Content-Type: application/json`."
+                message = "The request body must be JSON. Set the header `Content-Type: application/json`."
                 return Refused(415, message, code="unsupported_media_type")
             found.append(_Problem((), text, "invalid_value"))
         elif error["type"] == "json_invalid":
@@ -139,7 +139,7 @@ def _problem(error: Mapping[str, Any], part: object, start: Path) -> _Problem:
     if kind == "missing":
         return replace(problem, missing=True)
     if kind == "extra_forbidden":
-        return replace(problem, text="is not known", code="unknown_parameter")
+        return replace(problem, text="is not a known field", code="unknown_parameter")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         named = str(context.get("discriminator", "")).strip("'")
         path = (*found.path, named) if named.isidentifier() else found.path

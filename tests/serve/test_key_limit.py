@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.key_limit import KeyLimit
 from quantserve.serve.keys import ApiKeys, KeySet, _digests
+from quantserve.serve.limits import Policy, layers
 
 from .asgi_client import Answer, request
 
@@ -73,5 +74,19 @@ def test_without_a_limit_or_without_keys_nothing_is_counted() -> None:
                 await slow.entered.acquire()  # type: ignore[attr-defined]
             slow.go.set()  # type: ignore[attr-defined]
             assert [answer.status for answer in await asyncio.gather(*running)] == [200] * 5
+
+    asyncio.run(work())
+
+
+def test_the_limit_is_the_policys() -> None:
+    async def work() -> None:
+        slow = Slow()
+        policy = Policy(max_requests_per_key=1, keys=KeySet(fixed=tuple(_digests(KEYS))), access_log="off")
+        app = layers(slow, policy)
+        running = asyncio.create_task(ask(app, KEYS[0]))
+        await slow.entered.acquire()
+        assert [(await ask(app, key)).status for key in (KEYS[0], None)] == [429, 401]
+        slow.go.set()
+        assert (await running).status == 200
 
     asyncio.run(work())

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class Cluster:
     port: int
     folder: Path
 
-    def deploy(self, *models: dict[str, Any]) -> None:
+    def deploy(self, *models: dict[str, Any], deployments: Sequence[dict[str, Any]] = ()) -> None:
+        """Deploy models; `deployments` has options of deployments, as in Serve's config."""
         config = {
             "http_options": {"host": "127.0.0.1", "port": self.port},
             "applications": [
@@ -42,6 +43,7 @@ class Cluster:
                     "route_prefix": "/",
                     "import_path": "quantserve.serve.app:build",
                     "args": {"models": models, "target": "cpu"},
+                    "deployments": list(deployments),
                 }
             ],
         }

@@ -31,7 +31,7 @@ test: dev ## run all tests, real engines included
 test-quick: dev ## run the tests that start no engine and take seconds
 	@exec $(BIN)/python -m pytest -m "not vllm and not ray and not slow" $(ARGS)
 
-fuzz: dev ## fuzz the readers of headers, configs and pickles; about 15 minutes (ARGS="headers --count 1000 --seed 1")
+fuzz: dev ## fuzz the readers of headers, configs, pickles and frames; about 20 minutes (ARGS="headers --count 1000 --seed 1")
 	@cd tests && exec ../$(BIN)/python -W ignore -m fuzzing $(ARGS)
 
 sanitize: dev ## the kernels' CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer; builds for minutes

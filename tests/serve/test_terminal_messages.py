@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from quantserve.errors import EngineError, UsageError
-from quantserve.serve import run
+from quantserve.serve.announce import announce
 from quantserve.serve.cluster import listen
 
 
@@ -57,7 +57,7 @@ def test_an_unknown_host_is_a_usage_error() -> None:
 
 def test_the_ready_lines_have_urls_a_request_and_how_to_stop(capsys: pytest.CaptureFixture[str]) -> None:
     plans: Any = [SimpleNamespace(model_id=name, route_prefix=f"/{name}") for name in ("a", "longer")]
-    run._announce(plans, 2, "0.0.0.0", 9000, keys=True)
+    announce(plans, 2, "0.0.0.0", 9000, keys=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
         "Ready:",

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -21,8 +22,9 @@ import psutil  # type: ignore[import-untyped]
 from quantserve.errors import EngineError, UsageError, one_line
 from quantserve.homes import look, ray_fault, settle
 from quantserve.serve.cpus import keep_off, step_back
+from quantserve.serve.processes import Processes
+from quantserve.serve.signals import shielded
 
-KILL_AFTER_S: Final = 10.0
 BACKLOG: Final = 2048
 SECRET: Final = b"quantserve-secret"
 OBJECT_STORE_BYTES: Final = 512 << 20
@@ -111,18 +113,22 @@ def start_ray() -> RayProcesses:
         os.environ.setdefault(name, value)
     import ray
     from ray import serve
+    from ray._private import auto_init_hook
 
+    # A call by a thread that still runs when Ray has ended would start Ray again. The variable is read at the import.
+    auto_init_hook.enable_auto_connect = False
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        ray.init(
-            address="local",
-            namespace="serve",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
+        with shielded():
+            ray.init(
+                address="local",
+                namespace="serve",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
         serve.start(proxy_location="Disabled")
         started = RayProcesses()
     except Exception as error:
@@ -193,50 +199,27 @@ def log_folder() -> str:
     return str(node.get_logs_dir_path()) if node else "/tmp/ray/session_latest/logs"
 
 
-class Processes:
-    """All descendants of this process, recorded so that none outlives it."""
+def stop_ray(processes: Processes) -> None:
+    """Stop Ray and the replicas at once; the gateway has drained by now.
 
-    def __init__(self) -> None:
-        self._seen: dict[int, psutil.Process] = {}
-
-    def scan(self) -> None:
-        """Record the descendants that exist now."""
-        for process in psutil.Process().children(recursive=True):
-            known = self._seen.get(process.pid)
-            if known is None or known.create_time() != process.create_time():
-                self._seen[process.pid] = process
-
-    def stop(self, patience: float = KILL_AFTER_S) -> int:
-        """Wait `patience` seconds for all to end, then kill the others; returns how many were killed."""
-        deadline = time.monotonic() + patience
-        while (alive := list(self._alive())) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for process in alive:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(alive, timeout=5)
-        return len(alive)
-
-    def _alive(self) -> Iterator[psutil.Process]:
-        for process in self._seen.values():
-            # is_running compares the start time, so a reused process id is not mistaken for ours.
-            with contextlib.suppress(psutil.Error):
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    yield process
-
-
-def stop_ray(processes: Processes, *, graceful: bool) -> int:
-    """Stop Serve (its replicas drain first if `graceful`) and Ray; returns how many processes had to be killed."""
-    import ray
-    from ray import serve
-
-    processes.scan()
-    # Ray prints the end of its own processes as failures to the current sys.stdout.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if graceful and ray.is_initialized():  # serve.shutdown would start Ray otherwise
+    Ray's own way waits for replicas that are still starting, and sends its processes SIGTERM, which they do not get.
+    """
+    with _silent():  # Ray prints the end of its own processes as failures
+        processes.kill()
+        if ray := sys.modules.get("ray"):
             with contextlib.suppress(Exception):
-                serve.shutdown()
-            processes.scan()
-        with contextlib.suppress(Exception):
-            ray.shutdown()
-    return processes.stop(KILL_AFTER_S if graceful else 1.0)
+                ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Discard what Python and C++ code prints."""
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), open(os.devnull, "w") as null:
+        stderr = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)

@@ -34,10 +34,12 @@ from quantserve.serve.remote import DRAINING
 from quantserve.serve.request_defaults import RequestDefaults
 from quantserve.serve.scaling import QueueReports
 from quantserve.serve.served import public_app, timing_of
+from quantserve.serve.signals import shield
 from quantserve.serve.watchdog import watch
 
 GATEWAY: Final = "_gateway"
 """Name of the gateway's deployment; model ids cannot begin with an underscore."""
+LOOPBACK: Final = "127.0.0.1"
 LAST_WORDS_S: Final = 2.0
 HANGS: Final = 4
 """Hang timeout of an engine, in health check timeouts; long, because an engine does not answer during a prefill."""
@@ -68,17 +70,21 @@ class ModelServer:
         self._plan = Plan.model_validate(plan)
         self._gate = RequestGate()
         self._listener = Listener(self._gate, token)
-        self._host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
+        self._host = LOOPBACK if loopback else ray.util.get_node_ip_address()
         self._queued = QueueReports()
         self._loop = _LoopThread()
         self._hung = False
         await self._loop.run(self._start())
 
     async def _start(self) -> None:
+        if self._host == LOOPBACK:  # `quantserve serve` stops it; in a cluster, Ray does
+            shield()
         for note in settle(os.environ):  # of this node, and of the model's runtime_env
             logger.warning(note)
         os.environ.pop(API_KEY, None)  # the gateway checks keys, and sends none
         forget_variable()
+        # vLLM's server imports model_hosting_container_standards, which silences the warnings of all other packages.
+        logging.getLogger("quantserve").setLevel(logging.WARNING)
         patches.apply("spawned-imports")
         patches.apply("spare-process")
         with collecting_rarely():

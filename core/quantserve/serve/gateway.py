@@ -2,27 +2,33 @@
 
 `python -m quantserve.serve.gateway FD` inherits the listening socket as file descriptor FD.
 
-Standard input has one JSON object per line: first the settings (`models`, `token`, `policy`, `drain_s`), then the
-replicas by model id whenever they change. End of file means that the parent has ended, and ends this process.
+Standard input has one JSON object per line: first the settings (`models`, `token`, `policy`, `parent`), then
+`{"replicas": ...}` by model id whenever they change, and `{"drain": true}` at shutdown.
 
 Standard output has the status, one JSON object per line, at every change and every second as a heartbeat: `wanted`, the
 models with queued requests and no replica; `reachable`, the models whose requests are accepted; `settled`, whether all
 replicas are healthy and no request is queued; `waiting`, the number of queued requests by model.
+
+The process ends when it has drained; and at once when its parent has ended or control fails, that is at the end of
+standard input, at an invalid line or when standard output is closed. Requests in progress then get an error.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import json
 import logging
-import signal
+import os
 import socket
 import sys
 import time
-from typing import Final
+from typing import Any, Final, cast
 
 import uvloop
 
+from quantserve.serve.access_log import AccessLog
 from quantserve.serve.directory import Directory
 from quantserve.serve.http_server import HttpServer
 from quantserve.serve.limits import Policy
@@ -32,38 +38,92 @@ from quantserve.text import LogFormatter
 STATUS_POLL_S: Final = 0.1
 HEARTBEAT_S: Final = 1.0
 LONGEST_LINE: Final = 64 << 20
+UNREAD_STATUS_BYTES: Final = 1 << 16
+"""No status is written beyond so many unread bytes: a parent that is suspended must not suspend the gateway."""
+LAST_WORDS_S: Final = 1.0
+"""Time to send the errors of the requests that the drain timeout has ended."""
+GC_THRESHOLDS: Final = (10_000, 10, 10)
+"""Garbage collection after 10,000, 100,000 and 1,000,000 more objects: 1, 10 and at most 100 ms. With Python's 700
+objects a parsed body of some MiB causes hundreds of collections, each of everything parsed so far.
+"""
+
+logger = logging.getLogger(__name__)
 
 
-async def serve(listener: socket.socket) -> None:
-    """Serve until SIGTERM, which drains requests in progress, or until standard input ends."""
+class Gateway:
+    """The app of the gateway and its server.
+
+    Args:
+        settings: the first line of standard input.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._parent = int(settings["parent"])
+        self._policy = Policy.model_validate(settings["policy"])
+        self._directory = Directory(settings["models"], settings["token"], timing_of(self._policy))
+        self._app = public_app(settings["models"], self._directory, self._policy)
+        self._server = HttpServer(self._app, self._policy)
+        self._server.config.timeout_graceful_shutdown = cast(int, self._policy.drain_timeout_s + LAST_WORDS_S)
+
+    async def serve(self, listener: socket.socket, lines: asyncio.StreamReader) -> None:
+        """Serve until drained, or until control ends."""
+        serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        control = [asyncio.create_task(self._listen(lines)), asyncio.create_task(self._report())]
+        done, _ = await asyncio.wait([serving, *control], return_when=asyncio.FIRST_COMPLETED)
+        if serving in done:
+            serving.result()
+            return
+        for task in done:
+            if error := task.exception():
+                logger.error("control of the gateway failed, the gateway ends: %r", error)
+        self._server.should_exit = True
+        self._directory.fail_running()
+        await asyncio.wait([serving], timeout=LAST_WORDS_S / 2)
+
+    def flush_logs(self) -> None:
+        """Write the buffered lines of the access log."""
+        for observer in getattr(self._app, "observers", ()):
+            if isinstance(observer, AccessLog):
+                observer.flush()
+
+    async def _listen(self, lines: asyncio.StreamReader) -> None:
+        """Follow control lines until standard input ends, maybe in the middle of a line."""
+        while (line := await lines.readline()).endswith(b"\n"):
+            message = json.loads(line)
+            if message.get("drain"):
+                self._server.should_exit = True
+                asyncio.get_running_loop().call_later(self._policy.drain_timeout_s, self._directory.fail_running)
+            else:
+                self._directory.update(message["replicas"])
+
+    async def _report(self) -> None:
+        """Write the status until nobody reads it; the parent's pipes may be held open by other processes."""
+        pipe, _ = await asyncio.get_running_loop().connect_write_pipe(asyncio.BaseProtocol, sys.stdout)
+        last, when = "", 0.0
+        while os.getppid() == self._parent and not pipe.is_closing():
+            line = json.dumps(self._directory.status)
+            if line != last or time.monotonic() - when > HEARTBEAT_S:
+                if pipe.get_write_buffer_size() < UNREAD_STATUS_BYTES:
+                    pipe.write(line.encode() + b"\n")
+                last, when = line, time.monotonic()
+            await asyncio.sleep(STATUS_POLL_S)
+
+
+async def serve(listener: socket.socket, exits: contextlib.ExitStack) -> None:
+    """Read the settings and serve.
+
+    Args:
+        exits: gets what must happen after the last request has ended.
+    """
     lines = asyncio.StreamReader(limit=LONGEST_LINE)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    settings = json.loads(await lines.readline())
-    policy = Policy.model_validate(settings["policy"])
-    directory = Directory(settings["models"], settings["token"], timing_of(policy))
-    app = public_app(settings["models"], directory, policy)
-    server = HttpServer(app, policy)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, setattr, server, "should_exit", True)
-    work = [asyncio.create_task(_listen(lines, directory, server)), asyncio.create_task(_report(directory))]
-    await server.serve(sockets=[listener])
-    for task in work:
-        task.cancel()
-
-
-async def _listen(lines: asyncio.StreamReader, directory: Directory, server: HttpServer) -> None:
-    while line := await lines.readline():
-        directory.update(json.loads(line))
-    server.should_exit = server.force_exit = True
-
-
-async def _report(directory: Directory) -> None:
-    last, when = "", 0.0
-    while True:
-        line = json.dumps(directory.status)
-        if line != last or time.monotonic() - when > HEARTBEAT_S:
-            print(line, flush=True)
-            last, when = line, time.monotonic()
-        await asyncio.sleep(STATUS_POLL_S)
+    settings = await lines.readline()
+    if settings.endswith(b"\n"):
+        gateway = Gateway(json.loads(settings))
+        exits.callback(gateway.flush_logs)
+        gc.collect()
+        gc.freeze()  # modules and app are never garbage
+        await gateway.serve(listener, lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -71,10 +131,18 @@ def main(arguments: list[str]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the parent handles it
+    gc.set_threshold(*GC_THRESHOLDS)
     listener = socket.socket(fileno=int(arguments[0]))
     listener.setblocking(False)
-    uvloop.run(serve(listener))
+    code = 1
+    try:
+        with contextlib.ExitStack() as exits:
+            uvloop.run(serve(listener, exits))
+        code = 0
+    except Exception:
+        logger.exception("the gateway failed")
+    finally:
+        os._exit(code)  # a thread that parses a body would delay the exit
 
 
 if __name__ == "__main__":

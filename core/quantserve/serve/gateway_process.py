@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from quantserve.serve.cpus import keep_off
+from quantserve.serve.signals import shielded
 
 FIRST_WAIT_S: Final = 0.1
 LONGEST_WAIT_S: Final = 5.0
@@ -26,6 +27,8 @@ SOUND_S: Final = 10.0
 HANGS_S: Final = 30.0
 """Heartbeat timeout: a gateway without a heartbeat for so long is killed. It sends one every second."""
 WATCH_S: Final = 1.0
+END_S: Final = 2.0
+"""Time for a gateway to end at once."""
 
 
 class GatewayProcess:
@@ -39,11 +42,11 @@ class GatewayProcess:
 
     def __init__(self, listener: socket.socket, settings: Mapping[str, Any], report: Callable[[str], None]) -> None:
         self._listener = listener
-        self._settings = json.dumps(settings)
+        self._settings = {**settings, "parent": os.getpid()}
         self._report = report
         self._replicas: dict[str, Sequence[Mapping[str, Any]]] = {}
         self._status: dict[str, Any] = {}
-        self._last_heartbeat = 0.0
+        self._silent_s = 0.0
         self._stopping = False
         self._lock = threading.Lock()
         self._process = self._start()
@@ -56,7 +59,7 @@ class GatewayProcess:
         with self._lock:
             if any(self._replicas.get(model_id) != there for model_id, there in places.items()):
                 self._replicas.update(places)
-                self._send(self._process, json.dumps(places))
+                self._send(self._process, {"replicas": places})
                 self._make_room(self._process)
 
     @property
@@ -85,32 +88,43 @@ class GatewayProcess:
         return {cpu for there in self._replicas.values() for one in there for cpu in one.get("cpus", ())}
 
     def stop(self, patience: float) -> None:
-        """Stop accepting connections and drain: requests in progress have `patience` seconds to finish."""
+        """Stop accepting connections and drain; the process is killed if it has not ended after `patience` seconds."""
         self._stopping = True
         self._listener.close()
+        kill = threading.Timer(patience, lambda: self._process.kill())
+        kill.start()  # first: a process that hangs may block even the message
         with self._lock:
-            process = self._process
-        process.terminate()
+            self._send(self._process, {"drain": True})
+        self._process.wait()
+        kill.cancel()
+
+    def end(self) -> None:
+        """End the process: it sends errors to the requests in progress and writes its logs, or is killed."""
+        self._stopping = True
+        self._listener.close()
+        process = self._process
+        threading.Thread(target=self._close, args=[process], daemon=True).start()
         try:
-            process.wait(patience)
+            process.wait(END_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(5)
+            process.wait()
 
     def _start(self) -> subprocess.Popen[str]:
-        self._status, self._last_heartbeat = {}, time.monotonic()
+        self._status, self._silent_s = {}, 0.0
         descriptor = self._listener.fileno()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "quantserve.serve.gateway", str(descriptor)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=[descriptor],
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        with shielded():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "quantserve.serve.gateway", str(descriptor)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                pass_fds=[descriptor],
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
         self._send(process, self._settings)
         if self._replicas:
-            self._send(process, json.dumps(self._replicas))
+            self._send(process, {"replicas": self._replicas})
             self._make_room(process)
         return process
 
@@ -120,37 +134,58 @@ class GatewayProcess:
     def _keep(self) -> None:
         wait = FIRST_WAIT_S
         while True:
-            process, began = self._process, time.monotonic()
-            assert process.stdout is not None
-            for line in process.stdout:
-                self._last_heartbeat = time.monotonic()
-                with contextlib.suppress(ValueError):
-                    self._status = json.loads(line)
-            code = process.wait()
+            began = time.monotonic()
+            ended = self._follow(self._process)
             if self._stopping:
                 return
-            lived = time.monotonic() - began
-            wait = FIRST_WAIT_S if lived > SOUND_S else min(LONGEST_WAIT_S, 2 * wait)
-            ended = f"was killed (signal {-code})" if code < 0 else f"exited (code {code})"
+            wait = FIRST_WAIT_S if time.monotonic() - began > SOUND_S else min(LONGEST_WAIT_S, 2 * wait)
             self._report(f"Gateway process {ended}; restarting it.")
-            time.sleep(wait)
-            with self._lock:
-                if self._stopping:
-                    return
-                self._process = self._start()
+            while not self._restart(wait):
+                wait = min(LONGEST_WAIT_S, 2 * wait)
+
+    def _follow(self, process: subprocess.Popen[str]) -> str:
+        """Read the status until the process has ended; returns how it ended."""
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._silent_s = 0.0
+            with contextlib.suppress(ValueError):
+                if isinstance(status := json.loads(line), dict):
+                    self._status = status
+        code = process.wait()
+        self._status = {}
+        return f"was killed (signal {-code})" if code < 0 else f"exited (code {code})"
+
+    def _restart(self, wait: float) -> bool:
+        """Start a new process after `wait` seconds; returns False when that failed."""
+        time.sleep(wait)
+        with self._lock:
+            try:
+                if not self._stopping:
+                    self._process = self._start()
+            except OSError as error:  # memory, open files or processes are used up
+                self._report(f"Gateway process could not be started ({error.strerror}); trying again.")
+                return False
+        return True
 
     def _watch(self) -> None:
         while not self._stopping:
             time.sleep(WATCH_S)
-            if time.monotonic() - self._last_heartbeat > HANGS_S:
-                self._last_heartbeat = time.monotonic()
+            self._silent_s += WATCH_S  # not the clock: this process may have been suspended, too
+            if self._silent_s > HANGS_S:
+                self._silent_s = 0.0
                 self._report(f"Gateway process sent no heartbeat for {HANGS_S:.0f} s; killing it.")
                 self._process.kill()
 
     @staticmethod
-    def _send(process: subprocess.Popen[str], line: str) -> None:
+    def _send(process: subprocess.Popen[str], message: Mapping[str, Any]) -> None:
         assert process.stdin is not None
         # A process that has just died is replaced, and its successor gets the settings and all replicas.
         with contextlib.suppress(OSError, ValueError):
-            process.stdin.write(line + "\n")
+            process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
+
+    @staticmethod
+    def _close(process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            process.stdin.close()

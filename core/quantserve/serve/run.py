@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
-import json
 import os
-import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any, Final
 
 from quantserve.config import HttpConfig
-from quantserve.errors import EngineError
+from quantserve.errors import EngineError, one_line
 from quantserve.plan import Plan
+from quantserve.serve import patches
+from quantserve.serve.announce import announce, is_loopback, say
 from quantserve.serve.app import check_routes
-from quantserve.serve.cluster import Processes, cluster_secret, listen, log_folder, start_ray, stop_ray
+from quantserve.serve.cluster import cluster_secret, listen, log_folder, start_ray, stop_ray
 from quantserve.serve.cpus import keep_off
-from quantserve.serve.discovery import CALM_S, poll_replicas
+from quantserve.serve.discovery import poll_replicas
 from quantserve.serve.engine import model_application
 from quantserve.serve.gateway_process import GatewayProcess
 from quantserve.serve.keys import VARIABLE, forget_variable
 from quantserve.serve.limits import Policy
+from quantserve.serve.processes import Processes
 from quantserve.serve.progress import Progress
 from quantserve.serve.served import describe_models
-from quantserve.text import escaped
+from quantserve.serve.signals import Stopped, StopSignal
 
 POLL_S: Final = 0.5
 WATCH_S: Final = 5.0
@@ -54,27 +54,30 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
 
     Raises:
         EngineError: the port is in use, Ray or all models failed to start, or Ray died.
-        UsageError: the host, the port or the API keys file cannot be used.
+        UsageError: the host, the port, the API keys file or ``QUANTSERVE_PATCHES`` cannot be used.
     """
     check_routes(plans)
+    for plan in plans:
+        for risk in patches.risks({**os.environ, **plan.runtime_env["env_vars"]}):
+            say(f"Warning: {plan.model_id}: {risk}")
     policy = Policy.of(http)
     forget_variable()
     listener = listen(http.host, http.port)
     port = int(listener.getsockname()[1])
-    if not policy.has_keys and not _is_loopback(http.host):
-        _say(
+    if not policy.has_keys and not is_loopback(http.host):
+        say(
             f"Warning: listening on {http.host} without API keys: anyone who can reach this machine can use the API. "
             f"Set {VARIABLE} or --api-keys-file."
         )
     server = _Server(plans, policy, listener)
     stop = StopSignal(server.end)
     try:
-        _say(f"Starting Ray and {_count(plans)}; small models take 30 to 90 s, large ones several minutes.")
+        say(f"Starting Ray and {_count(plans)}; small models take 30 to 90 s, large ones several minutes.")
         server.start(stop)
         ready = server.ready
-        _announce(ready, len(plans), http.host, port, policy.has_keys)
+        announce(ready, len(plans), http.host, port, policy.has_keys)
         if server.failed:
-            _say(f"Not served, because they failed to start (reasons above): {', '.join(server.failed)}")
+            say(f"Not served, because they failed to start (reasons above): {', '.join(server.failed)}")
         server.watch(stop)
     except Stopped:
         pass
@@ -114,7 +117,7 @@ class _Server:
         """
         ray_processes = start_ray()
         stop.check()
-        _say(f"Logs: {log_folder()}")
+        say(f"Logs: {log_folder()}")
         token, created = cluster_secret()
         self._progress = Progress([plan.app_name for plan in self._plans], log_folder())
         settings = {
@@ -122,7 +125,7 @@ class _Server:
             "token": token,
             "policy": self._policy.model_dump(mode="json"),
         }
-        self._gateway = GatewayProcess(self._listener, settings, _say)
+        self._gateway = GatewayProcess(self._listener, settings, say)
         stop.run(lambda: _deploy(self._plans, token))
         self._discovery = _Discovery(self._plans, self._gateway)
         self._wait_until_started(stop)
@@ -141,7 +144,7 @@ class _Server:
         while True:
             stop.wait(WATCH_S)
             for line in self._progress.update(stop.run(_applications)):
-                _say(line)
+                say(line)
             self._processes.reap()
 
     def stop(self) -> None:
@@ -149,7 +152,7 @@ class _Server:
         began = time.monotonic()
         self._listener.close()
         drain_s = self._policy.drain_timeout_s
-        _say(
+        say(
             f"Stopping: requests in progress have up to {drain_s:g} s to finish. Press Ctrl-C again to stop at once."
             if self._gateway
             else "Stopping."
@@ -159,16 +162,16 @@ class _Server:
         if self._discovery:
             self._discovery.stop()
         stop_ray(self._processes)
-        _say(f"Stopped in {time.monotonic() - began:.1f} s.")
+        say(f"Stopped in {time.monotonic() - began:.1f} s.")
 
     def end(self) -> None:
         """Stop all processes at once, and then this one, whatever its other threads do."""
-        _say("Stopping at once.")
+        say("Stopping at once.")
         self._listener.close()
         if self._gateway:
             self._gateway.end()
         self._processes.kill()
-        _say("Stopped at once.")
+        say("Stopped at once.")
         os._exit(STOPPED_AT_ONCE)
 
     def _wait_until_started(self, stop: StopSignal) -> None:
@@ -180,7 +183,7 @@ class _Server:
         assert self._progress is not None
         while self._progress.starting:
             for line in self._progress.update(stop.run(_applications)):
-                _say(line)
+                say(line)
             if self.failed and not (self._progress.starting or self.ready):
                 raise EngineError(f"failed to start: {', '.join(self.failed)}\n  logs: {self._progress.logs}")
             stop.wait(POLL_S)
@@ -203,6 +206,7 @@ class _Discovery:
         self._handles = {plan.model_id: serve.get_app_handle(plan.app_name) for plan in plans}
         self._gateway = gateway
         self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(self._poll())
         self._thread = threading.Thread(target=self._run, daemon=True, name="discovery")
         self._thread.start()
 
@@ -213,7 +217,6 @@ class _Discovery:
         self._thread.join(DISCOVERY_END_S)
 
     def _run(self) -> None:
-        self._task = self._loop.create_task(self._poll())
         with contextlib.suppress(asyncio.CancelledError):
             self._loop.run_until_complete(self._task)
 
@@ -222,7 +225,7 @@ class _Discovery:
             try:
                 await poll_replicas(self._gateway, self._handles)
             except Exception as error:
-                _say(f"Discovery of replicas failed ({one_line(error)}); starting it again.")
+                say(f"Discovery of replicas failed ({one_line(error)}); starting it again.")
             await asyncio.sleep(DISCOVERY_WAIT_S)
 
 
@@ -254,36 +257,5 @@ def _applications() -> dict[str, Any]:
         raise EngineError(f"{message}\n  logs: {log_folder()}") from error
 
 
-def _announce(ready: Sequence[Plan], wanted: int, host: str, port: int, keys: bool) -> None:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    base = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
-    first = ready[0]
-    together = ["all models"] if wanted > 1 else []
-    width = max(map(len, [*together, *(plan.model_id for plan in ready)]))
-    _say("Ready:")
-    for name in together:
-        _say(f"  {name:{width}}  {base}/v1")
-    for plan in ready:
-        _say(f"  {plan.model_id:{width}}  {base}{plan.route_prefix}/v1")
-    body = {"model": first.model_id, "messages": [{"role": "user", "content": "What does str.join do?"}]}
-    key = ' -H "Authorization: Bearer $KEY"' if keys else ""
-    _say("Try:")
-    _say(f"  curl {base}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
-    _say("Press Ctrl-C to stop.")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _count(plans: Sequence[Plan]) -> str:
     return f"{len(plans)} models" if len(plans) > 1 else plans[0].model_id
-
-
-def _say(line: str) -> None:
-    # The terminal or the pipe may be gone while there is still a server to stop.
-    with contextlib.suppress(OSError):
-        print(escaped(line, "\n"), flush=True)

@@ -1,0 +1,73 @@
+"""The processes that a server starts, directly or not."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import time
+from typing import Final
+
+import psutil  # type: ignore[import-untyped]
+
+KILL_S: Final = 10.0
+"""Longest time to kill all processes."""
+TRACKERS_S: Final = 1.0
+"""Time for trackers of shared memory to end by themselves."""
+REAP_AFTER_S: Final = 5.0
+PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+class Processes:
+    """All descendants of this process, so that none outlives it.
+
+    Orphans among them become children of this process, as in a container, where it may be process 1.
+    """
+
+    def __init__(self) -> None:
+        self._ended: dict[int, float] = {}
+        with contextlib.suppress(OSError, AttributeError):  # not on Linux
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def reap(self) -> None:
+        """Reap orphans that ended some time ago. Other children are reaped by the code that started them."""
+        ended = {process.pid for process in psutil.Process().children() if _has_ended(process)}
+        now = time.monotonic()
+        self._ended = {pid: self._ended.get(pid, now) for pid in ended}
+        for pid, since in self._ended.items():
+            if now - since > REAP_AFTER_S:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+
+    def kill(self) -> None:
+        """Kill them all, parents first; returns when none is left, or after `KILL_S`.
+
+        Trackers of shared memory end last and by themselves, because they remove what the others leave.
+        """
+        began = time.monotonic()
+        while (alive := self._alive()) and (passed := time.monotonic() - began) < KILL_S:
+            for process in alive:
+                if passed > TRACKERS_S or not _is_tracker(process):
+                    with contextlib.suppress(psutil.Error):
+                        process.kill()
+            psutil.wait_procs(alive, timeout=0.2)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+    @staticmethod
+    def _alive() -> list[psutil.Process]:
+        return [process for process in psutil.Process().children(recursive=True) if not _has_ended(process)]
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return True
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
+    return False

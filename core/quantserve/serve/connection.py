@@ -192,7 +192,7 @@ class Connection(Link):
             number = next(self._numbers) % NUMBERS
         response = self._answers[number] = Response(self, number, self._timing.buffer_bytes)
         if not self.usable:  # the connection was lost meanwhile
-            response.lose(self._loss)
+            response.lose(self.loss)
         return response
 
     async def transmit(self, response: Response, head: bytes, body: bytes) -> None:
@@ -226,7 +226,8 @@ class Connection(Link):
             self.close()
 
     @property
-    def _loss(self) -> str:
+    def loss(self) -> str:
+        """Message about the loss of this connection."""
         return f"the connection to replica {self.address} was lost" + (f": {self.reason}" if self.reason else "")
 
     # --- asyncio's side
@@ -264,8 +265,8 @@ class Connection(Link):
         if not self._established and not self.reason:
             self.reason = f"it closed before WELCOME, as for another token or an older protocol; {SAME}"
         if not self.welcome.done():
-            self.welcome.set_exception(ReplicaLost(self._loss))
+            self.welcome.set_exception(ReplicaLost(self.loss))
             self.welcome.exception()  # nobody has to wait for it
         for response in self._answers.values():
-            response.lose(self._loss)
+            response.lose(self.loss)
         self._on_lost(self)

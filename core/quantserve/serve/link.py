@@ -41,6 +41,7 @@ class Link(asyncio.Protocol):
     Attributes:
         free: whether the send buffer has room; small frames are then sent without waiting for a turn.
         reason: why this end closed the connection; empty while it did not.
+        silent: whether the reason is that the peer is lost.
     """
 
     def __init__(self, peer: str, silence_s: float, limit: int, handshake_ticks: int) -> None:
@@ -60,6 +61,7 @@ class Link(asyncio.Protocol):
         self._quiet = 0
         self.free = True
         self.reason = ""
+        self.silent = False
 
     def on_frame(self, kind: int, number: int, payload: bytes) -> None:
         """Handle a frame; PING and PONG as well, by `on_ping`.
@@ -160,7 +162,7 @@ class Link(asyncio.Protocol):
             self._timer.cancel()
         self._writable.set()
         if error is not None and not self.reason and not isinstance(error, ConnectionError):
-            self.reason = str(error)
+            self.reason, self.silent = str(error), True
 
     def pause_writing(self) -> None:
         """The send buffer is full."""
@@ -204,8 +206,10 @@ class Link(asyncio.Protocol):
         self._heard = False
         unacknowledged = 0.0 if blocked else self._unacknowledged_s()
         if unacknowledged > self._silence_s - self._tick_s:
+            self.silent = True
             self.fail(f"its host acknowledged nothing for {unacknowledged:.1f} s")
         elif self._quiet >= self._patience:
+            self.silent = True
             missing = "no sign of life" if self._established else "no complete handshake"
             self.fail(f"{missing} for {self._quiet * self._tick_s:g} s")
         elif self.usable:

@@ -21,8 +21,8 @@ NOT_FORWARDED: Final = frozenset({b"connection", b"keep-alive", b"te", b"trailer
 class Upstream:
     """A replica.
 
-    All requests share one connection, and one attempt to connect. When an attempt fails, further ones follow in the
-    background, and requests fail at once until one succeeds.
+    All requests share one connection, and one attempt to connect. When an attempt fails or the replica is lost, further
+    attempts follow in the background, and requests fail at once until one succeeds.
 
     Args:
         host, port: its address.
@@ -138,4 +138,10 @@ class Upstream:
         return connection
 
     def _make(self) -> Connection:
-        return Connection(self._token, self.timing, self._connections.discard)
+        return Connection(self._token, self.timing, self._on_lost)
+
+    def _on_lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if connection is self._connection and connection.silent:  # new requests do not wait for a connect timeout
+            self._error = connection.loss
+            self._dialing = asyncio.create_task(self._dial())

@@ -43,9 +43,10 @@ def connect_failure(target: Target, error: OSError) -> Failure:
     if isinstance(error, socket.gaierror):
         return Failure("dns", f"cannot resolve the host name {target.host}: {error.strerror}")
     if isinstance(error, ssl.SSLCertVerificationError):
-        return Failure("certificate", f"cannot verify the certificate of {place}: {error.verify_message}")
+        reason = getattr(error, "verify_message", "") or one_line(error)
+        return Failure("certificate", f"cannot verify the certificate of {place}: {reason}")
     if isinstance(error, ssl.SSLError):
-        return Failure("tls", f"no TLS connection to {place}: {error.reason or one_line(error)}")
+        return Failure("tls", f"no TLS connection to {place}: {getattr(error, 'reason', '') or one_line(error)}")
     if isinstance(error, ConnectionRefusedError):
         return Failure("refused", f"connection refused by {place}: no server listens there")
     return Failure(ERRNOS.get(error.errno or 0, "connect"), one_line(error))

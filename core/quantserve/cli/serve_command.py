@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Final
 
 import click
 
@@ -12,6 +13,9 @@ from quantserve.cli.sources import Outcome, choose_target, load_sources, outcome
 from quantserve.errors import QuantserveError, UsageError
 from quantserve.plan import make_plans, refusal, require_gpus
 from quantserve.registry import Registry
+
+SERVING: Final = ("vllm", "ray", "starlette", "uvicorn", "httptools", "uvloop", "msgspec", "prometheus_client")
+"""Modules that serving imports and checking does not."""
 
 
 @click.command("serve")
@@ -56,7 +60,7 @@ def command(
 
 def _require_engine() -> None:
     """Refuse to serve if only the dependencies of checking are installed."""
-    missing = [name for name in ("vllm", "ray", "starlette") if find_spec(name) is None]
+    missing = [name for name in SERVING if find_spec(name) is None]
     if missing:
         raise UsageError(
             f"serving needs packages that are not installed: {', '.join(missing)}\n"

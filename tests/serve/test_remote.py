@@ -290,6 +290,21 @@ def test_a_redirect_of_the_replica_does_not_leave_the_gateway(location: bytes) -
     run(work)
 
 
+def test_a_request_that_the_wire_cannot_carry_is_the_clients_mistake() -> None:
+    async def work() -> None:
+        async with served(Replica()) as port:
+            app = RemoteModel(pool_of(r=port))
+            for answer in (
+                await request(app, "X" * 300, "/v1/models"),
+                await request(app, "GET", "/" + "\u2713" * 500_000),
+                await request(app, "GET", "/", headers={"x": "y" * 3_000_000}),
+            ):
+                assert (answer.status, answer.error["code"]) == (400, "invalid_request")
+            assert app.pool.settled
+
+    run(work)
+
+
 @pytest.mark.parametrize("header", ["x-session-id", "x_session_id"])
 def test_a_session_stays_on_its_replica(header: str) -> None:
     async def work() -> None:

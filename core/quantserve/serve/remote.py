@@ -133,7 +133,11 @@ class RemoteModel:
         Raises:
             ReplicaDraining: the replica refused it.
         """
-        response = await replica.upstream.request(scope["method"], request.target, request.headers, request.body)
+        try:
+            response = await replica.upstream.request(scope["method"], request.target, request.headers, request.body)
+        except ValueError as error:
+            message = "The request cannot be forwarded: its method or headers are malformed or too long."
+            raise Refused(400, message, code="invalid_request") from error
         try:
             names = {name for name, _ in response.headers}
             if response.status == 503 and DRAINING in names:

@@ -247,3 +247,31 @@ def test_errors_name_the_wrong_field(app: FastAPI, path: str) -> None:
     print(f"{path}: {refused} refused")
     assert refused > 10
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:40])
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "text"),
+    [
+        ("/v1/chat/completions",
+         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [CALL]}]},
+         "messages[1].tool_calls[0].function.arguments", "must be a string"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]},
+         "messages[0].content[0].text", "must be a string"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [7]}]},
+         "messages[0].content[0]", "must be an object"),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": "none"}]},
+         "messages[0].tool_calls", "must be a list"),
+        ("/v1/completions", {"prompt": [1, "x", 2.5]}, "prompt[1]", "must be an integer"),
+        ("/v1/chat/completions", {"messages": [], "repetition_detection": {"max_pattern_size": -1}},
+         "repetition_detection.max_pattern_size", "must be >=0"),
+    ],
+)  # fmt: skip
+def test_errors_below_lists_have_the_whole_path(
+    app: FastAPI, path: str, body: dict[str, Any], param: str, text: str
+) -> None:
+    error = asyncio.run(request(Envelope(app), "POST", path, body)).error
+    assert error["param"] == param, error
+    assert text in error["message"]

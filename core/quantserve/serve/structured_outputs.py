@@ -120,15 +120,18 @@ def _tokens(model_config: Any) -> str:
 
 
 class GrammarChecks:
-    """A client of `grammar_process`.
+    """A client of `grammar_process`, which starts it when it is needed.
 
     Args:
         tokens: makes the first line of its input.
+
+    Attributes:
+        process: the running process.
     """
 
     def __init__(self, tokens: Callable[[], str]) -> None:
         self._tokens = tokens
-        self._process: asyncio.subprocess.Process | None = None
+        self.process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._places = asyncio.Semaphore(AT_ONCE)
         self._ids = itertools.count()
@@ -142,7 +145,7 @@ class GrammarChecks:
         Raises:
             VLLMValidationError: it does not compile, or takes too much time or memory.
         """
-        verdict, reason = await self._verdict(kind, text)
+        verdict, reason = await self.verdict(kind, text)
         if verdict == FAILED:
             raise _refused(f"The schema or grammar cannot be compiled: {reason}")
         if verdict == EXPENSIVE:
@@ -151,36 +154,47 @@ class GrammarChecks:
                 f"(limit: {COMPILE_S:g} s of CPU time). Use fewer alternatives, repetitions and recursive rules."
             )
 
-    async def _verdict(self, kind: str, text: str) -> tuple[str, str]:
+    async def verdict(self, kind: str, text: str) -> tuple[str, str]:
+        """The verdict on a grammar and its reason; both empty if the process failed."""
         key = (kind, text)
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
-        async with self._places:
-            try:
-                process = await self._started()
-                job = next(self._ids)
-                answer = self._waiting[job] = asyncio.get_running_loop().create_future()
-                try:
-                    assert process.stdin
-                    process.stdin.write(json.dumps([job, kind, text]).encode() + b"\n")
-                    await process.stdin.drain()
-                    verdict = await answer
-                finally:
-                    self._waiting.pop(job, None)
-            except OSError as error:
-                logger.error("a grammar was not checked: %s", error)
-                return "", ""
+        # The compilation goes on when the client leaves, and keeps its place.
+        try:
+            verdict = await asyncio.shield(asyncio.create_task(self._compiled(kind, text)))
+        except OSError as error:
+            logger.error("a grammar was not checked: %s", error)
+            return "", ""
         self._known[key] = verdict
         if len(self._known) > KNOWN:
             self._known.popitem(last=False)
         return verdict
 
+    async def _compiled(self, kind: str, text: str) -> tuple[str, str]:
+        async with self._places:
+            process = await self._started()
+            job = next(self._ids)
+            answer = self._waiting[job] = asyncio.get_running_loop().create_future()
+            try:
+                assert process.stdin
+                process.stdin.write(json.dumps([job, kind, text]).encode() + b"\n")
+                await process.stdin.drain()
+                return await answer
+            finally:
+                del self._waiting[job]
+
+    async def stop(self) -> None:
+        """End the process, which also ends with this one."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+
     async def _started(self) -> asyncio.subprocess.Process:
         async with self._starting:
-            if self._process is None or self._process.returncode is not None:
+            if self.process is None or self.process.returncode is not None:
                 tokens = await asyncio.to_thread(self._tokens)
-                self._process = await asyncio.create_subprocess_exec(
+                self.process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
                     MODULE,
@@ -188,10 +202,10 @@ class GrammarChecks:
                     stdout=asyncio.subprocess.PIPE,
                     limit=1 << 20,
                 )
-                assert self._process.stdin
-                self._process.stdin.write(tokens.encode() + b"\n")
-                self._reader = asyncio.create_task(self._read(self._process))
-            return self._process
+                assert self.process.stdin
+                self.process.stdin.write(tokens.encode() + b"\n")
+                self._reader = asyncio.create_task(self._read(self.process))
+            return self.process
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout

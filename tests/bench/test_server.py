@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from quantserve.bench import server as module
@@ -19,17 +21,18 @@ from quantserve.errors import EngineError, UsageError
 ROOT = Path(__file__).parents[2]
 
 FAKE = """
-import http.server, json, os, signal, sys, time
+import http.server, json, os, signal, subprocess, sys, time
 config, port = sys.argv[1], int(sys.argv[3])
 print("models:", [m["engine_config"]["model_id"] for m in json.load(open(config))["models"]], flush=True)
 open(os.path.join(os.path.dirname(config), "pid"), "w").write(str(os.getpid()))
 mode = os.environ.get("FAKE_MODE", "")
 if mode == "fails":
     sys.exit("the engine has no memory left")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 if mode == "stubborn":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen(["sleep", "100"], start_new_session=True)
 began = time.monotonic()
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -110,6 +113,37 @@ def test_the_server_is_stopped_when_the_benchmark_gets_a_signal(
         signal.raise_signal(number)
     assert not alive(tmp_path)
     assert signal.getsignal(number) == before
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, models: list[ModelConfig], command: list[str]) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Server(models, tmp_path, command=command):
+            signal.raise_signal(signal.SIGHUP)
+            assert alive(tmp_path)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_is_killed_with_its_processes_when_a_second_signal_arrives(
+    tmp_path: Path, models: list[ModelConfig], command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_MODE", "stubborn")
+    monkeypatch.setattr(module, "KILL_S", 0.3)
+    interrupt = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM])
+    server = Server(models, tmp_path, command=command)
+    server.__enter__()
+    (child,) = psutil.Process(int((tmp_path / "pid").read_text())).children()
+    interrupt.start()  # while the server does not stop
+    with pytest.raises(KeyboardInterrupt):
+        server.__exit__(None, None, None)
+    assert not alive(tmp_path)
+    deadline = time.monotonic() + 10
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_is_killed_when_it_does_not_listen(

@@ -11,9 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final
+
+import psutil  # type: ignore[import-untyped]
 
 from quantserve.bench.request import Target
 from quantserve.bench.tokens import Session
@@ -87,13 +90,18 @@ class Server:
             self._give_signals_back()
 
     def _take_signals(self) -> None:
-        """Make SIGTERM and SIGHUP act like Ctrl-C, so that the server is stopped; possible in the main thread only."""
+        """Make SIGTERM and SIGHUP act like Ctrl-C, so that the server is stopped; ignored signals stay ignored.
+
+        Possible in the main thread only.
+        """
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             raise KeyboardInterrupt
 
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, interrupt)
 
     def _give_signals_back(self) -> None:
         for number, handler in self._handlers.items():
@@ -101,22 +109,33 @@ class Server:
         self._handlers = {}
 
     def stop(self) -> None:
-        """Stop the server: SIGINT, then SIGTERM, then SIGKILL."""
+        """Stop the server: SIGTERM, after a timeout or a signal SIGTERM again, which stops it at once, then SIGKILL."""
         process = self._process
         if process is None or process.poll() is not None:
             return
         try:
-            for number, patience in ((signal.SIGINT, STOP_S), (signal.SIGTERM, KILL_S)):
-                process.send_signal(number)
-                try:
-                    process.wait(patience)
-                    return
-                except subprocess.TimeoutExpired:
-                    continue
-        finally:
-            if process.poll() is None:  # also after a second Ctrl-C
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.terminate()
+                process.wait(STOP_S)
+        finally:  # also after another Ctrl-C; a third one changes nothing
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+            try:
+                self._end(process)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is not None:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            process.terminate()
+            process.wait(KILL_S)
+        if process.poll() is None:
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                with suppress(psutil.Error):
+                    one.kill()
+            process.wait()
 
     def _wait(self, target: Target) -> None:
         assert self._process is not None

@@ -16,8 +16,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final
 
-import psutil  # type: ignore[import-untyped]
-
 from quantserve.bench.request import Target
 from quantserve.bench.tokens import Session
 from quantserve.config import ModelConfig
@@ -132,6 +130,8 @@ class Server:
             process.terminate()
             process.wait(KILL_S)
         if process.poll() is None:
+            import psutil  # type: ignore[import-untyped]  # where servers can be started
+
             for one in (*psutil.Process(process.pid).children(recursive=True), process):
                 with suppress(psutil.Error):
                     one.kill()

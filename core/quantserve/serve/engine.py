@@ -120,10 +120,10 @@ class ModelServer:
         }
 
     async def check_health(self) -> None:
-        """Called by Serve; raises when the engine is dead or hangs."""
+        """Called by Serve; raises when the engine is dead or hangs, or when nothing watches it any more."""
         await self._loop.run(self._engine.check_health())
-        if self._hung:
-            raise RuntimeError("the engine does not respond")
+        if self._hung or self._watch.done():
+            raise RuntimeError("the engine does not respond" if self._hung else "the hang watchdog has ended")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve: requests in progress and queued, which bypass Serve, for `scaling.replicas_for_load`."""

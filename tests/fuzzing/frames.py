@@ -16,18 +16,8 @@ from starlette.types import Receive, Scope, Send
 from fuzzing import Target, mutated
 from quantserve.serve.connection import AppFailed, Connection, ReplicaLost, Response, Timing
 from quantserve.serve.listener import Listener, _Session
-from quantserve.serve.wire import (
-    MAX_PAYLOAD,
-    VERSION,
-    Frames,
-    Kind,
-    frame,
-    pack_head,
-    pack_hello,
-    pack_number,
-    pack_request,
-    pack_welcome,
-)
+from quantserve.serve.payloads import pack_head, pack_hello, pack_number, pack_request, pack_welcome
+from quantserve.serve.wire import MAX_PAYLOAD, VERSION, Frames, Kind, frame
 
 TOKEN = b"t0ken"
 SIZES = [0, 1, 9, 300, 5000, MAX_PAYLOAD - 1, MAX_PAYLOAD, MAX_PAYLOAD + 1, 200_000]

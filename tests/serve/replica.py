@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.serve.asgi import read_body
 from quantserve.serve.listener import Listener
+from quantserve.serve.payloads import pack_head, pack_hello, pack_request
 from quantserve.serve.replicas import Limits, Pool
-from quantserve.serve.wire import Kind, frame, pack_head, pack_hello, pack_request
+from quantserve.serve.wire import Kind, frame
 
 from .asgi_client import Answer, request
 

@@ -14,20 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from quantserve.serve.link import HANGS, TICKS, Link
-from quantserve.serve.wire import (
-    DATA,
-    MAX_PAYLOAD,
-    SAME,
-    VERSION,
-    Headers,
-    Kind,
-    ProtocolError,
-    pack_hello,
-    pack_number,
-    pack_request,
-    unpack_answer,
-    unpack_welcome,
-)
+from quantserve.serve.payloads import SAME, pack_hello, pack_number, pack_request, unpack_answer, unpack_welcome
+from quantserve.serve.wire import DATA, MAX_PAYLOAD, VERSION, Headers, Kind, ProtocolError
 
 LONGEST_REFUSAL: Final = 1 << 10
 """Longest reason of a refusal, in bytes."""

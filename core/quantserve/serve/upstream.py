@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from quantserve.serve.connection import DEFAULT_TIMING, AppFailed, Connection, ReplicaLost, Response, Timing
-from quantserve.serve.wire import pack_head
+from quantserve.serve.payloads import pack_head
 
 __all__ = ["AppFailed", "ReplicaLost", "Response", "Timing", "Upstream"]
 

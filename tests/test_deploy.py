@@ -210,11 +210,23 @@ def test_user_port_health_and_command() -> None:
     probe = json.loads(one("HEALTHCHECK").partition("CMD ")[2])
     assert any(probe[-1] == f"http://127.0.0.1:{PORT}{path}" for path in OPEN_PATHS)
     entry, arguments = json.loads(one("ENTRYPOINT")), json.loads(one("CMD"))
-    assert entry == ["quantserve"]
+    assert entry == ["/usr/bin/tini", "--", "quantserve"]
+    assert any(name == "RUN" and " tini " in rest for name, rest in instructions())
     assert arguments[0] == "serve"
     parsed = command.make_context("serve", arguments[1:], resilient_parsing=True)
     assert isinstance(parsed, click.Context)
     assert parsed.params["host"] == "0.0.0.0"
+
+
+def test_the_systemd_unit_leaves_time_to_drain() -> None:
+    text = (ROOT / "deploy/systemd/quantserve.service").read_text("utf-8")
+    unit = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
+    assert unit["KillMode"] == "mixed"
+    assert float(unit["TimeoutStopSec"]) >= HttpConfig().drain_timeout_s + 20
+    arguments = unit["ExecStart"].split()
+    assert arguments[0].endswith("/.venv/bin/quantserve")
+    assert arguments[1] == "serve"
+    command.make_context("serve", arguments[2:], resilient_parsing=True)
 
 
 def test_no_secret_is_in_a_layer() -> None:

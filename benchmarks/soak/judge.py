@@ -73,9 +73,10 @@ def explained(outcome: Outcome, faults: Sequence[Fault], replica: str | None) ->
 def logged(book: Book, lines: Iterable[str], faults: Sequence[Fault]) -> tuple[Judgement, dict[str, str]]:
     """Whether the access log has one line for every response; and the replica of each request id.
 
-    The lines of a gateway's last moment are lost when it is killed.
+    The lines of a gateway's last moment are lost when it is killed. Half requests get 408 and have no id of ours.
     """
     seen: Counter[str] = Counter()
+    unfinished: set[str] = set()
     replicas: dict[str, str] = {}
     broken = 0
     for line in lines:
@@ -85,6 +86,8 @@ def logged(book: Book, lines: Iterable[str], faults: Sequence[Fault]) -> tuple[J
             broken += 1
             continue
         seen[entry["id"]] += 1
+        if entry.get("status") == 408:
+            unfinished.add(entry["id"])
         if "replica" in entry:
             replicas[entry["id"]] = entry["replica"]
     kills = [fault.at for fault in faults if fault.name == "gateway killed"]
@@ -94,7 +97,7 @@ def logged(book: Book, lines: Iterable[str], faults: Sequence[Fault]) -> tuple[J
         if one not in seen and not any(at - GRACE_S <= ended <= at + GRACE_S for at in kills)
     ]
     doubled = [one for one, count in seen.items() if count > 1]
-    foreign = [one for one in seen if one not in book.sent]
+    foreign = [one for one in seen if one not in book.sent and one not in unfinished]
     detail = (
         f"{len(book.answered)} responses, {len(missing)} without a line; {sum(seen.values())} lines, "
         f"{len(doubled)} ids twice, {len(foreign)} lines of other clients, {broken} broken"

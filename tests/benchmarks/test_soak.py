@@ -71,6 +71,7 @@ def test_the_access_log_has_a_line_for_every_response() -> None:
     assert replicas == {"a": "r1"}
     for lines in ([line("a")], [line("a"), line("b"), line("b")], [line("a"), line("b"), line("c")], [line("a"), "{"]):
         assert not logged(answered("a", "b"), lines, [])[0].sound
+    assert logged(answered("a"), [line("a"), line("x", status=408)], [])[0].sound  # half a request
     # What a killed gateway had not written yet is lost, but no more than that.
     assert logged(answered("a", ended=999.5), [], [GATEWAY])[0].sound
     assert not logged(answered("a", ended=990.0), [], [GATEWAY])[0].sound

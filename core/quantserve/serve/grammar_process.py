@@ -34,7 +34,7 @@ def main() -> None:
     """Read jobs until the end of the input."""
     import xgrammar
 
-    os.nice(10)
+    os.nice(5)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     tokens = xgrammar.TokenizerInfo.deserialize_json(sys.stdin.readline())
     for line in sys.stdin:

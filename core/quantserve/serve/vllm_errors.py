@@ -115,18 +115,17 @@ def refusal(status: int, method: str, path: str, body: bytes, client: Any = None
 def schema_field(client: Mapping[str, Any]) -> str:
     """The field with the schema or grammar of a request."""
     tools = client.get("tools")
-    choice = client.get("tool_choice")
-    name = choice.get("name") or (choice.get("function") or {}).get("name") if isinstance(choice, Mapping) else None
+    name = _at(client, ("tool_choice", "name")) or _at(client, ("tool_choice", "function", "name"))
     used = [index for index, tool in enumerate(tools if isinstance(tools, list) else ()) if _is_tool(tool, name)]
     for path in SCHEMAS:
         path = tuple(used[0] if part == 0 and used else part for part in path)
         if _at(client, path) is not None:
-            return written(path)
+            return "tools" if path[0] == "tools" and len(used) > 1 else written(path)
     return "structured_outputs"
 
 
 def _is_tool(tool: Any, name: object) -> bool:
-    return isinstance(tool, Mapping) and name in (tool.get("name"), (tool.get("function") or {}).get("name"))
+    return name is None or name in (_at(tool, ("name",)), _at(tool, ("function", "name")))
 
 
 def _at(value: Any, path: Path) -> Any:

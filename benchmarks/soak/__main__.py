@@ -17,7 +17,7 @@ from benchmarks.console import BUILD, say
 from benchmarks.serving.processes import require_memory
 from benchmarks.soak import judge, results
 from benchmarks.soak.clients import Book, Users, mixed
-from benchmarks.soak.faults import Faults
+from benchmarks.soak.faults import ORDER, Faults
 from benchmarks.soak.server import MODELS, Sample, Server
 from quantserve.bench.causes import raise_open_files
 from quantserve.bench.load import run_blocking
@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=package.__doc__)
     out.add_argument("--minutes", type=float, default=60.0, help="duration of the load; default 60")
     out.add_argument("--fault-every", type=float, default=60.0, metavar="S", help="seconds between faults; default 60")
+    out.add_argument("--only", action="append", choices=sorted({name for name, _ in ORDER}), default=[],
+                     metavar="FAULT", help="cause this fault only, e.g. 'client storm'; may be repeated")  # fmt: skip
     out.add_argument("--users", type=int, default=12, help="concurrent users; default 12")
     out.add_argument("--seed", type=int, default=0, help="of the order of the requests; default 0")
     out.add_argument(
@@ -57,7 +59,7 @@ class Soak:
         self._book = Book()
         self._kinds = mixed(self._server.target, list(MODELS))
         self._users = Users(self._server.target, self._kinds, self._book, options.seed)
-        self._faults = Faults(self._server, self._users, say)
+        self._faults = Faults(self._server, self._users, say, options.only)
         self._samples: list[Sample] = []
         self._by_minute: list[dict[str, Any]] = []
         self._counted: dict[str, int] = dict.fromkeys(("answered", "refused", "left", "failed"), 0)

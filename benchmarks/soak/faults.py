@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import cycle
 from time import time
@@ -23,6 +23,17 @@ STOPPED_S: Final = 8.0
 """Pause of a stopped replica: shorter than every timeout, so nothing may be lost."""
 STORM: Final = 150
 POLL_S: Final = 1.0
+ORDER: Final = (
+    ("engine core killed", "fp16"),
+    ("gateway killed", ""),
+    ("worker killed", "awq"),
+    ("replica paused", "fp16"),
+    ("replica killed", "fp16"),
+    ("client storm", ""),
+    ("replica killed", "awq"),
+    ("replica paused", "awq"),
+)
+"""Faults and the model they concern."""
 
 
 @dataclass
@@ -47,31 +58,31 @@ class Fault:
 
 
 class Faults:
-    """Causes one fault after the other.
+    """Causes one fault after the other, in the order of `ORDER`.
+
+    Args:
+        only: names of the faults to cause; all if empty.
 
     Attributes:
         done: the faults so far, the current one included.
         calm: whether none is being recovered from.
     """
 
-    def __init__(self, server: Server, users: Users, report: Callable[[str], None]) -> None:
+    def __init__(self, server: Server, users: Users, report: Callable[[str], None], only: Collection[str] = ()) -> None:
         self.done: list[Fault] = []
         self.calm = True
         self._server = server
         self._users = users
         self._report = report
-        self._next = cycle(
-            [
-                ("engine core killed", "fp16", self._engine),
-                ("gateway killed", "", self._gateway),
-                ("worker killed", "awq", self._worker),
-                ("replica paused", "fp16", self._pause),
-                ("replica killed", "fp16", self._replica),
-                ("client storm", "", self._storm),
-                ("replica killed", "awq", self._replica),
-                ("replica paused", "awq", self._pause),
-            ]
-        )
+        causes = {
+            "engine core killed": self._engine,
+            "gateway killed": self._gateway,
+            "worker killed": self._worker,
+            "replica paused": self._pause,
+            "replica killed": self._replica,
+            "client storm": self._storm,
+        }
+        self._next = cycle((name, model, causes[name]) for name, model in ORDER if not only or name in only)
 
     async def one(self) -> Fault:
         """Cause the next fault and wait until all replicas are ready again."""

@@ -132,7 +132,7 @@ def gateway(folder: Path, files: int = 0, **limits: Any) -> Iterator[Gateway]:
         {"card": {"id": name, "object": "model", "metadata": {}}, "route": f"/{name}", "aliases": [], "limits": {}}
         for name in ("a", "b")
     ]
-    settings = {"models": models, "token": "t", "policy": policy, "drain_s": 1}
+    settings = {"models": models, "token": "t", "policy": policy, "parent": os.getpid()}
     with socket.create_server(("127.0.0.1", 0)) as listener, errors.open("w") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "quantserve.serve.gateway", str(listener.fileno())],

@@ -91,7 +91,7 @@ def test_a_patch_that_does_not_fit_is_skipped_with_one_line(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.message.startswith(f"skipped: patch {name} cannot be applied: ")
-    assert re.search(r"(vllm|torch|starlette|Python) \d[\w.+]+ has no `no such text` in ", record.message)
+    assert re.search(r"(vllm|torch|starlette|fastapi|Python) \d[\w.+]+ has no `no such text` in ", record.message)
     assert record.message.endswith(PATCHES[name].without)
     assert "\n" not in record.message
 

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import Refused
+from quantserve.serve.first_errors import stop_at_first_errors
 from quantserve.serve.json_fields import FieldReader
 from quantserve.serve.limits import CHOICE_FIELDS, PROMPT_FIELDS, STOP_FIELDS, TOKEN_FIELDS, Limits, Policy
 from quantserve.serve.router import Router, ServedModel
@@ -205,3 +206,50 @@ def test_forms_are_those_of_vllm(app: Any) -> None:
         if getattr(route, "body_field", None) is not None and isinstance(route.body_field.field_info, Form)
     }
     assert found == FORMS
+
+
+CHAT_ITEM = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+INPUT_ITEM = {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+VALID: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": [CHAT_ITEM] * 3, "stop": ["a"], "logit_bias": {"5": 1}, "n": "2"}),
+    ("/v1/completions", {"prompt": [[1, 2], [3]], "stop": "a"}),
+    ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 5.0}),
+    ("/v1/responses", {"input": [INPUT_ITEM, {"type": "function_call_output", "call_id": "1", "output": "x"}]}),
+    ("/v1/responses", {"input": "hi", "tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}]}),
+    ("/v1/embeddings", {"input": [1, 2, 3]}),
+    ("/v1/embeddings", {"messages": [CHAT_ITEM]}),
+    ("/v1/messages", {"model": "m", "max_tokens": 3, "messages": [CHAT_ITEM]}),
+    ("/v1/score", {"queries": "a", "documents": ["b", "c"]}),
+    ("/tokenize", {"messages": [CHAT_ITEM]}),
+]
+INVALID: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/responses", {"input": [1] * 500}),
+    ("/v1/responses", {"input": [{}] * 500}),
+    ("/v1/responses", {"input": [{"role": "user", "content": [1] * 500}]}),
+    ("/v1/chat/completions", {"messages": [CHAT_ITEM], "tools": [[]] * 500}),
+    ("/v1/chat/completions", {"messages": [CHAT_ITEM], "logit_bias": dict.fromkeys(map(str, range(500)), "x")}),
+    ("/v1/completions", {"prompt": [1.5] * 500}),
+    ("/v1/embeddings", {"input": [1.5] * 500}),
+    ("/v1/messages", {"model": "m", "max_tokens": 3, "messages": [1] * 500}),
+]
+
+
+def field_of(app: Any, path: str) -> Any:
+    return next(route for route in app.routes if route.path == path).dependant.body_params[0]
+
+
+def test_validation_stops_at_the_first_invalid_item_of_a_list(app: Any) -> None:
+    """Last: it changes the app."""
+    before = [field_of(app, path).validate(body, {}, loc=("body",)) for path, body in VALID]
+    many = [len(field_of(app, path).validate(body, {}, loc=("body",))[1]) for path, body in INVALID]
+    stop_at_first_errors(app)
+    for (path, body), (value, errors) in zip(VALID, before, strict=True):
+        assert errors == [], path
+        found, errors = field_of(app, path).validate(body, {}, loc=("body",))
+        assert errors == [], path
+        assert type(found) is type(value)
+        ignored = {"request_id"}
+        assert found.model_dump(exclude=ignored) == value.model_dump(exclude=ignored)
+    few = [len(field_of(app, path).validate(body, {}, loc=("body",))[1]) for path, body in INVALID]
+    assert [now for now in few if not 0 < now < 400] == []
+    assert [then for then in many if then < 500] == []

@@ -128,6 +128,18 @@ PATCHES: Final[Mapping[str, Patch]] = {
         gain="OpenAI's errors, with the name of the field",
         without="vLLM's texts in OpenAI's envelope; status 500 for some invalid bodies",
     ),
+    "first-errors": Patch(
+        changes="validators of the request bodies of vLLM's FastAPI app",
+        apply="quantserve.serve.first_errors:stop_at_first_errors",
+        relies_on=(
+            ("fastapi._compat.v2:ModelField.validate", "self._type_adapter.validate_python("),
+            ("fastapi.dependencies.utils:solve_dependencies", "body_fields=dependant.body_params,"),
+            ("pydantic.type_adapter:TypeAdapter.validate_python", "self.validator.validate_python("),
+        ),
+        why="pydantic collects an error for every invalid item of a list and every branch of a union",
+        gain="4 KB of invalid items stop the tokens of other requests for 4 ms instead of 4.8 s",
+        without="one invalid body can stop the tokens of all requests of a replica for many seconds",
+    ),
     "short-prompts": Patch(
         changes="methods of the engine's renderer that start threads: `_tokenize_prompt_async` and two more",
         apply="quantserve.serve.short_prompts:render_at_once",

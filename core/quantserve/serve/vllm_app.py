@@ -115,6 +115,7 @@ async def start(plan: Plan) -> EngineApp:
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
         patches.apply("error-handlers", app)
+        patches.apply("first-errors", app)
         await init_app_state(engine, app.state, args, tasks)
     except BaseException:
         engine.shutdown(timeout=0)

@@ -8,7 +8,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeGuard
 
 POLL_S: Final = 1.0
 """Poll interval while replicas come and go. A rolling update stops an old replica 2 s after the new one is ready,
@@ -78,11 +78,11 @@ class Roster:
         Args:
             results: what `ModelServer.describe` of each listed replica returned or raised.
         """
-        answers = {str(result["id"]): result for result in results if isinstance(result, Mapping)}
+        answers = {str(result["id"]): result for result in results if _is_answer(result)}
         dead = {actor for result in results if (actor := _dead_actor(result))}
         died = [{**one, "state": "dead"} for name, one in self._known.items() if self._actors[name] in dead]
         silent = [name for name in self._known if name not in answers and self._actors[name] not in dead]
-        errors = sum(isinstance(result, Exception) and not _dead_actor(result) for result in results)
+        errors = sum(not _is_answer(result) and not _dead_actor(result) for result in results)
         missed = errors < len(silent)  # otherwise all of them may be listed
         self._misses = {name: self._misses.get(name, 0) + 1 if missed else 0 for name in silent}
         self._misses = {name: misses for name, misses in self._misses.items() if misses < MISSES}
@@ -101,6 +101,10 @@ class Roster:
         self._known = known
         self._actors = {name: self._actors[name] for name in known}
         return [*(dict(one) for one in known.values()), *died]
+
+
+def _is_answer(result: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(result, Mapping) and {"id", "host", "port"} <= set(result)
 
 
 def _dead_actor(result: object) -> str:
@@ -171,7 +175,7 @@ class _Model:
             await self._handle.describe.remote()
         except Exception as error:
             self._log("scaling up from zero failed, and is tried again", error)
-            await asyncio.sleep(POLL_S)
+        await asyncio.sleep(POLL_S)
 
     def _interval(self) -> float:
         """Seconds between two polls; longer and longer while the model has no replica, which may be for ever."""

@@ -11,7 +11,6 @@ from typing import Any
 import ray
 from ray import serve
 
-from quantserve.serve import discovery
 from quantserve.serve.discovery import MISSES, Roster, list_replicas
 
 
@@ -33,7 +32,6 @@ class Described:
 
 def main() -> None:
     """Print the states of the replicas that were there first, in the order in which their turn comes."""
-    discovery.ANSWER_S = 2.0  # type: ignore[misc]
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     handle = serve.run(Described.bind(), name="probe", route_prefix=None)  # type: ignore[attr-defined]
     roster = Roster()

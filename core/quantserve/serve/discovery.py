@@ -20,8 +20,8 @@ BACKOFF: Final = 0.01
 """Poll interval of a model without a replica, as a part of the time since it had one, within `HURRY_S` and `CALM_S`."""
 CALM_S: Final = 5.0
 """Poll interval while all replicas are healthy: each poll costs the engines time."""
-ANSWER_S: Final = 5.0
-"""Timeout of one poll of one model."""
+ANSWER_S: Final = 2.0
+"""Timeout of one poll of one model. A slow replica is not removed for it, but delays the discovery of others by it."""
 MISSES: Final = 3
 """Consecutive polls without a replica in Ray Serve's list until it counts as removed."""
 LOG_S: Final = 60.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import TYPES, error_type
-from quantserve.serve.envelope import Envelope, install
+from quantserve.serve.envelope import READERS, Envelope, install
 
 from .asgi_client import Answer, request
 
@@ -352,3 +353,12 @@ def test_a_body_not_declared_as_json(fastapi_app: FastAPI) -> None:
     assert (answer.status, answer.error["code"]) == (415, "unsupported_media_type")
     good = asyncio.run(request(Envelope(fastapi_app), "POST", CHAT, GOOD))
     assert (good.status, good.json) == (200, {"ok": True})
+
+
+@pytest.mark.parametrize(("name", "package"), READERS)
+def test_the_functions_that_parse_requests_exist(name: str, package: str) -> None:
+    """Their names are searched in tracebacks: a renamed one would turn 400 into 500."""
+    spec = find_spec(package)
+    assert spec is not None
+    (folder,) = spec.submodule_search_locations or ()
+    assert any(f"def {name}(" in path.read_text() for path in Path(folder).rglob("*.py"))

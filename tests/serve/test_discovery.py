@@ -20,6 +20,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from quantserve.serve import discovery
 from quantserve.serve.directory import Directory
 from quantserve.serve.discovery import BACKOFF, CALM_S, HURRY_S, MISSES, POLL_S, Roster, poll_replicas
+from quantserve.serve.engine import GatewayServer
+from quantserve.serve.limits import Policy
 
 from .replica import pool_of, run, until
 from .virtual_time import run_virtual
@@ -294,6 +296,22 @@ def test_a_model_is_settled_while_all_replicas_are_ready_and_no_request_is_queue
             setattr(pool.replicas["r1"], state, False)
         pool.waiting.add(None, frozenset(), False)
         assert not pool.settled
+
+    run(go)
+
+
+def test_a_gateway_whose_discovery_has_ended_is_unhealthy() -> None:
+    async def go() -> None:
+        card = {"id": "m", "object": "model", "metadata": {}}
+        model = {"card": card, "route": "/m", "aliases": [], "limits": {}, "handle": Handle()}
+        server = GatewayServer.__new__(GatewayServer)
+        await server.__init__([model], "t", Policy(access_log="off").model_dump(mode="json"))  # type: ignore[misc]
+        server.check_health()  # and it has found the replicas before it was ready
+        assert list(server._directory.pools["m"].replicas) == ["r1"]
+        server._polling.cancel()
+        await until(server._polling.done)
+        with pytest.raises(RuntimeError, match="discovery"):
+            server.check_health()
 
     run(go)
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-from math import inf
 from typing import TYPE_CHECKING, Any, Final, cast
-from urllib.parse import unquote
 
 import httptools
 from starlette.types import ASGIApp
@@ -16,7 +12,8 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from quantserve.serve.asgi import Refused, request_scope
-from quantserve.serve.http_exchange import Exchange, Http10Exchange, Lingering
+from quantserve.serve.http_exchange import Exchange, Http10Exchange, Lingering, target
+from quantserve.serve.http_timeouts import Deadline, notice_lost_client
 
 if TYPE_CHECKING:
     from quantserve.serve.limits import Policy
@@ -54,8 +51,7 @@ class Connection(HttpToolsProtocol):
         self.stage = _HEAD
         self.timed = _HEAD
         """The stage that the deadline is for."""
-        self.deadline = inf
-        self.timer: asyncio.TimerHandle | None = None
+        self.deadline = Deadline(self.loop, self._expired)
         self.running: RequestResponseCycle | None = None
         self.url = b""
         self.head = 0
@@ -68,13 +64,12 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         notice_lost_client(transport, self.policy.send_timeout_s)
         self.lingering = Lingering(transport, self._linger)
-        self._expire_in(self.policy.head_timeout_s)
+        self.deadline.set(self.policy.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the app, whose request may be an earlier one than the last that was read."""
         super().connection_lost(exc)
-        if self.timer is not None:
-            self.timer.cancel()
+        self.deadline.cancel()
         self.pipeline.clear()
         if self.running is not None and not self.running.response_complete:
             self.running.disconnected = True
@@ -139,7 +134,7 @@ class Connection(HttpToolsProtocol):
         version = scope["http_version"] = parser.get_http_version()
         if version not in ("1.0", "1.1"):
             raise Refused(400, f"HTTP/{version} is not supported; use HTTP/1.1.", code="invalid_http_version")
-        self._set_target()
+        scope["path"], scope["raw_path"], scope["query_string"] = target(self.url)
         last, self.cycle = self.cycle, self._exchange(scope)
         if version == "1.1":
             self.cycle.waiting_for_100_continue = self.expect_100_continue
@@ -193,25 +188,6 @@ class Connection(HttpToolsProtocol):
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, app))
 
-    def _set_target(self) -> None:
-        """Set path and query in the scope; a path always begins with a slash.
-
-        Raises:
-            Refused: 400, the request target is not valid.
-        """
-        try:
-            parsed = httptools.parse_url(b"/" if self.url == b"*" else self.url)
-            raw = parsed.path or b"/"
-            path = raw.decode("ascii")
-        except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
-            path = ""
-        if not path.startswith("/"):
-            raise Refused(400, "The request target is not valid.", code="invalid_request_target")
-        scope = self.scope
-        scope["path"] = unquote(path) if "%" in path else path
-        scope["raw_path"] = raw
-        scope["query_string"] = parsed.query or b""
-
     def _too_large(self) -> Refused:
         kib = self.policy.max_head_kb
         if self.stage == _BODY:
@@ -224,34 +200,20 @@ class Connection(HttpToolsProtocol):
         """Set the deadline of the stage that has begun."""
         policy, self.timed = self.policy, self.stage
         if self.stage == _READ:
-            self.deadline = inf
+            self.deadline.clear()
         elif self.stage == _IDLE:
-            self._expire_in(policy.keep_alive_s)
+            self.deadline.set(policy.keep_alive_s)
         elif self.stage == _HEAD:
-            self._expire_in(policy.head_timeout_s)
+            self.deadline.set(policy.head_timeout_s)
         elif self.stage == _BODY:
-            self._expire_in(policy.body_timeout_s)
+            self.deadline.set(policy.body_timeout_s)
         else:
-            self._expire_in(LINGER_S)
+            self.deadline.set(LINGER_S)
 
-    def _expire_in(self, seconds: float) -> None:
-        """Set the deadline; a timer that ends earlier stays, so that most requests set none."""
-        self.deadline = self.loop.time() + seconds
-        if self.timer is None:
-            self.timer = self.loop.call_later(seconds, self._expire)
-        elif self.timer.when() > self.deadline:
-            self.timer.cancel()
-            self.timer = self.loop.call_later(seconds, self._expire)
-
-    def _expire(self) -> None:
-        """Apply the deadline, if it has passed."""
-        self.timer = None
-        left = self.deadline - self.loop.time()
-        if self.transport.is_closing() or left == inf:
+    def _expired(self) -> None:
+        if self.transport.is_closing():
             return
-        if left > 0:
-            self.timer = self.loop.call_later(left, self._expire)
-        elif self.flow.read_paused and self.stage in (_HEAD, _BODY):
+        if self.flow.read_paused and self.stage in (_HEAD, _BODY):
             self._time()  # the client cannot send, because the app does not read
         elif self.stage == _BODY:
             message = f"The request body did not arrive within {self.policy.body_timeout_s:g} s."
@@ -264,7 +226,8 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, refused: Refused) -> None:
         """Respond with an error after the responses in progress, and read no more requests."""
-        stage, self.stage, self.deadline = self.stage, _CLOSED, inf
+        stage, self.stage = self.stage, _CLOSED
+        self.deadline.clear()
         last = self.cycle
         if stage != _BODY:
             self.cycle = self._refused_request()
@@ -311,21 +274,6 @@ class Connection(HttpToolsProtocol):
         self.stage = _CLOSED
         if not self.transport.is_closing():
             self.transport.write_eof()
-
-
-def notice_lost_client(transport: asyncio.Transport, timeout_s: float) -> None:
-    """Let the kernel close a connection whose peer acknowledges or accepts no data for `timeout_s` seconds."""
-    probe_s = max(1, int(timeout_s / 4))
-    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (
-            ("TCP_USER_TIMEOUT", int(timeout_s * 1000)),  # Linux
-            ("TCP_KEEPIDLE", probe_s),
-            ("TCP_KEEPINTVL", probe_s),
-            ("TCP_KEEPCNT", 3),
-        ):
-            if option := getattr(socket, name, None):
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _reason(error: Exception) -> Refused:

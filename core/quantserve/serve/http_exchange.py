@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
+import httptools
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -13,6 +15,23 @@ from quantserve.serve.asgi import Refused
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
+
+
+def target(url: bytes) -> tuple[str, bytes, bytes]:
+    """Path, path before decoding, and query of a request target; a path always begins with a slash.
+
+    Raises:
+        Refused: 400, the target is not valid.
+    """
+    try:
+        parsed = httptools.parse_url(b"/" if url == b"*" else url)
+        raw = parsed.path or b"/"
+        path = raw.decode("ascii")
+    except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
+        path = ""
+    if not path.startswith("/"):
+        raise Refused(400, "The request target is not valid.", code="invalid_request_target")
+    return unquote(path) if "%" in path else path, raw, parsed.query or b""
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send) -> None:

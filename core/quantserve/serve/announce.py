@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import json
+import os
+import sys
 from collections.abc import Sequence
 
 from quantserve.plan import Plan
@@ -13,9 +14,12 @@ from quantserve.text import escaped
 
 def say(line: str) -> None:
     """Print a line, if somebody reads it."""
-    # The terminal or the pipe may be gone while there is still a server to stop.
-    with contextlib.suppress(OSError):
+    try:
         print(escaped(line, "\n"), flush=True)
+    except OSError:  # the terminal or the pipe is gone, while there is still a server to stop
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())  # a line that cannot be written would change the exit code
+        os.close(null)
 
 
 def announce(ready: Sequence[Plan], wanted: int, host: str, port: int, keys: bool) -> None:

@@ -113,10 +113,12 @@ def start_ray() -> RayProcesses:
         os.environ.setdefault(name, value)
     import ray
     from ray import serve
-    from ray._private import auto_init_hook
+    from ray._private import auto_init_hook, utils
 
     # A call by a thread that still runs when Ray has ended would start Ray again. The variable is read at the import.
     auto_init_hook.enable_auto_connect = False
+    # Ray's handler of SIGTERM would end this process without draining.
+    utils.set_sigterm_handler = lambda handler: None
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

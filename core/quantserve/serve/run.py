@@ -97,6 +97,7 @@ class _Server:
         self._gateway: GatewayProcess | None = None
         self._discovery: _Discovery | None = None
         self._progress: Progress | None = None
+        self._ending = threading.Event()
 
     @property
     def ready(self) -> list[Plan]:
@@ -116,6 +117,7 @@ class _Server:
             Stopped: a signal arrived.
         """
         ray_processes = start_ray()
+        stop.install()
         stop.check()
         say(f"Logs: {log_folder()}")
         token, created = cluster_secret()
@@ -159,6 +161,8 @@ class _Server:
         )
         if self._gateway:
             self._gateway.stop(drain_s + KILL_GATEWAY_S)
+        if self._ending.is_set():
+            threading.Event().wait()  # `end` ends the process
         if self._discovery:
             self._discovery.stop()
         stop_ray(self._processes)
@@ -166,6 +170,7 @@ class _Server:
 
     def end(self) -> None:
         """Stop all processes at once, and then this one, whatever its other threads do."""
+        self._ending.set()
         say("Stopping at once.")
         self._listener.close()
         if self._gateway:

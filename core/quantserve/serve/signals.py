@@ -8,6 +8,7 @@ requests in progress. They are therefore started with these signals blocked, and
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,9 +45,20 @@ class StopSignal:
         self._stopped = threading.Event()
         self._changed = threading.Condition()
         self._awaited = {number for number in STOP if signal.getsignal(number) is not signal.SIG_IGN}
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._awaited)
-        if self._awaited:
-            threading.Thread(target=self._receive, daemon=True, name="signals").start()
+        self._received, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self.install()
+        threading.Thread(target=self._receive, daemon=True, name="signals").start()
+
+    def install(self) -> None:
+        """Install the handlers, again after code that may have replaced them.
+
+        The interpreter writes the number of a signal into a socket, whichever thread gets the signal, and whatever the
+        main thread, which runs the handlers, is waiting for.
+        """
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for number in self._awaited:
+            signal.signal(number, lambda number, frame: None)
 
     def check(self) -> None:
         """Raise when a signal has arrived.
@@ -93,14 +105,19 @@ class StopSignal:
         return cast(T, result)
 
     def _receive(self) -> None:
-        signal.sigwait(self._awaited)
+        self._next()
         first = time.monotonic()
         self._stopped.set()
         with self._changed:
             self._changed.notify_all()
-        while signal.sigwait(self._awaited) == signal.SIGHUP or time.monotonic() - first < REPEAT_S:
+        while self._next() == signal.SIGHUP or time.monotonic() - first < REPEAT_S:
             pass
         self._at_once()
+
+    def _next(self) -> int:
+        while (number := self._received.recv(1)[0]) not in self._awaited:
+            pass
+        return number
 
 
 @contextmanager

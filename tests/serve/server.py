@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +33,25 @@ EAGER = {"enforce_eager": True, "max_num_seqs": 16}
 
 
 class Server:
-    """A server process; its output is collected line by line."""
+    """A server process in a session of its own, as a terminal and systemd start it; its output is collected by line.
 
-    def __init__(self, command: list[str], **env: str) -> None:
+    Args:
+        command: its command line.
+        terminal: file descriptor of a terminal that controls it and gets its output, which is not collected then.
+    """
+
+    def __init__(self, command: list[str], terminal: int | None = None, **env: str) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **env}
         environment.pop("QUANTSERVE_API_KEYS", None) if "QUANTSERVE_API_KEYS" not in env else None
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            command,
+            stdin=terminal,
+            stdout=subprocess.PIPE if terminal is None else terminal,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=partial(_prepare, terminal),
         )
         self.lines: list[str] = []
         self.key: str | None = None
@@ -43,8 +60,7 @@ class Server:
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             self.lines.append(line.rstrip())
 
     @property
@@ -74,10 +90,20 @@ class Server:
     def descendants(self) -> list[Any]:
         return list(psutil.Process(self.process.pid).children(recursive=True))
 
-    def stop(self, number: int = signal.SIGINT, seconds: float = 60) -> int:
+    def send(self, number: int, to: str = "command") -> None:
+        """Send a signal to the command; to its process group, as a terminal; or to every process, as systemd."""
+        if to == "group":
+            os.killpg(self.process.pid, number)
+        else:
+            for process in self.descendants() if to == "every process" else ():
+                with suppress(psutil.Error):
+                    process.send_signal(number)
+            self.process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGINT, seconds: float = 60, to: str = "command") -> int:
         """Send a signal and wait for the end; returns the exit code."""
         if self.process.poll() is None:
-            self.process.send_signal(number)
+            self.send(number, to)
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -98,8 +124,15 @@ class Server:
         return openai.OpenAI(base_url=f"{self.base}{route}/v1", api_key=self.key or "none", timeout=60, max_retries=0)
 
 
+def _prepare(terminal: int | None) -> None:
+    """In the new process: it gets SIGTERM when the tests are killed, and becomes controlled by the terminal."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if terminal is not None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def serve(*arguments: str | Path, **env: str) -> Server:
-    return Server([str(BIN / "quantserve"), "serve", "--port", "0", *map(str, arguments)], **env)
+    return Server([str(BIN / "quantserve"), "serve", "--port", "0", *map(str, arguments)], None, **env)
 
 
 def free_port() -> int:

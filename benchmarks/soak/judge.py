@@ -58,12 +58,17 @@ def explained(outcome: Outcome, faults: Sequence[Fault], replica: str | None) ->
     """Whether a fault within the lifetime of a request explains its failure.
 
     A killed gateway explains the requests in progress at that moment. A lost replica explains those that were on it,
-    and, if it was the only one of its model, those that came before its successor was ready.
+    and, if it was the only one of its model, those that came before its successor was ready. Every fault explains that
+    `/health` returns 503 as long as it lasts.
     """
     for fault in faults:
+        recovered = fault.until or fault.at + RECOVERY_S
+        if outcome.kind == "health" and outcome.status == 503:
+            if outcome.ended >= fault.at and outcome.began <= recovered + GRACE_S:
+                return True
+            continue
         if not fault.loses or fault.model not in ("", outcome.model) or outcome.ended < fault.at:
             continue
-        recovered = fault.until or fault.at + RECOVERY_S
         last = recovered if fault.only else fault.at
         if outcome.began <= last + GRACE_S and (fault.only or not fault.model or replica in fault.victims):
             return True

@@ -42,6 +42,9 @@ def failed(began: float, ended: float, model: str = "fp16", status: int = 0) -> 
         (GATEWAY, failed(990, 1000.5), None, True),
         (GATEWAY, failed(1004, 1004.5), None, False),  # new connections wait in the backlog
         (PAUSED, failed(990, 1011), "r1", False),  # slow is not dead
+        (ONLY, Outcome("a", "health", "", 1030, 1031, "failed", 503), None, True),
+        (ONLY, Outcome("a", "health", "", 1050, 1051, "failed", 503), None, False),
+        (PAUSED, Outcome("a", "health", "", 1005, 1006, "failed", 503), None, True),
     ],
 )
 def test_what_explains_a_failure(fault: Fault, outcome: Outcome, replica: str | None, yes: bool) -> None:
@@ -50,7 +53,7 @@ def test_what_explains_a_failure(fault: Fault, outcome: Outcome, replica: str | 
     book.add(outcome, quiet=False)
     judged = lost(book, [fault], {} if replica is None else {"a": replica})
     assert judged.sound is yes
-    assert yes or "chat, " in judged.detail
+    assert yes or f"{outcome.kind}, " in judged.detail
 
 
 def answered(*ids: str, ended: float = 500.0) -> Book:

@@ -24,6 +24,7 @@ import pytest
 import uvloop
 from uvicorn.protocols.http import httptools_impl
 
+from quantserve.serve import http_connection
 from quantserve.serve.asgi import Guard, answer_lifespan
 from quantserve.serve.http_connection import Connection
 from quantserve.serve.http_server import RESERVED_FILES, HttpServer, connections_for
@@ -386,6 +387,14 @@ def test_a_bad_request_behind_another_is_answered_after_it(edge: Gateway) -> Non
     assert first == b""
     assert second.startswith(b"200 ")
     assert third.startswith(b"400 ")
+
+
+def test_a_bad_request_does_not_end_the_responses_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "LINGER_S", 0.1)
+    with streaming(chunks=20, pause=0.02) as (port, _):
+        response = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 3 + b"BREW / HTTP/1.1\r\n\r\n")
+    assert response.count(b"xxxx\n\r\n0\r\n\r\n") == 3
+    assert b"HTTP/1.1 400 " in response
 
 
 def test_a_client_that_is_still_sending_gets_the_response(edge: Gateway) -> None:

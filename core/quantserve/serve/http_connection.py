@@ -171,6 +171,8 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:
             self.running, app = self.pipeline.pop()
             self._start_asgi_task(self.running, app)
+            if self.stage == _CLOSED:
+                return
         elif self.stage == _READ:
             self.stage = _IDLE
         self._time()
@@ -274,6 +276,7 @@ class Connection(HttpToolsProtocol):
         self.stage = _CLOSED
         if not self.transport.is_closing():
             self.transport.write_eof()
+            self._time()
 
 
 def _reason(error: Exception) -> Refused:

@@ -1,0 +1,47 @@
+"""Descendants of the server: orphans are reaped, and killing leaves none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+ORPHAN = (
+    "import subprocess, sys; "
+    "print(subprocess.Popen(['sleep', sys.argv[1]], start_new_session=True, stdout=subprocess.DEVNULL).pid)"
+)
+
+KILL = f"""
+import psutil, subprocess, sys
+from quantserve.serve.processes import Processes
+processes = Processes()
+orphan = psutil.Process(int(subprocess.run([sys.executable, "-c", {ORPHAN!r}, "100"], capture_output=True).stdout))
+child = psutil.Popen(["sh", "-c", "trap '' TERM; sleep 100; true"])
+processes.kill()
+print(orphan.is_running(), child.is_running(), psutil.Process().children())
+"""
+REAP = f"""
+import psutil, subprocess, sys, time
+from quantserve.serve import processes
+processes.REAP_AFTER_S = 0.2
+ours = subprocess.Popen(["sh", "-c", "exit 3"])
+all = processes.Processes()
+orphan = int(subprocess.run([sys.executable, "-c", {ORPHAN!r}, "0"], capture_output=True).stdout)
+print(ours.wait())
+deadline = time.monotonic() + 10
+while psutil.pid_exists(orphan) and time.monotonic() < deadline:
+    all.reap()
+    time.sleep(0.1)
+print(psutil.pid_exists(orphan))
+"""
+
+
+def output(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60).stdout
+
+
+def test_killing_ends_orphans_and_processes_that_ignore_signals() -> None:
+    assert output(KILL) == "False False []\n"
+
+
+def test_orphans_are_reaped_and_the_exit_codes_of_children_are_kept() -> None:
+    assert output(REAP) == "3\nFalse\n"

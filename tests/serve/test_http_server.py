@@ -630,14 +630,18 @@ def test_uvicorn_has_the_methods_and_attributes_that_the_connection_changes() ->
     }
     assert overridden <= set(dir(httptools_impl.HttpToolsProtocol))
     source = Path(httptools_impl.__file__).read_text()
+    for name in (
+        *("cycle", "flow", "pipeline", "parser", "url", "headers", "scope", "expect_100_continue", "server_state"),
+        *("body", "more_body", "disconnected", "message_event", "waiting_for_100_continue", "keep_alive", "transport"),
+        *("response_started", "response_complete", "chunked_encoding", "expected_content_length", "on_response"),
+    ):
+        assert f"        self.{name}" in source, name
     for line in (
-        "self.timeout_keep_alive_task = self.loop.call_later(",
-        "def on_response_complete(self) -> None:",
-        "self.cycle.message_event.set()",
         "self.flow.pause_reading()\n            self.pipeline.appendleft((self.cycle, app))",
         "if not self.keep_alive:\n                    self.transport.close()\n                self.on_response()",
         "if self.chunked_encoding is None and",
         "if num_bytes > self.expected_content_length:",
-        "on_response=self.on_response_complete,\n        )",
+        "if not self.disconnected and not self.response_complete:\n            self.flow.resume_reading()",
+        "if len(self.cycle.body) > HIGH_WATER_LIMIT:\n            self.flow.pause_reading()",
     ):
         assert line in source, line

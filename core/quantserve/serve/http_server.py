@@ -62,8 +62,7 @@ class HttpServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=cast(int, policy.keep_alive_s),
-            timeout_graceful_shutdown=cast(int, policy.drain_timeout_s),
+            timeout_graceful_shutdown=cast(int, policy.drain_timeout_s),  # fractions work as well
         )
         super().__init__(config)
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 ORPHAN = (
-    "import subprocess, sys; "
-    "print(subprocess.Popen(['sleep', sys.argv[1]], start_new_session=True, stdout=subprocess.DEVNULL).pid)"
+    "import subprocess as s, sys; "
+    "print(s.Popen(['sleep', sys.argv[1]], start_new_session=True, stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
 )
 
 KILL = f"""

@@ -32,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GatewayProcess, s
     listener = socket.create_server(("127.0.0.1", 0))
     reported: list[str] = []
     models = [described("here"), described("away"), described("asleep", wakes=True)]
-    settings = {"models": models, "token": "t", "policy": Policy().model_dump(mode="json"), "drain_s": 1}
+    settings = {"models": models, "token": "t", "policy": Policy().model_dump(mode="json")}
     process = GatewayProcess(listener, settings, reported.append)
     try:
         yield process, f"http://127.0.0.1:{listener.getsockname()[1]}", reported

@@ -12,8 +12,8 @@ import psutil  # type: ignore[import-untyped]
 
 KILL_S: Final = 10.0
 """Longest time to kill all processes."""
-TRACKERS_S: Final = 1.0
-"""Time for trackers of shared memory to end by themselves."""
+TRACKERS_S: Final = 2.0
+"""Time for trackers of shared memory to end by themselves, after the others."""
 REAP_AFTER_S: Final = 5.0
 PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -44,12 +44,13 @@ class Processes:
 
         Trackers of shared memory end last and by themselves, because they remove what the others leave.
         """
-        began = time.monotonic()
-        while (alive := self._alive()) and (passed := time.monotonic() - began) < KILL_S:
-            for process in alive:
-                if passed > TRACKERS_S or not _is_tracker(process):
-                    with contextlib.suppress(psutil.Error):
-                        process.kill()
+        began = others = time.monotonic()
+        while (alive := self._alive()) and (now := time.monotonic()) - began < KILL_S:
+            if doomed := [process for process in alive if not _is_tracker(process)]:
+                others = now
+            for process in doomed if now - others < TRACKERS_S else alive:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
             psutil.wait_procs(alive, timeout=0.2)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:

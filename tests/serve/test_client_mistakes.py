@@ -171,7 +171,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (json_schema({"type": "integer", "minimum": -(10**30), "maximum": 10**30}), SCHEMA),
     (json_schema({"enum": ["x" * 20 + str(i) for i in range(50_000)]}), SCHEMA),
     (json_schema({"type": "object", "properties": {f"p{i}": SLOW_PATTERN for i in range(700)}}), SCHEMA),
-    (tool(LOOP) | {"tool_choice": "required"}, "tools"),
     (outputs(grammar="root ::= root"), "structured_outputs.grammar"),
     (outputs(grammar="root ::= a\na ::= b\nb ::= a"), "structured_outputs.grammar"),
     (outputs(grammar="root ::= nothing"), "structured_outputs.grammar"),

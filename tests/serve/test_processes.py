@@ -19,6 +19,21 @@ child = psutil.Popen(["sh", "-c", "trap '' TERM; sleep 100; true"])
 processes.kill()
 print(orphan.is_running(), child.is_running(), psutil.Process().children())
 """
+SHARED = """
+import subprocess, sys
+from quantserve.serve.processes import Processes
+processes = Processes()
+work = "import time; from multiprocessing.shared_memory import SharedMemory as S; shared = S(create=True, size=9); "
+work += "print(shared.name, flush=True); time.sleep(100)"
+child = subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE, text=True)
+name = child.stdout.readline().strip()
+processes.kill()
+from multiprocessing.shared_memory import SharedMemory
+try:
+    SharedMemory(name)
+except FileNotFoundError:
+    print("removed")
+"""
 REAP = f"""
 import psutil, subprocess, sys, time
 from quantserve.serve import processes
@@ -41,6 +56,10 @@ def output(program: str) -> str:
 
 def test_killing_ends_orphans_and_processes_that_ignore_signals() -> None:
     assert output(KILL) == "False False []\n"
+
+
+def test_shared_memory_of_killed_processes_is_removed() -> None:
+    assert output(SHARED) == "removed\n"
 
 
 def test_orphans_are_reaped_and_the_exit_codes_of_children_are_kept() -> None:

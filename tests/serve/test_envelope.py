@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import TYPES, error_type
 from quantserve.serve.envelope import READERS, Envelope, install
+from quantserve.serve.vllm_errors import refusal
 
 from .asgi_client import Answer, request
 
@@ -362,3 +363,27 @@ def test_the_functions_that_parse_requests_exist(name: str, package: str) -> Non
     assert spec is not None
     folder = next(iter(spec.submodule_search_locations or ()))
     assert any(f"def {name}(" in path.read_text() for path in Path(folder).rglob("*.py"))
+
+
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("f", "g")]
+
+
+@pytest.mark.parametrize(
+    ("client", "param"),
+    [
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+         "tools[1].function.parameters"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tools"),
+        ({"tools": TOOLS[:1], "tool_choice": "required"}, "tools[0].function.parameters"),
+        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools[0].input_schema"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+         "response_format.json_schema.schema"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"tools": 7, "tool_choice": {"function": "x"}}, "structured_outputs"),
+        ([], "structured_outputs"),
+    ],
+)  # fmt: skip
+def test_the_field_of_a_schema_is_the_clients(client: Any, param: str) -> None:
+    error = {"error": {"message": "no", "param": "structured_outputs", "code": 400}}
+    assert refusal(400, "POST", CHAT, json.dumps(error).encode(), client).error["param"] == param

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any, Final
 
 from benchmarks.soak.clients import Book, Outcome
@@ -24,6 +24,7 @@ QUANTITIES: Final[Mapping[str, tuple[Callable[[Use], int], float, float]]] = {
 }
 """Quantity -> its value, and the growth over the judged time that is allowed: a share of its median, or a number if
 that is more."""
+ZOMBIE_S: Final = 30.0
 FEWEST: Final = 6
 """Samples for a judgement of growth."""
 
@@ -140,9 +141,13 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def reaped(samples: Sequence[Sample]) -> Judgement:
-    """Whether no zombie process is in two samples."""
-    staying = {pid for one, two in pairwise(samples) for pid in set(one.zombies) & set(two.zombies)}
-    detail = f"{len(staying)} zombies in two samples one after the other"
+    """Whether no process stays a zombie: a dying replica leaves its engine's for some seconds."""
+    seen: dict[int, list[float]] = {}
+    for sample in samples:
+        for pid in sample.zombies:
+            seen.setdefault(pid, []).append(sample.at)
+    staying = [pid for pid, times in seen.items() if times[-1] - times[0] > ZOMBIE_S]
+    detail = f"{len(staying)} zombies for more than {ZOMBIE_S:.0f} s"
     return Judgement("no zombie processes", not staying, _with(detail, map(str, sorted(staying))))
 
 

@@ -295,7 +295,9 @@ class HttpLimits(Section):
         description="Most output tokens of a request, and the default of chats; default: the context length.",
     )
     max_choices: int = Field(default=128, ge=1, description="Largest `n` and `best_of`.")
-    max_stops: int = Field(default=64, ge=1, description="Most stop texts, stop token ids or `bad_words` of one request.")
+    max_stops: int = Field(
+        default=64, ge=1, description="Most stop texts, stop token ids or `bad_words` of one request."
+    )
     head_timeout_s: float = Field(
         default=10,
         gt=0,

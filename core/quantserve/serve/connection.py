@@ -112,7 +112,7 @@ class Response:
             await self._wait()
 
     async def _wait(self) -> None:
-        self._ready = asyncio.get_running_loop().create_future()
+        self._ready = self._connection.loop.create_future()
         try:
             await self._ready
         finally:
@@ -158,6 +158,7 @@ class Connection(Link):
     """A connection to a replica, shared by all requests to it.
 
     Attributes:
+        loop: the event loop.
         welcome: done when the replica has accepted the connection; raises ReplicaLost when it has not.
         used: whether a request was sent.
     """
@@ -170,7 +171,8 @@ class Connection(Link):
         self._answers: dict[int, Response] = {}
         self._numbers = itertools.count(1)
         self._retired = False
-        self.welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.loop = asyncio.get_running_loop()  # asking for it costs a system call, which each token would pay
+        self.welcome: asyncio.Future[None] = self.loop.create_future()
         self.used = False
 
     def begin(self) -> Response:

@@ -2,7 +2,7 @@
 
 `python -m quantserve.serve.gateway FD` inherits the listening socket as file descriptor FD.
 
-Standard input has one JSON object per line: first the settings (`models`, `token`, `policy`, `parent`), then
+Standard input has one JSON object per line: first the settings (`models`, `token`, `policy`, and maybe `parent`), then
 `{"replicas": ...}` by model id whenever they change, and `{"drain": true}` at shutdown.
 
 Standard output has the status, one JSON object per line, at every change and every second as a heartbeat: `wanted`, the
@@ -59,7 +59,7 @@ class Gateway:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._parent = int(settings["parent"])
+        self._parent = int(settings.get("parent") or os.getppid())
         self._policy = Policy.model_validate(settings["policy"])
         self._directory = Directory(settings["models"], settings["token"], timing_of(self._policy))
         self._app = public_app(settings["models"], self._directory, self._policy)

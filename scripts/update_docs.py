@@ -41,8 +41,22 @@ def config_keys(name: str) -> str:
     rows = []
     for key, spec in section["properties"].items():
         meaning = spec.get("description", "").replace("|", "\\|").replace("\n", " ")
-        rows.append(f"| `{key}` | {' or '.join(kinds(spec))} | {default(key, spec, section)} | {meaning} |")
-    return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+        rows.append([f"`{key}`", " or ".join(kinds(spec)), default(key, spec, section), bounds(spec), meaning])
+    header = ["key", "type", "default", "bounds", "meaning"]
+    if not any(row[3] for row in rows):
+        header, rows = [*header[:3], header[4]], [[*row[:3], row[4]] for row in rows]
+    lines = [f"| {' | '.join(row)} |\n" for row in [header, *rows]]
+    return "".join([lines[0], "|---" * len(header), "|\n", *lines[1:]])
+
+
+def bounds(spec: Mapping[str, Any]) -> str:
+    """The numbers that are allowed, such as ``1 to 64``."""
+    spec = next((option for option in spec.get("anyOf", ()) if option.get("type") in ("integer", "number")), spec)
+    low, high, above = (spec.get(name) for name in ("minimum", "maximum", "exclusiveMinimum"))
+    least = "" if low is None and above is None else f"above {above:g}" if low is None else f"{low:g}"
+    if high is None:
+        return f"{least} or more" if least and low is not None else least
+    return f"{least} to {high:,}".replace(",", " ") if least else f"at most {high:g}"
 
 
 def kinds(spec: Mapping[str, Any]) -> Iterator[str]:

@@ -198,6 +198,51 @@ def test_a_gateway_without_control_ends_and_streams_get_an_error(make: Callable[
     assert (b"control of the gateway failed" in errors) == (fault in REPORTED)
 
 
+OUTPUTS: dict[str, Callable[[Path], int]] = {
+    "/dev/null": lambda folder: os.open(os.devnull, os.O_WRONLY),
+    "a file": lambda folder: os.open(folder / "status", os.O_WRONLY | os.O_CREAT),
+    "a full disk": lambda folder: os.open("/dev/full", os.O_WRONLY),
+    "a terminal": lambda folder: os.openpty()[1],
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_gateway_serves_whatever_its_standard_output_is(output: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process, base = start_bare(listener, stdin=subprocess.PIPE, stdout=OUTPUTS[output](tmp_path))
+    try:
+        assert process.stdin
+        policy = Policy(access_log="off").model_dump(mode="json")
+        settings = {"models": [MODEL], "token": TOKEN, "policy": policy}
+        process.stdin.write(json.dumps(settings).encode() + b"\n")
+        process.stdin.flush()
+        until(lambda: httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200, 20)
+        process.stdin.write(b'{"drain": true}\n')
+        process.stdin.flush()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+    if output == "a file":
+        status = [json.loads(line) for line in (tmp_path / "status").read_text().splitlines()]
+        assert status[0]["reachable"] == []
+
+
+def test_a_gateway_refuses_standard_input_that_cannot_be_followed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process, _ = start_bare(listener, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert b"standard input must be a pipe" in errors
+
+
+def start_bare(listener: socket.socket, **pipes: Any) -> tuple[subprocess.Popen[bytes], str]:
+    """A gateway process without settings, and its address."""
+    command = [sys.executable, "-m", "quantserve.serve.gateway", str(listener.fileno())]
+    process = subprocess.Popen(command, pass_fds=[listener.fileno()], **pipes)
+    return process, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
 @pytest.fixture
 def parent() -> Iterator[tuple[subprocess.Popen[str], int, Any]]:
     """The parent of a gateway, the gateway's port and its process; a grandchild holds the pipe between them."""

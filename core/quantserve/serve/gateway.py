@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import sys
 import time
 from typing import Any, Final, cast
@@ -38,8 +39,6 @@ from quantserve.text import LogFormatter
 STATUS_POLL_S: Final = 0.1
 HEARTBEAT_S: Final = 1.0
 LONGEST_LINE: Final = 64 << 20
-UNREAD_STATUS_BYTES: Final = 1 << 16
-"""No status is written beyond so many unread bytes: a parent that is suspended must not suspend the gateway."""
 LAST_WORDS_S: Final = 1.0
 """Time to send the errors of the requests that the drain timeout has ended."""
 GC_THRESHOLDS: Final = (10_000, 10, 10)
@@ -98,15 +97,25 @@ class Gateway:
                 self._directory.update(message["replicas"])
 
     async def _report(self) -> None:
-        """Write the status until nobody reads it; the parent's pipes may be held open by other processes."""
-        pipe, _ = await asyncio.get_running_loop().connect_write_pipe(asyncio.BaseProtocol, sys.stdout)
-        last, when = "", 0.0
-        while os.getppid() == self._parent and not pipe.is_closing():
+        """Write the status until nobody reads it; the parent's pipes may be held open by other processes.
+
+        A status waits while the pipe is full: a parent that is suspended must not suspend the gateway. No event loop
+        can watch a regular file or ``/dev/null``, so the system call is made here.
+        """
+        output = sys.stdout.fileno()
+        os.set_blocking(output, False)
+        last, when, unwritten = "", 0.0, b""
+        while os.getppid() == self._parent:
             line = json.dumps(self._directory.status)
-            if line != last or time.monotonic() - when > HEARTBEAT_S:
-                if pipe.get_write_buffer_size() < UNREAD_STATUS_BYTES:
-                    pipe.write(line.encode() + b"\n")
+            if not unwritten and (line != last or time.monotonic() - when > HEARTBEAT_S):
+                unwritten = line.encode() + b"\n"
                 last, when = line, time.monotonic()
+            try:
+                unwritten = unwritten[os.write(output, unwritten) :] if unwritten else b""
+            except BrokenPipeError:
+                return
+            except OSError:  # the pipe or the disk is full
+                pass
             await asyncio.sleep(STATUS_POLL_S)
 
 
@@ -116,6 +125,8 @@ async def serve(listener: socket.socket, exits: contextlib.ExitStack) -> None:
     Args:
         exits: gets what must happen after the last request has ended.
     """
+    if not _can_be_followed(sys.stdin.fileno()):  # libuv aborts the process for it
+        raise ValueError("standard input must be a pipe; quantserve serve starts this process")
     lines = asyncio.StreamReader(limit=LONGEST_LINE)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     settings = await lines.readline()
@@ -125,6 +136,12 @@ async def serve(listener: socket.socket, exits: contextlib.ExitStack) -> None:
         gc.collect()
         gc.freeze()  # modules and app are never garbage
         await gateway.serve(listener, lines)
+
+
+def _can_be_followed(descriptor: int) -> bool:
+    """Whether an event loop can wait for data from it: not from a regular file or ``/dev/null``."""
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(descriptor)
 
 
 def main(arguments: list[str]) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 import fuzzing
 from fuzzing import frames as fuzzing_frames
 from quantserve.serve.asgi import read_body, request_scope
-from quantserve.serve.listener import Listener
+from quantserve.serve.listener import STRANGERS, Listener
 from quantserve.serve.payloads import pack_head, pack_hello, pack_welcome, unpack_head
 from quantserve.serve.remote import RemoteModel
 from quantserve.serve.replicas import Limits, Pool
@@ -640,6 +640,47 @@ def test_an_app_with_a_status_outside_http_fails_alone(status: int) -> None:
             replica.head = (200, [])
             (await upstream.request("POST", b"/", (), b"{}")).close()
             assert len(upstream._connections) == 1
+
+    run(work)
+
+
+HEAD = {"type": "http.response.start", "status": 200, "headers": []}
+BODY = {"type": "http.response.body", "body": b"x"}
+
+
+@pytest.mark.parametrize("messages", [[HEAD, HEAD, BODY], [BODY], [HEAD, {**BODY, "more_body": True}, HEAD]])
+def test_an_app_with_messages_out_of_order_fails_alone(messages: list[Message]) -> None:
+    async def work() -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            for message in messages if scope["path"] == "/wrong" else [HEAD, BODY]:
+                await send(message)
+
+        async with served(app) as port:
+            upstream = Upstream("127.0.0.1", port, TOKEN)
+            with pytest.raises(AppFailed):
+                await read_all(await upstream.request("POST", b"/wrong", (), b"{}"))
+            assert await read_all(await upstream.request("POST", b"/", (), b"{}")) == b"x"
+            assert len(upstream._connections) == 1
+
+    run(work)
+
+
+def test_connections_without_a_token_are_bounded() -> None:
+    async def work() -> None:
+        replica = Replica()
+        async with served(replica) as port:
+            upstream = Upstream("127.0.0.1", port, TOKEN)
+            (await upstream.request("GET", b"/")).close()
+            began = asyncio.get_running_loop().time()
+            idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(STRANGERS + 20)]
+            for reader, _ in idle[:20]:
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+            assert asyncio.get_running_loop().time() - began < 5  # before the handshake timeout of 6 s
+            (await upstream.request("GET", b"/")).close()  # the gateway keeps its connection
+            assert len(upstream._connections) == 1
+            for _, writer in idle:
+                writer.close()
 
     run(work)
 

@@ -30,6 +30,7 @@ class IncomingRequest:
         self._window = self._reader.window
         self._body: bytes | None = None
         self._head_only = False
+        self._answered = False
         self._gone = asyncio.Event()
         self._granted = asyncio.Event()
         self._done = False
@@ -88,11 +89,17 @@ class IncomingRequest:
 
         Raises:
             ValueError: the protocol does not allow this head.
+            RuntimeError: a second head, or a body without one; the gateway would close the connection for it.
         """
         if self._done:
             return
-        if message["type"] == "http.response.start":
-            await self._send(Kind.ANSWER, pack_answer(message["status"], message.get("headers", ())))
+        begins = message["type"] == "http.response.start"
+        if begins == self._answered:
+            raise RuntimeError(f"{message['type']} out of order")
+        if begins:
+            head = pack_answer(message["status"], message.get("headers", ()))
+            self._answered = True
+            await self._send(Kind.ANSWER, head)
             return
         body = b"" if self._head_only else message.get("body", b"")
         last = not message.get("more_body")

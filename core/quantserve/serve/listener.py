@@ -20,6 +20,10 @@ from quantserve.text import harmless
 LONGEST_HELLO: Final = 1 << 10
 """Longest frame that is accepted before the token."""
 HANDSHAKE_TICKS: Final = 2
+STRANGERS: Final = 128
+"""Most connections without a valid HELLO: one more closes the oldest of them, so that a port scanner or a flood of
+connections leaves the engine its open files.
+"""
 SILENCE_S: Final = 15.0
 """`silence_s` of a connection until HELLO names the gateway's; see `Link`."""
 TOGETHER: Final = 16
@@ -42,6 +46,7 @@ class Listener:
         self.app = app
         self.token = token.encode()
         self.sessions: set[_Session] = set()
+        self.strangers: dict[_Session, None] = {}  # without a valid HELLO so far, oldest first
         self._server: asyncio.Server | None = None
 
     async def start(self, listening: socket.socket) -> None:
@@ -90,10 +95,17 @@ class _Session(Link):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._listener.sessions.add(self)
+        strangers = self._listener.strangers
+        strangers[self] = None
+        if len(strangers) > STRANGERS:
+            oldest = next(iter(strangers))
+            del strangers[oldest]
+            oldest.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         self._listener.sessions.discard(self)
+        self._listener.strangers.pop(self, None)
         for request in tuple(self._requests.values()):
             request.cancel()
         self._requests.clear()
@@ -122,6 +134,7 @@ class _Session(Link):
             self.close()
             logger.warning("refused gateway %s: %s", self.address, reason)
             return
+        self._listener.strangers.pop(self, None)
         self._establish(silence_s)
         self.send(Kind.WELCOME, 0, pack_welcome())
 

@@ -27,6 +27,8 @@ from uvicorn.protocols.http import httptools_impl
 from quantserve.serve import http_connection
 from quantserve.serve.asgi import Guard, answer_lifespan
 from quantserve.serve.http_connection import Connection
+from quantserve.serve.http_exchange import Exchange
+from quantserve.serve.http_idle import MOST_CLOSING, IdleConnections
 from quantserve.serve.http_server import RESERVED_FILES, HttpServer, connections_for
 from quantserve.serve.limits import Policy
 from quantserve.serve.trace import Traced
@@ -415,8 +417,8 @@ def test_connections_beyond_the_limit_get_503_and_leave_the_others_alone(tmp_pat
     with gateway(tmp_path, max_connections=2) as running:
         with Client(running.port) as first, Client(running.port) as second:
             for client in (first, second):
-                client.send(MODELS)
-                client.until(b"}]}")
+                client.send(MODELS[:-2])
+            time.sleep(0.1)
             response = talk(running.port, MODELS)
             assert error(response) == (
                 503,
@@ -428,7 +430,7 @@ def test_connections_beyond_the_limit_get_503_and_leave_the_others_alone(tmp_pat
                 },
             )
             assert b"retry-after: 5\r\n" in response
-            first.send(MODELS)
+            first.send(MODELS[-2:])
             first.until(b"}]}")
         until(
             lambda: talk(running.port, MODELS.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")).endswith(b"}]}"),
@@ -437,20 +439,83 @@ def test_connections_beyond_the_limit_get_503_and_leave_the_others_alone(tmp_pat
         assert "refused 1 connections with 503: max_connections is 2" in running.errors.read_text()
 
 
+def test_a_new_connection_takes_the_place_of_the_one_that_is_idle_for_longest(tmp_path: Path) -> None:
+    with gateway(tmp_path, max_connections=3) as running, contextlib.ExitStack() as open_clients:
+        idle, kept, busy = (open_clients.enter_context(Client(running.port)) for _ in range(3))
+        for client in (idle, kept, busy):
+            client.send(MODELS)
+            client.until(b"}]}")
+        busy.send(MODELS[:-2])
+        kept.send(MODELS)  # now the other one is idle for longer
+        kept.until(b"}]}")
+        with Client(running.port) as new:
+            new.send(MODELS)
+            new.until(b"}]}")
+            assert idle.rest() == b""
+            kept.send(MODELS)
+            kept.until(b"}]}")
+            busy.send(MODELS[-2:])
+            busy.until(b"}]}")
+        for _ in range(300):  # a flood of strangers keeps nobody out
+            client = open_clients.enter_context(Client(running.port))
+            client.send(MODELS)
+            client.until(b"}]}")
+        assert psutil.Process(running.process.pid).num_fds() < 100
+        assert "refused" not in running.errors.read_text()
+
+
+def test_idle_connections_that_are_still_sending_are_passed_over() -> None:
+    class Transport:
+        def __init__(self, unsent: int) -> None:
+            self.unsent, self.closed = unsent, False
+
+        def get_write_buffer_size(self) -> int:
+            return self.unsent
+
+        def close(self) -> None:
+            self.closed = True
+
+    sending, free = Transport(1), Transport(0)
+    idle = IdleConnections()
+    for transport in (sending, free):
+        idle.add(transport)  # type: ignore[arg-type]
+    assert idle.close_one()
+    assert (sending.closed, free.closed) == (False, True)
+    assert not idle.close_one()
+    many = [Transport(0) for _ in range(2 * MOST_CLOSING)]
+    idle = IdleConnections()
+    for transport in many:
+        idle.add(transport)  # type: ignore[arg-type]
+    while idle.close_one():
+        pass
+    assert sum(transport.closed for transport in many) == MOST_CLOSING  # each holds its file until it is closed
+    idle.remove(many[0])  # type: ignore[arg-type]
+    assert idle.close_one()
+
+
+def test_a_body_of_tiny_chunks_takes_a_time_in_proportion() -> None:
+    exchange: Any = Exchange.__new__(Exchange)
+    exchange.body = b""
+    began = time.process_time()
+    for _ in range(500_000):
+        exchange.add(b"x")
+    assert time.process_time() - began < 5  # 10 s and more if each byte copied those before it
+    assert bytes(exchange.body) == b"x" * 500_000
+
+
 def test_half_requests_take_no_file_that_the_gateway_needs(tmp_path: Path) -> None:
     with gateway(tmp_path, files=256, head_timeout_s=3) as running, contextlib.ExitStack() as open_clients:
         assert "max_connections is 128 instead of 4096: this process may open 256 files" in running.errors.read_text()
         known = open_clients.enter_context(Client(running.port))
-        known.send(MODELS)
-        known.until(b"}]}")
+        known.send(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{")
         half = [open_clients.enter_context(Client(running.port)) for _ in range(400)]
         for client in half:
             client.send(b"GET / HTTP/1.1\r\nx: ")
-        known.send(MODELS)
-        known.until(b"}]}")
+        known.send(b"}")
+        known.until(b'"missing_model"}}')
         assert psutil.Process(running.process.pid).num_fds() < 256 - RESERVED_FILES // 4
         statuses = sorted(client.rest()[9:12] for client in half)
-        assert statuses.count(b"408") == 127
+        assert statuses.count(b"408") >= 127
         assert statuses.count(b"408") + statuses.count(b"503") == 400
         until(lambda: talk(running.port, b"GET /v1/models HTTP/1.1\r\n" + HEAD).endswith(b"}]}"), 20)
 

@@ -265,7 +265,10 @@ class HttpLimits(Section):
         description="One JSON line per request: off, stderr, or a file relative to this file.",
     )
     max_connections: int = Field(
-        default=4096, ge=1, le=1_000_000, description="Most open client connections; further ones get 503."
+        default=4096,
+        ge=1,
+        le=1_000_000,
+        description="Most open client connections; a further one takes the place of an idle one, or gets 503.",
     )
     max_head_kb: int = Field(
         default=64, ge=4, le=1024, description="Largest request line and headers in KiB; larger ones get 431."

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from quantserve.serve.asgi import Refused, request_scope
 from quantserve.serve.http_exchange import Exchange, Http10Exchange, Lingering, target
+from quantserve.serve.http_idle import IdleConnections
 from quantserve.serve.http_timeouts import Deadline, notice_lost_client
 
 if TYPE_CHECKING:
@@ -40,13 +41,15 @@ class Connection(HttpToolsProtocol):
     Args:
         policy: the limits and timeouts.
         refusals: app that answers a request whose head is refused.
+        idle: has this connection while it waits for a further request.
         uvicorn_arguments: as uvicorn gives them to a protocol.
     """
 
-    def __init__(self, policy: Policy, refusals: ASGIApp, **uvicorn_arguments: Any) -> None:
+    def __init__(self, policy: Policy, refusals: ASGIApp, idle: IdleConnections, **uvicorn_arguments: Any) -> None:
         super().__init__(**uvicorn_arguments)
         self.policy = policy
         self.refusals = refusals
+        self.idle = idle
         self.limit = policy.max_head_kb * KIB
         self.stage = _HEAD
         self.timed = _HEAD
@@ -69,6 +72,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the app, whose request may be an earlier one than the last that was read."""
         super().connection_lost(exc)
+        self.idle.remove(self.transport)
         self.deadline.cancel()
         self.pipeline.clear()
         if self.running is not None and not self.running.response_complete:
@@ -81,6 +85,7 @@ class Connection(HttpToolsProtocol):
             return
         if self.stage == _IDLE:
             self.stage, self.url = _HEAD, b""
+            self.idle.remove(self.transport)
         self.fed += len(data)
         error: Exception | None = None
         try:
@@ -145,8 +150,8 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
         self.fed -= (1 + FRAMING) * len(body)
-        cycle = self.cycle
-        cycle.body += body
+        cycle = cast(Exchange, self.cycle)
+        cycle.add(body)
         if len(cycle.body) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
         cycle.message_event.set()
@@ -175,6 +180,7 @@ class Connection(HttpToolsProtocol):
                 return
         elif self.stage == _READ:
             self.stage = _IDLE
+            self.idle.add(self.transport)
         self._time()
 
     def shutdown(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import httptools
@@ -48,6 +48,14 @@ class Exchange(RequestResponseCycle):
 
     refusal: Refused | None = None
 
+    def add(self, data: bytes) -> None:
+        """Add a part of the request body, which may be one byte of thousands in a chunk each."""
+        body: Any = self.body
+        if body and isinstance(body, bytes):
+            body = bytearray(body)
+        body += data
+        self.body = body
+
     async def receive(self) -> ASGIReceiveEvent:
         """The next part of the body, or the disconnect.
 
@@ -58,6 +66,8 @@ class Exchange(RequestResponseCycle):
             message = await super().receive()
         if self.refusal is not None:
             raise self.refusal
+        if message["type"] == "http.request":
+            message["body"] = bytes(message["body"])
         return message
 
 

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.http_connection import LINGER_S, Connection
 from quantserve.serve.http_exchange import refuse
+from quantserve.serve.http_idle import IdleConnections
 from quantserve.serve.trace import Traced
 
 if TYPE_CHECKING:
@@ -88,13 +89,17 @@ def connections_for(wanted: int, files: int) -> int:
 
 
 class _Connections:
-    """Makes the protocol of each accepted connection: HTTP, or a short refusal beyond `most` connections."""
+    """Makes the protocol of each accepted connection: HTTP, or a short refusal beyond `most` connections.
+
+    Beyond `most`, a new connection takes the place of an idle one, so that idle clients keep nobody out.
+    """
 
     def __init__(self, policy: Policy, most: int, observers: Any) -> None:
         self.policy = policy
         self.most = most
         self.refusals = Traced(Guard(refuse), observers)
         self.refused: set[_TooMany] = set()
+        self.idle = IdleConnections()
         self._unreported = 0
         self._reported = -REPORT_S
         message = f"The gateway has {most} connections, which is its limit. Retry in {RETRY_S} s."
@@ -105,10 +110,10 @@ class _Connections:
 
     def __call__(self, server_state: ServerState, **arguments: Any) -> asyncio.Protocol:
         """The protocol of one more connection."""
-        if len(server_state.connections) >= self.most:
+        if len(server_state.connections) >= self.most and not self.idle.close_one():
             self._report()
             return _TooMany(self)
-        return Connection(self.policy, self.refusals, server_state=server_state, **arguments)
+        return Connection(self.policy, self.refusals, self.idle, server_state=server_state, **arguments)
 
     def _report(self) -> None:
         self._unreported += 1

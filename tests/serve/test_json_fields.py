@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantserve.serve.asgi import Refused
-from quantserve.serve.json_fields import STEP, FieldReader, check_text, first, is_token_ids, items, number, spliced
+from quantserve.serve.json_fields import (
+    STEP,
+    FieldReader,
+    check_text,
+    first,
+    is_list_of_lists,
+    is_token_ids,
+    items,
+    number,
+    spliced,
+)
 
 NAMES = ("n", "model", "messages")
 MANY = 10**9
@@ -86,6 +96,18 @@ def test_numbers_within_texts_and_fractions_are_not_judged() -> None:
     check_text(b'{"x": ["' + b"9" * 50 + b'", 0.' + b"1" * 50 + b", 1e5, -9223372036854775808]}", 10)
 
 
+def test_space_before_the_first_item_is_skipped_in_steps() -> None:
+    """A regular expression would hold the interpreter for the time that it takes to go there and back."""
+    raw = FieldReader(["x"]).read(b'{"x": [' + b" " * (16 << 20) + b'"a"]}')["x"]
+    alone = FieldReader(["x"]).read(b'{"x": "' + b" " * (16 << 20) + b'"}')["x"]
+    began = time.process_time()
+    for _ in range(10):
+        assert not is_token_ids(raw)
+        assert not is_list_of_lists(raw)
+        assert not is_token_ids(alone)
+    assert time.process_time() - began < 3
+
+
 def test_large_text_takes_a_time_in_proportion() -> None:
     """Hostile texts do not take much longer per byte than others."""
 
@@ -117,6 +139,16 @@ def test_lists() -> None:
     long = raw("[" + "1,   " * 50_000 + "1]")
     assert [len(items(long, most)) for most in (5, 2048, 60_000)] == [6, 2049, 50_001]
     assert [len(items(raw(f"[{' ' * (1 << 17)}{text}]"), 2)) for text in ("", "1", "1,2", "1,2,3")] == [0, 1, 2, 3]
+    assert len(items(long, 10**9)) == 50_001  # no type with a field for each possible item
+    spaces = " \n" * (1 << 17)
+    assert [is_token_ids(raw(f"[{spaces}{text}]")) for text in ("1", "-1", '"1"', "[1]", "")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [is_list_of_lists(raw(f"[{spaces}{text}]")) for text in ("[]", "1", "")] == [True, False, False]
     assert [bytes(found) if (found := first(raw(text))) else None for text in ('[{"a": 1}, 2]', "[]", "7")] == [
         b'{"a": 1}', None, None,
     ]  # fmt: skip

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from quantserve.errors import UsageError
 from quantserve.serve import keys
-from quantserve.serve.asgi import Refused
+from quantserve.serve.asgi import Refused, read_body
 from quantserve.serve.keys import VARIABLE, ApiKeys, KeyFile, KeySet, load_key_set
 
 from .asgi_client import Answer, Upstream, request
@@ -108,6 +109,21 @@ def test_health_without_a_key_names_no_model(key_set: KeySet, body: str, status:
     assert answer.json["status"] == ("degraded" if "degraded" in body else "ok" if status == 200 else "unavailable")
     assert ask(ApiKeys(app, key_set), "/health", "Bearer key-number-one").body == body.encode()
     assert ask(ApiKeys(app, KeySet()), "/health", None).body == body.encode()
+
+
+@pytest.mark.parametrize(("key", "length"), [(None, 0), ("Bearer key-number-one", 1000)])
+def test_the_body_of_a_health_request_without_a_key_is_not_read(key_set: KeySet, key: str | None, length: int) -> None:
+    """Bodies of strangers would fill the memory for bodies."""
+    read = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        read.append(await read_body(receive))
+        await JSONResponse({"status": "ok"})(scope, receive, send)
+
+    headers = {"authorization": key} if key else {}
+    answer = asyncio.run(request(ApiKeys(app, key_set), "GET", "/health", b"x" * 1000, headers=headers))
+    assert answer.status == 200
+    assert [len(body) for body in read] == [length]
 
 
 def test_health_that_is_refused(key_set: KeySet) -> None:

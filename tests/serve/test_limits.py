@@ -179,6 +179,14 @@ def test_forms_have_the_same_limits(path: str, field: str) -> None:
     assert ask(b"--y", path, headers=headers).error["code"] == "invalid_form"
 
 
+def test_forms_without_room_for_a_file_are_refused_unread() -> None:
+    """The parser of such forms takes 5 s for 16 MiB of `&`."""
+    headers = {"content-type": "application/x-www-form-urlencoded; charset=utf-8"}
+    answer = ask(b"&" * 100, "/v1/audio/transcriptions", headers=headers)
+    assert (answer.status, answer.error["code"]) == (415, "unsupported_media_type")
+    assert answer.error["message"].endswith("form cannot hold the audio file; send multipart/form-data.")
+
+
 @pytest.mark.parametrize("unit", [b"[],", b"{},", b'"",', b"1,", b"1.5,", b'"\\"",', b'{"a":[]},'])
 def test_a_body_of_very_many_values_is_refused_before_any_is_built(unit: bytes) -> None:
     policy = Policy(max_body_mb=4)

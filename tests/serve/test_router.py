@@ -72,7 +72,7 @@ def test_own_route_inside_one_application(router: Router, upstreams: dict[str, U
         ({"model": None}, 400, "missing_model", "model", "`demo-fp16`, `org/model-awq`"),
         ({}, 400, "missing_model", "model", "`demo-fp16`, `org/model-awq`"),
         ([], 400, "invalid_json", None, "must be a JSON object"),
-        (b"", 400, "invalid_json", None, "not valid JSON"),
+        (b"", 400, "missing_model", "model", "`model` is missing"),
         (b"{", 400, "invalid_json", None, "line 1 column 2"),
         (b"\xff\xfe\xff", 400, "invalid_json", None, "not valid JSON"),
         (b"[" * 200_000, 400, "invalid_json", None, "not valid JSON"),
@@ -264,6 +264,14 @@ def test_a_single_model_gets_every_path() -> None:
     assert ask(router, "GET", "/health").json == {"status": "ok", "models": {"only": "ok"}}
     cards = ask(router, "GET", "/v1/models").json["data"]
     assert [(card["id"], card["parent"]) for card in cards] == [("only", None), ("adapter", "only")]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses/7/cancel", "/only/v1/responses/7/cancel", "/only/ping"])
+def test_requests_without_a_body_are_forwarded(path: str) -> None:
+    """OpenAI's clients send none to cancel a response."""
+    router = Router([model(Upstream("only"), "only")])
+    for headers in ({}, {"content-type": "application/json"}):
+        assert ask(router, "POST", path, b"", headers=headers).json == {"from": "only"}
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/only/v1/models"])

@@ -53,6 +53,18 @@ def test_a_clients_id_is_kept(given: str) -> None:
     assert [trace.id for trace in seen] == [given]
 
 
+def test_a_long_client_address_is_cut() -> None:
+    """A proxy on this machine may put anything into X-Forwarded-For."""
+    seen: list[Trace] = []
+    traced = Traced(Recorder(), [seen.append])
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await traced({**scope, "client": ("x" * 50_000, 1)}, receive, send)
+
+    ask(app, "GET", "/")
+    assert [len(trace.client) for trace in seen] == [64]
+
+
 @pytest.mark.parametrize("given", [None, "", "x" * 129, "tab\there", "ümlaut", "nul\0"])
 def test_otherwise_one_is_made(given: str | None) -> None:
     app = Recorder()

@@ -20,27 +20,34 @@ from quantserve.serve.routes import FORMS
 PIECE: Final = 32 << 10
 """Bytes parsed at once; in between, other requests have their turn."""
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
-_KINDS: Final = (b"multipart/form-data", b"application/x-www-form-urlencoded")
+MULTIPART: Final = b"multipart/form-data"
+_KINDS: Final = (MULTIPART, b"application/x-www-form-urlencoded")
 
 
 def is_form(path: str, scope: Scope) -> bool:
     """Whether a request has a form for a route that takes forms."""
-    media_type = header(scope, b"content-type").split(b";")[0].strip().lower()
-    return media_type in _KINDS and path.endswith(tuple(FORMS))
+    return _media_type(scope) in _KINDS and path.endswith(tuple(FORMS))
 
 
 async def read_form(scope: Scope, body: bytes, names: Collection[str]) -> dict[str, float]:
     """The numbers in the given fields, as vLLM reads them; the largest of a field given several times.
 
     Raises:
-        Refused: 400, the form cannot be parsed.
+        Refused: 400, the form cannot be parsed; 415, it cannot hold the file that these routes require.
     """
+    if _media_type(scope) != MULTIPART:
+        message = f"A {_media_type(scope).decode()} form cannot hold the audio file; send {MULTIPART.decode()}."
+        raise Refused(415, message, param="file", code="unsupported_media_type")
     try:
         async with Request(scope, _in_pieces(body)).form() as form:
             return {name: max(_number(value) for value in form.getlist(name)) for name in names if name in form}
     except (MultiPartException, HTTPException) as error:
         reason = error.message if isinstance(error, MultiPartException) else error.detail
         raise Refused(400, f"The form in the request body cannot be parsed: {reason}", code="invalid_form") from None
+
+
+def _media_type(scope: Scope) -> bytes:
+    return header(scope, b"content-type").split(b";")[0].strip().lower()
 
 
 def _number(value: object) -> float:

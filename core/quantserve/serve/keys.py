@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantserve.errors import UsageError
 from quantserve.homes import expand
-from quantserve.serve.asgi import Refused, header
+from quantserve.serve.asgi import Refused, header, replay
 
 VARIABLE: Final = "QUANTSERVE_API_KEYS"
 OPEN_PATHS: Final = ("/health",)
@@ -214,7 +214,7 @@ class ApiKeys:
 
 
 async def _bare(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run the health endpoint and return its status without the model names in its body."""
+    """Run the health endpoint and return its status without the model names in its body; a request body is not read."""
     code, parts = 500, []
 
     async def collect(message: Message) -> None:
@@ -223,7 +223,7 @@ async def _bare(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
         parts.append(message.get("body", b""))
 
     try:
-        await app(scope, receive, collect)
+        await app(scope, replay(b"", receive), collect)
     except Refused as refused:
         code = refused.status
     status = "ok" if code == 200 else "unavailable"

@@ -266,12 +266,12 @@ class Router:
 
 
 async def _fields(scope: Scope, receive: Receive) -> tuple[Mapping[str, Any], Receive]:
-    """Fields of the JSON body, from the scope if the limits layer has parsed it; and a channel with the body."""
+    """Fields of the JSON body, maybe empty, from the scope if the limits layer has parsed it; and a channel with it."""
     parsed = scope.get(JSON_KEY)
     if isinstance(parsed, Mapping):
         return parsed, receive
     body = await read_body(receive)
-    return parse_object(body), replay(body, receive)
+    return parse_object(body) if body else {}, replay(body, receive)
 
 
 def _overview(route: str, metrics: bool) -> dict[str, Any]:

@@ -18,6 +18,8 @@ KEY: Final = "quantserve"
 """Where an ASGI scope holds its `Trace`."""
 ID_HEADER: Final = b"x-request-id"
 LONGEST_ID: Final = 128
+LONGEST_CLIENT: Final = 64
+"""Of a client's address, which a proxy on this machine sends in `X-Forwarded-For`; IPv6 needs 45 characters."""
 _LONGEST_ERROR: Final = 1 << 16
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ class Traced:
         given = header(scope, ID_HEADER)
         name = given.decode() if usable(given) else uuid.uuid4().hex
         trace = Trace(name, scope.get("method", "WEBSOCKET"), scope["path"])
-        trace.client = (scope.get("client") or ("",))[0]
+        trace.client = (scope.get("client") or ("",))[0][:LONGEST_CLIENT]
         id_header = (ID_HEADER, name.encode())
         headers = [pair for pair in scope["headers"] if pair[0] != ID_HEADER]
         scope = {**scope, KEY: trace, "headers": [*headers, id_header]}

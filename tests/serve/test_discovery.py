@@ -44,6 +44,17 @@ def states(replicas: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 SLOW = GetTimeoutError("describe took too long")
 RAISED = ValueError("describe raised")
 NONSENSE = {"id": "r1"}
+INVALID = (
+    {"id": None},
+    {"host": None},
+    {"port": None},
+    {"port": "9"},
+    {"port": 1 << 16},
+    {"port": 0},
+    {"cpus": "0"},
+    {"cpus": ["0"]},
+)
+"""Fields with which an answer cannot be used."""
 
 
 class TestRoster:
@@ -56,6 +67,13 @@ class TestRoster:
         assert roster.unsure
         assert states(roster.update([described()])) == {"r1": "ready"}
         assert not roster.unsure
+
+    @pytest.mark.parametrize("fields", INVALID)
+    def test_an_invalid_answer_does_not_reach_the_gateway(self, fields: dict[str, object]) -> None:
+        roster = Roster()
+        before = roster.update([described()])
+        (after,) = roster.update([described(**fields)])
+        assert after == {**before[0], "state": "unknown"}
 
     def test_a_replica_that_is_not_listed_is_removed_after_some_misses_in_succession(self) -> None:
         roster = Roster()

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -145,6 +146,20 @@ def test_a_drained_stream_is_complete_and_logged(make: Callable[..., Gateway]) -
     assert gateway.ended() == 0
     assert gateway.received[-1] == "data: [DONE]"
     assert [(line["path"], line["status"]) for line in gateway.logged()] == [("/v1/completions", 200)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_drains_a_gateway_that_was_started_without_the_command(
+    make: Callable[..., Gateway], number: int
+) -> None:
+    gateway = make()
+    gateway.process.send_signal(number)
+    with pytest.raises(httpx.ConnectError):
+        until_raises(partial(httpx.get, f"{gateway.base}/health", trust_env=False))
+    gateway.replica.finish.set()
+    assert gateway.ended() == 0
+    assert gateway.received[-1] == "data: [DONE]"
+    assert [line["path"] for line in gateway.logged() if line["path"] != "/health"] == ["/v1/completions"]
 
 
 def until_raises(call: Callable[[], object]) -> None:

@@ -104,7 +104,15 @@ class Roster:
 
 
 def _is_answer(result: object) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(result, Mapping) and {"id", "host", "port"} <= set(result)
+    """Whether it can be used: an invalid address, maybe of another version, would end the gateway."""
+    if not (isinstance(result, Mapping) and isinstance(result.get("id"), str) and isinstance(result.get("host"), str)):
+        return False
+    port, cpus = result.get("port"), result.get("cpus", [])
+    return isinstance(port, int) and 0 < port < 1 << 16 and isinstance(cpus, list) and all(map(_is_number, cpus))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int)
 
 
 def _dead_actor(result: object) -> str:

@@ -9,6 +9,8 @@ Standard output has the status, one JSON object per line, at every change and ev
 models with queued requests and no replica; `reachable`, the models whose requests are accepted; `settled`, whether all
 replicas are healthy and no request is queued; `waiting`, the number of queued requests by model.
 
+SIGTERM, SIGINT and SIGHUP drain it as well, unless they are blocked or ignored; `quantserve serve` blocks them.
+
 The process ends when it has drained; and at once when its parent has ended or control fails, that is at the end of
 standard input, at an invalid line or when standard output is closed. Requests in progress then get an error.
 """
@@ -21,6 +23,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import socket
 import stat
 import sys
@@ -34,6 +37,7 @@ from quantserve.serve.directory import Directory
 from quantserve.serve.http_server import HttpServer
 from quantserve.serve.limits import Policy
 from quantserve.serve.served import public_app, timing_of
+from quantserve.serve.signals import STOP
 from quantserve.text import LogFormatter
 
 STATUS_POLL_S: Final = 0.1
@@ -67,6 +71,9 @@ class Gateway:
 
     async def serve(self, listener: socket.socket, lines: asyncio.StreamReader) -> None:
         """Serve until drained, or until control ends."""
+        for number in STOP:  # blocked in a gateway that `quantserve serve` has started
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(number, self._drain)
         serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         control = [asyncio.create_task(self._listen(lines)), asyncio.create_task(self._report())]
         done, _ = await asyncio.wait([serving, *control], return_when=asyncio.FIRST_COMPLETED)
@@ -91,10 +98,13 @@ class Gateway:
         while (line := await lines.readline()).endswith(b"\n"):
             message = json.loads(line)
             if message.get("drain"):
-                self._server.should_exit = True
-                asyncio.get_running_loop().call_later(self._policy.drain_timeout_s, self._directory.fail_running)
+                self._drain()
             else:
                 self._directory.update(message["replicas"])
+
+    def _drain(self) -> None:
+        self._server.should_exit = True
+        asyncio.get_running_loop().call_later(self._policy.drain_timeout_s, self._directory.fail_running)
 
     async def _report(self) -> None:
         """Write the status until nobody reads it; the parent's pipes may be held open by other processes.

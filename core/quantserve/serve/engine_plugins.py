@@ -22,8 +22,9 @@ STAGE = "register"
 
 
 def register() -> None:
-    """Load the plugins of this model, and on a CPU make the processes yield while they wait."""
+    """Load the plugins of this model and apply the patches of the engine's processes."""
     load_plugins(os.environ)
+    patches.apply("rule-cache")
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

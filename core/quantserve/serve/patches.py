@@ -159,6 +159,20 @@ PATCHES: Final[Mapping[str, Patch]] = {
         gain="mean time to first token of 64 chats that begin together: 0.77 instead of 0.91 of that of `vllm serve`",
         without="later first tokens under load",
     ),
+    "rule-cache": Patch(
+        changes="`XgrammarBackend.compile_grammar` of the engine core",
+        apply="quantserve.serve.rule_cache:compile_without_rule_cache",
+        relies_on=(
+            (
+                "vllm.v1.structured_output.backend_xgrammar:XgrammarBackend.compile_grammar",
+                "ctx = self.compiler.compile_json_schema( grammar_spec,",
+            ),
+            ("xgrammar.compiler:GrammarCompiler", "def compile_builtin_json_grammar(self)"),
+        ),
+        why="with its cache, xgrammar 0.2.8 cannot compile patterns with more than 128 repetitions in a schema",
+        gain="schemas with patterns such as `^.{1,500}$` work",
+        without="such schemas get status 400",
+    ),
     "sched-yield": Patch(
         changes="`vllm.distributed.device_communicators.shm_broadcast.sched_yield`",
         apply="quantserve.serve.engine_wait:sleep_in_some_turns",

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from quantserve.serve.asgi import Guard, read_body, request_scope
+from quantserve.serve.asgi import Guard, read_body, replay, request_scope
 from quantserve.serve.remote import DRAINING, RemoteModel
 from quantserve.serve.replicas import Limits, Pool
 from quantserve.serve.upstream import ReplicaLost
@@ -383,6 +383,28 @@ def test_at_the_end_of_the_drain_timeout_requests_end_with_an_error() -> None:
             assert [answer.error["code"] for answer in answers[1:]] == ["shutdown", "shutdown"]
             await until(lambda: streaming.cancelled == held.cancelled == 1)
             assert (first.pool.ongoing, second.pool.ongoing, len(second.pool.running)) == (0, 0, 0)
+
+    run(work)
+
+
+def test_a_shutdown_a_moment_after_the_end_of_a_stream_adds_nothing() -> None:
+    async def work() -> None:
+        replica, sent = Replica(), []
+        async with served(replica) as port:
+            app = RemoteModel(pool_of(only=port))
+
+            async def send(message: Message) -> None:
+                sent.append(message)
+                if message["type"] == "http.response.body" and not message["more_body"]:
+                    asyncio.get_running_loop().call_soon(app.pool.fail_running)
+
+            async def stay() -> Message:
+                await asyncio.Event().wait()
+                raise AssertionError
+
+            await app(request_scope("POST", "/v1/completions"), replay(b"{}", stay), send)
+        assert [message.get("more_body") for message in sent[1:]].count(False) == 1
+        assert b"".join(message["body"] for message in sent[1:]) == b"".join(replica.chunks)
 
     run(work)
 

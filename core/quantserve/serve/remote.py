@@ -179,6 +179,7 @@ class _Answer:
 
     Attributes:
         started: whether status and headers were sent.
+        complete: whether all of it was sent.
         events: whether it is a stream of events.
     """
 
@@ -187,6 +188,7 @@ class _Answer:
         self._send = send
         self._last = b""
         self.started = False
+        self.complete = False
         self.events = False
 
     async def start(self, status: int, headers: Headers) -> None:
@@ -204,6 +206,7 @@ class _Answer:
 
     async def end(self, data: bytes = b"") -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        self.complete = True
 
     async def fail(self, refused: Refused) -> None:
         """Report an error to the client: as a response, as an event of a stream, or by closing the connection.
@@ -212,6 +215,8 @@ class _Answer:
             Refused: nothing was sent yet, so the error becomes the response.
             ReplicaLost: a part of a response other than a stream was sent; the connection must be closed.
         """
+        if self.complete:  # the timeout or the shutdown came a moment after its end
+            return
         if not self.started:
             raise refused
         if not self.events:

@@ -23,6 +23,9 @@ CPU_ONLY: Final = (KV_CACHE_SPACE, THREADS_BIND, RESERVE)
 """Variables that vLLM reads on CPUs only."""
 JUDGED: Final = (LONG_CONTEXT, MODELSCOPE, *CPU_ONLY)
 """Variables that checks and the plan depend on."""
+GATEWAY_LIMITS: Final = ("VLLM_MAX_COMPLETION_PROMPTS", "VLLM_MAX_STOP_STRINGS", "VLLM_MAX_NUM_BAD_WORDS")
+"""Limits of vLLM's server that the gateway has, too, as ``max_prompts`` and ``max_stops``."""
+UNLIMITED: Final = 1 << 20
 _REFERENCE: Final = re.compile(r"\$(\w+|\{\w+\})", re.ASCII)
 
 

@@ -387,3 +387,11 @@ TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for 
 def test_the_field_of_a_schema_is_the_clients(client: Any, param: str) -> None:
     error = {"error": {"message": "no", "param": "structured_outputs", "code": 400}}
     assert refusal(400, "POST", CHAT, json.dumps(error).encode(), client).error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [(CHAT, "messages"), ("/v1/responses", "input"), ("/v1/messages", "messages")]
+)
+def test_the_field_with_an_image_is_the_clients(path: str, field: str) -> None:
+    error = {"error": {"message": "m is not a multimodal model", "param": None, "code": 400}}
+    assert refusal(400, "POST", path, json.dumps(error).encode(), {field: []}).error["param"] == field

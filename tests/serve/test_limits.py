@@ -20,7 +20,7 @@ from quantserve.config import HttpConfig
 from quantserve.errors import UsageError
 from quantserve.serve.asgi import JSON_KEY, Refused, read_body, request_scope
 from quantserve.serve.bodies import BODY_KEY, release_body
-from quantserve.serve.json_fields import FieldReader
+from quantserve.serve.json_fields import INLINE, FieldReader
 from quantserve.serve.limits import Limits, Policy, layers
 from quantserve.serve.request_defaults import RequestDefaults
 from quantserve.serve.routes import MAX_TOKENS_HEADER
@@ -129,7 +129,19 @@ def test_of_a_field_given_twice_the_last_one_counts() -> None:
     assert ask(b'{"n": 1, "\\u006e": 500}').error["param"] == "n"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-8-sig", "latin-1"])
+@pytest.mark.parametrize("size", [10, INLINE])
+def test_a_byte_order_mark_is_removed(size: int) -> None:
+    """PowerShell and .NET send it."""
+    upstream = Seen("m")
+    body = json.dumps({"model": "é" * size}).encode()
+    headers = {"content-length": str(len(body) + 3)}
+    assert ask(b"\xef\xbb\xbf" + body, app=upstream, headers=headers).status == 200
+    assert upstream.bodies == [body]
+    assert (b"content-length", b"%d" % len(body)) in upstream.scope["headers"]
+    assert ask(b'\xef\xbb\xbf{"n": 500}').error["param"] == "n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
 def test_bodies_must_be_utf_8(encoding: str) -> None:
     body = json.dumps({"n": 500, "x": "é"}, ensure_ascii=False).encode(encoding)
     for headers in ({}, {"content-type": "application/json; charset=utf-16"}, {"content-type": "application/x+json"}):

@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.environment import API_KEY, RESERVE
+from quantserve.environment import API_KEY, GATEWAY_LIMITS, RESERVE, UNLIMITED
 from quantserve.homes import settle
 from quantserve.plan import Plan
 from quantserve.serve import patches
@@ -82,6 +82,8 @@ class ModelServer:
         for note in settle(os.environ):  # of this node, and of the model's runtime_env
             logger.warning(note)
         os.environ.pop(API_KEY, None)  # the gateway checks keys, and sends none
+        for name in GATEWAY_LIMITS:  # vLLM's own are lower: 4 stops, without those of the model's config
+            os.environ.setdefault(name, str(UNLIMITED))
         forget_variable()
         # vLLM's server imports model_hosting_container_standards, which silences the warnings of all other packages.
         logging.getLogger("quantserve").setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -143,6 +144,7 @@ class Limits:
     async def _check(self, scope: Scope, body: Body) -> None:
         path = normalized(scope["path"])
         if is_json(scope):
+            _remove_mark(scope, body)
             try:
                 if len(body.content) <= INLINE:
                     fields = self._read(path, body.content)
@@ -232,6 +234,15 @@ class Limits:
         if self.policy.max_tokens is not None:
             headers.append((MAX_TOKENS_HEADER, str(self.policy.max_tokens).encode()))
         return headers
+
+
+def _remove_mark(scope: Scope, body: Body) -> None:
+    """Remove UTF-8's byte order mark, which clients in .NET and PowerShell send; vLLM ignores it as well."""
+    if body.content.startswith(codecs.BOM_UTF8):
+        body.content = body.content[len(codecs.BOM_UTF8) :]
+        length = str(len(body.content)).encode()
+        headers = ((name, length if name == b"content-length" else value) for name, value in scope["headers"])
+        scope["headers"] = list(headers)
 
 
 def _ids(path: str) -> Sequence[str]:

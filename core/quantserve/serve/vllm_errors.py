@@ -95,7 +95,7 @@ def refusal(status: int, method: str, path: str, body: bytes, client: Any = None
         param = param or _named(message, given)
         if param in PROMPT_NAMES or (not param and _TOO_LONG.search(message)):
             param, code = _prompt(path, message, given), "context_length_exceeded"
-        elif param == "prompt":
+        elif param == "prompt" or (param == "messages" and param not in given):
             param = _prompt(path, message, given)
         elif param == "structured_outputs":
             param = schema_field(given)

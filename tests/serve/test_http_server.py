@@ -30,6 +30,7 @@ from quantserve.serve.http_connection import Connection
 from quantserve.serve.http_exchange import Exchange
 from quantserve.serve.http_idle import MOST_CLOSING, IdleConnections
 from quantserve.serve.http_server import RESERVED_FILES, HttpServer, connections_for
+from quantserve.serve.http_timeouts import Deadline
 from quantserve.serve.limits import Policy
 from quantserve.serve.trace import Traced
 
@@ -518,6 +519,20 @@ def test_half_requests_take_no_file_that_the_gateway_needs(tmp_path: Path) -> No
         assert statuses.count(b"408") >= 127
         assert statuses.count(b"408") + statuses.count(b"503") == 400
         until(lambda: talk(running.port, b"GET /v1/models HTTP/1.1\r\n" + HEAD).endswith(b"}]}"), 20)
+
+
+def test_a_deadline_that_is_less_than_a_timer_away_can_be_moved() -> None:
+    async def work() -> float:
+        loop, passed = asyncio.get_running_loop(), asyncio.Event()
+        deadline = Deadline(loop, passed.set)
+        for seconds in (0.0001, 0.0002, 0.0001, 60, 0.05):
+            deadline.set(seconds)
+        began = loop.time()
+        await asyncio.wait_for(passed.wait(), 20)
+        return loop.time() - began
+
+    for run in (asyncio.run, uvloop.run):
+        assert run(work()) > 0.04
 
 
 def test_files_for_connections() -> None:

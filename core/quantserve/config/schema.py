@@ -303,16 +303,16 @@ class HttpLimits(Section):
     )
     head_timeout_s: float = Field(
         default=10,
-        gt=0,
+        ge=0.01,
         le=3600,
         description="Seconds for a client to send the head of its first request, or of a later one it has begun.",
     )
     body_timeout_s: float = Field(
-        default=60, gt=0, le=3600, description="Seconds for a client to send the body of a request; then 408."
+        default=60, ge=0.01, le=3600, description="Seconds for a client to send the body of a request; then 408."
     )
     send_timeout_s: float = Field(
         default=60,
-        gt=0,
+        ge=0.01,
         le=3600,
         description="Seconds a client may accept no data while a response waits; then it is disconnected.",
     )
@@ -323,7 +323,7 @@ class HttpLimits(Section):
         description="Seconds an idle client connection stays open. Above the clients' own: Go keeps connections 90 s.",
     )
     request_timeout_s: float = Field(
-        default=600, gt=0, le=86400, description="Request timeout in seconds, queue included; then 504."
+        default=600, ge=0.01, le=86400, description="Request timeout in seconds, queue included; then 504."
     )
     queue_timeout_s: float = Field(
         default=30,
@@ -335,7 +335,7 @@ class HttpLimits(Section):
         default=20, ge=0, le=86400, description="Drain timeout: seconds for requests in progress to finish at shutdown."
     )
     connect_timeout_s: float = Field(
-        default=5, gt=0, le=60, description="Seconds for a connection to a replica; then another replica is tried."
+        default=5, ge=0.01, le=60, description="Seconds for a connection to a replica; then another replica is tried."
     )
     replica_timeout_s: float = Field(
         default=15,

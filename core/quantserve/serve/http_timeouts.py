@@ -22,16 +22,18 @@ class Deadline:
         self._loop = loop
         self._expired = expired
         self._when = inf
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._ends = inf
+        """When the timer ends."""
 
     def set(self, seconds: float) -> None:
         """Move the deadline to so many seconds from now."""
         self._when = self._loop.time() + seconds
         if self._timer is not None:
-            if self._timer.when() <= self._when:
+            if self._ends <= self._when:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_later(seconds, self._check)
+        self._start(seconds)
 
     def clear(self) -> None:
         """Have no deadline until the next `set`."""
@@ -48,7 +50,11 @@ class Deadline:
         if left <= 0:
             self._expired()
         elif left < inf:
-            self._timer = self._loop.call_later(left, self._check)
+            self._start(left)
+
+    def _start(self, seconds: float) -> None:
+        self._ends = self._when
+        self._timer = self._loop.call_later(seconds, self._check)  # uvloop's has no `when` for less than half a ms
 
 
 def notice_lost_client(transport: asyncio.Transport, timeout_s: float) -> None:

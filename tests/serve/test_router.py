@@ -96,7 +96,10 @@ def test_not_json(router: Router) -> None:
     headers = {"content-type": "multipart/form-data; boundary=x"}
     answer = ask(router, "POST", "/v1/audio/transcriptions", b"--x", headers=headers)
     assert answer.status == 415
-    assert "/demo-fp16/v1" in answer.error["message"]
+    assert answer.error["message"] == (
+        "Content-Type: multipart/form-data; boundary=x is not supported here; send application/json. This server hosts "
+        "several models: a body other than JSON needs a model's route, e.g. /demo-fp16/v1."
+    )
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/v1/chat/completions", "/v1/responses/7"])
@@ -264,6 +267,17 @@ def test_a_single_model_gets_every_path() -> None:
     assert ask(router, "GET", "/health").json == {"status": "ok", "models": {"only": "ok"}}
     cards = ask(router, "GET", "/v1/models").json["data"]
     assert [(card["id"], card["parent"]) for card in cards] == [("only", None), ("adapter", "only")]
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE", "OPTIONS", "PROPFIND"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/only/v1/responses/7"])
+def test_other_methods_take_no_place_in_the_queue(method: str, path: str) -> None:
+    """The limit per key counts POST requests."""
+    upstream = Upstream("only")
+    answer = ask(Router([model(upstream, "only")]), method, path, {"model": "only"})
+    assert (answer.status, answer.error["code"]) == (405, "method_not_allowed")
+    assert answer.headers["allow"] == "GET, HEAD, POST"
+    assert upstream.bodies == []
 
 
 @pytest.mark.parametrize("path", ["/v1/responses/7/cancel", "/only/v1/responses/7/cancel", "/only/ping"])

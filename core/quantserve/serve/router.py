@@ -17,11 +17,22 @@ from urllib.parse import unquote
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.serve.asgi import JSON_KEY, Refused, answer_lifespan, ask, is_json, parse_object, read_body, replay
+from quantserve.serve.asgi import (
+    JSON_KEY,
+    Refused,
+    answer_lifespan,
+    ask,
+    header,
+    is_json,
+    parse_object,
+    read_body,
+    replay,
+)
 from quantserve.serve.openapi import rendered
 from quantserve.serve.routes import is_client_path, normalized
 from quantserve.serve.shared import Shared
 from quantserve.serve.trace import trace_of
+from quantserve.text import harmless
 
 if TYPE_CHECKING:
     from quantserve.plan import Plan
@@ -140,6 +151,9 @@ class Router:
             return
         if not is_client_path(scope["path"]):
             raise self._unknown_path(scope["path"])
+        if scope["method"] not in (*READ_ONLY, "POST"):  # it would wait in the queue to be refused by the replica
+            message = f"Method {scope['method']} is not allowed here; use GET or POST."
+            raise Refused(405, message, code="method_not_allowed", headers={"allow": "GET, HEAD, POST"})
         fields: Mapping[str, Any] = {}
         if scope["method"] == "POST" and is_json(scope) and scope["path"].startswith("/v1/"):
             fields, receive = await _fields(scope, receive)
@@ -205,8 +219,10 @@ class Router:
         """Find the model that the body names, and forward the request to it."""
         if not is_json(scope):
             example = next(iter(self.models.values())).route
+            kind = harmless(header(scope, b"content-type")[:100].decode("latin-1"))
             message = (
-                f"This server hosts several models: a body other than JSON needs a model's route, e.g. {example}/v1."
+                f"Content-Type: {kind} is not supported here; send application/json. This server hosts several models: "
+                f"a body other than JSON needs a model's route, e.g. {example}/v1."
             )
             raise Refused(415, message, code="unsupported_media_type")
         fields, receive = await _fields(scope, receive)

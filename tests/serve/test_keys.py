@@ -85,6 +85,12 @@ def test_unusable_files(tmp_path: Path, text: bytes, said: str) -> None:
         load_key_set(str(tmp_path / "absent"))
 
 
+def test_a_file_with_a_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbffirst-key-1\r\nsecond-key-2\r\n")
+    found = load_key_set(str(tmp_path / "keys")).from_file
+    assert found == tuple(sorted(sha256(key).hexdigest() for key in (b"first-key-1", b"second-key-2")))
+
+
 def test_a_bad_key_is_not_printed(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("s3cret\n")
     with pytest.raises(UsageError) as caught:

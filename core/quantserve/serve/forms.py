@@ -36,7 +36,8 @@ async def read_form(scope: Scope, body: bytes, names: Collection[str]) -> dict[s
         Refused: 400, the form cannot be parsed; 415, it cannot hold the file that these routes require.
     """
     if _media_type(scope) != MULTIPART:
-        message = f"A {_media_type(scope).decode()} form cannot hold the audio file; send {MULTIPART.decode()}."
+        kind = _media_type(scope).decode()
+        message = f"Content-Type: {kind} is not supported here; send the audio file as {MULTIPART.decode()}."
         raise Refused(415, message, param="file", code="unsupported_media_type")
     try:
         async with Request(scope, _in_pieces(body)).form() as form:

@@ -85,7 +85,7 @@ def read_file(file: str) -> list[str]:
         UsageError: it cannot be read or holds no key, or a key is invalid.
     """
     try:
-        lines = expand(file).read_text("utf-8").splitlines()
+        lines = expand(file).read_text("utf-8-sig").splitlines()  # Windows' editors write a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         fix = "correct the path in api_keys_file (--api-keys-file), and write one key per line into that file"

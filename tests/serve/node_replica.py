@@ -1,6 +1,7 @@
 """A replica in a process of its own: ``python node_replica.py HOST``. It prints its port, then events of requests.
 
-``/hold`` sends one piece and waits for the client to leave; other paths send the length of the body.
+``/hold`` sends one piece and waits for the client to leave, ``/stream`` sends pieces until then; other paths send the
+length of the body.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] == "/hold":
         await send({"type": "http.response.body", "body": b"first", "more_body": True})
         await receive()
+        print("cancelled", scope["path"], flush=True)
+    elif scope["path"] == "/stream":
+        leaving = asyncio.create_task(receive())
+        while not leaving.done():
+            await send({"type": "http.response.body", "body": b"piece", "more_body": True})
+            await asyncio.wait([leaving], timeout=0.02)
         print("cancelled", scope["path"], flush=True)
     else:
         await send({"type": "http.response.body", "body": b"%d" % len(body)})

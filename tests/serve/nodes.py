@@ -34,11 +34,14 @@ class Network:
         return subprocess.Popen(["ip", "netns", "exec", self.name, *command], text=True, **options)
 
     def vanish(self, how: str = "silence") -> None:
-        """Cut the nodes off from each other: by ``silence``, packets are lost both ways; or the link is ``down``."""
+        """Cut the nodes off from each other: with ``silence``, packets are lost both ways; with ``there`` or ``here``,
+        those to that node; or the link is ``down``.
+        """
         if how == "down":
             _ip(f"-n {self.name} link set {self.name}b down")
-        else:
+        if how in ("silence", "there"):
             _ip(f"neigh replace {self.there} lladdr {NOWHERE} dev {self.name}a nud permanent")
+        if how in ("silence", "here"):
             _ip(f"-n {self.name} neigh replace {self.here} lladdr {NOWHERE} dev {self.name}b nud permanent")
 
     def come_back(self) -> None:

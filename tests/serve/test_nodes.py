@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from quantserve.serve.link import HANGS
 from quantserve.serve.upstream import ReplicaLost, Timing, Upstream
 
 from .load import Asked, Clients
@@ -84,6 +85,28 @@ def test_a_node_that_vanishes_under_load_is_noticed_at_both_ends(network: Networ
         run(work)
         lines = [process.stdout.readline().strip() for _ in range(3)]
         assert sorted(lines) == ["begun /", "begun /hold", "cancelled /hold"]
+
+
+@pytest.mark.parametrize("direction", ["there", "here"])
+def test_packets_lost_in_one_direction_are_noticed_at_both_ends(network: Network, direction: str) -> None:
+    """The other direction still works, and each end gets what the other one repeats."""
+    silence_s = 3.0
+    with replica(Timing(connect_s=2.0, silence_s=silence_s), network) as (upstream, process):
+        assert process.stdout is not None
+
+        async def work() -> None:
+            stream = await upstream.request("POST", b"/stream")
+            assert await stream.read()
+            network.vanish(direction)
+            began = time.monotonic()
+            with contextlib.suppress(ReplicaLost):
+                while await stream.read():
+                    pass
+            assert time.monotonic() - began < HANGS * silence_s / 2  # not only because nothing is heard any more
+
+        run(work)
+        lines = [process.stdout.readline().strip() for _ in range(2)]
+        assert lines == ["begun /stream", "cancelled /stream"]
 
 
 def test_a_process_that_is_stopped_for_a_while_is_slow_and_not_lost() -> None:

@@ -21,6 +21,7 @@ import psutil  # type: ignore[import-untyped]
 
 from quantserve.errors import EngineError, UsageError, one_line
 from quantserve.homes import look, ray_fault, settle
+from quantserve.serve.announce import say
 from quantserve.serve.cpus import keep_off, step_back
 from quantserve.serve.processes import Processes
 from quantserve.serve.signals import shielded
@@ -98,7 +99,7 @@ def start_ray() -> RayProcesses:
         EngineError: Ray failed to start, its session folder has too little free space, or no folder can be written.
     """
     for note in settle(os.environ):  # Ray's workers and the engines inherit it
-        print(f"note: {note}", flush=True)
+        say(f"note: {note}")
     folder = look(os.environ).folders["RAY_TMPDIR"]
     if fault := ray_fault(folder):
         raise EngineError(f"RAY_TMPDIR {folder} {fault}\n  fix: set RAY_TMPDIR to a short path that can be written")

@@ -20,6 +20,8 @@ HIGH_WATER: Final = 128 << 10
 
 _ACKNOWLEDGED: Final = struct.Struct("=24xI28xI")
 """``tcpi_unacked`` (segments) and ``tcpi_last_ack_recv`` (milliseconds) of Linux's ``struct tcp_info``."""
+_RESET: Final = struct.pack("ii", 1, 0)
+"""``SO_LINGER``: discard the send buffer."""
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +132,17 @@ class Link(asyncio.Protocol):
         if self.usable:
             self.reason = harmless(reason)
             logger.warning("closed the connection to %s %s: %s", self._peer, self.address, self.reason)
+            if self.silent:
+                self._discard()
             self.abort()
+
+    def _discard(self) -> None:
+        """Close with RST. Maybe only the peer's packets are lost, and it takes their repetition for signs of life: then
+        a FIN, behind data that nothing acknowledges, would reach it too late.
+        """
+        assert self._transport is not None
+        wire = self._transport.get_extra_info("socket")
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     @property
     def address(self) -> str:

@@ -35,8 +35,10 @@ class Network:
 
     def vanish(self, how: str = "silence") -> None:
         """Cut the nodes off from each other: with ``silence``, packets are lost both ways; with ``there`` or ``here``,
-        those to that node; or the link is ``down``.
+        those to that node; or the link is ``down``; or this node loses its ``address``.
         """
+        if how == "address":
+            _ip(f"addr del {self.here}/24 dev {self.name}a")
         if how == "down":
             _ip(f"-n {self.name} link set {self.name}b down")
         if how in ("silence", "there"):
@@ -47,12 +49,13 @@ class Network:
     def come_back(self) -> None:
         """Join them again."""
         _ip(f"-n {self.name} link set {self.name}b up")
-        for remove in (
+        for restore in (
+            f"addr add {self.here}/24 dev {self.name}a",
             f"neigh del {self.there} dev {self.name}a",
             f"-n {self.name} neigh del {self.here} dev {self.name}b",
         ):
             with contextlib.suppress(subprocess.CalledProcessError):
-                _ip(remove)
+                _ip(restore)
 
 
 @contextlib.contextmanager

@@ -87,9 +87,11 @@ def test_a_node_that_vanishes_under_load_is_noticed_at_both_ends(network: Networ
         assert sorted(lines) == ["begun /", "begun /hold", "cancelled /hold"]
 
 
-@pytest.mark.parametrize("direction", ["there", "here"])
-def test_packets_lost_in_one_direction_are_noticed_at_both_ends(network: Network, direction: str) -> None:
-    """The other direction still works, and each end gets what the other one repeats."""
+@pytest.mark.parametrize("how", ["there", "here", "address"])
+def test_a_loss_in_one_direction_is_noticed_at_both_ends(network: Network, how: str) -> None:
+    """The other direction still works, and each end gets what the other one repeats. Without an address this end cannot
+    even send.
+    """
     silence_s = 3.0
     with replica(Timing(connect_s=2.0, silence_s=silence_s), network) as (upstream, process):
         assert process.stdout is not None
@@ -97,7 +99,7 @@ def test_packets_lost_in_one_direction_are_noticed_at_both_ends(network: Network
         async def work() -> None:
             stream = await upstream.request("POST", b"/stream")
             assert await stream.read()
-            network.vanish(direction)
+            network.vanish(how)
             began = time.monotonic()
             with contextlib.suppress(ReplicaLost):
                 while await stream.read():

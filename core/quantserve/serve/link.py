@@ -18,8 +18,10 @@ HANGS: Final = 4
 HIGH_WATER: Final = 128 << 10
 """Bytes in the send buffer above which senders wait for their turn."""
 
-_ACKNOWLEDGED: Final = struct.Struct("=24xI28xI")
-"""``tcpi_unacked`` (segments) and ``tcpi_last_ack_recv`` (milliseconds) of Linux's ``struct tcp_info``."""
+_INFO: Final = struct.Struct("=16xI4xI28xI84xI80xI")
+"""Of Linux's ``struct tcp_info``: ``tcpi_snd_mss`` (bytes), ``tcpi_unacked`` (segments), ``tcpi_last_ack_recv``
+(milliseconds), ``tcpi_notsent_bytes`` and ``tcpi_snd_wnd`` (bytes; zero before Linux 5.4).
+"""
 _RESET: Final = struct.pack("ii", 1, 0)
 """``SO_LINGER``: discard the send buffer."""
 
@@ -230,10 +232,14 @@ class Link(asyncio.Protocol):
             self._wait()
 
     def _unacknowledged_s(self) -> float:
-        """Seconds since the peer's kernel acknowledged something, if something is unacknowledged; otherwise 0."""
+        """Seconds since the peer's kernel acknowledged something, if something is unacknowledged; otherwise 0.
+
+        Data that fits the peer's window and was not even sent counts, too: this host has lost its address or its route.
+        """
         if self._transport is None or self._transport.is_closing() or not hasattr(socket, "TCP_INFO"):
             return 0.0
         wire = self._transport.get_extra_info("socket")
-        known = wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED.size)
-        segments, milliseconds = _ACKNOWLEDGED.unpack(known)
-        return milliseconds / 1000 if segments else 0.0
+        known = wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size).ljust(_INFO.size, b"\0")
+        largest, segments, milliseconds, unsent, window = _INFO.unpack(known)
+        stuck = segments or (unsent and window >= min(unsent, largest))
+        return milliseconds / 1000 if stuck else 0.0

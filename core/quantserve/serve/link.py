@@ -134,13 +134,11 @@ class Link(asyncio.Protocol):
         if self.usable:
             self.reason = harmless(reason)
             logger.warning("closed the connection to %s %s: %s", self._peer, self.address, self.reason)
-            if self.silent:
-                self._discard()
             self.abort()
 
     def _discard(self) -> None:
-        """Close with RST. Maybe only the peer's packets are lost, and it takes their repetition for signs of life: then
-        a FIN, behind data that nothing acknowledges, would reach it too late.
+        """Make the close send RST. Maybe only the peer's packets are lost, and it takes their repetition for signs of
+        life: then a FIN, behind data that nothing acknowledges, would reach it too late.
         """
         assert self._transport is not None
         wire = self._transport.get_extra_info("socket")
@@ -221,6 +219,7 @@ class Link(asyncio.Protocol):
         unacknowledged = 0.0 if blocked else self._unacknowledged_s()
         if unacknowledged > self._silence_s - self._tick_s:
             self.silent = True
+            self._discard()
             self.fail(f"its host acknowledged nothing for {unacknowledged:.1f} s")
         elif self._quiet >= self._patience:
             self.silent = True

@@ -49,9 +49,15 @@ def run() -> Iterator[Callable[[Callable[[Any], Awaitable[Any]]], Any]]:
         ("regex", r"\d{4}-\d\d", "ok"),
         ("ebnf", 'root ::= "a" root | "b"', "ok"),
         ("ebnf", 'root ::= ""', "ok"),
-        ("regex", "(", "unreadable"),
-        ("json", '{"enum": []}', "unreadable"),
-        ("tag", "{}", "unreadable"),
+        ("regex", "(", "failed"),
+        ("json", '{"enum": []}', "failed"),
+        ("tag", "{}", "failed"),
+        ("json", '{"type": "array", "minItems": 9223372036854775808}', "failed"),
+        ("tag", json.dumps({"structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}], "triggers": ["<f"]}), "ok"),
+        ("tag", json.dumps({"structures": [{"begin": "<f>", "schema": SLOW_SCHEMA, "end": "</f>"}],
+                            "triggers": ["<f"]}), "expensive"),
+        ("tag", json.dumps({"type": "structural_tag", "format": {
+            "type": "json_schema", "json_schema": {**SLOW_SCHEMA, "title": "structures"}}}), "expensive"),
         ("json", '{"$ref": "#"}', "failed"),
         ("json", json.dumps(LOOP), "failed"),
         ("ebnf", "root ::= root", "failed"),
@@ -110,3 +116,32 @@ def test_a_process_that_was_killed_is_started_again(run: Any) -> None:
         return str((await checks.verdict("regex", "a2"))[0])
 
     assert run(kill) == "ok"
+
+
+def test_reasons_are_without_the_inside_of_the_compiler(run: Any) -> None:
+    _, reason = run(lambda checks: checks.verdict("json", '{"type": "array", "minItems": 9223372036854775808}'))
+    assert reason == "minItems must be an integer"
+
+
+def test_a_pattern_with_many_repetitions_compiles_in_the_engine() -> None:
+    """With its cache of rules, xgrammar 0.2.8 cannot compile it."""
+    from types import SimpleNamespace
+
+    import xgrammar
+    from transformers import AutoTokenizer
+    from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+    from quantserve.serve.rule_cache import compile_without_rule_cache
+
+    compile_without_rule_cache()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    outputs = SimpleNamespace(disable_any_whitespace=False)
+    config: Any = SimpleNamespace(structured_outputs_config=outputs, model_config=None, speculative_config=None)
+    backend = XgrammarBackend(config, tokenizer=tokenizer, vocab_size=len(tokenizer))
+    for pattern in ("^.{1,500}$", "^[a-z]{1,200}$", "^[a-z]{1,5}$"):
+        schema = json.dumps({"type": "string", "pattern": pattern})
+        grammar: Any = backend.compile_grammar(StructuredOutputOptions.JSON, schema)
+        again: Any = backend.compile_grammar(StructuredOutputOptions.JSON, schema)
+        assert isinstance(grammar.ctx, xgrammar.CompiledGrammar)
+        assert not again.is_terminated()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -24,10 +25,10 @@ STEP_S: Final = 0.1
 STEPS: Final = 12
 MEMORY_BYTES: Final = 2 << 30
 OK: Final = "ok"
-UNREADABLE: Final = "unreadable"
-"""xgrammar cannot parse it; another backend may."""
 FAILED: Final = "failed"
 EXPENSIVE: Final = "expensive"
+_ORIGIN: Final = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
+"""Time and line of xgrammar's source in its messages."""
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def _judged(kind: str, text: str, tokens: Any) -> tuple[str, str]:
         "regex": (xgrammar.Grammar.from_regex, compiler.compile_regex),
         "ebnf": (xgrammar.Grammar.from_ebnf, compiler.compile_grammar),
         "lark": (xgrammar.Grammar.from_lark, compiler.compile_lark),
-        "tag": (xgrammar.Grammar.from_structural_tag, compiler.compile_structural_tag),
+        "tag": (_tag(xgrammar.Grammar.from_structural_tag), _tag(compiler.compile_structural_tag)),
     }
     parse, compile_ = actions[kind]
     start = time.process_time()
@@ -90,7 +91,7 @@ def _judged(kind: str, text: str, tokens: Any) -> tuple[str, str]:
     except MemoryError:
         raise
     except Exception as error:
-        return UNREADABLE, str(error)[:500]
+        return FAILED, _reason(error)
     if time.process_time() - start > PARSE_S:
         return EXPENSIVE, ""
     try:
@@ -98,7 +99,28 @@ def _judged(kind: str, text: str, tokens: Any) -> tuple[str, str]:
     except MemoryError:
         raise
     except Exception as error:
-        return FAILED, str(error)[:500]
+        return FAILED, _reason(error)
+
+
+def _tag(make: Callable[..., Any]) -> Callable[[str], Any]:
+    """A function of xgrammar for structural tags, also for their old form, as vLLM calls it."""
+    import xgrammar
+
+    def read(text: str) -> Any:
+        tag = json.loads(text)
+        if "structures" not in tag:
+            return make(text)
+        items = [
+            xgrammar.StructuralTagItem(begin=one["begin"], schema=json.dumps(one["schema"]), end=one["end"])
+            for one in tag["structures"]
+        ]
+        return make(items, tag["triggers"])
+
+    return read
+
+
+def _reason(error: Exception) -> str:
+    return _ORIGIN.sub("", str(error)).strip()[:500]
 
 
 def _stepped(compiled: Any, size: int) -> tuple[str, str]:

@@ -101,7 +101,7 @@ PATCHES: Final[Mapping[str, Patch]] = {
         safety=True,
     ),
     "structured-outputs": Patch(
-        changes="`add_request` and `generate` of the engine's client",
+        changes="`add_request`, `generate` and `engine_core.add_request_async` of the engine's client",
         apply="quantserve.serve.structured_outputs:bound_structured_outputs",
         relies_on=(
             ("vllm.v1.engine.async_llm:AsyncLLM.generate", "q = await self.add_request("),
@@ -109,6 +109,7 @@ PATCHES: Final[Mapping[str, Patch]] = {
                 "vllm.v1.engine.async_llm:AsyncLLM.add_request",
                 "async def add_request( self, request_id: str, prompt: EngineCoreRequest",
             ),
+            ("vllm.v1.engine.async_llm:AsyncLLM._add_request", "await self.engine_core.add_request_async(request)"),
             ("vllm.sampling_params:SamplingParams.verify", "self._validate_structured_outputs("),
             ("vllm.v1.structured_output:StructuredOutputManager.grammar_init", "self.executor.submit("),
         ),

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.utils.mistral import is_mistral_tokenizer
 from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
 from quantserve.serve.grammar_process import COMPILE_S, EXPENSIVE, FAILED
@@ -69,6 +70,25 @@ def bound_structured_outputs(engine: Any) -> None:
         return outputs if sampling_params.structured_outputs is None else _with_compile_errors(outputs)
 
     engine.add_request, engine.generate = add_request, start
+    if backend == "auto" and not is_mistral_tokenizer(engine.renderer.tokenizer):
+        _keep_to_xgrammar(engine.engine_core)
+
+
+def _keep_to_xgrammar(core: Any) -> None:
+    """Make the engine core compile all grammars with xgrammar.
+
+    It has one backend, that of its first request: one schema for which vLLM would choose another one would choose it
+    for all later requests, whose grammars were checked with xgrammar.
+    """
+    send = core.add_request_async
+
+    async def add_request_async(request: Any) -> None:
+        wanted = getattr(request.sampling_params, "structured_outputs", None)
+        if wanted is not None and wanted._backend:
+            wanted._backend = "xgrammar"
+        await send(request)
+
+    core.add_request_async = add_request_async
 
 
 async def _with_compile_errors(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
@@ -105,7 +125,7 @@ def grammar_of(wanted: StructuredOutputsParams) -> tuple[str, str]:
     if wanted.grammar is not None:
         return "lark" if grammar_is_likely_lark(wanted.grammar) else "ebnf", wanted.grammar
     if wanted.structural_tag is not None:
-        return "" if '"structures"' in wanted.structural_tag else "tag", wanted.structural_tag
+        return "tag", wanted.structural_tag
     return "", ""
 
 
@@ -163,7 +183,7 @@ class GrammarChecks:
         # The compilation goes on when the client leaves, and keeps its place.
         try:
             verdict = await asyncio.shield(asyncio.create_task(self._compiled(kind, text)))
-        except OSError as error:
+        except Exception as error:  # xgrammar does not know every tokenizer
             logger.error("a grammar was not checked: %s", error)
             return "", ""
         self._known[key] = verdict

@@ -139,7 +139,7 @@ def test_a_drained_stream_is_complete_and_logged(make: Callable[..., Gateway]) -
             httpx.get(f"{gateway.base}/health", trust_env=False, timeout=1)
         return False
 
-    with pytest.raises(httpx.ConnectError):
+    with pytest.raises(httpx.TransportError):
         until_raises(refuses)
     assert gateway.process.poll() is None
     gateway.replica.finish.set()
@@ -154,7 +154,7 @@ def test_a_signal_drains_a_gateway_that_was_started_without_the_command(
 ) -> None:
     gateway = make()
     gateway.process.send_signal(number)
-    with pytest.raises(httpx.ConnectError):
+    with pytest.raises(httpx.TransportError):
         until_raises(partial(httpx.get, f"{gateway.base}/health", trust_env=False))
     gateway.replica.finish.set()
     assert gateway.ended() == 0

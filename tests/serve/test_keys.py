@@ -48,6 +48,17 @@ def test_every_key_opens(key_set: KeySet, number: str) -> None:
     assert ask(key_set, "/v1/models", f"bearer  key-number-{number}").status == 200
 
 
+def test_the_header_of_anthropics_clients_opens(key_set: KeySet) -> None:
+    def get(**headers: str) -> int:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return asyncio.run(request(ApiKeys(Upstream("m"), key_set), "GET", "/v1/models", headers=named)).status
+
+    assert get(x_api_key="key-number-one") == 200
+    assert get(x_api_key="key-number-five") == 401
+    assert get(x_api_key="key-number-one", authorization="Bearer key-number-five") == 401
+    assert get(x_api_key="key-number-one", authorization="Basic bmFtZTpwYXNz") == 200
+
+
 @pytest.mark.parametrize(
     "key", [None, "", "Bearer", "Bearer ", "Bearer key-number-five", "Basic key-number-one", "key-number-one",
             "Bearer key-number-on", "Bearer key-number-one2"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from quantserve.serve.asgi import Guard, read_body, replay, request_scope
+from quantserve.serve.asgi import Guard, Incomplete, read_body, replay, request_scope
 from quantserve.serve.remote import DRAINING, RemoteModel
 from quantserve.serve.replicas import Limits, Pool
 from quantserve.serve.upstream import ReplicaLost
@@ -146,7 +146,7 @@ def test_half_a_document_breaks_the_connection() -> None:
         replica.head = (200, [(b"content-type", b"application/json")])
         replica.die_after = 1
         async with served(replica) as port:
-            with pytest.raises(ReplicaLost):  # Guard re-raises it, and the HTTP server closes the connection
+            with pytest.raises(Incomplete):  # Guard re-raises it, and the HTTP server closes the connection
                 await post(RemoteModel(pool_of(r=port)))
 
     run(work)

@@ -64,6 +64,10 @@ class Disconnected(Exception):
     """The client disconnected before its request was read."""
 
 
+class Incomplete(Exception):
+    """A response that has begun and cannot be completed; the server closes the connection."""
+
+
 def error_type(status: int) -> str:
     """OpenAI's ``error.type`` for an HTTP status."""
     return TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -195,6 +199,9 @@ class Guard:
             if started:
                 raise
             await refused.response(scope, receive, send)
+        except Incomplete as incomplete:
+            logger.warning("%s %s: %s", scope["method"], harmless(scope["path"]), incomplete)
+            raise
         except Exception:
             logger.exception("%s %s failed", scope["method"], harmless(scope["path"]))
             if started:

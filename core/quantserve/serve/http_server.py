@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.serve.asgi import Guard, Refused
+from quantserve.serve.asgi import Guard, Incomplete, Refused
 from quantserve.serve.http_connection import LINGER_S, Connection
 from quantserve.serve.http_exchange import refuse
 from quantserve.serve.http_idle import IdleConnections
@@ -56,8 +56,13 @@ class HttpServer(uvicorn.Server):
                 "Raise the hard limit (ulimit -Hn, systemd LimitNOFILE) to %d.",
                 *(most, policy.max_connections, files, files - most, policy.max_connections + RESERVED_FILES),
             )
+
+        async def complete(scope: Scope, receive: Receive, send: Send) -> None:
+            with contextlib.suppress(Incomplete):  # uvicorn closes the connection, and would log a traceback
+                await app(scope, receive, send)
+
         config = uvicorn.Config(
-            app,
+            complete,
             http=cast(Any, _Connections(policy, most, getattr(app, "observers", ()))),
             ws="none",
             log_config=None,

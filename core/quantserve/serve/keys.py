@@ -164,7 +164,8 @@ class KeyFile:
 
 
 class ApiKeys:
-    """Pure ASGI layer that requires a valid API key, as ``Authorization: Bearer KEY``.
+    """Pure ASGI layer that requires a valid API key, as ``Authorization: Bearer KEY`` or, as Anthropic's clients send
+    it, ``X-API-Key: KEY``.
 
     ``/health`` also works without a key, but then returns the status only, without the names of models.
 
@@ -189,12 +190,8 @@ class ApiKeys:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            scheme, _, key = header(scope, b"authorization").partition(b" ")
-            message = (
-                "Invalid API key."
-                if key and scheme.lower() == b"bearer"
-                else "Missing API key. Send the header `Authorization: Bearer KEY`."
-            )
+            missing = "Missing API key. Send the header `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+            message = "Invalid API key." if _key(scope) else missing
             raise Refused(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
     def _open(self, scope: Scope) -> bool:
@@ -203,14 +200,19 @@ class ApiKeys:
 
     def _known(self, scope: Scope, digests: Sequence[bytes]) -> bytes | None:
         """The digest of the request's key if it is valid."""
-        scheme, _, key = header(scope, b"authorization").partition(b" ")
-        if scheme.lower() != b"bearer":
+        if not (key := _key(scope)):
             return None
-        given = sha256(key.strip()).digest()
+        given = sha256(key).digest()
         known = False
         for digest in digests:  # always all of them: constant time
             known |= hmac.compare_digest(given, digest)
         return given if known else None
+
+
+def _key(scope: Scope) -> bytes:
+    """The key that a request has; empty without one."""
+    scheme, _, key = header(scope, b"authorization").partition(b" ")
+    return (key if scheme.lower() == b"bearer" else header(scope, b"x-api-key")).strip()
 
 
 async def _bare(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
 
-from quantserve.serve.asgi import JSON_KEY, Refused, header, internal_error, read_body
+from quantserve.serve.asgi import JSON_KEY, Incomplete, Refused, header, internal_error, read_body
 from quantserve.serve.bodies import release_body
 from quantserve.serve.replica_set import Replica, ReplicaDraining
 from quantserve.serve.replicas import Pool
@@ -24,7 +24,7 @@ from quantserve.text import harmless
 
 DRAINING: Final = b"x-quantserve-draining"
 """Header of the refusal of a draining replica; the request is retried on another one."""
-NOT_FORWARDED: Final = frozenset({b"authorization"})
+NOT_FORWARDED: Final = frozenset({b"authorization", b"x-api-key"})
 """The client's API key is not sent to replicas."""
 NOT_RETURNED: Final = frozenset({b"transfer-encoding", b"connection", b"keep-alive", b"date", b"server"})
 PREFIX_CHARACTERS: Final = 512
@@ -213,14 +213,14 @@ class _Answer:
 
         Raises:
             Refused: nothing was sent yet, so the error becomes the response.
-            ReplicaLost: a part of a response other than a stream was sent; the connection must be closed.
+            Incomplete: a part of a response other than a stream was sent.
         """
         if self.complete:  # the timeout or the shutdown came a moment after its end
             return
         if not self.started:
             raise refused
         if not self.events:
-            raise ReplicaLost("the response ended early")
+            raise Incomplete(f"the response ended early: {refused}")
         await self.end(error_event(self._path, refused.error, self._last))
 
 

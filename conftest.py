@@ -20,9 +20,10 @@ os.environ["QUANTSERVE_CALIBRATION"] = "/nonexistent/calibration.json"
 for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS"):
     os.environ.pop(name, None)
 
-# A shell ignores SIGINT in what it starts in the background, and the processes that tests start would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell ignores SIGINT in what it starts in the background, and nohup SIGHUP; processes of tests would inherit that.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # The same examples in every run: new ones are tried with `--hypothesis-profile=default`, not in somebody's build.
 settings.register_profile("same", derandomize=True)

@@ -67,10 +67,15 @@ class Clients:
         server: whom they ask.
         kinds: one client each.
         pause_s: how long a client rests after a refusal.
+
+    Attributes:
+        outcomes: of the requests that have ended.
+        running: of those in progress.
     """
 
     def __init__(self, server: Server, kinds: Sequence[Asked], pause_s: float = 0.25) -> None:
         self.outcomes: list[Outcome] = []
+        self.running: list[Outcome] = []
         self._server = server
         self._kinds = kinds
         self._pause_s = pause_s
@@ -101,6 +106,10 @@ class Clients:
             assert time.monotonic() < deadline, f"not within {seconds} s; the last: {self.outcomes[-4:]}"
             time.sleep(0.1)
 
+    def streaming(self, model: str) -> bool:
+        """Whether a stream of a model is in progress, of which a part has arrived."""
+        return any(one.asked.model == model and one.asked.stream and one.first_s for one in list(self.running))
+
     def served(self, model: str, since: float, count: int = 3) -> Callable[[], bool]:
         """Whether so many requests to a model that began after `since` were answered."""
         return lambda: sum(outcome.kind == "ok" for outcome in self.of(model, since)) >= count
@@ -113,12 +122,14 @@ class Clients:
     async def _one(self, client: httpx.AsyncClient, asked: Asked) -> None:
         while not self._enough.is_set():
             outcome = Outcome(asked, time.monotonic())
+            self.running.append(outcome)
             try:
                 await self._ask(client, outcome)
             except httpx.HTTPError as error:
                 outcome.kind = "cut" if outcome.status else "lost"
                 outcome.reason = repr(error)
             outcome.ended = time.monotonic()
+            self.running.remove(outcome)
             self.outcomes.append(outcome)
             if outcome.kind != "ok":
                 await asyncio.sleep(self._pause_s)

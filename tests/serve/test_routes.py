@@ -26,6 +26,7 @@ from quantserve.serve.router import Router, ServedModel
 from quantserve.serve.routes import CLIENT_PATHS, FORMS, INPUT_TOKENS, OUTPUT_TOKENS, is_client_path
 
 from .asgi_client import request
+from .server import DEMO
 
 pytestmark = pytest.mark.vllm
 
@@ -69,7 +70,7 @@ def app() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("VLLM_SERVER_DEV_MODE", "VLLM_ENABLE_COHERE_API", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             patch.setenv(name, "1")
-        engine = AsyncEngineArgs(model="x")
+        engine = AsyncEngineArgs(model=str(DEMO / "checkpoint"))
         values = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)}
         values |= {f.name: getattr(FrontendArgs(), f.name) for f in dataclasses.fields(FrontendArgs)}
         values |= {"enable_scale_out": True, "enable_fault_tolerance": True, "enable_tokenizer_info_endpoint": True}

@@ -204,7 +204,7 @@ GOOD = {"model": "demo-fp16", "messages": QUESTION, "max_tokens": 2}
         ({"messages": "hello"}, "messages", 400, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, "messages", 400, "512"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}},
-         None, 400, ""),
+         "response_format.json_schema.schema", 400, ""),
         ({"stop": 7}, "stop", 400, "stop"),
         ({"seed": "x"}, "seed", 400, "seed"),
     ],

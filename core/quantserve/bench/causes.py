@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import resource
 import socket
 import ssl
 from collections.abc import Mapping
@@ -55,11 +53,3 @@ def connect_failure(target: Target, error: OSError) -> Failure:
 def with_fix(message: str, code: int | str) -> str:
     """A message, with the fix for the code if there is one."""
     return f"{message}\n  fix: {FIXES[code]}" if code in FIXES else message
-
-
-def raise_open_files() -> None:
-    """Raise the soft limit of open files of this process to the hard limit: every connection is an open file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

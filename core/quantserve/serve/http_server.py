@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quantserve.open_files import raise_open_files
 from quantserve.serve.asgi import Guard, Incomplete, Refused
 from quantserve.serve.http_connection import LINGER_S, Connection
 from quantserve.serve.http_exchange import refuse
@@ -76,16 +76,6 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave the process's signal handlers as they are."""
         yield
-
-
-def raise_open_files() -> int:
-    """Raise the soft limit of open files to the hard limit; returns the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
 def connections_for(wanted: int, files: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -19,6 +20,9 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", DO_NOT_T
 os.environ["QUANTSERVE_CALIBRATION"] = "/nonexistent/calibration.json"
 for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS"):
     os.environ.pop(name, None)
+
+# A package that vLLM's server imports silences the warnings of all others; where a replica undoes that, so do tests.
+logging.getLogger("quantserve").setLevel(logging.WARNING)
 
 # A shell ignores SIGINT in what it starts in the background, and nohup SIGHUP; processes of tests would inherit that.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

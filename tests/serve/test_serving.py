@@ -57,7 +57,7 @@ def test_completions_streaming_and_not(server: Server, model: str) -> None:
 
 def test_events_arrive_one_by_one(server: Server) -> None:
     """No timer gathers tokens: the first event is there long before the last."""
-    ask = {"model": "demo-fp16", "messages": QUESTION, "max_tokens": 60, "stream": True, "ignore_eos": True}
+    ask = {"model": "demo-fp16", "messages": QUESTION, "max_tokens": 300, "stream": True, "ignore_eos": True}
     for prefix in ("", "/demo-fp16"):
         began = time.monotonic()
         times = []
@@ -75,7 +75,7 @@ def test_events_arrive_one_by_one(server: Server) -> None:
                     times.append(time.monotonic() - began)
                     last = line
         assert last == "data: [DONE]"
-        assert len(times) > 50
+        assert len(times) > 250
         assert times[1] < times[-1] / 2
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Mapping, MutableMapping
@@ -314,3 +315,8 @@ def _holds_models(folder: str) -> bool:
         return any(entry.name.startswith("models--") for entry in os.scandir(folder))
     except OSError:
         return False
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the file system that a folder is on, or will be on."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free

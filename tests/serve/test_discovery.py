@@ -20,7 +20,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from quantserve.serve import discovery
 from quantserve.serve.directory import Directory
 from quantserve.serve.discovery import BACKOFF, CALM_S, HURRY_S, MISSES, POLL_S, Roster, poll_replicas
-from quantserve.serve.engine import GatewayServer
+from quantserve.serve.gateway_deployment import GatewayServer
 from quantserve.serve.limits import Policy
 
 from .replica import pool_of, run, until

@@ -14,10 +14,11 @@ import pytest
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from quantserve.environment import API_KEYS
 from quantserve.errors import UsageError
 from quantserve.serve import keys
 from quantserve.serve.asgi import Refused, read_body
-from quantserve.serve.keys import VARIABLE, ApiKeys, KeyFile, KeySet, load_key_set
+from quantserve.serve.keys import ApiKeys, KeyFile, KeySet, load_key_set
 
 from .asgi_client import Answer, Upstream, request
 
@@ -26,7 +27,7 @@ from .asgi_client import Answer, Upstream, request
 def key_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KeySet:
     path = tmp_path / "keys"
     path.write_text("# ours\nkey-number-one\n\n  key-number-two  \n")
-    monkeypatch.setenv(VARIABLE, "key-number-three, key-number-four\nkey-number-one")
+    monkeypatch.setenv(API_KEYS, "key-number-three, key-number-four\nkey-number-one")
     return load_key_set(str(path))
 
 
@@ -78,7 +79,7 @@ def test_health_is_open(key_set: KeySet) -> None:
 
 
 def test_without_keys_every_request_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(API_KEYS, raising=False)
     assert load_key_set(None).digests == []
     assert ask(KeySet(), "/v1/models", None).status == 200
 
@@ -167,7 +168,7 @@ class Reloading:
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(keys, "FILE_CHECK_S", 0.0)
-        monkeypatch.setenv(VARIABLE, "key-of-environment")
+        monkeypatch.setenv(API_KEYS, "key-of-environment")
         self.path = path
         self.write("key-number-one\n")
         self.app = ApiKeys(Upstream("m"), load_key_set(str(path)))

@@ -20,10 +20,10 @@ from quantserve.config import HttpConfig
 from quantserve.errors import UsageError
 from quantserve.serve.asgi import JSON_KEY, Refused, read_body, request_scope
 from quantserve.serve.bodies import BODY_KEY, release_body
+from quantserve.serve.headers import MAX_TOKENS_HEADER
 from quantserve.serve.json_fields import INLINE, FieldReader
 from quantserve.serve.limits import Limits, Policy, layers
 from quantserve.serve.request_defaults import RequestDefaults
-from quantserve.serve.routes import MAX_TOKENS_HEADER
 from quantserve.serve.trace import Trace
 
 from .asgi_client import Answer, Upstream, request

@@ -12,7 +12,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from quantserve.serve.asgi import Guard, Incomplete, read_body, replay, request_scope
-from quantserve.serve.remote import DRAINING, RemoteModel
+from quantserve.serve.headers import DRAINING_HEADER
+from quantserve.serve.remote import RemoteModel
 from quantserve.serve.replicas import Limits, Pool
 from quantserve.serve.upstream import ReplicaLost
 
@@ -195,7 +196,7 @@ def test_time_is_up() -> None:
 def test_a_draining_replica_hands_its_requests_to_another() -> None:
     async def work() -> None:
         draining, replica = Replica("d"), Replica()
-        draining.head = (503, [(DRAINING, b"1"), (b"content-type", b"application/json")])
+        draining.head = (503, [(DRAINING_HEADER, b"1"), (b"content-type", b"application/json")])
         async with served(draining) as a, served(replica) as b:
             app = RemoteModel(pool_of(d=a, r=b))
             for _ in range(2):
@@ -212,7 +213,7 @@ def test_a_draining_replica_hands_its_requests_to_another() -> None:
 def test_draining_replicas_use_up_no_attempts() -> None:
     async def work() -> None:
         draining, replica = Replica("d"), Replica()
-        draining.head = (503, [(DRAINING, b"1"), (b"content-type", b"application/json")])
+        draining.head = (503, [(DRAINING_HEADER, b"1"), (b"content-type", b"application/json")])
         async with contextlib.AsyncExitStack() as stack:
             ports = {f"d{number}": await stack.enter_async_context(served(draining)) for number in range(5)}
             port = await stack.enter_async_context(served(replica))
@@ -227,7 +228,7 @@ def test_draining_replicas_use_up_no_attempts() -> None:
 def test_a_request_waits_for_the_successor_of_a_draining_replica() -> None:
     async def work() -> None:
         draining, replica = Replica("d"), Replica()
-        draining.head = (503, [(DRAINING, b"1"), (b"content-type", b"application/json")])
+        draining.head = (503, [(DRAINING_HEADER, b"1"), (b"content-type", b"application/json")])
         async with served(draining) as a, served(replica) as b:
             app = RemoteModel(pool_of(d=a))
             early = [asyncio.create_task(post(app)) for _ in range(3)]  # the first is refused by the replica itself

@@ -28,7 +28,8 @@ from quantserve.plan import Plan, make_plans, refusal
 from quantserve.registry import Registry
 from quantserve.serve import patches
 from quantserve.serve.cluster import cluster_secret
-from quantserve.serve.engine import gateway_application, model_application
+from quantserve.serve.engine import model_application
+from quantserve.serve.gateway_deployment import gateway_application
 from quantserve.serve.limits import Policy
 from quantserve.serve.router import RESERVED
 from quantserve.serve.served import describe_models

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import socket
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Final
 import psutil  # type: ignore[import-untyped]
 
 from quantserve.errors import EngineError, UsageError, one_line
-from quantserve.homes import look, ray_fault, settle
+from quantserve.homes import free_bytes, look, ray_fault, settle
 from quantserve.serve.announce import say
 from quantserve.serve.cpus import keep_off, step_back
 from quantserve.serve.processes import Processes
@@ -170,11 +169,6 @@ def check_room(folder: Path, wanted: int) -> None:
             f"too little free space in {folder} for Ray's session: {free / 2**20:.0f} MiB, {wanted >> 20} MiB needed\n"
             "  fix: free some space, or set RAY_TMPDIR to another folder"
         )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the file system that a folder is on, or will be on."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 def cluster_secret() -> tuple[str, int]:

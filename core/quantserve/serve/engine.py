@@ -1,4 +1,4 @@
-"""The Ray Serve deployments: a model replica with its engine, and the gateway for `serve run` and KubeRay."""
+"""A replica of a model as a Ray Serve deployment: the engine behind the protocol of the gateway."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
 import psutil  # type: ignore[import-untyped]
@@ -18,34 +18,24 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.environment import API_KEY, GATEWAY_LIMITS, RESERVE, UNLIMITED
+from quantserve.environment import API_KEY, API_KEYS, GATEWAY_LIMITS, RESERVE, UNLIMITED
 from quantserve.homes import settle
 from quantserve.plan import Plan
 from quantserve.serve import patches
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.cpus import leave_to_workers
-from quantserve.serve.directory import Directory
-from quantserve.serve.discovery import POLL_S, poll_replicas
 from quantserve.serve.engine_imports import collecting_rarely, dismiss_spares
-from quantserve.serve.keys import forget_variable
-from quantserve.serve.limits import Policy
+from quantserve.serve.headers import DRAINING_HEADER
 from quantserve.serve.listener import Listener
-from quantserve.serve.remote import DRAINING
 from quantserve.serve.request_defaults import RequestDefaults
 from quantserve.serve.scaling import QueueReports
-from quantserve.serve.served import public_app, timing_of
 from quantserve.serve.signals import shield
 from quantserve.serve.watchdog import watch
 
-GATEWAY: Final = "_gateway"
-"""Name of the gateway's deployment; model ids cannot begin with an underscore."""
 LOOPBACK: Final = "127.0.0.1"
 LAST_WORDS_S: Final = 2.0
 HANGS: Final = 4
 """Hang timeout of an engine, in health check timeouts; long, because an engine does not answer during a prefill."""
-STARTUP_POLL_S: Final = 0.1
-DISCOVERY_S: Final = 5.0
-"""How long a new gateway waits for replicas before it is ready without them; at the first start there are none."""
 POLICY: Final = "quantserve.serve.scaling:replicas_for_load"
 
 T = TypeVar("T")
@@ -81,10 +71,10 @@ class ModelServer:
             shield()
         for note in settle(os.environ):  # of this node, and of the model's runtime_env
             logger.warning(note)
-        os.environ.pop(API_KEY, None)  # the gateway checks keys, and sends none
+        for name in (API_KEY, API_KEYS):  # the gateway checks keys, and sends none
+            os.environ.pop(name, None)
         for name in GATEWAY_LIMITS:  # vLLM's own are lower: 4 stops, without those of the model's config
             os.environ.setdefault(name, str(UNLIMITED))
-        forget_variable()
         # vLLM's server imports model_hosting_container_standards, which silences the warnings of all other packages.
         logging.getLogger("quantserve").setLevel(logging.WARNING)
         patches.apply("spawned-imports")
@@ -176,7 +166,7 @@ class RequestGate:
         if self.hung and scope["path"] == "/health":
             await Refused(503, "The engine does not respond.").response(scope, receive, send)
         elif self.draining:
-            headers = {DRAINING.decode(): "1"}
+            headers = {DRAINING_HEADER.decode(): "1"}
             await Refused(503, "This replica is shutting down.", headers=headers).response(scope, receive, send)
         else:
             counted = scope["method"] == "POST"
@@ -209,39 +199,6 @@ class _LoopThread:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
 
-class GatewayServer:
-    """The gateway as a deployment, for `serve run`, `serve deploy` and KubeRay.
-
-    Args:
-        models: as from `served.describe_models`, each with a handle of its deployment.
-        token: see `ModelServer`.
-        policy: limits, keys and logging, as JSON.
-    """
-
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, models: Sequence[Mapping[str, Any]], token: str, policy: Mapping[str, Any]
-    ) -> None:
-        forget_variable()
-        settings = Policy.model_validate(policy)
-        self._directory = Directory(models, token, timing_of(settings))
-        self._app = public_app(models, self._directory, settings)
-        handles = {str(model["card"]["id"]): model["handle"] for model in models}
-        self._polling = asyncio.get_running_loop().create_task(poll_replicas(self._directory, handles, POLL_S))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DISCOVERY_S):  # once this gateway is ready, it may replace another one
-                while not all(pool.replicas for pool in self._directory.pools.values()):
-                    await asyncio.sleep(STARTUP_POLL_S)
-
-    def check_health(self) -> None:
-        """Called by Serve; raises when the discovery of replicas has ended."""
-        if self._polling.done():
-            raise RuntimeError("the discovery of replicas has ended")
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        """The ASGI app for Serve's proxy."""
-        return self._app
-
-
 def model_application(plan: Plan, token: str, *, loopback: bool) -> Application:
     """The Ray Serve application of one model, which a gateway connects to."""
     options = dict(plan.deployment)
@@ -254,19 +211,3 @@ def model_application(plan: Plan, token: str, *, loopback: bool) -> Application:
         options["autoscaling_config"] = {**scaling, "policy": {"policy_function": POLICY}}
     deployment = serve.deployment(ModelServer).options(name=plan.app_name, ray_actor_options=actor, **options)
     return deployment.bind(plan.model_dump(mode="json"), token, loopback)
-
-
-def gateway_application(
-    models: Sequence[Mapping[str, Any]], children: Mapping[str, Application], token: str, policy: Mapping[str, Any]
-) -> Application:
-    """The gateway and all models as one application."""
-    bound = [{**model, "handle": children[str(model["card"]["id"])]} for model in models]
-    deployment = serve.deployment(serve.ingress()(GatewayServer)).options(
-        name=GATEWAY,
-        ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=100_000,
-        health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=float(policy["request_timeout_s"]),
-        max_surge_percent=100,
-    )
-    return deployment.bind(bound, token, dict(policy))

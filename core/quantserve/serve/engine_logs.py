@@ -13,8 +13,7 @@ from typing import Final
 
 import psutil  # type: ignore[import-untyped]
 
-from quantserve.homes import look
-from quantserve.serve.cluster import free_bytes
+from quantserve.homes import free_bytes, look
 
 _ERROR = re.compile(
     r"^(?P<before>.*?)(?P<cause>\b(?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit): .+)$", re.MULTILINE

@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quantserve.environment import API_KEYS
 from quantserve.errors import UsageError
 from quantserve.homes import expand
 from quantserve.serve.asgi import Refused, header, replay
 
-VARIABLE: Final = "QUANTSERVE_API_KEYS"
 OPEN_PATHS: Final = ("/health",)
 """Paths that load balancers may request without a key; such a response has the status only."""
 KEY_DIGEST: Final = "quantserve.key"
@@ -66,16 +66,16 @@ def load_key_set(file: str | None) -> KeySet:
         UsageError: the file cannot be read or holds no key, or a key is invalid.
     """
     found = read_file(file) if file is not None else []
-    given = [key for key in re.split(r"[,\s]+", os.environ.get(VARIABLE, "")) if key]
+    given = [key for key in re.split(r"[,\s]+", os.environ.get(API_KEYS, "")) if key]
     if wrong := [number for number, key in enumerate(given, 1) if len(key) < _SHORTEST or not _usable(key)]:
-        raise UsageError(_complaint(VARIABLE, wrong))
+        raise UsageError(_complaint(API_KEYS, wrong))
     path = str(expand(file).absolute()) if file is not None else None
     return KeySet(fixed=tuple(_digests(given)), file=path, from_file=tuple(found))
 
 
 def forget_variable() -> None:
     """Remove ``QUANTSERVE_API_KEYS`` from the environment, so that Ray, replicas and plugins do not inherit it."""
-    os.environ.pop(VARIABLE, None)
+    os.environ.pop(API_KEYS, None)
 
 
 def read_file(file: str) -> list[str]:

@@ -20,6 +20,7 @@ from quantserve.serve.asgi import JSON_KEY, Guard, Refused, header, is_json, rep
 from quantserve.serve.bodies import BODY_KEY, MIB, Body, Buffers
 from quantserve.serve.cors import Cors
 from quantserve.serve.forms import is_form, read_form
+from quantserve.serve.headers import MAX_TOKENS_HEADER
 from quantserve.serve.json_fields import (
     INLINE,
     FieldReader,
@@ -37,7 +38,7 @@ from quantserve.serve.json_fields import (
 )
 from quantserve.serve.key_limit import KeyLimit
 from quantserve.serve.keys import ApiKeys, KeySet, load_key_set
-from quantserve.serve.routes import INPUT_TOKENS, MAX_TOKENS_HEADER, OUTPUT_TOKENS, TOKEN_IDS, normalized
+from quantserve.serve.routes import INPUT_TOKENS, OUTPUT_TOKENS, TOKEN_IDS, normalized
 from quantserve.serve.trace import Observer, Traced, trace_of
 
 if TYPE_CHECKING:

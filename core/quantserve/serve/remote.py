@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import JSON_KEY, Incomplete, Refused, header, internal_error, read_body
 from quantserve.serve.bodies import release_body
+from quantserve.serve.headers import DRAINING_HEADER
 from quantserve.serve.replica_set import Replica, ReplicaDraining
 from quantserve.serve.replicas import Pool
 from quantserve.serve.stream_errors import error_event
@@ -22,8 +23,6 @@ from quantserve.serve.upstream import AppFailed, ReplicaLost, Response
 from quantserve.serve.wire import Headers
 from quantserve.text import harmless
 
-DRAINING: Final = b"x-quantserve-draining"
-"""Header of the refusal of a draining replica; the request is retried on another one."""
 NOT_FORWARDED: Final = frozenset({b"authorization", b"x-api-key"})
 """The client's API key is not sent to replicas."""
 NOT_RETURNED: Final = frozenset({b"transfer-encoding", b"connection", b"keep-alive", b"date", b"server"})
@@ -140,7 +139,7 @@ class RemoteModel:
             raise Refused(400, message, code="invalid_request") from error
         try:
             names = {name for name, _ in response.headers}
-            if response.status == 503 and DRAINING in names:
+            if response.status == 503 and DRAINING_HEADER in names:
                 raise ReplicaDraining
             if 300 <= response.status < 400 and b"location" in names:  # it leads to the replica, not to this gateway
                 raise Refused(404, f"Unknown path {harmless(scope['path'])}.", code="unknown_url")

@@ -14,8 +14,9 @@ from msgspec import Raw
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.serve.asgi import header, is_json, read_body, replay
+from quantserve.serve.headers import MAX_TOKENS_HEADER
 from quantserve.serve.json_fields import LONGEST_NUMBER, FieldReader, integer, spliced
-from quantserve.serve.routes import CHAT, COMPLETIONS, MAX_TOKENS_HEADER, OUTPUT_TOKENS, UNBOUNDED
+from quantserve.serve.routes import CHAT, COMPLETIONS, OUTPUT_TOKENS, UNBOUNDED
 
 PATHS: Final = frozenset({CHAT, COMPLETIONS})
 UNITED: Final = ("stop", "stop_token_ids")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from typing import Final
 
-MAX_TOKENS_HEADER: Final = b"x-quantserve-max-tokens"
-"""Header from the gateway: the cap on tokens, also for requests that set none of the token fields."""
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
 RESPONSES: Final = "/v1/responses"

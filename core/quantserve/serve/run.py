@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from quantserve.config import HttpConfig
+from quantserve.environment import API_KEYS
 from quantserve.errors import EngineError, one_line
 from quantserve.plan import Plan
 from quantserve.serve import patches
@@ -22,7 +23,7 @@ from quantserve.serve.cpus import keep_off
 from quantserve.serve.discovery import poll_replicas
 from quantserve.serve.engine import model_application
 from quantserve.serve.gateway_process import GatewayProcess
-from quantserve.serve.keys import VARIABLE, forget_variable
+from quantserve.serve.keys import forget_variable
 from quantserve.serve.limits import Policy
 from quantserve.serve.processes import Processes
 from quantserve.serve.progress import Progress
@@ -67,7 +68,7 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
     if not policy.has_keys and not is_loopback(http.host):
         say(
             f"Warning: listening on {http.host} without API keys: anyone who can reach this machine can use the API. "
-            f"Set {VARIABLE} or --api-keys-file."
+            f"Set {API_KEYS} or --api-keys-file."
         )
     server = _Server(plans, policy, listener)
     stop = StopSignal(server.end)

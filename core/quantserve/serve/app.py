@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from ray.serve import Application
@@ -31,8 +30,7 @@ from quantserve.serve.cluster import cluster_secret
 from quantserve.serve.engine import model_application
 from quantserve.serve.gateway_deployment import gateway_application
 from quantserve.serve.limits import Policy
-from quantserve.serve.router import RESERVED
-from quantserve.serve.served import describe_models
+from quantserve.serve.served import check_routes, describe_models
 from quantserve.target import Target, find_target
 
 logger = logging.getLogger(__name__)
@@ -82,20 +80,6 @@ def plan_all(config: AppConfig, target: Target) -> list[Plan]:
     plans = make_plans(compositions)
     check_routes(plans)
     return plans
-
-
-def check_routes(plans: Sequence[Plan]) -> None:
-    """Refuse a model whose route would hide a path of the API.
-
-    Raises:
-        ConfigError: its id is reserved.
-    """
-    for plan in plans:
-        if plan.app_name.lower() in RESERVED:
-            raise ConfigError(
-                f"model id {plan.model_id!r} is reserved: its route {plan.route_prefix} would hide a path of the API\n"
-                f"  fix: choose another model_id (reserved: {', '.join(sorted(RESERVED))})"
-            )
 
 
 def _line(finding: Finding) -> str:

@@ -17,7 +17,6 @@ from quantserve.errors import EngineError, one_line
 from quantserve.plan import Plan
 from quantserve.serve import patches
 from quantserve.serve.announce import announce, is_loopback, say
-from quantserve.serve.app import check_routes
 from quantserve.serve.cluster import cluster_secret, listen, log_folder, start_ray, stop_ray
 from quantserve.serve.cpus import keep_off
 from quantserve.serve.discovery import poll_replicas
@@ -27,7 +26,7 @@ from quantserve.serve.keys import forget_variable
 from quantserve.serve.limits import Policy
 from quantserve.serve.processes import Processes
 from quantserve.serve.progress import Progress
-from quantserve.serve.served import describe_models
+from quantserve.serve.served import check_routes, describe_models
 from quantserve.serve.signals import Stopped, StopSignal
 
 POLL_S: Final = 0.5

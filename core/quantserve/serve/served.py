@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
 
+from quantserve.errors import ConfigError
 from quantserve.serve.directory import Directory
 from quantserve.serve.limits import Policy, layers
 from quantserve.serve.metrics import GatewayMetrics, MetricsEndpoint
 from quantserve.serve.remote import RemoteModel
 from quantserve.serve.replicas import Limits
-from quantserve.serve.router import Router, ServedModel, model_aliases, model_card
+from quantserve.serve.router import RESERVED, Router, ServedModel, model_aliases, model_card
 from quantserve.serve.upstream import Timing
 
 if TYPE_CHECKING:
@@ -37,6 +38,20 @@ def describe_models(plans: Sequence[Plan], created: int, policy: Policy) -> list
         }
         for plan in plans
     ]
+
+
+def check_routes(plans: Sequence[Plan]) -> None:
+    """Refuse a model whose route would hide a path of the API.
+
+    Raises:
+        ConfigError: its id is reserved.
+    """
+    for plan in plans:
+        if plan.app_name.lower() in RESERVED:
+            raise ConfigError(
+                f"model id {plan.model_id!r} is reserved: its route {plan.route_prefix} would hide a path of the API\n"
+                f"  fix: choose another model_id (reserved: {', '.join(sorted(RESERVED))})"
+            )
 
 
 def limits_of(plan: Plan, policy: Policy) -> Limits:

@@ -19,7 +19,7 @@ from rich.console import Console
 from quantserve.cli.check_command import print_report
 from quantserve.cli.sources import outcomes
 from quantserve.config import load_object
-from quantserve.registry import Registry
+from quantserve.plugins.registry import Registry
 from quantserve.target import find_target
 
 ROOT = Path(__file__).resolve().parents[1]

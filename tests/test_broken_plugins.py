@@ -18,17 +18,18 @@ import pytest
 
 from helpers.checkpoints import make_llama
 from helpers.dists import METHOD, Site
-from quantserve import api, foreign
-from quantserve.advise import advise
+from quantserve import api
 from quantserve.cli.check_command import _as_json
 from quantserve.cli.main import run
 from quantserve.cli.sources import Outcome, outcomes
-from quantserve.compose import compose
 from quantserve.config import ModelConfig, model_from_source
 from quantserve.errors import PluginError, UsageError
-from quantserve.performance import find_workload
-from quantserve.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE, GROUP, Registry
-from quantserve.serve.engine_plugins import load_plugins
+from quantserve.planning.advise import advise
+from quantserve.planning.compose import compose
+from quantserve.plugins import foreign
+from quantserve.plugins.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE, GROUP, Registry
+from quantserve.predict import find_workload
+from quantserve.serve.replica.vllm.engine_plugins import load_plugins
 from quantserve.target import find_target
 
 OURS = ("fp16", "awq", "squeezellm")
@@ -707,7 +708,7 @@ SWALLOWS = "while True:\n    try:\n        n = 0\n        while True: n += 1\n  
 )
 def test_what_cannot_be_ended_ends_the_process(tmp_path: Path, code: str, returncode: int, says: str) -> None:
     (tmp_path / "endless.py").write_text(code)
-    program = "from quantserve import foreign; import importlib; foreign._GRACE_S = 2; "
+    program = "from quantserve.plugins import foreign; import importlib; foreign._GRACE_S = 2; "
     program += "foreign.run(lambda: importlib.import_module('endless'), 'plugin broken (dist 1)', 0.2)"
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

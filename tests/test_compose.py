@@ -9,10 +9,10 @@ import pytest
 
 from helpers.checkpoints import make_llama
 from helpers.dists import METHOD, Site
-from quantserve.compose import Composition, compose
 from quantserve.config import model_from_source
 from quantserve.errors import PluginError, UsageError
-from quantserve.registry import Registry
+from quantserve.planning.compose import Composition, compose
+from quantserve.plugins.registry import Registry
 from quantserve.target import find_target
 
 Make = Callable[..., Composition]

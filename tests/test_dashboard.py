@@ -12,10 +12,10 @@ from typing import Any, Final
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from quantserve.serve.metrics import GatewayMetrics, Observed
-from quantserve.serve.metrics_text import merge
-from quantserve.serve.replicas import Limits, Pool
-from quantserve.serve.trace import Trace
+from quantserve.serve.gateway.metrics.collect import GatewayMetrics, Observed
+from quantserve.serve.gateway.metrics.text import merge
+from quantserve.serve.gateway.middleware.trace import Trace
+from quantserve.serve.gateway.upstreams.pool import Limits, Pool
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = json.loads((ROOT / "dashboards/grafana/quantserve.json").read_text("utf-8"))

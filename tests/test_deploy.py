@@ -21,7 +21,7 @@ import yaml
 from quantserve import __version__
 from quantserve.cli.serve_command import command
 from quantserve.config import AppConfig, HttpConfig, load_object
-from quantserve.serve.keys import OPEN_PATHS
+from quantserve.serve.gateway.middleware.api_keys import OPEN_PATHS
 from quantserve.target import find_target
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,8 @@ from helpers.dists import Site
 from quantserve.checkpoint import open_checkpoint
 from quantserve.cli.main import COMMANDS
 from quantserve.config import json_schema, load_object
-from quantserve.contract import HOOKS
-from quantserve.registry import Hooks, Registry
+from quantserve.plugins.contract import HOOKS
+from quantserve.plugins.registry import Hooks, Registry
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from quantserve import families
-from quantserve.attention import attention_layers, is_encoder, read_heads
 from quantserve.checkpoint import Checkpoint
-from quantserve.context import context_limit
+from quantserve.model.attention import attention_layers, is_encoder, read_heads
+from quantserve.model.context import context_limit
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from quantserve import homes
 from quantserve.cli.main import run
 from quantserve.errors import EngineError
-from quantserve.homes import look, settle
+from quantserve.system import homes
+from quantserve.system.homes import look, settle
 
 DEMO = str(Path(__file__).parents[1] / "examples" / "demo-model" / "checkpoint")
 
@@ -194,7 +194,7 @@ def test_no_folder_at_all_is_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch
 def test_no_folder_that_is_short_enough_for_ray_is_an_error_with_a_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = pytest.importorskip("quantserve.serve.cluster")
+    cluster = pytest.importorskip("quantserve.serve.driver.ray_cluster")
     monkeypatch.setattr(homes, "_TEMPORARY", ("/proc",))
     monkeypatch.setattr(homes, "RAY_SOCKET_BYTES", homes.SOCKET_BYTES - 3)
     monkeypatch.setattr(homes, "VLLM_SOCKET_BYTES", 0)

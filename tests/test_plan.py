@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from helpers.checkpoints import make_llama, write_safetensors
-from quantserve.compose import compose
 from quantserve.config import load, load_object, model_from_source
 from quantserve.errors import ConfigError, FindingsError
-from quantserve.plan import Plan, make_plan, make_plans, require_gpus
-from quantserve.registry import Registry
+from quantserve.planning.compose import compose
+from quantserve.planning.plan import Plan, make_plan, make_plans, require_gpus
+from quantserve.plugins.registry import Registry
 from quantserve.target import find_target
 
 GOLDEN = Path(__file__).parent / "golden"

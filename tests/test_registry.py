@@ -11,7 +11,7 @@ import pytest
 
 from helpers.dists import METHOD, Site
 from quantserve.errors import PluginError, UsageError
-from quantserve.registry import Hooks, Registry
+from quantserve.plugins.registry import Hooks, Registry
 
 HOOK = "from quantserve.api import hookimpl\n@hookimpl\n"
 

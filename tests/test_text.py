@@ -21,8 +21,8 @@ from helpers.dists import Site
 from quantserve.cli.main import run
 from quantserve.errors import CheckpointError, PluginError, one_line
 from quantserve.finding import Finding
-from quantserve.serve.access_log import AccessLog
-from quantserve.serve.trace import Trace
+from quantserve.serve.gateway.middleware.access_log import AccessLog
+from quantserve.serve.gateway.middleware.trace import Trace
 from quantserve.text import LogFormatter, escaped, harmless, to_json
 
 NASTY = {

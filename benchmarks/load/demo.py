@@ -19,7 +19,7 @@ from quantserve.bench.session import Measurement, Settings, measure_models, scal
 from quantserve.bench.workloads import WORKLOADS
 from quantserve.cli.bench_command import expected_of
 from quantserve.cli.sources import choose_target, load_sources, outcomes
-from quantserve.registry import Registry
+from quantserve.plugins.registry import Registry
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DOCS: Final = ROOT / "docs"

@@ -20,12 +20,12 @@ from benchmarks.decode.pool import choose_cores
 from benchmarks.decode.shapes import FULL, Shape
 from benchmarks.decode.variants import VARIANTS, Variant
 from quantserve.checkpoint import open_checkpoint
+from quantserve.checks.memory import estimate
 from quantserve.config import load_object
-from quantserve.expectation import expectation
-from quantserve.memory import estimate
-from quantserve.performance import Workload, find_calibration
-from quantserve.performance.machine import threads_of
-from quantserve.registry import Registry
+from quantserve.planning.expectation import expectation
+from quantserve.plugins.registry import Registry
+from quantserve.predict import Workload, find_calibration
+from quantserve.predict.machine import threads_of
 from quantserve.target import this_cpu
 
 SMALL = Shape("llama-0.2b", hidden=1024, intermediate=2816, layers=12, heads=8, kv_heads=4, vocab=32000)

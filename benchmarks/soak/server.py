@@ -147,7 +147,7 @@ class Server:
         for process in living:
             if process.pid == self._process.pid:
                 role = "command"
-            elif "quantserve.serve.gateway" in titles[process.pid]:
+            elif "quantserve.serve.gateway.process" in titles[process.pid]:
                 role = "gateway"
             elif process.pid in replicas:
                 role = "replicas"

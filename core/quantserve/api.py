@@ -26,15 +26,15 @@ from quantserve.checkpoint import Checkpoint, Tensor
 from quantserve.checks.fused import check_fused_groups
 from quantserve.checks.linear import Expected, check_linears, check_shards, quantized_linears
 from quantserve.checks.skipped import SkipList
-from quantserve.dtypes import method_dtype, refuses_float16, served_dtype
 from quantserve.finding import Finding, Severity
 from quantserve.hookspecs import API_VERSION as VERSION
 from quantserve.hookspecs import hookimpl
-from quantserve.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
-from quantserve.performance import Fastest, fastest_kernel
-from quantserve.published import PublishedRun, published_profile
-from quantserve.quantizable import quantizable
+from quantserve.model.dtypes import method_dtype, refuses_float16, served_dtype
+from quantserve.model.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
+from quantserve.model.quantizable import quantizable
+from quantserve.predict import Fastest, fastest_kernel
+from quantserve.predict.published import PublishedRun, published_profile
 from quantserve.target import Target
 
 if TYPE_CHECKING:

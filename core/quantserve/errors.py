@@ -70,7 +70,8 @@ class PluginError(QuantserveError):
     Attributes:
         plugin: entry-point name.
         distribution, version: what was installed.
-        stage: where it failed: a stage of loading (`quantserve.plugin.Failure`), ``register`` or the name of a hook.
+        stage: where it failed: a stage of loading (`quantserve.plugins.plugin.Failure`), ``register`` or the name of a
+            hook.
         reason: one line.
         fix: what to do; by default to upgrade, uninstall or disable the plugin.
     """

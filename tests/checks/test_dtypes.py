@@ -16,7 +16,7 @@ from helpers.checkpoints import make_llama
 from helpers.composed import composed, errors, findings
 from helpers.predicted import model
 from quantserve.checkpoint import Checkpoint
-from quantserve.dtypes import NO_FLOAT16, method_dtype, misspelt_dtype, served_dtype, stored_dtype
+from quantserve.model.dtypes import NO_FLOAT16, method_dtype, misspelt_dtype, served_dtype, stored_dtype
 from quantserve.target import GIB, Target, find_target
 
 PLAIN_CPU = Target("cpu", "cpu", 16 * GIB, count=1, cores=4, features=("avx2", "avx512f"))

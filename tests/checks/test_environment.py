@@ -13,13 +13,13 @@ from helpers.checkpoints import make_llama
 from quantserve.checkpoint import open_checkpoint
 from quantserve.checks import environment as module
 from quantserve.checks.environment import check_environment
-from quantserve.compose import Composition, compose
 from quantserve.config import ModelConfig
-from quantserve.environment import engine_environment
 from quantserve.errors import FindingsError
 from quantserve.finding import Finding, Severity
-from quantserve.plan import make_plan, make_plans
-from quantserve.registry import Registry
+from quantserve.planning.compose import Composition, compose
+from quantserve.planning.plan import make_plan, make_plans
+from quantserve.plugins.registry import Registry
+from quantserve.system.environment import engine_environment
 from quantserve.target import Target, find_target
 
 CPU = replace(find_target("cpu"), memory_bytes=1 << 36, cores=16)

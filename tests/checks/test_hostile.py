@@ -12,9 +12,9 @@ from helpers.checkpoints import llama_tensors
 from quantserve.api import Expected, check_linears
 from quantserve.checkpoint import Checkpoint
 from quantserve.checks import check_model
+from quantserve.checks.memory import estimate
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding
-from quantserve.memory import estimate
 from quantserve.method import Method
 from quantserve.target import find_target
 

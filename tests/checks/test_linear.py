@@ -23,7 +23,7 @@ from quantserve.api import (
 from quantserve.checkpoint import Checkpoint
 from quantserve.checks.linear import Layout
 from quantserve.finding import Finding, Severity
-from quantserve.layers import other_tensors
+from quantserve.model.layers import other_tensors
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,

@@ -8,9 +8,9 @@ import pytest
 
 from helpers.checkpoints import LLAMA_7B, LLAMA_70B, llama_tensors
 from quantserve.checkpoint import Checkpoint
+from quantserve.checks.memory import MemoryEstimate, estimate
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity
-from quantserve.memory import MemoryEstimate, estimate
 from quantserve.target import GIB, Target, find_target
 
 KIB = 1024

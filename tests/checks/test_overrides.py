@@ -9,9 +9,9 @@ import pytest
 
 from helpers.checkpoints import make_llama
 from quantserve.checkpoint import Checkpoint, overridden
-from quantserve.compose import compose
 from quantserve.config import ModelConfig
-from quantserve.registry import Registry
+from quantserve.planning.compose import compose
+from quantserve.plugins.registry import Registry
 from quantserve.target import find_target
 
 

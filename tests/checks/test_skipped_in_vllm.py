@@ -14,7 +14,7 @@ import pytest
 
 from quantserve.checks.fused import ROUTERS_OF_THE_METHOD
 from quantserve.checks.skipped import Match, SkipList
-from quantserve.layers import is_router
+from quantserve.model.layers import is_router
 
 pytestmark = pytest.mark.vllm
 

@@ -16,7 +16,7 @@ import pytest
 import quantserve_kernels
 from quantserve.cli import doctor_command
 from quantserve.cli.main import run
-from quantserve.serve.patches import PATCHES, VARIABLE
+from quantserve.serve.replica.vllm.patches import PATCHES, VARIABLE
 from quantserve.target import known_targets
 
 NAME = f"quantserve-kernels {version('quantserve-kernels')}"
@@ -35,7 +35,7 @@ import sys
 {before}
 from quantserve.cli import doctor_command
 from quantserve.cli.main import run
-from quantserve.serve.patches import PATCHES, VARIABLE
+from quantserve.serve.replica.vllm.patches import PATCHES, VARIABLE
 from quantserve.target import this_cpu
 doctor_command.find_target = lambda name: this_cpu()
 run(["doctor", "--quick", "--json"])

@@ -9,12 +9,12 @@ import pytest
 
 from helpers.checkpoints import make_llama
 from quantserve.checkpoint import open_checkpoint
-from quantserve.compose import compose
 from quantserve.config import ModelConfig, load, model_from_source
 from quantserve.errors import CheckpointError, ConfigError
-from quantserve.homes import snapshot_in
-from quantserve.plan import make_plan
-from quantserve.registry import Registry
+from quantserve.planning.compose import compose
+from quantserve.planning.plan import make_plan
+from quantserve.plugins.registry import Registry
+from quantserve.system.homes import snapshot_in
 from quantserve.target import find_target
 
 

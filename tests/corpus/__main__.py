@@ -14,7 +14,7 @@ from pathlib import Path
 
 from corpus import entries
 from corpus.judge import judge, table
-from quantserve.registry import Registry
+from quantserve.plugins.registry import Registry
 
 
 def main(arguments: list[str]) -> int:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from corpus.entries import Case, Entry
-from quantserve.compose import Composition, compose
+from quantserve.checks.memory import MemoryEstimate
 from quantserve.config import load_object
 from quantserve.errors import QuantserveError
 from quantserve.finding import Severity
-from quantserve.memory import MemoryEstimate
-from quantserve.registry import Registry
+from quantserve.planning.compose import Composition, compose
+from quantserve.plugins.registry import Registry
 from quantserve.target import GIB, find_target
 
 # ``not-estimated`` in a case's ``may`` is no code: the KV cache may be left unestimated.

@@ -13,7 +13,7 @@ import pytest
 from corpus import entries
 from corpus.judge import Row, judge, table
 from corpus.patterns import fold, unfold
-from quantserve.registry import Registry
+from quantserve.plugins.registry import Registry
 
 RECOMPUTED = (
     "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "google/gemma-2-9b-it", "google/gemma-3-1b-it",

@@ -14,10 +14,10 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from fuzzing import Target, mutated
-from quantserve.serve.connection import AppFailed, Connection, ReplicaLost, Response, Timing
-from quantserve.serve.listener import Listener, _Session
-from quantserve.serve.payloads import pack_head, pack_hello, pack_number, pack_request, pack_welcome
-from quantserve.serve.wire import MAX_PAYLOAD, VERSION, Frames, Kind, frame
+from quantserve.serve.transport.connection import AppFailed, Connection, ReplicaLost, Response, Timing
+from quantserve.serve.transport.frames import MAX_PAYLOAD, VERSION, Frames, Kind, frame
+from quantserve.serve.transport.payloads import pack_head, pack_hello, pack_number, pack_request, pack_welcome
+from quantserve.serve.transport.server import Listener, _Session
 
 TOKEN = b"t0ken"
 SIZES = [0, 1, 9, 300, 5000, MAX_PAYLOAD - 1, MAX_PAYLOAD, MAX_PAYLOAD + 1, 200_000]

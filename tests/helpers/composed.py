@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantserve.compose import Composition, compose
 from quantserve.config import load_object
 from quantserve.finding import Finding, Severity
-from quantserve.registry import Registry
+from quantserve.planning.compose import Composition, compose
+from quantserve.plugins.registry import Registry
 from quantserve.target import find_target
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from quantserve.checkpoint import Checkpoint
 from quantserve.config import ModelConfig, load_object
-from quantserve.expectation import Expectation, expectation, kernel_of
 from quantserve.method import KernelProfile
-from quantserve.performance import ENGINE_NOW
-from quantserve.performance.imagine import imagined
-from quantserve.performance.machine import EngineCost, Machine
-from quantserve.registry import Registry
+from quantserve.planning.expectation import Expectation, expectation, kernel_of
+from quantserve.plugins.registry import Registry
+from quantserve.predict import ENGINE_NOW
+from quantserve.predict.imagine import imagined
+from quantserve.predict.machine import EngineCost, Machine
 from quantserve.target import find_target
 
 LLAMA_7B: dict[str, Any] = {

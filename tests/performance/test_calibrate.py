@@ -13,12 +13,12 @@ from performance.test_calibration import calibration
 from quantserve.calibrate.engine import DECODES, LAYERS, PROMPTS, Point, fit, shape_of
 from quantserve.calibrate.measure import kernels_of
 from quantserve.cli.main import run
-from quantserve.performance import machine_of
-from quantserve.performance.calibration import load
-from quantserve.performance.machine import EngineCost, linear_cost
-from quantserve.performance.predict import PLAIN
-from quantserve.performance.step import batch_of, step_cost
-from quantserve.registry import Registry
+from quantserve.plugins.registry import Registry
+from quantserve.predict import machine_of
+from quantserve.predict.calibration import load
+from quantserve.predict.machine import EngineCost, linear_cost
+from quantserve.predict.prediction import PLAIN
+from quantserve.predict.step import batch_of, step_cost
 from quantserve.target import this_cpu
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from helpers.predicted import LLAMA_7B, expected
 from quantserve.errors import UsageError
-from quantserve.performance import WORKLOADS, Calibration, find_calibration, machine_of
-from quantserve.performance.calibration import default_path, fingerprint, load, save
-from quantserve.performance.machine import EngineCost
+from quantserve.predict import WORKLOADS, Calibration, find_calibration, machine_of
+from quantserve.predict.calibration import default_path, fingerprint, load, save
+from quantserve.predict.machine import EngineCost
 from quantserve.target import find_target, this_cpu
 
 ENGINE = EngineCost(1e-3, 2e-5, 3e-4, 1e-9, 0.0, 0.0, 5e-3, source="measured")

@@ -13,11 +13,11 @@ import pytest
 from cli.test_cli import light, refusal
 from helpers.checkpoints import make_llama
 from helpers.predicted import LLAMA_7B, LLAMA_70B, MISTRAL, MIXTRAL, QWEN
-from quantserve.advise import advise, concurrencies, leaders, ranked
 from quantserve.cli.main import run
 from quantserve.config import model_from_source
-from quantserve.performance import WORKLOADS
-from quantserve.registry import Registry
+from quantserve.planning.advise import advise, concurrencies, leaders, ranked
+from quantserve.plugins.registry import Registry
+from quantserve.predict import WORKLOADS
 from quantserve.target import find_target, known_targets
 
 Bare = Callable[[dict[str, Any]], Path]

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from helpers.predicted import flat
-from quantserve.contract import kernel_breach, quality_breach
-from quantserve.expectation import kernel_of, quality_of, width_of
 from quantserve.method import Method, QualityNote
-from quantserve.performance import ENGINE_2023, ENGINE_NOW
-from quantserve.registry import Registry
+from quantserve.planning.expectation import kernel_of, quality_of, width_of
+from quantserve.plugins.contract import kernel_breach, quality_breach
+from quantserve.plugins.registry import Registry
+from quantserve.predict import ENGINE_2023, ENGINE_NOW
 from quantserve.target import find_target, known_targets
 
 METHODS = ("fp16", "awq", "squeezellm")

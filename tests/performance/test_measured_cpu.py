@@ -12,10 +12,10 @@ import pytest
 
 from helpers.predicted import LLAMA_7B, model
 from quantserve.checkpoint import Checkpoint
-from quantserve.performance import Calibration, machine_of, read_shape
-from quantserve.performance.machine import linear_cost
-from quantserve.performance.predict import PLAIN
-from quantserve.performance.step import Batch, batch_of, step_cost
+from quantserve.predict import Calibration, machine_of, read_shape
+from quantserve.predict.machine import linear_cost
+from quantserve.predict.prediction import PLAIN
+from quantserve.predict.step import Batch, batch_of, step_cost
 from quantserve.target import this_cpu
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers.predicted import LLAMA_7B, LLAMA_13B, LLAMA_70B, expected
-from quantserve.performance import ENGINE_2023, WORKLOADS
+from quantserve.predict import ENGINE_2023, WORKLOADS
 
 # Output tokens (E2E x tok/s) and decode-only ms per token ((E2E - TTFT) / (tokens - 1)) derived from the table.
 ROWS = [

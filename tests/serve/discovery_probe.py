@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from quantserve.serve.discovery import MISSES, Roster, list_replicas
+from quantserve.serve.gateway.upstreams.discovery import MISSES, Roster, list_replicas
 
 
 @serve.deployment(num_replicas=3, health_check_period_s=60, health_check_timeout_s=60, graceful_shutdown_timeout_s=2)

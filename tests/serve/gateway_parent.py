@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 
-from quantserve.serve import gateway_process
-from quantserve.serve.gateway_process import GatewayProcess
-from quantserve.serve.limits import Policy
+from quantserve.serve.driver import gateway_process
+from quantserve.serve.driver.gateway_process import GatewayProcess
+from quantserve.serve.gateway.middleware.limits import Policy
 
 if __name__ == "__main__":
     gateway_process.HANGS_S = 3.0  # type: ignore[misc]

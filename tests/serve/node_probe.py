@@ -13,14 +13,14 @@ import re
 import sys
 import time
 
-from quantserve.serve.upstream import ReplicaLost, Upstream
+from quantserve.serve.transport.client import ReplicaLost, Upstream
 
 
 def replicas(address: str, app: str) -> None:
     import ray
     from ray import serve
 
-    from quantserve.serve.cluster import cluster_secret
+    from quantserve.serve.driver.ray_cluster import cluster_secret
 
     ray.init(address=address, namespace="serve", log_to_driver=False)
     handle = serve.get_deployment_handle(app, "quantserve")

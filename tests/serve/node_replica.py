@@ -14,7 +14,7 @@ import uvloop
 from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import read_body
-from quantserve.serve.listener import Listener
+from quantserve.serve.transport.server import Listener
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:

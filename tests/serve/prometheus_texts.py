@@ -10,9 +10,9 @@ from typing import Any
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from quantserve.serve.metrics import GatewayMetrics
-from quantserve.serve.replicas import Limits, Pool, Replica
-from quantserve.serve.trace import Trace
+from quantserve.serve.gateway.metrics.collect import GatewayMetrics
+from quantserve.serve.gateway.middleware.trace import Trace
+from quantserve.serve.gateway.upstreams.pool import Limits, Pool, Replica
 
 DATA = Path(__file__).parent / "data"
 EARLIER = (DATA / "vllm-0.32-metrics.txt").read_bytes()

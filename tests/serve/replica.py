@@ -12,10 +12,10 @@ import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantserve.serve.asgi import read_body
-from quantserve.serve.listener import Listener
-from quantserve.serve.payloads import pack_head, pack_hello, pack_request
-from quantserve.serve.replicas import Limits, Pool
-from quantserve.serve.wire import Kind, frame
+from quantserve.serve.gateway.upstreams.pool import Limits, Pool
+from quantserve.serve.transport.frames import Kind, frame
+from quantserve.serve.transport.payloads import pack_head, pack_hello, pack_request
+from quantserve.serve.transport.server import Listener
 
 from .asgi_client import Answer, request
 

@@ -144,7 +144,9 @@ def free_port() -> int:
 
 def gateway(server: Server) -> Any:
     """The gateway process."""
-    (found,) = [p for p in psutil.Process(server.process.pid).children() if "quantserve.serve.gateway" in p.cmdline()]
+    (found,) = [
+        p for p in psutil.Process(server.process.pid).children() if "quantserve.serve.gateway.process" in p.cmdline()
+    ]
     return found
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from quantserve.serve import access_log
-from quantserve.serve.access_log import AccessLog
 from quantserve.serve.asgi import Guard, Refused
-from quantserve.serve.limits import Policy, layers
-from quantserve.serve.trace import Trace, Traced
+from quantserve.serve.gateway.middleware import access_log
+from quantserve.serve.gateway.middleware.access_log import AccessLog
+from quantserve.serve.gateway.middleware.limits import Policy, layers
+from quantserve.serve.gateway.middleware.trace import Trace, Traced
 
 from .asgi_client import Upstream, request
 

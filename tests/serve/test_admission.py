@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.serve import replicas
 from quantserve.serve.asgi import Refused
-from quantserve.serve.limits import Policy, layers
-from quantserve.serve.queue import Queue
-from quantserve.serve.remote import RemoteModel, affinity_key
-from quantserve.serve.replicas import HEALTH_S, Limits, Pool
+from quantserve.serve.gateway.middleware.limits import Policy, layers
+from quantserve.serve.gateway.upstreams import pool as replicas
+from quantserve.serve.gateway.upstreams.pool import HEALTH_S, Limits, Pool
+from quantserve.serve.gateway.upstreams.proxy import RemoteModel, affinity_key
+from quantserve.serve.gateway.upstreams.queue import Queue
 
 from .asgi_client import request
 from .replica import SYSTEM, Replica, pool_of, post, run, served, until, unused_port

@@ -7,8 +7,8 @@ import asyncio
 from starlette.types import Message
 
 from quantserve.serve.asgi import request_scope
-from quantserve.serve.limits import Limits, Policy
-from quantserve.serve.remote import RemoteModel
+from quantserve.serve.gateway.middleware.limits import Limits, Policy
+from quantserve.serve.gateway.upstreams.proxy import RemoteModel
 
 from .replica import Replica, pool_of, run, served, until
 

@@ -70,7 +70,7 @@ def test_build_refuses_what_check_refuses(demo: Path, tmp_path: Path) -> None:
 def test_serve_stays_out_of_the_light_commands() -> None:
     """list, check and plan import neither the serving package nor what it needs."""
     code = (
-        "import sys, quantserve.cli.main, quantserve.cli.serve_command, quantserve.plan\n"
+        "import sys, quantserve.cli.main, quantserve.cli.serve_command, quantserve.planning.plan\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('ray', 'vllm', 'torch', 'starlette')"
         " or name.startswith('quantserve.serve')])"
     )

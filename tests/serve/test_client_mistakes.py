@@ -37,8 +37,8 @@ class Replica:
     @staticmethod
     async def _start(folder: Path) -> Any:
         from quantserve.config import load_object
-        from quantserve.serve import vllm_app
         from quantserve.serve.app import plan_all
+        from quantserve.serve.replica.vllm import server as vllm_app
         from quantserve.target import find_target
 
         from .server import model

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from quantserve.serve.limits import Policy, layers
+from quantserve.serve.gateway.middleware.limits import Policy, layers
 
 from .asgi_client import Answer, Upstream, request
 

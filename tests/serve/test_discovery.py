@@ -17,11 +17,11 @@ import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from quantserve.serve import discovery
-from quantserve.serve.directory import Directory
-from quantserve.serve.discovery import BACKOFF, CALM_S, HURRY_S, MISSES, POLL_S, Roster, poll_replicas
-from quantserve.serve.gateway_deployment import GatewayServer
-from quantserve.serve.limits import Policy
+from quantserve.serve.gateway.deployment import GatewayServer
+from quantserve.serve.gateway.middleware.limits import Policy
+from quantserve.serve.gateway.upstreams import discovery
+from quantserve.serve.gateway.upstreams.directory import Directory
+from quantserve.serve.gateway.upstreams.discovery import BACKOFF, CALM_S, HURRY_S, MISSES, POLL_S, Roster, poll_replicas
 
 from .replica import pool_of, run, until
 from .virtual_time import run_virtual

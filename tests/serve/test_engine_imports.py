@@ -20,8 +20,8 @@ import pytest
 
 from helpers.checkpoints import make_llama
 from quantserve.cli.main import run
-from quantserve.serve import engine_imports
-from quantserve.serve.engine_imports import Spare, SparedContext, start_spare
+from quantserve.serve.replica.vllm import spawned_imports as engine_imports
+from quantserve.serve.replica.vllm.spawned_imports import Spare, SparedContext, start_spare
 from tests.serve.server import until
 
 CHILDREN = 60.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantserve.serve.engine_logs import last_cause
+from quantserve.serve.replica.vllm.startup_logs import last_cause
 
 LOG = """\
 (EngineCore pid=7) ERROR 11-24 03:55:50 [core.py:1510] EngineCore failed to start.

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from quantserve.registry import ENGINE_PLUGIN
-from quantserve.serve.engine_wait import SLEEP_EVERY
+from quantserve.plugins.registry import ENGINE_PLUGIN
+from quantserve.serve.replica.vllm.engine_wait import SLEEP_EVERY
 
 
 def _waits(found: multiprocessing.Queue[tuple[tuple[int, int], ...]]) -> None:
@@ -66,7 +66,7 @@ def _gloo(rank: int, init_file: str, interface: str, found: multiprocessing.Queu
     import torch
     from torch import distributed
 
-    from quantserve.serve.engine_plugins import register
+    from quantserve.serve.replica.vllm.engine_plugins import register
 
     if interface:
         os.environ["GLOO_SOCKET_IFNAME"] = interface

@@ -17,8 +17,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import TYPES, error_type
-from quantserve.serve.envelope import READERS, Envelope, install
-from quantserve.serve.vllm_errors import refusal
+from quantserve.serve.replica.vllm.envelope import READERS, Envelope, install
+from quantserve.serve.replica.vllm.errors import refusal
 
 from .asgi_client import Answer, request
 

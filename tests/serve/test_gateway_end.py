@@ -22,7 +22,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from quantserve.serve.limits import Policy
+from quantserve.serve.gateway.middleware.limits import Policy
 
 from .replica import TOKEN, served
 from .server import until
@@ -66,7 +66,7 @@ class Gateway:
         listener = socket.create_server(("127.0.0.1", 0))
         self.base = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "quantserve.serve.gateway", str(listener.fileno())],
+            [sys.executable, "-m", "quantserve.serve.gateway.process", str(listener.fileno())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[listener.fileno()],
         )  # fmt: skip
         listener.close()
@@ -253,7 +253,7 @@ def test_a_gateway_refuses_standard_input_that_cannot_be_followed() -> None:
 
 def start_bare(listener: socket.socket, **pipes: Any) -> tuple[subprocess.Popen[bytes], str]:
     """A gateway process without settings, and its address."""
-    command = [sys.executable, "-m", "quantserve.serve.gateway", str(listener.fileno())]
+    command = [sys.executable, "-m", "quantserve.serve.gateway.process", str(listener.fileno())]
     process = subprocess.Popen(command, pass_fds=[listener.fileno()], **pipes)
     return process, f"http://127.0.0.1:{listener.getsockname()[1]}"
 

@@ -11,9 +11,9 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from quantserve.serve import gateway_process
-from quantserve.serve.gateway_process import GatewayProcess
-from quantserve.serve.limits import Policy
+from quantserve.serve.driver import gateway_process
+from quantserve.serve.driver.gateway_process import GatewayProcess
+from quantserve.serve.gateway.middleware.limits import Policy
 
 from .server import until
 
@@ -48,7 +48,7 @@ def test_it_reports_reachable_models_and_is_restarted_when_it_hangs(
     process.update({"here": [REPLICA]})
     until(lambda: process.reachable == ["here", "asleep"], 5)
     assert httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200
-    (child,) = [p for p in psutil.Process().children() if "quantserve.serve.gateway" in p.cmdline()]
+    (child,) = [p for p in psutil.Process().children() if "quantserve.serve.gateway.process" in p.cmdline()]
     os.kill(child.pid, signal.SIGSTOP)
     until(lambda: len(reported) == 2, 10)
     assert reported[0] == "Gateway process sent no heartbeat for 3 s; killing it."
@@ -64,7 +64,7 @@ def test_it_keeps_off_the_cpus_that_replicas_compute_on(started: tuple[GatewayPr
     bound = min(cpus)
 
     def gateway() -> int:
-        (child,) = [p for p in psutil.Process().children() if "quantserve.serve.gateway" in p.cmdline()]
+        (child,) = [p for p in psutil.Process().children() if "quantserve.serve.gateway.process" in p.cmdline()]
         return int(child.pid)
 
     until(lambda: process.reachable == ["asleep"], 30)

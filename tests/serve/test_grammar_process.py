@@ -28,7 +28,7 @@ def run() -> Iterator[Callable[[Callable[[Any], Awaitable[Any]]], Any]]:
     import xgrammar
     from transformers import AutoTokenizer
 
-    from quantserve.serve.structured_outputs import GrammarChecks
+    from quantserve.serve.replica.vllm.structured_outputs import GrammarChecks
 
     def tokens() -> str:
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -132,7 +132,7 @@ def test_a_pattern_with_many_repetitions_compiles_in_the_engine() -> None:
     from vllm.v1.structured_output.backend_types import StructuredOutputOptions
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
-    from quantserve.serve.rule_cache import compile_without_rule_cache
+    from quantserve.serve.replica.vllm.rule_cache import compile_without_rule_cache
 
     compile_without_rule_cache()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

@@ -24,15 +24,15 @@ import pytest
 import uvloop
 from uvicorn.protocols.http import httptools_impl
 
-from quantserve.serve import http_connection
 from quantserve.serve.asgi import Guard, answer_lifespan
-from quantserve.serve.http_connection import Connection
-from quantserve.serve.http_exchange import Exchange
-from quantserve.serve.http_idle import MOST_CLOSING, IdleConnections
-from quantserve.serve.http_server import RESERVED_FILES, HttpServer, connections_for
-from quantserve.serve.http_timeouts import Deadline
-from quantserve.serve.limits import Policy
-from quantserve.serve.trace import Traced
+from quantserve.serve.gateway.http import connection as http_connection
+from quantserve.serve.gateway.http.connection import Connection
+from quantserve.serve.gateway.http.exchange import Exchange
+from quantserve.serve.gateway.http.idle import MOST_CLOSING, IdleConnections
+from quantserve.serve.gateway.http.server import RESERVED_FILES, HttpServer, connections_for
+from quantserve.serve.gateway.http.timeouts import Deadline
+from quantserve.serve.gateway.middleware.limits import Policy
+from quantserve.serve.gateway.middleware.trace import Traced
 
 from .server import until
 
@@ -139,7 +139,7 @@ def gateway(folder: Path, files: int = 0, **limits: Any) -> Iterator[Gateway]:
     settings = {"models": models, "token": "t", "policy": policy, "parent": os.getpid()}
     with socket.create_server(("127.0.0.1", 0)) as listener, errors.open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "quantserve.serve.gateway", str(listener.fileno())],
+            [sys.executable, "-m", "quantserve.serve.gateway.process", str(listener.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

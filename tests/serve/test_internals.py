@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from quantserve.serve import cluster, engine_logs, envelope
-from quantserve.serve.patches import source
+from quantserve.serve.driver import ray_cluster as cluster
+from quantserve.serve.replica.vllm import envelope
+from quantserve.serve.replica.vllm import startup_logs as engine_logs
+from quantserve.serve.replica.vllm.patches import source
 
 RAY = Path(next(iter(find_spec("ray").submodule_search_locations)))  # type: ignore[union-attr, arg-type]
 PROGRAM = RAY / "core" / "src" / "ray" / "raylet" / "raylet"

@@ -8,9 +8,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from quantserve.serve.key_limit import KeyLimit
-from quantserve.serve.keys import ApiKeys, KeySet, _digests
-from quantserve.serve.limits import Policy, layers
+from quantserve.serve.gateway.middleware.api_keys import ApiKeys, KeySet, _digests
+from quantserve.serve.gateway.middleware.key_limit import KeyLimit
+from quantserve.serve.gateway.middleware.limits import Policy, layers
 
 from .asgi_client import Answer, request
 

@@ -14,11 +14,11 @@ import pytest
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from quantserve.environment import API_KEYS
 from quantserve.errors import UsageError
-from quantserve.serve import keys
 from quantserve.serve.asgi import Refused, read_body
-from quantserve.serve.keys import ApiKeys, KeyFile, KeySet, load_key_set
+from quantserve.serve.gateway.middleware import api_keys as keys
+from quantserve.serve.gateway.middleware.api_keys import ApiKeys, KeyFile, KeySet, load_key_set
+from quantserve.system.environment import API_KEYS
 
 from .asgi_client import Answer, Upstream, request
 

@@ -19,12 +19,12 @@ from starlette.types import Receive, Scope, Send
 from quantserve.config import HttpConfig
 from quantserve.errors import UsageError
 from quantserve.serve.asgi import JSON_KEY, Refused, read_body, request_scope
-from quantserve.serve.bodies import BODY_KEY, release_body
+from quantserve.serve.gateway.middleware.bodies import BODY_KEY, release_body
+from quantserve.serve.gateway.middleware.limits import Limits, Policy, layers
+from quantserve.serve.gateway.middleware.trace import Trace
 from quantserve.serve.headers import MAX_TOKENS_HEADER
 from quantserve.serve.json_fields import INLINE, FieldReader
-from quantserve.serve.limits import Limits, Policy, layers
-from quantserve.serve.request_defaults import RequestDefaults
-from quantserve.serve.trace import Trace
+from quantserve.serve.replica.request_defaults import RequestDefaults
 
 from .asgi_client import Answer, Upstream, request
 

@@ -12,8 +12,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import Guard, Refused
-from quantserve.serve.metrics import GatewayMetrics, Observed, expected_means
-from quantserve.serve.trace import Traced, trace_of
+from quantserve.serve.gateway.metrics.collect import GatewayMetrics, Observed, expected_means
+from quantserve.serve.gateway.middleware.trace import Traced, trace_of
 
 from .asgi_client import request
 from .prometheus_texts import (

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantserve.serve.listener import Listener
-from quantserve.serve.metrics import GatewayMetrics, MetricsEndpoint
-from quantserve.serve.metrics_text import CONTENT_TYPE
-from quantserve.serve.replicas import Limits, Pool, Replica
+from quantserve.serve.gateway.metrics.collect import GatewayMetrics, MetricsEndpoint
+from quantserve.serve.gateway.metrics.text import CONTENT_TYPE
+from quantserve.serve.gateway.upstreams.pool import Limits, Pool, Replica
+from quantserve.serve.transport.server import Listener
 
 from .asgi_client import Answer, request
 from .prometheus_texts import CARDS, EARLIER, LATER, all_samples, families, has, pool, value

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from quantserve.serve.metrics_text import merge, totals
+from quantserve.serve.gateway.metrics.text import merge, totals
 
 from .prometheus_texts import EARLIER, LATER, all_samples, families, samples
 

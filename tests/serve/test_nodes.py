@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from quantserve.serve.link import HANGS
-from quantserve.serve.upstream import ReplicaLost, Timing, Upstream
+from quantserve.serve.transport.client import ReplicaLost, Timing, Upstream
+from quantserve.serve.transport.link import HANGS
 
 from .load import Asked, Clients
 from .nodes import Network, second_node

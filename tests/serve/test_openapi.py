@@ -10,8 +10,8 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from starlette.types import Receive, Scope, Send
 
-from quantserve.serve.metrics import GatewayMetrics, MetricsEndpoint
-from quantserve.serve.router import Router, ServedModel
+from quantserve.serve.gateway.metrics.collect import GatewayMetrics, MetricsEndpoint
+from quantserve.serve.gateway.routing.router import Router, ServedModel
 
 from .asgi_client import Answer, request
 

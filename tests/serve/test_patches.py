@@ -19,8 +19,8 @@ import yaml
 
 from helpers.checkpoints import make_llama
 from quantserve.errors import EngineError, UsageError
-from quantserve.serve import patches
-from quantserve.serve.patches import PATCHES, VARIABLE, Patch
+from quantserve.serve.replica.vllm import patches
+from quantserve.serve.replica.vllm.patches import PATCHES, VARIABLE, Patch
 
 from .server import BIN, serve
 
@@ -36,14 +36,15 @@ def test_a_patch_fits_the_installed_packages(name: str) -> None:
 
 def test_patches_are_judged_without_importing_what_they_change() -> None:
     code = (
-        "import sys; from quantserve.serve import patches; [patches.misfit(one) for one in patches.PATCHES.values()]; "
+        "import sys; from quantserve.serve.replica.vllm import patches; "
+        "[patches.misfit(one) for one in patches.PATCHES.values()]; "
         "print({'vllm', 'torch', 'ray', 'starlette'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
 def test_every_patch_is_applied_at_one_place() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "core/quantserve/serve").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "core/quantserve/serve").rglob("*.py"))
     assert sorted(re.findall(r'patches\.apply\("([\w-]+)"', source)) == sorted(PATCHES)
 
 
@@ -69,7 +70,7 @@ def test_a_vllm_that_changed_is_recognized(name: str, gone: bool, tmp_path: Path
         text = (installed / path).read_text()
         assert old in text
         file.write_text(text.replace(old, new))
-    code = f"from quantserve.serve import patches; print(patches.misfit(patches.PATCHES[{name!r}]))"
+    code = f"from quantserve.serve.replica.vllm import patches; print(patches.misfit(patches.PATCHES[{name!r}]))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     module = path.removesuffix(".py").replace("/", ".")
@@ -105,7 +106,9 @@ def test_a_safety_patch_that_does_not_fit_is_an_error(name: str, monkeypatch: py
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_a_patch_that_fails_counts_as_one_that_does_not_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PATCHES, name, dataclasses.replace(PATCHES[name], apply="quantserve.serve.patches:gone"))
+    monkeypatch.setitem(
+        PATCHES, name, dataclasses.replace(PATCHES[name], apply="quantserve.serve.replica.vllm.patches:gone")
+    )
     if name in SAFETY:
         with pytest.raises(EngineError, match="AttributeError"):
             patches.apply(name)

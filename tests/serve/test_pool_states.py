@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quantserve.serve.asgi import Refused
-from quantserve.serve.replica_set import BROKEN_S, Replica, ReplicaDraining
-from quantserve.serve.replicas import Limits, Pool
-from quantserve.serve.upstream import ReplicaLost
+from quantserve.serve.gateway.upstreams.pool import Limits, Pool
+from quantserve.serve.gateway.upstreams.replica_set import BROKEN_S, Replica, ReplicaDraining
+from quantserve.serve.transport.client import ReplicaLost
 
 from .virtual_time import VirtualLoop
 

@@ -12,7 +12,7 @@ ORPHAN = (
 
 KILL = f"""
 import psutil, subprocess, sys
-from quantserve.serve.processes import Processes
+from quantserve.serve.driver.processes import Processes
 processes = Processes()
 orphan = psutil.Process(int(subprocess.run([sys.executable, "-c", {ORPHAN!r}, "100"], capture_output=True).stdout))
 child = psutil.Popen(["sh", "-c", "trap '' TERM; sleep 100; true"])
@@ -21,7 +21,7 @@ print(orphan.is_running(), child.is_running(), psutil.Process().children())
 """
 SHARED = """
 import subprocess, sys
-from quantserve.serve.processes import Processes
+from quantserve.serve.driver.processes import Processes
 processes = Processes()
 work = "import time; from multiprocessing.shared_memory import SharedMemory as S; shared = S(create=True, size=9); "
 work += "print(shared.name, flush=True); time.sleep(100)"
@@ -36,7 +36,7 @@ except FileNotFoundError:
 """
 REAP = f"""
 import psutil, subprocess, sys, time
-from quantserve.serve import processes
+from quantserve.serve.driver import processes
 processes.REAP_AFTER_S = 0.2
 ours = subprocess.Popen(["sh", "-c", "exit 3"])
 all = processes.Processes()

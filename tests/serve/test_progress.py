@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from quantserve.serve.progress import Progress, cause
+from quantserve.serve.driver.progress import Progress, cause
 
 FAILURE = """The deployment failed to start 1 times in a row. This may be due to a problem with its constructor or
 initial health check failing. See controller logs for details. Error:
 ray::ServeReplica:m:m.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
   File "/usr/lib/python3.11/concurrent/futures/_base.py", line 449, in result
 RuntimeError: Traceback (most recent call last):
-  File "/x/quantserve/serve/vllm_app.py", line 129, in _start_engine
+  File "/x/quantserve/serve/replica/vllm/server.py", line 129, in _start_engine
     raise EngineError(cause) from error
 quantserve.errors.EngineError: ValueError: head size 7 is not supported
 """

@@ -12,10 +12,10 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from quantserve.serve.asgi import Guard, Incomplete, read_body, replay, request_scope
+from quantserve.serve.gateway.upstreams.pool import Limits, Pool
+from quantserve.serve.gateway.upstreams.proxy import RemoteModel
 from quantserve.serve.headers import DRAINING_HEADER
-from quantserve.serve.remote import RemoteModel
-from quantserve.serve.replicas import Limits, Pool
-from quantserve.serve.upstream import ReplicaLost
+from quantserve.serve.transport.client import ReplicaLost
 
 from .asgi_client import request
 from .replica import Replica, pool_of, post, run, served, session_of, until, unused_port

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quantserve.serve.request_defaults import RequestDefaults
+from quantserve.serve.replica.request_defaults import RequestDefaults
 
 from .asgi_client import Upstream, request
 

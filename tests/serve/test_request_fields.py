@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from quantserve.serve.envelope import Envelope, install
+from quantserve.serve.replica.vllm.envelope import Envelope, install
 
 from .asgi_client import Answer, request
 

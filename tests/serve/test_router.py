@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from quantserve.serve.router import Router, ServedModel
+from quantserve.serve.gateway.routing.router import Router, ServedModel
 
 from .asgi_client import Answer, Upstream, request
 

@@ -19,10 +19,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import Refused
-from quantserve.serve.first_errors import stop_at_first_errors
+from quantserve.serve.gateway.middleware.limits import (
+    CHOICE_FIELDS,
+    PROMPT_FIELDS,
+    STOP_FIELDS,
+    TOKEN_FIELDS,
+    Limits,
+    Policy,
+)
+from quantserve.serve.gateway.routing.router import Router, ServedModel
 from quantserve.serve.json_fields import FieldReader
-from quantserve.serve.limits import CHOICE_FIELDS, PROMPT_FIELDS, STOP_FIELDS, TOKEN_FIELDS, Limits, Policy
-from quantserve.serve.router import Router, ServedModel
+from quantserve.serve.replica.vllm.first_errors import stop_at_first_errors
 from quantserve.serve.routes import CLIENT_PATHS, FORMS, INPUT_TOKENS, OUTPUT_TOKENS, is_client_path
 
 from .asgi_client import request

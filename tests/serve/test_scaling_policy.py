@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from quantserve.serve.scaling import LEASE_S, QueueReports, replicas_for_load
+from quantserve.serve.replica.autoscaling import LEASE_S, QueueReports, replicas_for_load
 
 
 def needed(target: float = 2, others: float = 0, **reported: list[float]) -> int:

@@ -51,7 +51,7 @@ def tokens(renderer: Any, text: str, length: int | None) -> list[int]:
     """Of a chat with one message, in a request with Content-Length."""
     from vllm.renderers import ChatParams
 
-    from quantserve.serve.short_prompts import ShortPrompts
+    from quantserve.serve.replica.vllm.short_prompts import ShortPrompts
 
     found: list[int] = []
 
@@ -74,7 +74,7 @@ def tokens(renderer: Any, text: str, length: int | None) -> list[int]:
 def test_only_long_requests_use_threads_and_the_tokens_are_the_same(
     renderer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantserve.serve.short_prompts import render_at_once
+    from quantserve.serve.replica.vllm.short_prompts import render_at_once
 
     usual = tokens(renderer, SHORT, 100), tokens(renderer, LONG, 5000)
     render_at_once(renderer, templates=True)
@@ -89,7 +89,7 @@ def test_only_long_requests_use_threads_and_the_tokens_are_the_same(
 
 @pytest.mark.vllm
 def test_templates_in_requests_are_rendered_in_threads(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantserve.serve.short_prompts import render_at_once
+    from quantserve.serve.replica.vllm.short_prompts import render_at_once
 
     usual = tokens(renderer, SHORT, 100)
     render_at_once(renderer, templates=False)
@@ -100,7 +100,7 @@ def test_templates_in_requests_are_rendered_in_threads(renderer: Any, monkeypatc
 
 @pytest.mark.vllm
 def test_a_tokenizer_that_threads_may_not_share_is_left_alone(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantserve.serve.short_prompts import render_at_once
+    from quantserve.serve.replica.vllm.short_prompts import render_at_once
 
     monkeypatch.setattr(type(renderer.tokenizer), "is_fast", False)
     render_at_once(renderer, templates=True)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from quantserve.errors import EngineError, UsageError
-from quantserve.serve.announce import announce
-from quantserve.serve.cluster import listen
+from quantserve.serve.driver.announce import announce
+from quantserve.serve.driver.ray_cluster import listen
 
 
 @pytest.mark.parametrize(

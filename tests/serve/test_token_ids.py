@@ -21,7 +21,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from vllm.renderers import renderer_from_config
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from quantserve.serve.token_ids import bound_token_ids
+    from quantserve.serve.replica.vllm.token_ids import bound_token_ids
 
     folder = tmp_path_factory.mktemp("model") / "m"
     shutil.copytree(MODEL, folder)

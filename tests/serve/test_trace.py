@@ -11,7 +11,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import Disconnected, Guard, Refused, header
-from quantserve.serve.trace import Trace, Traced, trace_of
+from quantserve.serve.gateway.middleware.trace import Trace, Traced, trace_of
 
 from .asgi_client import Answer, Upstream, request
 

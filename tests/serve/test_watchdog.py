@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from quantserve.serve.watchdog import LONGEST_INTERVAL_S, PINGS, watch
+from quantserve.serve.replica.watchdog import LONGEST_INTERVAL_S, PINGS, watch
 
 from .virtual_time import VirtualLoop, run_virtual
 

@@ -20,12 +20,12 @@ from starlette.types import Message, Receive, Scope, Send
 import fuzzing
 from fuzzing import frames as fuzzing_frames
 from quantserve.serve.asgi import read_body, request_scope
-from quantserve.serve.listener import STRANGERS, Listener
-from quantserve.serve.payloads import pack_head, pack_hello, pack_welcome, unpack_head
-from quantserve.serve.remote import RemoteModel
-from quantserve.serve.replicas import Limits, Pool
-from quantserve.serve.upstream import AppFailed, ReplicaLost, Response, Timing, Upstream
-from quantserve.serve.wire import VERSION, Frames, Kind, frame
+from quantserve.serve.gateway.upstreams.pool import Limits, Pool
+from quantserve.serve.gateway.upstreams.proxy import RemoteModel
+from quantserve.serve.transport.client import AppFailed, ReplicaLost, Response, Timing, Upstream
+from quantserve.serve.transport.frames import VERSION, Frames, Kind, frame
+from quantserve.serve.transport.payloads import pack_head, pack_hello, pack_welcome, unpack_head
+from quantserve.serve.transport.server import STRANGERS, Listener
 
 from .asgi_client import request
 from .replica import HELLO, TOKEN, Replica, open_frames, pool_of, post, run, served, session_of, until, unused_port

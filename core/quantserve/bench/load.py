@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 from quantserve.bench.client import Client, Live
 from quantserve.bench.request import Request, Target
 from quantserve.bench.result import Result
-from quantserve.open_files import raise_open_files
+from quantserve.system.open_files import raise_open_files
 
 T = TypeVar("T")
 RAW_LIMIT: Final = 256 << 20

@@ -12,7 +12,7 @@ from quantserve.bench.causes import FIXES, connect_failure, with_fix
 from quantserve.bench.request import Target
 from quantserve.bench.result import error_message
 from quantserve.errors import EngineError, UsageError, one_line
-from quantserve.homes import expand
+from quantserve.system.homes import expand
 
 TIMEOUT_S: Final = 30.0
 CHARACTERS_PER_TOKEN: Final = 4.0

@@ -1,1 +1,1 @@
-"""Measures this machine for `quantserve calibrate`: the heavy side of `quantserve.performance`, it imports torch."""
+"""Measures this machine for `quantserve calibrate`: the heavy side of `quantserve.predict`, it imports torch."""

@@ -24,12 +24,12 @@ from quantserve.calibrate.measure import Progress, Watch, typical
 from quantserve.checkpoint import Checkpoint
 from quantserve.config import load_object
 from quantserve.errors import EngineError, UsageError
-from quantserve.homes import temporary_folder
-from quantserve.performance.calibration import Calibration
-from quantserve.performance.machine import EngineCost, linear_cost, machine_of
-from quantserve.performance.predict import PLAIN
-from quantserve.performance.shape import Shape, read_shape
-from quantserve.performance.step import Batch, batch_of, step_cost
+from quantserve.predict.calibration import Calibration
+from quantserve.predict.machine import EngineCost, linear_cost, machine_of
+from quantserve.predict.prediction import PLAIN
+from quantserve.predict.shape import Shape, read_shape
+from quantserve.predict.step import Batch, batch_of, step_cost
+from quantserve.system.homes import temporary_folder
 from quantserve.target import this_cpu
 
 LAYERS = (2, 10)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from quantserve.errors import PluginError, UsageError
-from quantserve.expectation import kernel_key, kernel_of
-from quantserve.performance.calibration import Calibration, fingerprint
-from quantserve.performance.machine import ENGINE_NOW, threads_of
-from quantserve.registry import Registry
+from quantserve.planning.expectation import kernel_key, kernel_of
+from quantserve.plugins.registry import Registry
+from quantserve.predict.calibration import Calibration, fingerprint
+from quantserve.predict.machine import ENGINE_NOW, threads_of
 from quantserve.target import Target
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)

@@ -14,7 +14,7 @@ from quantserve.checkpoint.data import Location
 from quantserve.checkpoint.text import shown, some
 from quantserve.errors import CheckpointError
 from quantserve.finding import Finding
-from quantserve.homes import snapshot_in, url_mistake
+from quantserve.system.homes import snapshot_in, url_mistake
 
 
 @dataclass

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantserve.environment import (
+from quantserve.finding import Finding
+from quantserve.system.environment import (
     API_KEY,
     CPU_ONLY,
     JUDGED,
@@ -23,7 +24,6 @@ from quantserve.environment import (
     is_on,
     whole_number,
 )
-from quantserve.finding import Finding
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from quantserve.architecture import class_names
 from quantserve.checks.skipped import SkipList
 from quantserve.checks.wording import are, counted, named
 from quantserve.families import service
 from quantserve.finding import Finding
-from quantserve.layers import Linear, block_of, block_prefix, engine_layers, is_multimodal, other_tensors
+from quantserve.model.architecture import class_names
+from quantserve.model.layers import Linear, block_of, block_prefix, engine_layers, is_multimodal, other_tensors
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from quantserve.checks.fused import check_partly_quantized, check_skip_list, fus
 from quantserve.checks.skipped import SkipList
 from quantserve.checks.wording import are, counted, have, named, shown
 from quantserve.finding import Finding
-from quantserve.layers import Linear, engine_layers, linears, modules, shard_k, shard_n
+from quantserve.model.layers import Linear, engine_layers, linears, modules, shard_k, shard_n
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint, Tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantserve.architecture import short
-from quantserve.dtypes import DTYPE_BYTES, misspelt_dtype, possible_dtypes, served_dtype
 from quantserve.finding import Finding
-from quantserve.layers import block_of
+from quantserve.model.architecture import short
+from quantserve.model.dtypes import DTYPE_BYTES, misspelt_dtype, possible_dtypes, served_dtype
+from quantserve.model.layers import block_of
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint

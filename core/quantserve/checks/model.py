@@ -6,7 +6,14 @@ from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import TYPE_CHECKING
 
-from quantserve.architecture import (
+from quantserve.checks.environment import check_environment
+from quantserve.checks.method import check_declared_method, check_device, check_dtype
+from quantserve.checks.packages import check_packages
+from quantserve.checks.parallel import check_parallel
+from quantserve.checks.tensors import check_size, check_tensors
+from quantserve.families import VLLM, entry, section, section_path, service
+from quantserve.finding import Finding
+from quantserve.model.architecture import (
     FAMILIES,
     Architecture,
     class_names,
@@ -14,17 +21,10 @@ from quantserve.architecture import (
     read_architecture,
     short,
 )
-from quantserve.attention import attention_layers
-from quantserve.checks.environment import check_environment
-from quantserve.checks.method import check_declared_method, check_device, check_dtype
-from quantserve.checks.packages import check_packages
-from quantserve.checks.parallel import check_parallel
-from quantserve.checks.tensors import check_size, check_tensors
-from quantserve.context import context_limit
-from quantserve.environment import LONG_CONTEXT, engine_environment, is_on
-from quantserve.families import VLLM, entry, section, section_path, service
-from quantserve.finding import Finding
-from quantserve.layers import block_prefix, split_block
+from quantserve.model.attention import attention_layers
+from quantserve.model.context import context_limit
+from quantserve.model.layers import block_prefix, split_block
+from quantserve.system.environment import LONG_CONTEXT, engine_environment, is_on
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
-from quantserve.architecture import class_names, short
 from quantserve.finding import Finding
+from quantserve.model.architecture import class_names, short
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from quantserve.architecture import Architecture, read_sizes
-from quantserve.attention import attention_layers, mamba_heads, read_heads, size_of
 from quantserve.finding import Finding
+from quantserve.model.architecture import Architecture, read_sizes
+from quantserve.model.attention import attention_layers, mamba_heads, read_heads, size_of
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint

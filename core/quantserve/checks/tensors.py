@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from quantserve.architecture import Architecture, read_architecture
 from quantserve.checks.linear import CACHE_SCALES, FLOATS
 from quantserve.checks.wording import are, have, named, shown
 from quantserve.finding import Finding
-from quantserve.layers import (
+from quantserve.model.architecture import Architecture, read_architecture
+from quantserve.model.layers import (
     block_of,
     is_multimodal,
     linears,

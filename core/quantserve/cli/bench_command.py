@@ -27,13 +27,13 @@ from quantserve.cli.bench_display import Display, print_results
 from quantserve.cli.bench_options import Commas, LengthType, make_settings, pairs, split
 from quantserve.cli.output import console, print_json
 from quantserve.cli.sources import choose_target, load_sources, outcomes
-from quantserve.compose import Composition
 from quantserve.errors import QuantserveError, UsageError
-from quantserve.expectation import as_profile, expectation
-from quantserve.homes import temporary_folder
-from quantserve.performance import Workload
-from quantserve.plan import refusal
-from quantserve.registry import Registry
+from quantserve.planning.compose import Composition
+from quantserve.planning.expectation import as_profile, expectation
+from quantserve.planning.plan import refusal
+from quantserve.plugins.registry import Registry
+from quantserve.predict import Workload
+from quantserve.system.homes import temporary_folder
 
 INTERRUPTED: Final = 130
 WARMUP: Final = 10

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from quantserve.cli.output import console, print_json, table
 from quantserve.errors import UsageError
-from quantserve.homes import settle
-from quantserve.performance.calibration import DISTURBED, Calibration, default_path, disturbance, save
-from quantserve.registry import Registry
+from quantserve.plugins.registry import Registry
+from quantserve.predict.calibration import DISTURBED, Calibration, default_path, disturbance, save
+from quantserve.system.homes import settle
 from quantserve.target import this_cpu
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from quantserve.cli.output import console, kv_cache, print_findings, print_json, table, target_label
 from quantserve.cli.sources import Outcome, choose_target, load_sources, outcomes, source_options
 from quantserve.finding import Severity
-from quantserve.registry import Registry
+from quantserve.plugins.registry import Registry
 from quantserve.target import Target, gib
 
 

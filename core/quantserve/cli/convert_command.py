@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from quantserve.cli.output import console
 from quantserve.errors import CheckpointError, PluginError, UsageError, one_line
-from quantserve.homes import expand, settle
-from quantserve.registry import Hooks, Plugin, Registry
+from quantserve.plugins.registry import Hooks, Plugin, Registry
+from quantserve.system.homes import expand, settle
 
 
 @click.command("convert")

@@ -20,9 +20,9 @@ from quantserve import __version__
 from quantserve.checks.packages import NEEDS, how_to_install
 from quantserve.cli.output import console, print_json, table, target_label
 from quantserve.errors import UsageError
-from quantserve.homes import Homes, look
-from quantserve.registry import Registry
-from quantserve.serve import patches
+from quantserve.plugins.registry import Registry
+from quantserve.serve.replica.vllm import patches
+from quantserve.system.homes import Homes, look
 from quantserve.target import Target, find_target, gib
 
 ENGINE_TESTED = "0.32.0"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantserve.advise import Advice, Candidate, advise
 from quantserve.config import ModelConfig, load, model_from_source
 from quantserve.errors import UsageError
-from quantserve.homes import expand
-from quantserve.performance import ENGINE_NOW, Prediction
-from quantserve.registry import Registry
+from quantserve.planning.advise import Advice, Candidate, advise
+from quantserve.plugins.registry import Registry
+from quantserve.predict import ENGINE_NOW, Prediction
+from quantserve.system.homes import expand
 from quantserve.target import Target, gib
 
 MOST_USERS = 4096
@@ -94,7 +94,7 @@ def source_of(prediction: Prediction, advice: Advice) -> str:
     """``roofline``, or ``calibration of 2026-11-25``."""
     if prediction.source == "roofline":
         return "roofline"
-    from quantserve.performance import find_calibration
+    from quantserve.predict import find_calibration
 
     found = find_calibration(advice.target).calibration
     return f"calibration of {found.date}" if found else "calibration"

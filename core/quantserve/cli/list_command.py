@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from quantserve.cli.output import console, print_json, table
 from quantserve.method import Method
-from quantserve.registry import Registry
+from quantserve.plugins.registry import Registry
 
 ALIASES_WIDTH = 21  # leaves room for the rest on 80 columns
 

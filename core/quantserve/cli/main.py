@@ -137,9 +137,9 @@ def run(arguments: list[str] | None = None) -> int:
 def plugins_from_outside() -> list[str]:
     """Names of the installed plugins that are not this project's, as far as they can be read."""
     with suppress(Exception):
-        from quantserve.claims import OURS, named_for, unusable_name
-        from quantserve.plugin import origin
-        from quantserve.registry import GROUP
+        from quantserve.plugins.claims import OURS, named_for, unusable_name
+        from quantserve.plugins.plugin import origin
+        from quantserve.plugins.registry import GROUP
 
         points = [point for point in entry_points(group=GROUP) if not unusable_name(point.name)]
         return sorted({p.name for p in points if p.name not in OURS or not named_for(origin(p)[0], p.name)})

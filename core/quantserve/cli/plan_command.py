@@ -11,8 +11,8 @@ from rich.markup import escape
 from quantserve.cli.check_command import print_notes, print_report
 from quantserve.cli.output import console, kv_cache, print_json, table
 from quantserve.cli.sources import choose_target, load_sources, outcomes, source_options
-from quantserve.plan import Plan, make_plans
-from quantserve.registry import Registry
+from quantserve.planning.plan import Plan, make_plans
+from quantserve.plugins.registry import Registry
 from quantserve.target import gib
 
 

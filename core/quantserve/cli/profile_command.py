@@ -8,7 +8,6 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from quantserve.advise import Advice, Candidate
 from quantserve.cli.estimates import (
     MOST_USERS,
     advice_for,
@@ -22,8 +21,9 @@ from quantserve.cli.estimates import (
 )
 from quantserve.cli.output import console, print_json, table, target_label
 from quantserve.cli.sources import choose_target
-from quantserve.expectation import fitted
-from quantserve.performance import ENGINE_2023, ENGINE_NOW, WORKLOADS, Workload
+from quantserve.planning.advise import Advice, Candidate
+from quantserve.planning.expectation import fitted
+from quantserve.predict import ENGINE_2023, ENGINE_NOW, WORKLOADS, Workload
 
 TABLE = (
     "Method",

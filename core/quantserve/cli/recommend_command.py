@@ -10,17 +10,6 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from quantserve.advise import (
-    ORDERS,
-    Advice,
-    Candidate,
-    Ranked,
-    Stretch,
-    capacity,
-    concurrencies,
-    leaders,
-    ranked,
-)
 from quantserve.cli.estimates import (
     MOST_USERS,
     advice_for,
@@ -36,8 +25,19 @@ from quantserve.cli.profile_command import print_notes, print_refusals
 from quantserve.cli.sources import choose_target
 from quantserve.cli.svg import Line, chart
 from quantserve.errors import FindingsError, UsageError
-from quantserve.performance import Workload, find_workload
-from quantserve.registry import how_to_install
+from quantserve.planning.advise import (
+    ORDERS,
+    Advice,
+    Candidate,
+    Ranked,
+    Stretch,
+    capacity,
+    concurrencies,
+    leaders,
+    ranked,
+)
+from quantserve.plugins.registry import how_to_install
+from quantserve.predict import Workload, find_workload
 
 COLUMNS = (
     "",

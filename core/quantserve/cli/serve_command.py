@@ -11,8 +11,8 @@ from quantserve.cli.check_command import print_report
 from quantserve.cli.output import console
 from quantserve.cli.sources import Outcome, choose_target, load_sources, outcomes, source_options
 from quantserve.errors import QuantserveError, UsageError
-from quantserve.plan import make_plans, refusal, require_gpus
-from quantserve.registry import Registry
+from quantserve.planning.plan import make_plans, refusal, require_gpus
+from quantserve.plugins.registry import Registry
 
 SERVING: Final = ("vllm", "ray", "starlette", "uvicorn", "httptools", "uvloop", "msgspec", "prometheus_client")
 """Modules that serving imports and checking does not."""
@@ -53,7 +53,7 @@ def command(
     http = app.http.model_copy(update={key: value for key, value in given.items() if value is not None})
 
     _require_engine()
-    from quantserve.serve.run import serve_plans
+    from quantserve.serve.driver.run import serve_plans
 
     return serve_plans(plans, http, keep_going=keep_going)
 

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import click
 
-from quantserve.compose import Composition, compose
 from quantserve.config import AppConfig, ModelConfig, is_model_source, load, model_from_source
 from quantserve.errors import QuantserveError, UsageError
-from quantserve.registry import Registry
+from quantserve.planning.compose import Composition, compose
+from quantserve.plugins.registry import Registry
 from quantserve.target import Target, find_target
 
 F = TypeVar("F", bound=Callable[..., Any])

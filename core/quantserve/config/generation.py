@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from quantserve.config.prompt_format import chat_template, disabled_template, parse_text
+from quantserve.config.rayllm.prompt_format import chat_template, disabled_template, parse_text
 from quantserve.config.report import fault, got
 from quantserve.config.section import Section
 

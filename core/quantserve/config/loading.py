@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from quantserve.config.migrate import EMBEDDING_FIX, TRTLLM_FIX, migrate
 from quantserve.config.model import AppConfig, ModelConfig
 from quantserve.config.paths import (
     LORA,
@@ -23,11 +22,12 @@ from quantserve.config.paths import (
     resolved,
     resolved_file,
 )
+from quantserve.config.rayllm.migrate import EMBEDDING_FIX, TRTLLM_FIX, migrate
 from quantserve.config.report import Report, got, unknown_key
 from quantserve.config.schema import HttpConfig
 from quantserve.config.source import SUFFIXES, Located, from_object, parse, read
 from quantserve.errors import CheckpointError, ConfigError
-from quantserve.homes import expand, snapshot_in
+from quantserve.system.homes import expand, snapshot_in
 
 IMPORT_PATH: Final = "quantserve.serve.app:build"
 RAYLLM_IMPORT_PATHS: Final = ("rayllm.backend:router_application", "rayllm.backend:llm_application")

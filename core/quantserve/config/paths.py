@@ -12,7 +12,7 @@ from typing import Final
 
 from quantserve.config.source import SUFFIXES
 from quantserve.errors import ConfigError
-from quantserve.homes import expand, url_mistake
+from quantserve.system.homes import expand, url_mistake
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 LORA: Final = (

@@ -19,18 +19,18 @@ from typing import Any
 
 from ray.serve import Application
 
-from quantserve.compose import compose
 from quantserve.config import AppConfig, load_object
 from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
-from quantserve.plan import Plan, make_plans, refusal
-from quantserve.registry import Registry
-from quantserve.serve import patches
-from quantserve.serve.cluster import cluster_secret
-from quantserve.serve.engine import model_application
-from quantserve.serve.gateway_deployment import gateway_application
-from quantserve.serve.limits import Policy
-from quantserve.serve.served import check_routes, describe_models
+from quantserve.planning.compose import compose
+from quantserve.planning.plan import Plan, make_plans, refusal
+from quantserve.plugins.registry import Registry
+from quantserve.serve.driver.ray_cluster import cluster_secret
+from quantserve.serve.gateway.app import check_routes, describe_models
+from quantserve.serve.gateway.deployment import gateway_application
+from quantserve.serve.gateway.middleware.limits import Policy
+from quantserve.serve.replica.deployment import model_application
+from quantserve.serve.replica.vllm import patches
 from quantserve.target import Target, find_target
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Configs written for RayLLM: old keys and prompt formats."""

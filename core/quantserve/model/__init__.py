@@ -1,0 +1,1 @@
+"""What config.json says about a decoder: sizes, attention, linears, cache, as vLLM derives them."""

@@ -1,0 +1,240 @@
+"""One model and the registry become a composition: its plugins, findings and merged engine kwargs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from quantserve.checkpoint import Checkpoint, open_checkpoint, overridden
+from quantserve.checks import check_model
+from quantserve.checks.memory import MemoryEstimate, estimate
+from quantserve.config import ModelConfig
+from quantserve.finding import Finding, Severity
+from quantserve.method import Method, PerformanceProfile
+from quantserve.planning.detection import Detected, detect, own_copy
+from quantserve.planning.expectation import EXPECTED_WORKLOAD, as_profile, expectation
+from quantserve.planning.plugin_arguments import checked, unsafe
+from quantserve.plugins.contract import findings_of, kwargs_of, profile_of
+from quantserve.plugins.registry import Hooks, Plugin, Registry
+from quantserve.target import Target
+
+CORE_KEYS = frozenset({"model", "served_model_name", "tensor_parallel_size", "max_model_len", "tokenizer", "revision"})
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One engine argument and who set it: ``core``, ``config`` or a plugin's name."""
+
+    value: object
+    source: str
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Everything known about one model before a GPU is touched.
+
+    Attributes:
+        model: its config.
+        checkpoint: its headers.
+        target: the hardware it is checked for.
+        method_plugin: the plugin that serves its method; None when no method could be chosen,
+            which the findings then say.
+        plugins: all composed plugins, the method plugin first.
+        engine_kwargs: merged engine arguments with their provenance.
+        findings: core's and the plugins', in that order.
+        memory: what it will need; None when the config is too broken to tell.
+        expected: what the method plugin knows was measured of exactly this, else what is predicted; None when neither.
+        engine_environment: variables with which this model's processes load the plugins' engine sides, and no others.
+    """
+
+    model: ModelConfig
+    checkpoint: Checkpoint
+    target: Target
+    method_plugin: Plugin | None
+    plugins: tuple[Plugin, ...]
+    engine_kwargs: Mapping[str, Setting]
+    findings: tuple[Finding, ...]
+    memory: MemoryEstimate | None
+    expected: PerformanceProfile | None
+    engine_environment: Mapping[str, str]
+
+    @property
+    def method(self) -> Method | None:
+        """The method of the method plugin."""
+        return self.method_plugin.method if self.method_plugin else None
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that refuse the model."""
+        return tuple(finding for finding in self.findings if finding.severity is Severity.ERROR)
+
+
+def compose(model: ModelConfig, registry: Registry, target: Target) -> Composition:
+    """Read the model's headers, choose its method and ask every composed plugin.
+
+    Raises:
+        UsageError: the config names a method or plugin that is not installed.
+        CheckpointError: the checkpoint cannot be found or read at all.
+        PluginError: a plugin this model needs is defective.
+    """
+    extra = [registry.find_plugin(name, model.where) for name in model.plugins]
+    named = registry.find_method(model.quantization, model.where) if model.quantization else None
+    opened = open_checkpoint(model.source, revision=model.revision, allow_pickle=model.allow_pickle)
+    checkpoint = overridden(opened, model.engine_kwargs.get("hf_overrides"))
+    detected = Detected(named) if named else detect(checkpoint, registry)
+    method_plugin = detected.plugin
+    findings = [finding.said_by("core") for finding in detected.findings]
+
+    plugins = tuple(dict.fromkeys([method_plugin, *extra] if method_plugin else extra))
+    hooks = Hooks(plugins)
+    method = method_plugin.method if method_plugin else None
+    kwargs, conflicts = _merge_kwargs(hooks, checkpoint, model, target, method)
+    effective = _with_kwargs(model, kwargs)
+    checkpoint = overridden(opened, effective.engine_kwargs.get("hf_overrides"))
+    dtype = kwargs.get("dtype")
+    dtype_by = dtype.source if dtype and dtype.source != "config" else ""
+    findings += [finding.said_by("core") for finding in check_model(checkpoint, effective, target, method, dtype_by)]
+    for plugin in plugins:
+        findings += _validate(hooks, plugin, checkpoint, model, target)
+    findings += _unsafe(kwargs, plugins)
+
+    memory, said = estimate(checkpoint, effective, target)
+    if any(finding.code == "architecture-unsupported" for finding in findings):
+        said = []  # nothing would run it
+    expected = _expected(hooks, method_plugin, checkpoint, model, target)
+    if expected is None and method_plugin and memory and memory.fits:
+        argument = kwargs["quantization"].value if "quantization" in kwargs else None
+        expected = _predicted(hooks, method_plugin, checkpoint, effective, target, memory, argument)
+    findings += [*conflicts, *(finding.said_by("core") for finding in said)]
+    if detected.others and any(finding.severity is Severity.ERROR for finding in findings):
+        findings.append(_also_claimed(detected.others))
+    return Composition(
+        model=model,
+        checkpoint=checkpoint,
+        target=target,
+        method_plugin=method_plugin,
+        plugins=plugins,
+        engine_kwargs=kwargs,
+        findings=tuple(findings),
+        memory=memory,
+        expected=expected,
+        engine_environment=registry.engine_environment(plugins, own=target.device == "cpu"),
+    )
+
+
+def _also_claimed(others: Sequence[Plugin]) -> Finding:
+    """A refused model may be in the format of a plugin that came second."""
+    return Finding.info(
+        "method-also-claimed",
+        "other plugins claim this checkpoint as well",
+        [plugin.label for plugin in others],
+        "name the method in engine_kwargs.quantization if it is in the format of one of them",
+    ).said_by("core")
+
+
+def _ask(
+    hooks: Hooks,
+    plugin: Plugin,
+    hook: str,
+    take: Callable[[Any], Any],
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    target: Target,
+) -> Any:
+    """Call one hook with copies, so that a plugin that changes its arguments changes nobody else's."""
+    own = model.model_copy(deep=True)
+    return hooks.call(plugin, hook, take, checkpoint=own_copy(checkpoint), model=own, target=target)
+
+
+def _validate(
+    hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target
+) -> list[Finding]:
+    names = [*(plugin.method.names if plugin.method else ()), plugin.name]
+    take = partial(findings_of, names=names)
+    findings, more = _ask(hooks, plugin, "quantserve_validate", take, checkpoint, model, target) or ([], "")
+    said = [finding.said_by(plugin.name) for finding in findings]
+    if more:
+        message = (
+            f"plugin {plugin.label} gave {more} more findings; the first {len(said):,} are shown, errors before others"
+        )
+        said.append(Finding.warning("findings-cut", message).said_by("core"))
+    return said
+
+
+def _merge_kwargs(
+    hooks: Hooks, checkpoint: Checkpoint, model: ModelConfig, target: Target, method: Method | None
+) -> tuple[dict[str, Setting], list[Finding]]:
+    """Merge what core, plugins and the user want; the user wins, plugins that disagree are named."""
+    merged: dict[str, Setting] = {}
+    conflicts: list[Finding] = []
+    users = {key: value for key, value in model.engine_kwargs.items() if key != "quantization"}
+    if method and method.vllm_name:
+        merged["quantization"] = Setting(method.vllm_name, "core")
+    for plugin in hooks.plugins:
+        for key, value in _plugin_kwargs(hooks, plugin, checkpoint, model, target).items():
+            present = merged.get(key)
+            if present and present.source != "core" and present.value != value and key not in users:
+                message = f"{present.source} sets {key}={present.value!r} and {plugin.name} sets {key}={value!r}"
+                fix = f"set {key} in engine_kwargs, which wins, or drop one of the two plugins"
+                conflicts.append(
+                    Finding.error("plugins-conflict", message, (present.source, plugin.name), fix).said_by("core")
+                )
+            elif not present or present.source == "core":
+                merged[key] = Setting(value, plugin.name)
+    merged.update({key: Setting(value, "config") for key, value in users.items()})
+    return {key: setting for key, setting in merged.items() if setting.value is not None}, conflicts
+
+
+def _plugin_kwargs(
+    hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target
+) -> Mapping[str, object]:
+    hook = "quantserve_engine_kwargs"
+    take = partial(kwargs_of, reserved=CORE_KEYS)
+    kwargs, wrong = checked(_ask(hooks, plugin, hook, take, checkpoint, model, target) or {})
+    if wrong:
+        raise plugin.defect(hook, wrong)
+    return kwargs
+
+
+def _unsafe(kwargs: Mapping[str, Setting], plugins: Sequence[Plugin]) -> Iterator[Finding]:
+    """Warn of arguments with which a plugin makes vLLM run code; the user's own are the user's decision."""
+    for plugin in plugins:
+        own = {key: setting.value for key, setting in kwargs.items() if setting.source == plugin.name}
+        for key, what in unsafe(own):
+            yield Finding.warning(
+                "plugin-unsafe-argument",
+                f"plugin {plugin.label} sets the engine argument {key}: {what}",
+                [f"engine_kwargs.{key}"],
+                f"set {key.partition('.')[0]} in engine_kwargs, which wins, or leave the plugin out",
+            ).said_by("core")
+
+
+def _with_kwargs(model: ModelConfig, kwargs: Mapping[str, Setting]) -> ModelConfig:
+    """The model as vLLM will see it: what plugins set (a dtype, hf_overrides) counts in the core's checks."""
+    values = {key: setting.value for key, setting in kwargs.items() if key != "quantization"}
+    merged = {**model.engine_kwargs, **values}
+    return model.model_copy(update={"engine_config": model.engine_config.model_copy(update={"engine_kwargs": merged})})
+
+
+def _expected(
+    hooks: Hooks, plugin: Plugin | None, checkpoint: Checkpoint, model: ModelConfig, target: Target
+) -> PerformanceProfile | None:
+    if plugin is None:
+        return None
+    hook = "quantserve_performance"
+    return _ask(hooks, plugin, hook, profile_of, checkpoint, model, target)  # type: ignore[no-any-return]
+
+
+def _predicted(
+    hooks: Hooks,
+    plugin: Plugin,
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    target: Target,
+    memory: MemoryEstimate,
+    argument: object,
+) -> PerformanceProfile | None:
+    made = expectation(plugin, checkpoint, model, target, memory, hooks=hooks, argument=argument)
+    return as_profile(made, made.predict(EXPECTED_WORKLOAD), target) if made else None

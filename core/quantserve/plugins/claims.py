@@ -1,0 +1,171 @@
+"""Who a name belongs to when several plugins claim it, so that a newcomer never takes down what was there.
+
+Entry-point names: of several distributions with one name the one called ``quantserve-NAME`` keeps it.
+
+Method names and aliases:
+
+1. What the plugins of this project claim, name or alias, is theirs.
+2. A name beats an alias: the alias is dropped, and its plugin stays.
+3. Of several plugins with one method name, the one whose distribution is ``quantserve-NAME`` keeps it, else the one
+   whose entry point is NAME. Where neither distinguishes one of them, none serves it, and all are named.
+4. An alias of several plugins belongs to none of them; the plugins stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from quantserve.plugins.plugin import Failure, Plugin
+
+OURS: Final = ("fp16", "awq", "squeezellm")
+"""Methods that have a plugin in this project, in a distribution ``quantserve-NAME``."""
+RESERVED: Final = ("core", "config", "quantserve")
+"""Entry-point names that would be taken for someone else in findings and in the provenance of engine arguments."""
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The plugins, each with the names that are its own.
+
+    Attributes:
+        plugins: those that stay.
+        failures: those that lost their method's name.
+        contested: aliases that belong to nobody, with the reason.
+    """
+
+    plugins: tuple[Plugin, ...]
+    failures: tuple[Failure, ...]
+    contested: Mapping[str, str]
+
+
+def is_ours(plugin: Plugin) -> bool:
+    """Whether the plugin is one of this project's methods."""
+    return bool(plugin.method) and plugin.method.name in OURS and named_for(plugin.distribution, plugin.method.name)  # type: ignore[union-attr]
+
+
+def named_for(distribution: str, name: str) -> bool:
+    """Whether a distribution is called ``quantserve-NAME``."""
+    return _normal(distribution) == _normal(f"quantserve-{name}")
+
+
+def unusable_name(name: str) -> str:
+    """Why an entry point cannot have this name; "" when it can."""
+    if name in RESERVED:
+        return f"the entry-point name {name!r} is reserved for quantserve itself"
+    if not _NAME.fullmatch(name):
+        return f"the entry-point name {name!r:.80} must be letters, digits and . _ + -, at most 64"
+    return ""
+
+
+def duplicate(name: str, owners: Sequence[tuple[str, str]], distribution: str) -> tuple[str, str] | None:
+    """Why a distribution cannot have this entry-point name, and the fix; None when it can.
+
+    Args:
+        name: the entry point.
+        owners: distribution and version of all that have it.
+        distribution: one of them.
+    """
+    if len(owners) < 2:
+        return None
+    keepers = [owner for owner, _ in owners if named_for(owner, name)]
+    who = " and ".join(f"{owner} {version}" for owner, version in owners)
+    if len(keepers) == 1 and sum(owner == keepers[0] for owner, _ in owners) == 1:
+        if distribution == keepers[0]:
+            return None
+        reason = f"entry-point name {name!r} is claimed by {who}; it belongs to {keepers[0]}"
+        return reason, f"uninstall {distribution}, or QUANTSERVE_DISABLE={distribution}"
+    names = list(dict.fromkeys(owner for owner, _ in owners))
+    options = " or ".join(names)
+    return (
+        f"entry-point name {name!r} is claimed by {who}; neither is used",
+        f"uninstall {options}" + (f", or QUANTSERVE_DISABLE={options}" if len(names) > 1 else ""),
+    )
+
+
+def settle(plugins: Iterable[Plugin]) -> Settled:
+    """Give every method name and alias to one plugin at most."""
+    everyone = list(plugins)
+    ours = {name: plugin for plugin in everyone if is_ours(plugin) and plugin.method for name in plugin.method.names}
+    others = [plugin for plugin in everyone if plugin.method and not is_ours(plugin)]
+    lost = _lost_names(ours, others)
+    kept = [plugin for plugin in others if plugin.name not in lost]
+
+    names = {**ours, **{plugin.method.name: plugin for plugin in others if plugin.method}}
+    claimants = defaultdict(list)
+    for plugin in kept:
+        for alias in plugin.method.aliases if plugin.method else ():
+            if alias not in names:
+                claimants[alias].append(plugin)
+    contested = {
+        alias: f"{alias!r} is an alias of {' and of '.join(p.label for p in claiming)}, and belongs to none of them"
+        for alias, claiming in claimants.items()
+        if len(claiming) > 1
+    }
+    settled = {plugin.name: _with_own_aliases(plugin, names, contested) for plugin in kept}
+    return Settled(
+        plugins=tuple(settled.get(plugin.name, plugin) for plugin in everyone if plugin.name not in lost),
+        failures=tuple(lost.values()),
+        contested=contested,
+    )
+
+
+def _lost_names(ours: Mapping[str, Plugin], others: Sequence[Plugin]) -> dict[str, Failure]:
+    """The plugins that lose their method's name, by entry point."""
+    lost: dict[str, Failure] = {}
+    rivals = defaultdict(list)
+    for plugin in others:
+        assert plugin.method is not None
+        name = plugin.method.name
+        if owner := ours.get(name):
+            kind = "name" if owner.method and owner.method.name == name else "alias"
+            reason = f"method name {name!r} is the {kind} of {owner.label}, which keeps it"
+            lost[plugin.name] = _failure(plugin, reason, f"uninstall {plugin.distribution}, or {_disable(plugin)}")
+        else:
+            rivals[name].append(plugin)
+    for name, claiming in rivals.items():
+        if len(claiming) < 2:
+            continue
+        ranks = [2 * named_for(p.distribution, name) + (p.name == name) for p in claiming]
+        first = claiming[ranks.index(max(ranks))] if ranks.count(max(ranks)) == 1 else None
+        who = " and ".join(plugin.label for plugin in claiming)
+        either = " or ".join(plugin.distribution for plugin in claiming)
+        for plugin in claiming:
+            if first is None:
+                reason = f"method name {name!r} is claimed by {who}; neither is used"
+                fix = f"uninstall {either}, or {' or '.join(map(_disable, claiming))}"
+                lost[plugin.name] = _failure(plugin, reason, fix)
+            elif plugin is not first:
+                reason = f"method name {name!r} is claimed by {who}; it belongs to {first.label}"
+                lost[plugin.name] = _failure(plugin, reason, f"uninstall {plugin.distribution}, or {_disable(plugin)}")
+    return lost
+
+
+def _with_own_aliases(plugin: Plugin, names: Mapping[str, Plugin], contested: Mapping[str, str]) -> Plugin:
+    method = plugin.method
+    assert method is not None
+    notes = list(plugin.notes)
+    for alias in method.aliases:
+        if alias in names:
+            notes.append(f"alias {alias!r} of {plugin.label} is dropped: it belongs to {names[alias].label}")
+        elif alias in contested:
+            notes.append(f"alias {alias!r} of {plugin.label} is dropped: {contested[alias]}")
+    aliases = tuple(alias for alias in method.aliases if alias not in names and alias not in contested)
+    return replace(plugin, method=replace(method, aliases=aliases), notes=tuple(notes))
+
+
+def _failure(plugin: Plugin, reason: str, fix: str) -> Failure:
+    claims = plugin.method.names if plugin.method else ()
+    return Failure(plugin.name, plugin.distribution, plugin.version, "names", reason, claims, fix)
+
+
+def _disable(plugin: Plugin) -> str:
+    return f"QUANTSERVE_DISABLE={plugin.name}"
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

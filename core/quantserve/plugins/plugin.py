@@ -1,0 +1,314 @@
+"""One plugin of this environment: loaded, failed or switched off."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import EntryPoint
+from types import ModuleType
+from typing import Any, Final
+
+import pluggy
+
+import quantserve.api  # so that the first plugin's import time is its own
+from quantserve import __version__, hookspecs
+from quantserve.errors import PluginError, UsageError
+from quantserve.method import Method
+from quantserve.plugins import foreign
+from quantserve.plugins.contract import method_of, module_breach
+
+HEAVY: Final[tuple[str, ...]] = ("torch", "vllm", "ray", "transformers")
+"""Packages that a light module must not bring in."""
+SLOW_S: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin that loaded and keeps the contracts.
+
+    Attributes:
+        name: entry-point name.
+        distribution, version: where it was installed from.
+        module: the light module with the hook implementations.
+        method: the quantization method it serves, or None for a plugin listed under ``plugins:``.
+        has_engine_side: whether the processes of vLLM must call its ``vllm.general_plugins`` twin.
+        import_s: seconds that importing the module took.
+        notes: remarks for ``quantserve list``, such as an alias that belongs to another plugin.
+        overdue: hooks that did not end in time, with the error; they are not called again.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    module: ModuleType
+    method: Method | None
+    has_engine_side: bool
+    import_s: float = 0.0
+    notes: tuple[str, ...] = ()
+    overdue: dict[str, PluginError] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """``awq (quantserve-awq 0.1.0)``."""
+        return f"{self.name} ({self.distribution} {self.version})"
+
+    @property
+    def package(self) -> str:
+        """First part of the module's name."""
+        return self.module.__name__.partition(".")[0]
+
+    def defect(self, stage: str, reason: str) -> PluginError:
+        """The error that blames this plugin."""
+        return PluginError(self.name, self.distribution, self.version, stage, reason)
+
+    def run(self, stage: str, code: Callable[[], Any], seconds: float) -> Any:
+        """Run code of this plugin.
+
+        Raises:
+            PluginError: it failed, or did not end in time; then it is not run again.
+        """
+        if stage in self.overdue:
+            raise self.overdue[stage]
+        try:
+            return foreign.run(code, f"plugin {self.label} at stage {stage!r}", seconds)
+        except foreign.Raised as raised:
+            error = self.defect(stage, foreign.reason(raised.error, self.package))
+            if isinstance(raised.error, foreign.Late):
+                self.overdue[stage] = error
+            raise error from raised.error
+
+    def load_callable(self, reference: object) -> Callable[..., Any]:
+        """Import the heavy ``"module:callable"`` that one of this plugin's hooks named.
+
+        Raises:
+            PluginError: it is no such text, or cannot be imported.
+            UsageError: it needs a package that is not installed, such as torch.
+        """
+        if not isinstance(reference, str) or not all(reference.partition(":")):
+            raise self.defect("import", f"{reference!r:.200} is not 'module:callable'")
+        module, _, name = reference.partition(":")
+        try:
+            found = foreign.run(lambda: getattr(import_module(module), name), f"plugin {self.label}", 0)
+        except foreign.Raised as raised:
+            error = raised.error
+            if (
+                isinstance(error, ModuleNotFoundError)
+                and error.name
+                and error.name.partition(".")[0] != module.partition(".")[0]
+            ):
+                raise UsageError(
+                    f"{self.name} needs the package {error.name!r}, which is not installed\n"
+                    "  fix: install the engine, `pip install 'quantserve[cpu]'` or `'quantserve[cuda]'`"
+                ) from error
+            raise self.defect("import", foreign.reason(error, self.package)) from error
+        if not callable(found):
+            raise self.defect("import", f"{reference} is a {type(found).__name__} and cannot be called")
+        return found  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A plugin that is installed and cannot be used; a row in ``quantserve list``.
+
+    Attributes:
+        stage: ``duplicate``, ``requires``, ``load``, ``hooks``, ``method`` or ``names``.
+        reason: one line.
+        claims: method names it would have served, when it got as far as saying so.
+        fix: what to do, where it is not to upgrade, uninstall or disable this plugin.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    stage: str
+    reason: str
+    claims: tuple[str, ...] = ()
+    fix: str = ""
+    cause: BaseException | None = None
+
+    @property
+    def label(self) -> str:
+        """``awq (quantserve-awq 0.1.0)``."""
+        return f"{self.name} ({self.distribution} {self.version})"
+
+    @property
+    def advice(self) -> str:
+        """What to do."""
+        return str(self.error()).rpartition("\n  fix: ")[2]
+
+    def error(self) -> PluginError:
+        """The same as an exception, chained to its cause."""
+        error = PluginError(self.name, self.distribution, self.version, self.stage, self.reason, self.fix)
+        error.__cause__ = self.cause
+        return error
+
+
+@dataclass(frozen=True)
+class Disabled:
+    """A plugin left out by ``QUANTSERVE_PLUGINS`` or ``QUANTSERVE_DISABLE``."""
+
+    name: str
+    distribution: str
+    version: str
+    reason: str
+
+    @property
+    def label(self) -> str:
+        """``awq (quantserve-awq 0.1.0)``."""
+        return f"{self.name} ({self.distribution} {self.version})"
+
+
+def origin(point: EntryPoint) -> tuple[str, str]:
+    """Distribution name and version of an entry point."""
+    dist = point.dist
+    return (dist.name or "unknown distribution", dist.version or "?") if dist else ("unknown distribution", "?")
+
+
+def package_of(point: EntryPoint) -> str:
+    """First part of the name of the module that an entry point names."""
+    return point.value.replace(":", ".").partition(".")[0].strip()
+
+
+def resolve(point: EntryPoint) -> Any:
+    """Import what an entry point names.
+
+    Raises:
+        Breach: its value is no ``module`` or ``module:name``.
+    """
+    if not point.pattern.match(point.value):
+        raise foreign.Breach(f"the entry point's value {point.value!r:.80} is no 'module' or 'module:name'")
+    return point.load()
+
+
+def manager() -> pluggy.PluginManager:
+    """A plugin manager that knows the hooks."""
+    made = pluggy.PluginManager(hookspecs.PROJECT)
+    made.add_hookspecs(hookspecs)
+    return made
+
+
+def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | Failure:
+    """Import a plugin's module, check its hooks and ask for its method.
+
+    Args:
+        point: its entry point.
+        has_engine_side: see `Plugin`.
+        seconds: time limit of a hook; the import may take 6 times as long, 0 is no limit.
+    """
+    distribution, version = origin(point)
+    label = f"{point.name} ({distribution} {version})"
+
+    def failure(stage: str, reason: str, fix: str = "", cause: BaseException | None = None) -> Failure:
+        return Failure(point.name, distribution, version, stage, reason, fix=fix, cause=cause)
+
+    if unmet := _unmet_requirement(point):
+        return failure("requires", *unmet)
+    if os.environ.get("QUANTSERVE_DEBUG"):
+        foreign.say(f"importing plugin {label}")
+    heavy = set(HEAVY) & sys.modules.keys()
+    stage = "load"
+    began = time.monotonic()
+    try:
+        limit = seconds * foreign.IMPORT_PARTS
+        module = foreign.run(
+            lambda: resolve(point), f"plugin {label} at stage 'load'", limit, f"loading plugin {label} ..."
+        )
+        import_s = time.monotonic() - began
+        stage = "hooks"
+        foreign.run(lambda: _register(module, point.name), f"plugin {label} at stage 'hooks'", seconds)
+        stage = "method"
+        method = foreign.run(lambda: _method(module, point.name), f"plugin {label} at stage 'method'", seconds)
+    except foreign.Raised as raised:
+        error = raised.error
+        fix = ""
+        if isinstance(error, ImportError) and error.name == quantserve.api.__name__:
+            fix = f"upgrade quantserve, which is {__version__} here, or install the version of {distribution} for it"
+        elif isinstance(error, _OtherApi):
+            fix = error.fix(distribution)
+        return failure(stage, foreign.reason(error, package_of(point)), fix, error)
+    brought = [name for name in HEAVY if name in sys.modules and name not in heavy]
+    return Plugin(
+        point.name,
+        distribution,
+        version,
+        module,
+        method,
+        has_engine_side,
+        import_s,
+        _import_notes(point.name, distribution, import_s, brought),
+    )
+
+
+class _OtherApi(foreign.Breach):
+    """A plugin for another version of the plugin API."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        super().__init__(
+            f"it was written for version {wanted} of the plugin API; quantserve {__version__} has version "
+            f"{hookspecs.API_VERSION}"
+        )
+
+    def fix(self, distribution: str) -> str:
+        """Which of the two has to change."""
+        return f"upgrade {'quantserve' if self._wanted > hookspecs.API_VERSION else distribution}"
+
+
+def _register(module: ModuleType, name: str) -> None:
+    if reason := module_breach(module):
+        raise foreign.Breach(reason)
+    made = manager()
+    made.register(module, name)
+    made.check_pending()
+
+
+def _method(module: ModuleType, name: str) -> Method | None:
+    made = manager()
+    made.register(module, name)
+    said = next(iter(made.hook.quantserve_method()), None)
+    if said is None:
+        return None
+    method = method_of(said)
+    if method.api != hookspecs.API_VERSION:
+        raise _OtherApi(method.api)
+    return method
+
+
+def _unmet_requirement(point: EntryPoint) -> tuple[str, str] | None:
+    """What the plugin's distribution requires of quantserve and this one is not, and the fix."""
+    distribution, _ = origin(point)
+    requires = (point.dist.requires or ()) if point.dist else ()
+    lines = [line for line in requires if line.lower().startswith("quantserve")]
+    if not lines:
+        return None
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.version import Version
+
+    for line in lines:
+        try:
+            wanted = Requirement(line)
+        except InvalidRequirement:
+            continue
+        if wanted.name.lower() != "quantserve" or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+            continue
+        if not wanted.specifier.contains(__version__, prereleases=True):
+            newer = any(
+                spec.operator in (">=", ">", "~=", "==") and Version(spec.version.rstrip(".*")) > Version(__version__)
+                for spec in wanted.specifier
+            )
+            reason = f"needs quantserve{wanted.specifier}, this is {__version__}"
+            return reason, f"upgrade {'quantserve' if newer else distribution}"
+    return None
+
+
+def _import_notes(name: str, distribution: str, seconds: float, brought: list[str]) -> tuple[str, ...]:
+    """What every command pays for this plugin, when that is much."""
+    if seconds < SLOW_S and not brought:
+        return ()
+    cost = f"importing plugin {name!r} of {distribution} took {seconds:.1f} s"
+    what = f" and brought in {', '.join(brought)}" if brought else ""
+    return (f"{cost}{what}, in every command; a light module imports quantserve.api and the standard library",)

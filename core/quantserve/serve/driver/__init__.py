@@ -1,0 +1,1 @@
+"""The command `quantserve serve`: the socket, Ray, child processes, progress, shutdown."""

@@ -1,0 +1,1 @@
+"""The one process in front of all models."""

@@ -1,0 +1,1 @@
+"""The gateway's HTTP server: limits of connections, size and time of requests."""

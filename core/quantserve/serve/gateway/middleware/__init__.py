@@ -1,0 +1,1 @@
+"""The layers every request passes: trace, CORS, API keys, limits."""

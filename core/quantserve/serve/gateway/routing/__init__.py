@@ -1,0 +1,1 @@
+"""Which model a request is for; health, the list of models, the OpenAPI schema."""

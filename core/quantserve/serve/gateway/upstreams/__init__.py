@@ -1,0 +1,1 @@
+"""The replicas of each model: discovery, admission, queue, choice, proxy."""

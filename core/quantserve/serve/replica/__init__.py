@@ -1,0 +1,1 @@
+"""A replica of a model: the Ray Serve deployment around an engine."""

@@ -1,0 +1,1 @@
+"""This machine as a process sees it: folders, variables, limits."""

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from quantserve.errors import QuantserveError, UsageError
-from quantserve.registry import Hooks, Plugin, Registry
+from quantserve.plugins.registry import Hooks, Plugin, Registry
 
 DEMO = Path(__file__).resolve().parent / "demo-model"
 CHECKPOINT = DEMO / "checkpoint"

@@ -15,8 +15,8 @@ from helpers.checkpoints import REMOVE, make_llama, quantized_linear
 from helpers.composed import composed, errors, findings, text
 from helpers.predicted import LLAMA_7B, expected, model
 from quantserve.api import Checkpoint, Finding, Target
-from quantserve.performance import WORKLOADS, Calibration
-from quantserve.performance.calibration import fastest_kernel, fingerprint, save
+from quantserve.predict import WORKLOADS, Calibration
+from quantserve.predict.calibration import fastest_kernel, fingerprint, save
 from quantserve.target import GIB, find_target
 from quantserve_awq import kernel, plugin, speed
 from quantserve_kernels import Status
@@ -170,7 +170,7 @@ def seconds(target: Target, quantization: str, monkeypatch: pytest.MonkeyPatch) 
 def test_our_kernel_is_not_predicted_at_the_rate_of_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rough run on a Xeon: about 10,257 ps a weight at 512 rows with ours, vLLM's several times faster."""
     profiles = {profile.argument: profile for profile in (speed.OURS, speed.VLLM_AMX)}
-    from quantserve.performance.machine import linear_cost, machine_of
+    from quantserve.predict.machine import linear_cost, machine_of
 
     one = machine_of(XEON)
     weights = 4096 * 4096

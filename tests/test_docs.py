@@ -15,11 +15,12 @@ import yaml
 
 from helpers.checkpoints import make_llama
 from helpers.dists import Site
-from quantserve.checkpoint import open_checkpoint
 from quantserve.cli.main import COMMANDS
 from quantserve.config import json_schema, load_object
+from quantserve.planning.compose import compose
 from quantserve.plugins.contract import HOOKS
-from quantserve.plugins.registry import Hooks, Registry
+from quantserve.plugins.registry import Registry
+from quantserve.target import find_target
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -115,11 +116,12 @@ def test_the_tutorial_makes_a_working_plugin(tmp_path: Path) -> None:
     plugin = registry.find_method("mymethod")
     missing = "model.layers.0.self_attn.o_proj.weight"
     config = {"quantization_config": {"quant_method": "mymethod"}}
-    checkpoint = open_checkpoint(str(make_llama(tmp_path / "model", config=config, drop=[missing])))
-    hooks = Hooks([plugin])
-    assert hooks.call(plugin, "quantserve_detect", checkpoint=checkpoint) is True
-    findings = hooks.call(plugin, "quantserve_validate", checkpoint=checkpoint, model=None, target=None)
-    assert "mymethod-missing-tensors" in {finding.code for finding in findings}
+    folder = make_llama(tmp_path / "model", config=config, drop=[missing])
+    engine_config = {"model_id": "m", "hf_model_id": str(folder)}
+    app = load_object({"models": [{"engine_config": engine_config, "scaling_config": {"num_workers": 1}}]}, "test")
+    composition = compose(app.models[0], registry, find_target("a100-80g"))
+    assert composition.method_plugin is plugin
+    assert "mymethod-missing-tensors" in {finding.code for finding in composition.errors}
     site.forget()
 
 

@@ -9,7 +9,9 @@ right. ``help(quantserve.hookspecs)`` says when each is called and what it retur
 
     quantserve_method()                                     the method's name, bits, devices
     quantserve_detect(checkpoint)                           whether a checkpoint is in this format
-    quantserve_validate(checkpoint, model, target)          what is wrong with it
+    quantserve_scheme(checkpoint, linear)                   how a linear is stored
+    quantserve_skip_list(checkpoint)                        what the config leaves unquantized
+    quantserve_validate(checkpoint, model, target)          what else is wrong with it
     quantserve_engine_kwargs(checkpoint, model, target)     vLLM's arguments
     quantserve_performance(checkpoint, model, target)       what was measured
     quantserve_kernel(target, bits, engine)                 what the kernel reaches
@@ -33,26 +35,35 @@ from quantserve.method import KernelProfile, Method, PerformanceProfile, Quality
 from quantserve.model.dtypes import method_dtype, refuses_float16, served_dtype
 from quantserve.model.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
 from quantserve.model.quantizable import quantizable
+from quantserve.once import once
 from quantserve.predict import Fastest, fastest_kernel
 from quantserve.predict.published import PublishedRun, published_profile
+from quantserve.scheme import NK, Dim, E, K, N, Part, Scheme
 from quantserve.target import Target
 
 if TYPE_CHECKING:
     from quantserve.config import ModelConfig
 
 __all__ = [
+    "NK",
     "VERSION",
     "Checkpoint",
+    "Dim",
+    "E",
     "Expected",
     "Fastest",
     "Finding",
+    "K",
     "KernelProfile",
     "Linear",
     "Method",
     "ModelConfig",
+    "N",
+    "Part",
     "PerformanceProfile",
     "PublishedRun",
     "QualityNote",
+    "Scheme",
     "Severity",
     "SkipList",
     "Target",
@@ -65,6 +76,7 @@ __all__ = [
     "linears",
     "method_dtype",
     "modules",
+    "once",
     "other_tensors",
     "published_profile",
     "quantizable",

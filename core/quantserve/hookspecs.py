@@ -22,9 +22,12 @@ import pluggy
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
+    from quantserve.checks.skipped import SkipList
     from quantserve.config import ModelConfig
     from quantserve.finding import Finding
     from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
+    from quantserve.model.layers import Linear
+    from quantserve.scheme import Scheme
     from quantserve.target import Target
 
 PROJECT = "quantserve"
@@ -64,8 +67,35 @@ def quantserve_detect(checkpoint: Checkpoint) -> bool | None:
 
 
 @hookspec
+def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
+    """Say how a linear is stored: its tensors by suffix, in terms of N = out_features and K = in_features.
+
+    Fires in ``quantserve check`` and before every deploy, for the method plugin only, for every linear of the model, so
+    that widths, groups and targets may differ from one to the next. From the answers the core derives the findings of
+    missing, misshapen, mistyped and unexpected tensors, of fused layers that are quantized in part, and of words and
+    groups that tensor parallelism would cut; their codes begin with the method's name. None means that the linear is
+    stored as a plain ``weight``. Where all are None nothing is derived: say so of files that are in no scheme of
+    yours, and give the reason in ``quantserve_validate``.
+
+    ``linear.n`` and ``linear.k`` are 0 where config.json does not tell them, as of lm_head and in unknown families; the
+    core then solves the stored shapes for them. All calls for a model together may take as long as one hook. Give
+    the same object for linears that are alike, and compute once what depends on the checkpoint alone
+    (`quantserve.api.once`).
+    """
+
+
+@hookspec
+def quantserve_skip_list(checkpoint: Checkpoint) -> SkipList | None:
+    """Give the quantization config's list of unquantized modules, with how vLLM's method matches it.
+
+    Fires with ``quantserve_scheme``. The core compares it with what the files hold, by the names of the layers that
+    vLLM builds. None means that the method has no such list.
+    """
+
+
+@hookspec
 def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding] | None:
-    """Find everything that would make this model fail, or be served wrong, on this target.
+    """Find everything else that would make this model fail, or be served wrong, on this target.
 
     Fires for every plugin a model composes, in ``quantserve check`` and before every deploy. Findings
     of all plugins are concatenated after the core's own; None means no findings. Report mistakes of

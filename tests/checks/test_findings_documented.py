@@ -16,14 +16,14 @@ NOT_FINDINGS = ("PublishedRun", "replace", "_gpu", "which", "decode", "_version"
 
 def codes() -> Iterator[tuple[str, Path]]:
     """Kebab-case texts given to a call that can make a finding, with the file."""
-    packages = [ROOT / "core/quantserve/checkpoint", ROOT / "core/quantserve/checks", ROOT / "plugins"]
-    single = [ROOT / "core/quantserve" / f"{name}.py" for name in ("architecture", "memory", "compose", "detection")]
+    core = [ROOT / "core/quantserve" / name for name in ("checkpoint", "checks", "model", "planning")]
+    packages = [*core, ROOT / "plugins"]
     files = [file for package in packages for file in package.rglob("*.py") if "/tests/" not in str(file)]
-    for file in [*files, *single]:
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or ast.unparse(node.func).rpartition(".")[2] in NOT_FINDINGS:
                 continue
-            if ast.unparse(node.func) in ("check_linears", "check_fused_groups"):
+            if ast.unparse(node.func) in ("check_schemes", "check_linears", "check_fused_groups"):
                 continue  # these get a prefix
             arguments = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "code")]
             for argument in arguments:

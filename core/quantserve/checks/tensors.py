@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from quantserve.checks.linear import CACHE_SCALES, FLOATS
+from quantserve.checks.stored import CACHE_SCALES, FLOATS
 from quantserve.checks.wording import are, have, named, shown
 from quantserve.finding import Finding
 from quantserve.model.architecture import Architecture, read_architecture

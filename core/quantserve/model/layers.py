@@ -53,6 +53,7 @@ class Linear:
         parallel: ``column`` when tensor parallelism splits N, ``row`` when it splits K.
         fused: the module vLLM fuses it into (``qkv_proj``, ``gate_up_proj``, ``experts``), or "".
         max_ranks: most ranks N can be split over (kv heads are replicated beyond); 0 is no limit.
+        experts: how many linears of [n, k] its tensors stack; 0 where each expert has its own.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Linear:
     parallel: Literal["column", "row"]
     fused: str = ""
     max_ranks: int = 0
+    experts: int = 0
 
     @property
     def group(self) -> str:

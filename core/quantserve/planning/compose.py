@@ -10,13 +10,16 @@ from typing import Any
 from quantserve.checkpoint import Checkpoint, open_checkpoint, overridden
 from quantserve.checks import check_model
 from quantserve.checks.memory import MemoryEstimate, estimate
+from quantserve.checks.scheme import check_schemes
+from quantserve.checks.stored import undescribed
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity
 from quantserve.method import Method, PerformanceProfile
+from quantserve.model.layers import linears
 from quantserve.planning.detection import Detected, detect, own_copy
 from quantserve.planning.expectation import EXPECTED_WORKLOAD, as_profile, expectation
 from quantserve.planning.plugin_arguments import checked, unsafe
-from quantserve.plugins.contract import findings_of, kwargs_of, profile_of
+from quantserve.plugins.contract import code_of, findings_of, kwargs_of, profile_of, schemes_of, skip_list_of
 from quantserve.plugins.registry import Hooks, Plugin, Registry
 from quantserve.target import Target
 
@@ -96,6 +99,8 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     dtype = kwargs.get("dtype")
     dtype_by = dtype.source if dtype and dtype.source != "config" else ""
     findings += [finding.said_by("core") for finding in check_model(checkpoint, effective, target, method, dtype_by)]
+    if method_plugin and method:
+        findings += _check_schemes(hooks, method_plugin, method, checkpoint, effective)
     for plugin in plugins:
         findings += _validate(hooks, plugin, checkpoint, model, target)
     findings += _unsafe(kwargs, plugins)
@@ -146,6 +151,29 @@ def _ask(
     """Call one hook with copies, so that a plugin that changes its arguments changes nobody else's."""
     own = model.model_copy(deep=True)
     return hooks.call(plugin, hook, take, checkpoint=own_copy(checkpoint), model=own, target=target)
+
+
+def _check_schemes(
+    hooks: Hooks, plugin: Plugin, method: Method, checkpoint: Checkpoint, model: ModelConfig
+) -> list[Finding]:
+    """What follows from how the method stores each linear."""
+    if not checkpoint.tensors_complete:
+        return []  # which is the one thing to say
+    every = (*linears(checkpoint), *undescribed(checkpoint))
+    own = own_copy(checkpoint)
+    schemes = hooks.call_each(plugin, "quantserve_scheme", schemes_of, "linear", every, checkpoint=own)
+    if schemes is None:
+        return []
+    by_name = dict(zip((linear.name for linear in every), schemes, strict=True))
+    found = check_schemes(
+        checkpoint,
+        lambda linear: by_name[linear.name],
+        code=code_of(method.name),
+        skip=hooks.call(plugin, "quantserve_skip_list", skip_list_of, checkpoint=own),
+        ranks=model.tensor_parallel_size,
+        whole_experts=bool(model.engine_kwargs.get("enable_expert_parallel")),
+    )
+    return [finding.said_by(plugin.name) for finding in found]
 
 
 def _validate(

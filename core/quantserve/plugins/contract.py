@@ -13,15 +13,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import fields
+from fractions import Fraction
 from itertools import islice
 from types import ModuleType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 from quantserve import hookspecs
+from quantserve.checkpoint.data import DTYPE_BITS
+from quantserve.checks.skipped import SkipList
 from quantserve.errors import unknown_name
 from quantserve.finding import Finding, Severity
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.plugins.foreign import Breach
+from quantserve.scheme import Axis, Dim, Part, Scales, Scheme
 from quantserve.text import harmless
 
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("quantserve_")}
@@ -162,7 +166,7 @@ def findings_of(returned: object, names: Iterable[str]) -> tuple[list[Finding], 
     """
     if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | Mapping):
         raise Breach(f"returned {_kind(returned)}, not findings")
-    prefixes = tuple(re.sub(r"[^a-z0-9]+", "-", name.lower()) + "-" for name in names)
+    prefixes = tuple(code_of(name) + "-" for name in names)
     findings: list[Finding] = []
     given = iter(returned)
     try:
@@ -183,6 +187,11 @@ def findings_of(returned: object, names: Iterable[str]) -> tuple[list[Finding], 
     return kept, f"{total - len(kept):,}{open_end}" if total > len(kept) else ""
 
 
+def code_of(name: str) -> str:
+    """The beginning of finding codes of a method or plugin."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
 def _finding_of(finding: object, prefixes: tuple[str, ...]) -> Finding:
     if not isinstance(finding, Finding):
         raise Breach(f"returned {_kind(finding)} among its findings")
@@ -198,6 +207,64 @@ def _finding_of(finding: object, prefixes: tuple[str, ...]) -> Finding:
     if more := len(finding.offenders) - len(offenders):
         offenders = (*offenders, f"and {more:,} more")
     return Finding(finding.severity, finding.code, finding.message, offenders, finding.fix)
+
+
+def schemes_of(returned: Iterable[object]) -> list[Scheme | None]:
+    """The values of ``quantserve_scheme`` for several linears; an object given for many of them is read once."""
+    made: dict[int, tuple[object, Scheme]] = {}  # with the object, so that its id stays its own
+    schemes: list[Scheme | None] = []
+    for value in returned:
+        if value is not None and id(value) not in made:
+            made[id(value)] = (value, _scheme_of(value))
+        schemes.append(None if value is None else made[id(value)][1])
+    return schemes
+
+
+def _scheme_of(scheme: object) -> Scheme:
+    if not isinstance(scheme, Scheme):
+        raise Breach(f"returned {_kind(scheme)}, not Scheme or None")
+    if not isinstance(scheme.parts, Mapping) or not 0 < len(scheme.parts) <= MOST_NAMES:
+        raise Breach(f"Scheme.parts must map suffixes to 1 to {MOST_NAMES} parts: {scheme.parts!r:.80}")
+    parts: dict[str, Part | tuple[Part, ...]] = {}
+    for suffix, given in scheme.parts.items():
+        if not isinstance(suffix, str) or not suffix.isprintable() or not 0 < len(suffix) <= LONGEST_NAME:
+            raise Breach(f"Scheme.parts: a suffix must be text of at most {LONGEST_NAME} characters: {suffix!r:.80}")
+        alternatives = given if isinstance(given, tuple) else (given,)
+        if not 0 < len(alternatives) <= MOST_NAMES:
+            raise Breach(f"Scheme.parts[{suffix!r}] must have 1 to {MOST_NAMES} alternatives")
+        parts[suffix] = tuple(_part_of(part, suffix) for part in alternatives)
+    numbers = [scheme.bits, scheme.activation_bits, *([] if scheme.kept is None else [scheme.kept])]
+    if not all(value == 0 or _is_share(value, 64) for value in numbers):
+        raise Breach(f"Scheme: bits, activation_bits and kept must be numbers, at most 64: {numbers!r:.80}")
+    if type(scheme.group_size) is not int or not (scheme.group_size == -1 or 0 < scheme.group_size < 1 << 31):
+        raise Breach(f"Scheme.group_size must be a positive integer, or -1 for all of K: {scheme.group_size!r:.60}")
+    if scheme.scales not in get_args(Scales):
+        raise Breach(f"Scheme.scales must be one of {', '.join(get_args(Scales))}: {scheme.scales!r:.60}")
+    return Scheme(parts, scheme.bits, scheme.group_size, scheme.scales, scheme.activation_bits, scheme.kept)
+
+
+def _part_of(part: object, suffix: str) -> Part:
+    where = f"Scheme.parts[{suffix!r}]"
+    if not isinstance(part, Part) or not isinstance(part.shape, tuple) or not isinstance(part.optional, bool):
+        raise Breach(f"{where} must be a Part with a tuple as its shape: {part!r:.80}")
+    if not isinstance(part.dtypes, tuple) or not part.dtypes or not all(one in DTYPE_BITS for one in part.dtypes):
+        raise Breach(f"{where}: dtypes must be a tuple of safetensors names (F16, I32, ...): {part.dtypes!r:.80}")
+    shape = tuple(Dim(one.axis, one.per, one.partial) if isinstance(one, Dim) else one for one in part.shape)
+    for one in shape:
+        if isinstance(one, Dim):
+            right = one.axis in get_args(Axis) and type(one.per) is Fraction and 0 < one.per < 1 << 31
+        else:
+            right = one is None or (type(one) is int and one >= 0)
+        if not right:
+            raise Breach(f"{where}: a dimension is N(), K(), NK(), E(), an integer or None: {one!r:.80}")
+    return Part(shape, part.dtypes, part.optional)
+
+
+def skip_list_of(returned: object) -> SkipList:
+    """The value of ``quantserve_skip_list``."""
+    if type(returned) is not SkipList:
+        raise Breach(f"returned {_kind(returned)}, not SkipList or None")
+    return returned
 
 
 def kwargs_of(returned: object, reserved: frozenset[str]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError, distributions, entry_points, metadata
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
+
+import pluggy
 
 from quantserve.errors import UsageError, one_line, unknown_name
 from quantserve.plugins import foreign
@@ -24,6 +26,7 @@ from quantserve.target import Target
 
 __all__ = ["Disabled", "Failure", "Hooks", "Plugin", "Registry", "how_to_install"]
 
+T = TypeVar("T")
 GROUP = "quantserve.plugins"
 ENGINE_GROUP = "vllm.general_plugins"
 # VLLM_PLUGINS filters these groups by name as well; what is installed there is not ours to drop.
@@ -198,8 +201,7 @@ class Hooks:
         Raises:
             PluginError: the hook or `take` raised, or they did not end in time.
         """
-        others = [other.module for other in self.plugins if other is not plugin]
-        caller = self._manager.subset_hook_caller(hook, others)
+        caller = self._caller(plugin, hook)
         given = {name: replace(value) if isinstance(value, Target) else value for name, value in arguments.items()}
 
         def code() -> Any:
@@ -207,6 +209,34 @@ class Hooks:
             return None if returned is None else take(returned)
 
         return plugin.run(hook, code, foreign.hook_seconds())
+
+    def call_each(
+        self,
+        plugin: Plugin,
+        hook: str,
+        take: Callable[[Iterable[Any]], T],
+        name: str,
+        values: Iterable[object],
+        **arguments: object,
+    ) -> T | None:
+        """Call ``hook`` of one plugin for each value of its parameter `name`, in the time of one call.
+
+        None when the plugin does not implement it; else what `take` makes of all the answers. See `call`.
+        """
+        implementations = self._caller(plugin, hook).get_hookimpls()
+        if not implementations:
+            return None
+        function, names = implementations[0].function, implementations[0].argnames
+
+        def code() -> T:
+            given = ({**arguments, name: value} for value in values)
+            return take(function(*(one[parameter] for parameter in names)) for one in given)
+
+        return plugin.run(hook, code, foreign.hook_seconds())  # type: ignore[no-any-return]
+
+    def _caller(self, plugin: Plugin, hook: str) -> pluggy.HookCaller:
+        others = [other.module for other in self.plugins if other is not plugin]
+        return self._manager.subset_hook_caller(hook, others)
 
 
 def how_to_install(name: str) -> str:

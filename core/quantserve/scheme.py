@@ -1,0 +1,159 @@
+"""The stored tensors of a quantized linear, as data.
+
+A `Scheme` names the tensors that take the place of a linear's ``weight``, with shapes in terms of N = out_features and
+K = in_features. Everything that holds for all formats alike follows from it: missing and misshapen tensors, what a
+tensor-parallel rank may cut, bytes in files and in memory, and the parameters of vLLM's layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
+from typing import Literal
+
+Axis = Literal["n", "k", "nk", "e"]
+Scales = Literal["none", "tensor", "channel", "group", "block"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """A dimension of a stored tensor that grows with the linear.
+
+    Attributes:
+        axis: ``n``, ``k``, ``nk`` (a flattened weight, n times k elements) or ``e`` (stacked experts).
+        per: elements of the axis for each index of this dimension: 8 codes in an int32 word, 128 inputs in a group;
+            ``Fraction(32, 3)`` for 3-bit codes in int32 words.
+        partial: whether the last index may stand for fewer elements, as in 128 x 128 blocks.
+    """
+
+    axis: Axis
+    per: Fraction = Fraction(1)
+    partial: bool = False
+
+    def size(self, n: int, k: int, experts: int = 0) -> int | None:
+        """Length for a linear of [n, k]; None where the axis is no multiple of what one index stands for."""
+        elements = {"n": n, "k": k, "nk": n * k, "e": experts}[self.axis]
+        whole, rest = divmod(elements * self.per.denominator, self.per.numerator)
+        if self.partial:
+            return whole + bool(rest)
+        return None if rest else whole
+
+    def elements(self, size: int) -> int | None:
+        """Elements of the axis in so many indices; None where the length does not tell."""
+        found = size * self.per
+        return None if self.partial or found.denominator > 1 else int(found)
+
+    @property
+    def multiple(self) -> int:
+        """Elements of the axis that cannot be divided: a whole group, or the codes that share words."""
+        return self.per.numerator
+
+
+def N(per: int | Fraction = 1, *, partial: bool = False) -> Dim:
+    """Out_features, `per` of them for each index."""
+    return Dim("n", Fraction(per), partial)
+
+
+def K(per: int | Fraction = 1, *, partial: bool = False) -> Dim:
+    """In_features, `per` of them for each index."""
+    return Dim("k", Fraction(per), partial)
+
+
+def NK(per: int | Fraction = 1, *, partial: bool = False) -> Dim:
+    """All n x k elements of a flattened weight, `per` of them for each index."""
+    return Dim("nk", Fraction(per), partial)
+
+
+def E() -> Dim:
+    """The experts of a layer, stacked in one tensor."""
+    return Dim("e")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stored tensor of a quantized linear.
+
+    Attributes:
+        shape: a `Dim`, a fixed length, or None for a length that only the file knows.
+        dtypes: safetensors names that are accepted: ``("F16", "BF16")``.
+        optional: whether a linear may do without.
+    """
+
+    shape: tuple[Dim | int | None, ...]
+    dtypes: tuple[str, ...]
+    optional: bool = False
+
+    def sizes(self, n: int, k: int, experts: int = 0) -> tuple[int | None, ...]:
+        """The shape for a linear of [n, k]; None where any length, or no length, is right."""
+        return tuple(one.size(n, k, experts) if isinstance(one, Dim) else one for one in self.shape)
+
+    def fits(self, shape: tuple[int, ...], n: int, k: int, experts: int = 0) -> bool:
+        """Whether a stored shape is this part's for a linear of [n, k]."""
+        if len(shape) != len(self.shape):
+            return False
+        for found, one in zip(shape, self.shape, strict=True):
+            if one is not None and found != (one.size(n, k, experts) if isinstance(one, Dim) else one):
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one linear is stored.
+
+    Attributes:
+        parts: suffix -> tensor, or alternatives of which one is stored; the codes come first. Dots are allowed:
+            ``weight.absmax``. Where the codes are called ``weight``, a linear whose weight is floating point in a
+            dtype that is not theirs counts as unquantized.
+        bits: width of a code.
+        group_size: inputs that share a scale; -1 for all of K.
+        scales: what a scale belongs to.
+        activation_bits: 16, or what the kernel rounds activations to.
+        kept: bits of a weight in the engine's memory, scales included; None: as many as stored.
+    """
+
+    parts: Mapping[str, Part | tuple[Part, ...]]
+    bits: float
+    group_size: int = -1
+    scales: Scales = "group"
+    activation_bits: int = 16
+    kept: float | None = None
+
+    def alternatives(self, suffix: str) -> tuple[Part, ...]:
+        """The parts that may be stored under a suffix."""
+        part = self.parts[suffix]
+        return part if isinstance(part, tuple) else (part,)
+
+    def required(self) -> tuple[str, ...]:
+        """The suffixes that every linear must have."""
+        return tuple(suffix for suffix in self.parts if not self.alternatives(suffix)[0].optional)
+
+    def dims(self, *axes: Axis) -> Iterator[Dim]:
+        """The dimensions along these axes, of the first alternatives."""
+        firsts = (self.alternatives(suffix)[0] for suffix in self.parts)
+        return (one for part in firsts for one in part.shape if isinstance(one, Dim) and one.axis in axes)
+
+    def is_group(self, dim: Dim) -> bool:
+        """Whether an index of a dimension stands for the elements that share a scale, and not for a word of codes."""
+        return dim.partial or (dim.axis == "k" and dim.per == self.group_size)
+
+    def multiple(self, axis: Literal["n", "k"]) -> int:
+        """What a rank's share of N or K must be a multiple of, so that no word and no group is cut."""
+        return multiple_of(self.dims(axis))
+
+    def solve(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+        """N and K of a linear whose stored tensors have these shapes; None where they do not tell."""
+        found: dict[Axis, int] = {}
+        for suffix in self.parts:
+            shape, wanted = shapes.get(suffix, ()), self.alternatives(suffix)[0].shape
+            for size, one in zip(shape, wanted, strict=True) if len(shape) == len(wanted) else ():
+                if isinstance(one, Dim) and (elements := one.elements(size)):
+                    found.setdefault(one.axis, elements)
+        return (found["n"], found["k"]) if {"n", "k"} <= found.keys() else None
+
+
+def multiple_of(dims: Iterable[Dim]) -> int:
+    """What elements along these dimensions must be a multiple of."""
+    return lcm(*(dim.multiple for dim in dims))

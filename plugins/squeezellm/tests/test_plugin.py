@@ -110,7 +110,7 @@ def test_no_settings_anywhere(tmp_path: Path) -> None:
             "squeezellm-sparse",
             "cols [655] and vals [9] differ",
         ),
-        ({"sparse": 0.01, "override": {f"{Q}.rows": ("I32", (256,))}}, "squeezellm-wrong-shape", "expected [257]"),
+        ({"sparse": 0.01, "override": {f"{Q}.rows": ("I32", (256,))}}, "squeezellm-sparse", "expected [257]"),
         (
             {"full_rows": 4, "override": {f"{Q}.full_row_indices": ("I32", (3,))}},
             "squeezellm-sparse",
@@ -137,9 +137,11 @@ def test_tables_in_bfloat16_have_lost_bits(tmp_path: Path) -> None:
     assert findings(composition)["squeezellm-table-bfloat16"].offenders == (f"{Q}.lookup_table",)
 
 
-def test_k_that_does_not_fill_words(tmp_path: Path) -> None:
-    folder = make_llama(tmp_path / "m", "squeezellm", intermediate=520)
-    assert "down_proj: K 520 is not a multiple of 32" in text(errors(composed(folder))["squeezellm-packing"])
+@pytest.mark.parametrize(("bits", "width", "multiple"), [(4, 516, 8), (3, 520, 32)])
+def test_k_that_does_not_fill_words(tmp_path: Path, bits: int, width: int, multiple: int) -> None:
+    folder = make_llama(tmp_path / "m", "squeezellm", bits=bits, intermediate=width)
+    words = f"down_proj: K {width} is not a multiple of {multiple}"
+    assert words in text(errors(composed(folder))["squeezellm-packing"])
 
 
 @pytest.mark.parametrize(("bits", "width", "multiple"), [(4, 288, 8), (3, 320, 32)])

@@ -11,6 +11,8 @@ from quantserve.api import Checkpoint, Finding
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
+NAMES = ("awq", "auto_awq", "awq_marlin")
+"""What files call the method."""
 FILE_NAMES = ("quantize_config.json", "quant_config.json")
 # Value -> spellings; vLLM looks for the first one first.
 KEYS = {
@@ -20,6 +22,8 @@ KEYS = {
 }
 # ``version`` names a layout, or a kernel of AutoAWQ's for files in the gemm layout.
 GEMM_VERSIONS = ("gemm", "exllama", "exllamav2", "ipex")
+REFUSED = ("awq-bits", "awq-version")
+"""Findings after which no tensor is compared: every one would be wrong."""
 EXAMPLE = '{"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm"}'
 
 
@@ -43,6 +47,11 @@ class Written:
     def declares_method(self) -> bool:
         """Whether ``quant_method`` says something."""
         return bool(self.values.get("quant_method"))
+
+    @property
+    def method(self) -> str:
+        """``quant_method``, or AWQ where that is not given."""
+        return str(self.values.get("quant_method") or NAMES[0]).lower()
 
     @property
     def group_size(self) -> int | None:

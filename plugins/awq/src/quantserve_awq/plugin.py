@@ -14,22 +14,26 @@ from quantserve.api import (
     Checkpoint,
     Finding,
     KernelProfile,
+    Linear,
     Method,
     PerformanceProfile,
     QualityNote,
+    Scheme,
+    SkipList,
     Target,
     hookimpl,
     method_dtype,
     served_dtype,
 )
 from quantserve_awq import speed
-from quantserve_awq.config import Written, config_findings, written_config
+from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
 from quantserve_awq.kernel import KERNEL_METHOD, METHOD, VLLM_ALIAS, Choice, choose
 from quantserve_awq.reference import published
 from quantserve_awq.tensors import (
     actual_group,
     has_awq_tensors,
     has_quantized_tensors,
+    stored_scheme,
     tensor_findings,
     uses_plain_kernel,
     vllm_cpu_problem,
@@ -40,7 +44,6 @@ if TYPE_CHECKING:
 
 PREDICTED_GROUP = 128
 """Group size of the checkpoints that `recommend` imagines; almost all published ones have it."""
-OWN_NAMES = ("awq", "auto_awq", "awq_marlin")
 DTYPES = ("float16", "bfloat16")
 # vLLM's plain AWQ kernel computes in float16 only.
 PLAIN_DTYPES = ("float16",)
@@ -71,21 +74,34 @@ def quantserve_detect(checkpoint: Checkpoint) -> bool:
     """Claim what declares AWQ; without a declared method, what has AWQ's tensors or its old config keys."""
     written = written_config(checkpoint)
     if written is not None and written.declares_method:
-        return str(written.values["quant_method"]).lower() in OWN_NAMES
+        return written.method in NAMES
     return has_awq_tensors(checkpoint) or (written is not None and "w_bit" in written.values)
 
 
 @hookimpl
+def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
+    """One scheme for all linears; vLLM knows no AWQ with several group sizes."""
+    return stored_scheme(checkpoint)
+
+
+@hookimpl
+def quantserve_skip_list(checkpoint: Checkpoint) -> SkipList | None:
+    """The modules that AutoAWQ left unquantized."""
+    written = written_config(checkpoint)
+    return SkipList(written.values.get("modules_to_not_convert")) if written else None
+
+
+@hookimpl
 def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
-    """Check settings, tensors, tensor-parallel shards and the kernels of the target."""
+    """Check settings and what the kernels of the target take; the core compares the tensors with their scheme."""
     written = written_config(checkpoint, model)
     if not has_quantized_tensors(checkpoint) and checkpoint.tensors_complete:
         return [not_quantized(written)]
-    if written is None or str(written.values.get("quant_method") or "awq").lower() not in OWN_NAMES:
+    if written is None or written.method not in NAMES:
         return []  # the core has said so
     choice = kernel_choice(checkpoint, model, target)
     findings = [*config_findings(written), *choice.findings, *dtype_findings(checkpoint, model, target)]
-    if any(finding.code in ("awq-bits", "awq-version") for finding in findings) or not checkpoint.tensors_complete:
+    if any(finding.code in REFUSED for finding in findings) or not checkpoint.tensors_complete:
         return findings  # every tensor would be reported too
     return [*findings, *tensor_findings(checkpoint, written, target, model, own_kernel=choice.own)]
 

@@ -1,44 +1,32 @@
-"""The AWQ tensors of a checkpoint against its settings, the tensor-parallel size and the target."""
+"""What the scheme of AWQ's tensors does not tell: other layouts, wrong settings, and what the target's kernels take."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping
 from math import lcm
 from typing import TYPE_CHECKING
 
 from quantserve.api import (
     Checkpoint,
-    Expected,
     Finding,
     Linear,
-    SkipList,
+    Scheme,
     Target,
-    check_linears,
     check_shards,
     linears,
     modules,
+    once,
     quantized_linears,
 )
-from quantserve_awq.config import Written
+from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
 from quantserve_awq.experts import expert_findings
+from quantserve_awq.format import PER_WORD, awq_scheme
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
-PER_WORD = 8
-PARTS = ("qweight", "qzeros", "scales")
 MARLIN_GROUPS = (-1, 32, 64, 128)
 OFFENDERS = 8
-BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
-# Leaves whose K vLLM splits over the ranks in every family, and those whose N it splits, with what it fuses them into.
-ROW = ("o_proj", "down_proj", "out_proj", "w2")
-COLUMN = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "", "w3": "",
-}  # fmt: skip
-REPEAT = "download the checkpoint again, or quantize the model again"
 
 
 def has_awq_tensors(checkpoint: Checkpoint) -> bool:
@@ -58,64 +46,39 @@ def has_quantized_tensors(checkpoint: Checkpoint) -> bool:
     return any(name.endswith((".qweight", ".qzeros", ".weight_packed")) for name in checkpoint.tensors)
 
 
+@once
+def stored_scheme(checkpoint: Checkpoint) -> Scheme | None:
+    """The scheme of the quantized linears; None where settings or tensors are not those of AWQ, which findings say."""
+    written = written_config(checkpoint)
+    if written is None or written.method not in NAMES or not has_quantized_tensors(checkpoint):
+        return None
+    if any(finding.code in REFUSED for finding in config_findings(written)) or foreign_findings(checkpoint):
+        return None
+    return awq_scheme(actual_group(checkpoint, written)[0])
+
+
+@once
+def stored_linears(checkpoint: Checkpoint) -> tuple[list[Linear], list[Linear]]:
+    """The linears stored in AWQ's layout, and those stored as a plain weight."""
+    scheme = stored_scheme(checkpoint)
+    return quantized_linears(checkpoint, lambda linear: scheme)
+
+
 def tensor_findings(
     checkpoint: Checkpoint, written: Written, target: Target, model: ModelConfig, *, own_kernel: bool
 ) -> list[Finding]:
-    """Compare the tensors with the settings, and with what the kernels of the target can take."""
+    """What is wrong with the tensors beyond what their scheme tells."""
     if foreign := foreign_findings(checkpoint):
         return foreign
     group, findings = actual_group(checkpoint, written)
-
-    def layout(linear: Linear) -> Mapping[str, Expected]:
-        rows = None if group is None else 1 if group == -1 else linear.k // group
-        return {
-            "qweight": Expected((linear.k, linear.n // PER_WORD), ("I32",)),
-            "qzeros": Expected((rows, linear.n // PER_WORD), ("I32",)),
-            "scales": Expected((rows, linear.n), ("F16", "BF16")),
-        }
-
-    skipped = SkipList(written.values.get("modules_to_not_convert"))
-    findings += check_linears(checkpoint, layout, code="awq", skipped=skipped)
-    quantized, dense = quantized_linears(checkpoint, layout)
-    stored = stored_linears(checkpoint)
-    findings += pickle_findings(checkpoint, written, dense)
+    quantized, plain = stored_linears(checkpoint)
+    findings += pickle_findings(checkpoint, written, plain)
     findings += lm_head_findings(checkpoint, written)
-    findings += other_module_findings(checkpoint, group)
-    quantized += stored
-    findings += packing_findings(quantized, group)
-    if group is not None and not any(finding.code == "awq-packing" for finding in findings):
-        findings += shard_findings(quantized, group, target, model, own_kernel=own_kernel)
+    if group is not None and all(linear.k % group == 0 for linear in quantized):
+        findings += whole_row_findings(quantized, group, model)
         findings += kernel_findings(quantized, group, written, target, model, own_kernel=own_kernel)
         findings += expert_findings(checkpoint, quantized, group, written, target, model)
     return findings
-
-
-def stored_linears(checkpoint: Checkpoint) -> tuple[Linear, ...]:
-    """The quantized linears of numbered blocks that the core does not know, from their own tensors.
-
-    K and N are those of qweight [K, N / 8]. A leaf nobody knows counts as whole on every rank, so that no shard of it
-    is checked.
-    """
-    known = {linear.name for linear in linears(checkpoint)}
-    kv_heads = checkpoint.text_config.get("num_key_value_heads")
-    found = []
-    for module, tensors in modules(checkpoint).items():
-        qweight = tensors.get("qweight")
-        if qweight is None or module in known or len(qweight.shape) != 2 or not BLOCK.search(module):
-            continue
-        k, words = qweight.shape
-        leaf = module.rpartition(".")[2]
-        experts = ".experts." in module
-        if leaf in ROW:
-            found.append(Linear(module, words * PER_WORD, k, "row", "experts" if experts else ""))
-        elif leaf in COLUMN:
-            replicated = leaf in ("k_proj", "v_proj")
-            most = (kv_heads if type(kv_heads) is int and kv_heads > 0 else 1) if replicated else 0
-            fused = "experts" if experts else COLUMN[leaf]
-            found.append(Linear(module, words * PER_WORD, k, "column", fused, most))
-        else:
-            found.append(Linear(module, words * PER_WORD, k, "column", "", 1))
-    return tuple(found)
 
 
 # --- the files ----------------------------------------------------------------------------------------
@@ -179,14 +142,16 @@ def actual_group(checkpoint: Checkpoint, written: Written) -> tuple[int | None, 
     declared = written.group_size
     sizes: Counter[int] = Counter()
     wrong: list[str] = []
-    for linear in (*linears(checkpoint), *stored_linears(checkpoint)):
-        scales = checkpoint.tensors.get(f"{linear.name}.scales")
-        if scales is None or len(scales.shape) != 2 or scales.shape[0] < 1 or linear.k % scales.shape[0]:
+    for tensors in modules(checkpoint).values():
+        if "qweight" not in tensors or "scales" not in tensors:
             continue
-        size = linear.k // scales.shape[0]
+        scales, k = tensors["scales"], next(iter(tensors["qweight"].shape), 0)
+        if len(scales.shape) != 2 or scales.shape[0] < 1 or k % scales.shape[0]:
+            continue
+        size = k // scales.shape[0]
         sizes[size] += 1
-        if declared is not None and size != (linear.k if declared == -1 else declared):
-            wrong.append(f"{scales.name} {list(scales.shape)}: {linear.k} / {scales.shape[0]} = {size}")
+        if declared is not None and size != (k if declared == -1 else declared):
+            wrong.append(f"{scales.name} {list(scales.shape)}: {k} / {scales.shape[0]} = {size}")
     if not sizes or declared is None:
         return (sizes.most_common(1)[0][0] if sizes else declared), []
     if len(wrong) < sum(sizes.values()) / 2:
@@ -232,88 +197,23 @@ def lm_head_findings(checkpoint: Checkpoint, written: Written) -> list[Finding]:
     ]
 
 
-def other_module_findings(checkpoint: Checkpoint, group: int | None) -> list[Finding]:
-    """Quantized modules config.json does not describe (lm_head, unknown families): their tensors against each other."""
-    known = {linear.name for linear in linears(checkpoint)}
-    missing: list[str] = []
-    misshapen: list[str] = []
-    for module, tensors in modules(checkpoint).items():
-        qweight = tensors.get("qweight")
-        if qweight is None or module in known:
-            continue
-        missing += [f"{module}.{part}" for part in PARTS if part not in tensors]
-        if len(qweight.shape) != 2 or any(part not in tensors for part in PARTS):
-            continue
-        k, words = qweight.shape
-        rows = (tensors["scales"].shape or (0,))[0] if group is None else 1 if group == -1 else k // group
-        for part, shape in (("qzeros", (rows, words)), ("scales", (rows, words * PER_WORD))):
-            if tensors[part].shape != shape:
-                misshapen.append(f"{module}.{part} {list(tensors[part].shape)}, expected {list(shape)}")
-    findings = []
-    if missing:
-        message = f"{len(missing)} tensors of quantized modules are missing. First: {missing[0]}"
-        findings.append(Finding.error("awq-missing-tensors", message, missing[:OFFENDERS], REPEAT))
-    if misshapen:
-        message = f"{len(misshapen)} tensors do not fit their qweight. First: {misshapen[0]}"
-        findings.append(Finding.error("awq-wrong-shape", message, misshapen[:OFFENDERS], REPEAT))
-    return findings
-
-
-def packing_findings(quantized: list[Linear], group: int | None) -> list[Finding]:
-    """Shapes that no AWQ file can hold."""
-    bad = [f"{linear.name}: N {linear.n} is not a multiple of 8" for linear in quantized if linear.n % PER_WORD]
-    if group is not None and group > 0:
-        bad += [f"{linear.name}: K {linear.k} is not a multiple of {group}" for linear in quantized if linear.k % group]
-    if not bad:
-        return []
-    groups = f" and groups of {group}" if group is not None and group > 0 else ""
-    return [
-        Finding.error(
-            "awq-packing",
-            f"{len(bad)} linears cannot be stored with 8 codes per word{groups}. First: {bad[0]}",
-            bad[:OFFENDERS],
-            "leave these linears unquantized, or quantize with a group size that divides K",
-        )
-    ]
-
-
 # --- the ranks and the device -------------------------------------------------------------------------
 
 
-def shard_findings(
-    quantized: list[Linear], group: int, target: Target, model: ModelConfig, *, own_kernel: bool
-) -> list[Finding]:
-    """What one tensor-parallel rank's part of each linear must divide by; the groups of experts have other rules."""
-    ranks = model.tensor_parallel_size
-    if model.engine_kwargs.get("enable_expert_parallel"):
-        quantized = [linear for linear in quantized if linear.fused != "experts"]  # each is whole on its rank
-    split = [linear for linear in quantized if linear.parallel == "row" and linear.fused != "experts"]
-    findings: list[Finding] = []
-    if ranks > 1 and group == -1:
-        rows = [linear.name for linear in split]
-        findings.append(
-            Finding.error(
-                "awq-group-splits-ranks",
-                f"group_size -1 makes one group of all K inputs, which tensor_parallel_size {ranks} would split in "
-                f"{len(rows)} linears: their ranks would have no scales at all",
-                rows[:OFFENDERS],
-                "set scaling_config.num_workers to 1, or use an export with group_size 128",
-            )
+def whole_row_findings(quantized: list[Linear], group: int, model: ModelConfig) -> list[Finding]:
+    """One group for a whole row has one row of scales, which vLLM would split like the inputs."""
+    rows = [linear.name for linear in quantized if linear.parallel == "row" and linear.fused != "experts"]
+    if model.tensor_parallel_size == 1 or group != -1:
+        return []
+    return [
+        Finding.error(
+            "awq-group-splits-ranks",
+            f"group_size -1 makes one group of all K inputs, which tensor_parallel_size {model.tensor_parallel_size} "
+            f"would split in {len(rows)} linears: their ranks would have no scales at all",
+            rows[:OFFENDERS],
+            "set scaling_config.num_workers to 1, or use an export with group_size 128",
         )
-    elif ranks > 1:
-        theirs = target.device == "cpu" and not own_kernel
-        silent = "vLLM on CPU does not notice and answers with wrong tokens" if theirs else ""
-        findings += check_shards(
-            split,
-            ranks,
-            code="awq-group-splits-ranks",
-            why=f"the {group} inputs of a group must stay on one rank" + (f"; {silent}" if silent else ""),
-            k_multiple=group,
-        )
-    findings += check_shards(
-        quantized, ranks, code="awq-word-splits-ranks", why="8 codes along N share one int32 word", n_multiple=PER_WORD
-    )
-    return findings
+    ]
 
 
 def kernel_findings(
@@ -403,8 +303,7 @@ def cpu_findings(quantized: list[Linear], group: int, ranks: int) -> list[Findin
 def vllm_cpu_problem(checkpoint: Checkpoint, written: Written, model: ModelConfig) -> str:
     """Why vLLM's AWQ kernel for CPUs cannot take this model; "" when it can."""
     group = actual_group(checkpoint, written)[0]
-    every = [linear for linear in (*linears(checkpoint), *stored_linears(checkpoint)) if linear.fused != "experts"]
-    quantized = [linear for linear in every if f"{linear.name}.qweight" in checkpoint.tensors]
+    quantized = [linear for linear in stored_linears(checkpoint)[0] if linear.fused != "experts"]
     problems = cpu_findings(quantized, group or 0, model.tensor_parallel_size)
     return problems[0].message if problems else ""
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantserve.api import Checkpoint, Finding
+from quantserve_squeezellm.format import BITS
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
+NAMES = ("squeezellm", "sqllm")
+"""What files call the method."""
 FILE_NAME = "quant_config.json"
-BITS = (3, 4)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Settings:
     where: str
     values: Mapping[str, Any]
     table_bits: Mapping[int, int]
+
+    @property
+    def method(self) -> str:
+        """``quant_method``, or SqueezeLLM where that is not given."""
+        return str(self.values.get("quant_method") or NAMES[0]).lower()
 
     @property
     def declared_bits(self) -> Any:

@@ -14,22 +14,24 @@ from quantserve.api import (
     Checkpoint,
     Finding,
     KernelProfile,
+    Linear,
     Method,
     PerformanceProfile,
     QualityNote,
+    Scheme,
+    SkipList,
     Target,
     hookimpl,
     method_dtype,
 )
 from quantserve_squeezellm import speed
-from quantserve_squeezellm.config import config_findings, read_settings
+from quantserve_squeezellm.config import NAMES, config_findings, read_settings
 from quantserve_squeezellm.reference import published
-from quantserve_squeezellm.tensors import tensor_findings
+from quantserve_squeezellm.tensors import has_tables, stored_scheme, tensor_findings
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
-NAMES = ("squeezellm", "sqllm")
 PICKLES = (".pt", ".bin", ".pth")
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -54,25 +56,36 @@ def quantserve_method() -> Method:
 def quantserve_detect(checkpoint: Checkpoint) -> bool:
     """Claim what declares SqueezeLLM; without a declared method, lookup tables or the original `{"wbits": n}`."""
     settings = read_settings(checkpoint)
-    if method := settings.values.get("quant_method"):
-        return str(method).lower() in NAMES
+    if settings.values.get("quant_method"):
+        return settings.method in NAMES
     if any(name.endswith(".lookup_table") for name in checkpoint.tensors):
         return True
     return settings.where.endswith("quant_config.json") and "wbits" in settings.values
 
 
 @hookimpl
+def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
+    """One scheme for all linears: vLLM's side builds a model with one width."""
+    return stored_scheme(checkpoint)
+
+
+@hookimpl
+def quantserve_skip_list(checkpoint: Checkpoint) -> SkipList:
+    """The unquantized modules that a config lists; those that the files hold count without being listed."""
+    return SkipList(read_settings(checkpoint).values.get("modules_to_not_convert"), headers="also")
+
+
+@hookimpl
 def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
-    """Check files, settings, tensors and tensor-parallel shards."""
+    """Check files, settings and sparse parts; the core compares the tensors with their scheme."""
     settings = read_settings(checkpoint, model)
-    if str(settings.values.get("quant_method") or "squeezellm").lower() not in NAMES:
+    if settings.method not in NAMES:
         return []  # the core has said so
     original = original_file_findings(checkpoint, model)
     if any(finding.code == "squeezellm-pickle" for finding in original) and not checkpoint.tensors:
         return original
     original += [*kernel_findings(target), *dtype_finding(checkpoint, model, target)]
-    tables = any(name.endswith((".lookup_table", ".qweight")) for name in checkpoint.tensors)
-    if not tables and checkpoint.tensors_complete:
+    if not has_tables(checkpoint) and checkpoint.tensors_complete:
         return [
             Finding.error(
                 "squeezellm-not-quantized",
@@ -84,7 +97,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     findings = [*original, *config_findings(settings)]
     if not checkpoint.tensors_complete or any(finding.code == "squeezellm-bits" for finding in findings):
         return findings  # every tensor would be reported too
-    return [*findings, *tensor_findings(checkpoint, settings, model.tensor_parallel_size)]
+    return [*findings, *tensor_findings(checkpoint, settings)]
 
 
 @hookimpl

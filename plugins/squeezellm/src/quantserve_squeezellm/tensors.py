@@ -1,63 +1,41 @@
-"""The SqueezeLLM tensors of a checkpoint against its settings and the tensor-parallel size."""
+"""What the scheme of SqueezeLLM's tensors does not tell: mixed widths, experts, and the sparse parts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantserve.api import (
-    Checkpoint,
-    Expected,
-    Finding,
-    Linear,
-    SkipList,
-    Tensor,
-    check_linears,
-    check_shards,
-    quantized_linears,
-)
-from quantserve_squeezellm.config import Settings
+from quantserve.api import Checkpoint, Finding, Linear, Scheme, Tensor, modules, once, quantized_linears
+from quantserve_squeezellm.config import NAMES, Settings, config_findings, read_settings
+from quantserve_squeezellm.format import SPARSE, scheme
 
 OFFENDERS = 8
-SETS = (("rows", "cols", "vals"), ("full_rows", "full_row_indices"))
-FLOATS = ("F32", "F16", "BF16")
 
 
-def tensor_findings(checkpoint: Checkpoint, settings: Settings, ranks: int) -> list[Finding]:
-    """Compare the tensors of every linear with the format, and with what one rank can take."""
-    bits = settings.bits
-    if bits is None or not any(name.endswith((".qweight", ".lookup_table")) for name in checkpoint.tensors):
-        return []
+@once
+def stored_scheme(checkpoint: Checkpoint) -> Scheme | None:
+    """The scheme of the quantized linears; None where the settings or the tensors are not SqueezeLLM's."""
+    settings = read_settings(checkpoint)
+    wrong = any(finding.code == "squeezellm-bits" for finding in config_findings(settings))
+    if settings.method not in NAMES or wrong or settings.bits is None or not has_tables(checkpoint):
+        return None
+    return scheme(settings.bits)
 
-    def layout(linear: Linear) -> Mapping[str, Expected]:
-        return {
-            "qweight": Expected((linear.k * bits // 32, linear.n), ("I32",)),
-            "lookup_table": Expected((linear.n, 2**bits), FLOATS),
-            "rows": Expected((linear.n + 1,), ("I32",), optional=True),
-            "cols": Expected((None,), ("I32",), optional=True),
-            "vals": Expected((None,), FLOATS, optional=True),
-            "startrows": Expected((None,), ("I32",), optional=True),
-            "full_rows": Expected((linear.k, None), FLOATS, optional=True),
-            "full_row_indices": Expected((None,), ("I32",), optional=True),
-        }
 
-    findings = mixed_width_findings(checkpoint, settings)
-    skipped = SkipList(settings.values.get("modules_to_not_convert"), headers="also")
-    findings += check_linears(checkpoint, layout, code="squeezellm", skipped=skipped)
-    quantized, _ = quantized_linears(checkpoint, layout)
-    findings += expert_findings(quantized)
-    findings += table_dtype_findings(checkpoint)
-    findings += sparse_findings(checkpoint, settings, quantized)
-    findings += packing_findings(quantized)
-    if not any(finding.code == "squeezellm-packing" for finding in findings):
-        multiple = 8 if bits == 4 else 32
-        findings += check_shards(
-            quantized,
-            ranks,
-            code="squeezellm-word-splits-ranks",
-            why=f"{multiple} codes of {bits} bits along K must stay together in their words",
-            k_multiple=multiple,
-        )
-    return findings
+def has_tables(checkpoint: Checkpoint) -> bool:
+    """Whether any linear has a part of a codebook."""
+    return any(name.endswith((".qweight", ".lookup_table")) for name in checkpoint.tensors)
+
+
+def tensor_findings(checkpoint: Checkpoint, settings: Settings) -> list[Finding]:
+    """What is wrong with the tensors beyond what their scheme tells."""
+    stored = stored_scheme(checkpoint)
+    quantized, _ = quantized_linears(checkpoint, lambda linear: stored)
+    return [
+        *mixed_width_findings(checkpoint, settings),
+        *expert_findings(quantized),
+        *table_dtype_findings(checkpoint),
+        *sparse_findings(checkpoint, settings, quantized),
+    ]
 
 
 def mixed_width_findings(checkpoint: Checkpoint, settings: Settings) -> list[Finding]:
@@ -113,11 +91,12 @@ def table_dtype_findings(checkpoint: Checkpoint) -> list[Finding]:
 def sparse_findings(checkpoint: Checkpoint, settings: Settings, quantized: list[Linear]) -> list[Finding]:
     """The sparse parts must be complete, agree in length, and be there where the config promises them."""
     declared = settings.values.get("sparse")
+    present = modules(checkpoint)
     bad: list[str] = []
     for linear in quantized:
-        for names in SETS:
-            present = {name: checkpoint.tensors.get(f"{linear.name}.{name}") for name in names}
-            tensors = {name: tensor for name, tensor in present.items() if tensor is not None}
+        tensors_of = present.get(linear.name, {})
+        for names in SPARSE:
+            tensors = {name: tensors_of[name] for name in names if name in tensors_of}
             missing = [name for name in names if name not in tensors]
             if tensors and missing:
                 bad.append(f"{linear.name}: has {', '.join(tensors)} without {', '.join(missing)}")
@@ -141,7 +120,12 @@ def length_problems(linear: Linear, tensors: Mapping[str, Tensor]) -> list[str]:
     """Tensors of one set whose lengths differ."""
     if "cols" in tensors:
         cols, vals = tensors["cols"].shape, tensors["vals"].shape
-        return [] if cols == vals else [f"{linear.name}: cols {list(cols)} and vals {list(vals)} differ in length"]
+        pointers = tensors["rows"].shape
+        if cols != vals:
+            return [f"{linear.name}: cols {list(cols)} and vals {list(vals)} differ in length"]
+        if pointers != (linear.n + 1,):
+            return [f"{linear.name}.rows {list(pointers)}, expected {[linear.n + 1]}"]
+        return []
     rows, indices = tensors["full_rows"].shape, tensors["full_row_indices"].shape
     if len(rows) == 2 and indices == (rows[1],):
         return []
@@ -163,18 +147,3 @@ def count_problems(checkpoint: Checkpoint, linear: Linear, declared: object) -> 
             if isinstance(declared.get(key), int) and declared[key] != found:
                 problems.append(f"{linear.name}: config.json says {key} {declared[key]}, the tensors have {found}")
     return problems
-
-
-def packing_findings(quantized: list[Linear]) -> list[Finding]:
-    """Shapes that no SqueezeLLM file can hold."""
-    bad = [f"{linear.name}: K {linear.k} is not a multiple of 32" for linear in quantized if linear.k % 32]
-    if not bad:
-        return []
-    return [
-        Finding.error(
-            "squeezellm-packing",
-            f"{len(bad)} linears cannot be packed in runs of 32 codes along K. First: {bad[0]}",
-            bad[:OFFENDERS],
-            "leave these linears unquantized, or use the config.json that belongs to these files",
-        )
-    ]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from quantserve.api import Checkpoint, Expected, Finding, Linear, Method, Target, check_linears, hookimpl
-
-if TYPE_CHECKING:
-    from quantserve.api import ModelConfig
+from quantserve.api import Checkpoint, Linear, Method, Scheme, hookimpl
+from quantserve_rtn8.format import SCHEME
 
 
 @hookimpl
@@ -30,9 +27,9 @@ def quantserve_detect(checkpoint: Checkpoint) -> bool:
 
 
 @hookimpl
-def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
-    """Compare names, shapes and dtypes of all tensors. Whole rows and columns split over any number of ranks."""
-    return check_linears(checkpoint, layout, code="rtn8")
+def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme:
+    """The same for every linear. Names, shapes and dtypes of the files are compared with it."""
+    return SCHEME
 
 
 @hookimpl
@@ -45,8 +42,3 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint) -> Mapping[str, object]:
 def quantserve_quantizer() -> str:
     """Where the quantizer is; it may import torch."""
     return "quantserve_rtn8.quantize:quantize"
-
-
-def layout(linear: Linear) -> Mapping[str, Expected]:
-    """The tensors of one linear, by suffix."""
-    return {"qweight": Expected((linear.n, linear.k), ("I8",)), "scale": Expected((linear.n,), ("F32",))}

@@ -12,12 +12,20 @@ from typing import Any
 
 import pytest
 
+from quantserve.api import K, N, Part, Scheme
+from quantserve.checkpoint import Checkpoint
 from quantserve.checks.fused import ROUTERS_OF_THE_METHOD
+from quantserve.checks.scheme import check_schemes
 from quantserve.checks.skipped import Match, SkipList
-from quantserve.model.layers import is_router
+from quantserve.finding import Finding
+from quantserve.model.layers import engine_layers, is_router, linears
 
 pytestmark = pytest.mark.vllm
 
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
+    "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+}  # fmt: skip
 FUSED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
@@ -79,6 +87,43 @@ def test_layers_are_skipped_as_vllm_skips_them(match: Match) -> None:
             assert skip.skips(layer, parts(layer)) is expected, (layer, entries)
             seen.add(expected)
     assert seen == {True, False, None}
+
+
+def test_files_that_hold_what_vllm_builds_have_no_findings() -> None:
+    """Random lists; the files hold each layer as vLLM builds it. Then one layer is stored the other way."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
+    layers = engine_layers(Checkpoint.from_tensors(LLAMA))
+    pick = random.Random(5)
+    judged = found = 0
+    for _ in range(300):
+        entries = pick.sample([entry for entry in ENTRIES if not entry.startswith("re:")], pick.randint(1, 4))
+        try:
+            plain = {layer for layer in layers if is_layer_skipped(layer, entries, FUSED, match_mode="substring")}
+        except ValueError:
+            continue
+        judged += 1
+        assert skip_findings(plain, entries) == []
+        other = pick.choice(list(layers))
+        (finding,) = skip_findings(plain ^ {other}, entries)
+        part = next(iter(layers[other] or (other,)))
+        assert finding.offenders[0] == part
+        found += ("unquantized in the files" in finding.message) is (other not in plain)
+    assert judged > 100
+    assert found == judged
+
+
+def skip_findings(plain: set[str], entries: list[str]) -> list[Finding]:
+    """The findings about a list where the linears of these layers are stored plain."""
+    tensors: dict[str, Any] = {}
+    for linear in linears(Checkpoint.from_tensors(LLAMA)):
+        if linear.group in plain:
+            tensors[f"{linear.name}.weight"] = ("F16", (linear.n, linear.k))
+        else:
+            tensors[f"{linear.name}.codes"] = ("I8", (linear.n, linear.k))
+    scheme = Scheme({"codes": Part((N(), K()), ("I8",))}, bits=8)
+    checkpoint = Checkpoint.from_tensors(LLAMA, tensors)
+    return check_schemes(checkpoint, lambda linear: scheme, code="x", skip=SkipList(entries))
 
 
 # --- the source of vLLM's models ---------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ def _scheme_of(scheme: object) -> Scheme:
     if not isinstance(scheme.parts, Mapping) or not 0 < len(scheme.parts) <= MOST_NAMES:
         raise Breach(f"Scheme.parts must map suffixes to 1 to {MOST_NAMES} parts: {scheme.parts!r:.80}")
     parts: dict[str, Part | tuple[Part, ...]] = {}
-    for suffix, given in scheme.parts.items():
+    for suffix, given in islice(scheme.parts.items(), MOST_NAMES):
         if not isinstance(suffix, str) or not suffix.isprintable() or not 0 < len(suffix) <= LONGEST_NAME:
             raise Breach(f"Scheme.parts: a suffix must be text of at most {LONGEST_NAME} characters: {suffix!r:.80}")
         alternatives = given if isinstance(given, tuple) else (given,)

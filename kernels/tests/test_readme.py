@@ -1,4 +1,7 @@
-"""The README says what the package does: its code runs, its functions are those there are."""
+"""The README says what the package does: its code runs, its functions are those there are.
+
+`test_vllm_format` runs the code for vLLM.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_example_gives_what_its_format_means() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, object] = {}
     exec(code, names)
     weight, x, y = names["weight"], names["x"], names["y"]

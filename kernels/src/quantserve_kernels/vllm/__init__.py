@@ -1,0 +1,22 @@
+"""vLLM's side of a weight-only format, written once. Only vLLM's own processes import this package (vLLM 0.32).
+
+    class MyFormat(Format):
+        name = "myformat"
+
+        @classmethod
+        def from_config(cls, config): ...            # the quantization config of the checkpoint
+
+        def scheme(self, module): ...                # the stored tensors of this linear; None where it is plain
+
+        def pack(self, tensors, sparse): ...         # from these tensors to the kernels' codes and codebook
+
+    register(MyFormat)
+
+The rest is here: which layers are quantized, parameters and their loading for fused layers and ranks, checks of what
+arrives, and the kernel.
+"""
+
+from quantserve_kernels.vllm.format import Format, register
+from quantserve_kernels.vllm.ragged import CSR, Entries
+
+__all__ = ["CSR", "Entries", "Format", "register"]

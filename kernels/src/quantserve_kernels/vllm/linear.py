@@ -1,0 +1,100 @@
+"""The linear method of every format: parameters from its scheme, then packed codes and the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+
+from quantserve_kernels import Linear, check_bias
+from quantserve_kernels.vllm.loading import LayerLoading
+from quantserve_kernels.vllm.scheme import Scheme
+
+if TYPE_CHECKING:
+    from quantserve_kernels.vllm.format import Format
+
+
+@register_weight_loader_v2_supported_method
+class FormatLinearMethod(LinearMethodBase):
+    """One layer of a format.
+
+    Args:
+        format: whose `pack` makes the kernel's weight.
+        scheme: of all of the layer's modules.
+        modules: the checkpoint's modules that are fused into the layer, in this order.
+    """
+
+    def __init__(self, format: Format, scheme: Scheme, modules: Sequence[str]) -> None:
+        self.format, self.scheme, self.modules = format, scheme, modules
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        *,
+        weight_loader: Any,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register a parameter for each part of the scheme.
+
+        Raises:
+            ValueError: this rank's share splits a word or a group of the format.
+        """
+        layer.format_loading = LayerLoading(
+            self.format,
+            self.scheme,
+            layer,
+            self.modules,
+            output_partition_sizes,
+            input_size_per_partition,
+            weight_loader,
+        )
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Check that everything arrived and pack it for the kernel, which takes the place of the loaded tensors.
+
+        `qweight` is the packed codes from then on.
+
+        Raises:
+            ValueError: a tensor of this layer never arrived, or holds what no weight can be; names it.
+        """
+        engine = get_current_vllm_config_or_none()
+        dummy = engine is not None and engine.load_config.load_format == "dummy"
+        loading: LayerLoading = layer.format_loading
+        tensors, sparse = loading.finish(verify=not dummy)
+        try:
+            check_bias(getattr(layer, "bias", None))
+            weight = self.format.pack(tensors, sparse)
+            if (weight.n, weight.k) != (loading.n, loading.k):
+                raise ValueError(f"packed [{weight.n}, {weight.k}], but the layer is [{loading.n}, {loading.k}]")
+        except ValueError as error:
+            raise ValueError(f"{loading.name}: {error}. Fix: convert the checkpoint again") from error
+        del layer.format_loading
+        layer.kernel = Linear(weight)
+        # vLLM's LoRA wrapper asks a quantized layer's `qweight` for its device, and does not wrap a layer without.
+        layer.register_buffer("qweight", layer.kernel.codes, persistent=False)
+
+    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` [..., k] to [..., n] in x's dtype."""
+        out: Tensor = layer.kernel(x, bias)
+        return out
+
+    def tie_weights(self, layer: Module, embed_tokens: Module) -> Module:
+        """Refuse: a quantized output layer has no weight to share.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"config.json ties {self.modules[0]} to the embedding, but the checkpoint holds it quantized. "
+            "Fix: set tie_word_embeddings to false"
+        )

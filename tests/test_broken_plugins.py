@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 
@@ -694,6 +697,39 @@ def test_handlers_and_timers_are_put_back() -> None:
         assert signal.getsignal(signal.SIGINT) is interrupt
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_librarys_finder_that_removes_itself_is_no_fault_of_the_plugin() -> None:
+    class Waiting(MetaPathFinder):
+        def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+            if fullname == "no_such_module_to_wait_for":
+                sys.meta_path.remove(self)
+
+    def plugin() -> None:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("no_such_module_to_wait_for")
+
+    before = list(sys.meta_path)
+    finder = Waiting()
+    sys.meta_path.insert(0, finder)
+    foreign.run(plugin, "a plugin", 10)
+    assert sys.meta_path == before
+    assert finder not in sys.meta_path
+
+
+ENGINE_SIDES = [f"quantserve-{name}:{name}" for name in OURS if name != "fp16"]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("side", ENGINE_SIDES)
+def test_our_engine_sides_load_in_a_process_that_has_imported_nothing_but_vllm(side: str) -> None:
+    """As in the one in which vLLM inspects a model class, once on every machine."""
+    variables = {ENGINE_PLUGINS_VARIABLE: side, "VLLM_PLUGINS": "quantserve"}
+    code = "import vllm; from vllm.plugins import load_general_plugins; load_general_plugins()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 SWALLOWS = "while True:\n    try:\n        n = 0\n        while True: n += 1\n    except BaseException: pass"

@@ -71,7 +71,7 @@ class Process:
             ("sys.meta_path", self._finders, sys.meta_path),
         ]
         for where, before, now in lists:
-            if missing := [entry for entry in before if entry not in now]:
+            if missing := [entry for entry in before if entry not in now and _stays(entry)]:
                 now[:] = before
                 yield f"removed {_some(missing)} from {where}; put back"
         if missing := [name for name, module in self._modules.items() if sys.modules.get(name) is not module]:
@@ -141,6 +141,17 @@ def _owners() -> Iterator[tuple[str, Any]]:
 
 _HEAP_TYPE: Final = 1 << 9
 """Flag of classes made by Python code, whose attributes can be set."""
+
+
+def _stays(entry: Any) -> bool:
+    """Whether an entry of ``sys.path`` or ``sys.meta_path`` is one that no code removes by right.
+
+    A library's own finder is not: vLLM's wait for one module to be imported, by anybody, and then remove themselves.
+    """
+    if isinstance(entry, str):
+        return True
+    module = str(getattr(entry if isinstance(entry, type) else type(entry), "__module__", ""))
+    return _top(module) in sys.stdlib_module_names or module.startswith("__editable__")
 
 
 def _top(name: str) -> str:

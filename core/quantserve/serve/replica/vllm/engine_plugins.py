@@ -23,11 +23,12 @@ STAGE = "register"
 
 def register() -> None:
     """Load the plugins of this model and apply the patches of the engine's processes."""
-    load_plugins(os.environ)
-    patches.apply("rule-cache")
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    on_cpu = current_platform.is_cpu()  # may set variables, for which no plugin is to blame
+    load_plugins(os.environ)
+    patches.apply("rule-cache")
+    if on_cpu:
         patches.apply("sched-yield")
         patches.apply("gloo-device")
 

@@ -84,9 +84,12 @@ class Faults:
         }
         self._next = cycle((name, model, causes[name]) for name, model in ORDER if not only or name in only)
 
-    async def one(self) -> Fault:
-        """Cause the next fault and wait until all replicas are ready again."""
+    async def one(self) -> Fault | None:
+        """Cause the next fault and wait until all replicas are ready again; None where its model has no replica."""
         name, model, cause = next(self._next)
+        if model and not await asyncio.to_thread(self._server.replicas, model):
+            self._report(f"{name} ({model}) skipped: the model has no replica")
+            return None
         before = (await asyncio.to_thread(self._server.replica_ids)).get(model, set())
         fault = Fault(name, model, only=bool(model) and MODELS[model][1] == 1, at=time())
         self.done.append(fault)

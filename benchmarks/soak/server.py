@@ -89,7 +89,7 @@ class Server:
         """Start it and wait until it prints that it is ready.
 
         Raises:
-            BenchError: it ended, or was not ready in time.
+            BenchError: it ended, was not ready in time, or serves only some of the models.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self.access_log.unlink(missing_ok=True)
@@ -112,6 +112,11 @@ class Server:
                 raise BenchError("the server did not start:\n" + "\n".join(f"  | {line}" for line in last))
             self._tree.look()
             time.sleep(1)
+        if not self.complete():
+            text = self.log.read_text(errors="replace")
+            raise BenchError(
+                "a model failed to start:\n" + "\n".join(f"  | {line}" for line in lines if "failed" in line)
+            )
 
     def stop(self) -> list[str]:
         """Stop it with SIGTERM; returns what is wrong with the way it stopped."""

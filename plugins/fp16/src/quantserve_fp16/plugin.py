@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING
 
 from quantserve.api import (
     Checkpoint,
-    Expected,
     Finding,
+    K,
     KernelProfile,
     Linear,
     Method,
+    N,
+    Part,
     PerformanceProfile,
+    Scheme,
     Target,
-    check_linears,
     hookimpl,
     method_dtype,
+    once,
 )
 from quantserve_fp16 import speed
 from quantserve_fp16.reference import published
@@ -29,7 +32,8 @@ from quantserve_fp16.reference import published
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
-FLOATS = ("F16", "BF16", "F32")
+# Every linear is one plain weight [n, k], n = out_features, k = in_features.
+PLAIN = Scheme({"weight": Part((N(), K()), ("F16", "BF16", "F32"))}, bits=16, scales="none")
 DTYPES = ("float16", "bfloat16", "float32")
 PACKED = ("U8", "I8", "I16", "U16", "I32", "U32")
 QUANTIZED = (
@@ -60,8 +64,14 @@ def quantserve_detect(checkpoint: Checkpoint) -> bool:
 
 
 @hookimpl
+def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
+    """Say how a linear is stored; the core compares names, shapes and dtypes of the files with it."""
+    return None if quantized_tensors(checkpoint) else PLAIN
+
+
+@hookimpl
 def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
-    """Find what would make vLLM refuse the model or serve it wrong. Core has checked all that is not ours."""
+    """Find what else would make vLLM refuse the model or serve it wrong. Core has checked all that is not ours."""
     if leftover := quantized_tensors(checkpoint):
         return [
             Finding.error(
@@ -72,20 +82,16 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
                 "name the method in engine_kwargs.quantization, or add its quantization_config to config.json",
             )
         ]
-    findings = []
-    if checkpoint.tensors_complete:
-        # Every linear must be one plain weight [n, k]; the helper compares names, shapes and dtypes.
-        findings += check_linears(checkpoint, layout, code="fp16")
     if method_dtype(checkpoint, model, target, DTYPES) == "bfloat16":
-        findings.append(
+        return [
             Finding.info(
                 "fp16-dtype",
                 "the weights are float16, which this CPU only emulates; they will be served in bfloat16, which it has",
                 ["engine_kwargs.dtype"],
                 "set engine_kwargs.dtype to float16 to keep all bits, several times slower in batches and prompts",
             )
-        )
-    return findings
+        ]
+    return []
 
 
 @hookimpl
@@ -110,11 +116,7 @@ def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile |
 # --- our own rules ------------------------------------------------------------------------------------
 
 
-def layout(linear: Linear) -> Mapping[str, Expected]:
-    """The tensors of one linear, by suffix."""
-    return {"weight": Expected((linear.n, linear.k), FLOATS)}
-
-
+@once
 def quantized_tensors(checkpoint: Checkpoint) -> list[str]:
     """Names of tensors that only quantized checkpoints have."""
     return sorted(

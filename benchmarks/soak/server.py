@@ -114,9 +114,8 @@ class Server:
             time.sleep(1)
         if not self.complete():
             text = self.log.read_text(errors="replace")
-            raise BenchError(
-                "a model failed to start:\n" + "\n".join(f"  | {line}" for line in lines if "failed" in line)
-            )
+            failed = [f"  | {line}" for line in text.splitlines() if "failed" in line]
+            raise BenchError("\n".join(["a model failed to start:", *failed]))
 
     def stop(self) -> list[str]:
         """Stop it with SIGTERM; returns what is wrong with the way it stopped."""

@@ -21,7 +21,7 @@ from vllm.model_executor.layers import linear
 import quantserve_squeezellm
 from helpers.tiny_squeezellm import pack_by_the_book
 from quantserve_squeezellm._format import dequantize, to_csr
-from quantserve_squeezellm._vllm import SqueezeLLMConfig
+from quantserve_squeezellm._vllm import SqueezeLLM
 
 pytestmark = pytest.mark.vllm
 
@@ -68,8 +68,8 @@ def _tensors(bits: int, n: int, k: int, seed: int, sparse: bool = True) -> dict[
     return tensors
 
 
-def _config(bits: int, **options: Any) -> SqueezeLLMConfig:
-    config = SqueezeLLMConfig.from_config({"quant_method": "squeezellm", "wbits": bits, **options})
+def _config(bits: int, **options: Any) -> SqueezeLLM:
+    config = SqueezeLLM.from_config({"quant_method": "squeezellm", "wbits": bits, **options})
     config.packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -192,11 +192,14 @@ def _row(bits: int = 4, **options: Any) -> Any:
         (lambda t: t.pop("qweight"), r"lacks .*down_proj\.qweight"),
         (lambda t: t.pop("vals"), r"lacks .*down_proj\.vals"),
         (lambda t: t.pop("full_row_indices"), r"lacks .*down_proj\.full_row_indices"),
-        (lambda t: t.update(lookup_table=torch.zeros(64, 8)), r"8 entries per channel, but wbits 4.*set wbits to 3"),
-        (lambda t: t.update(qweight=t["qweight"][:12]), r"12 rows of packed words.*in_features 128 need 16"),
+        (lambda t: t.update(lookup_table=torch.zeros(64, 8)), r"table has shape \[64, 8\], .* \[64, 16\] for 4 bits"),
+        (
+            lambda t: t.update(qweight=t["qweight"][:12]),
+            r"qweight has shape \[12, 64\], .* \[16, 64\] .*in_features 128",
+        ),
         (lambda t: t.update(qweight=t["qweight"].long()), r"torch\.int64, expected torch\.int32"),
-        (lambda t: t.update(lookup_table=t["lookup_table"][:60]), r"60 output channels, but config\.json gives .* 64"),
-        (lambda t: t.update(qweight=torch.cat([t["qweight"]] * 2, 1)), r"128 output channels, but config\.json gives"),
+        (lambda t: t.update(lookup_table=t["lookup_table"][:60]), r"shape \[60, 16\], .* \[64, 16\] .*out_features 64"),
+        (lambda t: t.update(qweight=torch.cat([t["qweight"]] * 2, 1)), r"shape \[16, 128\], expected \[16, 64\]"),
         (lambda t: t.update(lookup_table=t["lookup_table"] * float("inf")), r"down_proj: table holds .* not finite"),
         (lambda t: t.update(cols=t["cols"] + 1), r"down_proj: cols holds"),
         (lambda t: t.update(full_rows=t["full_rows"].t()), r"down_proj: full_rows has shape \[2, 128\]"),
@@ -218,14 +221,14 @@ def test_a_sparse_part_the_config_declares_must_come() -> None:
 @pytest.mark.parametrize(("bits", "k", "ranks"), [(4, 72, 2), (3, 96, 2)])
 def test_a_rank_that_would_split_a_word_is_refused(bits: int, k: int, ranks: int, as_rank: Callable[..., None]) -> None:
     as_rank(0, ranks)
-    with pytest.raises(ValueError, match=rf"{bits}-bit SqueezeLLM needs .* {k} over {ranks} ranks is {k // ranks}"):
+    with pytest.raises(ValueError, match=rf"{bits}-bit squeezellm needs .* {k} over {ranks} ranks is {k // ranks}"):
         linear.RowParallelLinear(k, 64, bias=False, quant_config=_config(bits), prefix="model.layers.0.mlp.down_proj")
 
 
 @pytest.mark.parametrize("config", [{"wbits": 5}, {"wbits": "4"}, {"group_size": 128}])
 def test_an_unknown_width_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"wbits"):
-        SqueezeLLMConfig.from_config(config)
+        SqueezeLLM.from_config(config)
 
 
 def test_linears_left_unquantized_are_whole_groups() -> None:
@@ -243,13 +246,13 @@ def test_registering_again_changes_nothing_and_foreign_checkpoints_are_not_claim
     quantserve_squeezellm.register()
     quantserve_squeezellm.register()
     assert QUANTIZATION_METHODS.count("squeezellm") == 1
-    assert get_quantization_config("squeezellm") is SqueezeLLMConfig
+    assert get_quantization_config("squeezellm") is SqueezeLLM
     for foreign in ({"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "wbits": 4}, {}):
-        assert SqueezeLLMConfig.override_quantization_method(foreign, None, hf_config=None) is None
+        assert SqueezeLLM.override_quantization_method(foreign, None, hf_config=None) is None
 
 
 def test_entries_of_original_files_that_carry_no_weights_are_dropped_while_loading() -> None:
-    mapper = SqueezeLLMConfig.get_checkpoint_weight_mapper()
+    mapper = _config(4).get_checkpoint_weight_mapper()
     module = f"{ATTENTION}.q_proj"
     entries = [(f"sparse_threshold.{module}", 7), (f"{module}.startrows", 0), (f"{module}.rows", 1)]
     assert list(mapper.apply(entries)) == [(f"{module}.rows", 1)]

@@ -12,6 +12,7 @@ __all__ = ["register"]
 
 def register() -> None:
     """Make `quantization="squeezellm"` known to the vLLM of this process. Safe to call any number of times."""
-    from quantserve_squeezellm import _vllm
+    from quantserve_kernels import vllm
+    from quantserve_squeezellm._vllm import SqueezeLLM
 
-    _vllm.register()
+    vllm.register(SqueezeLLM)

@@ -1,4 +1,4 @@
-"""The SqueezeLLM tensor format in plain torch: the definition that converter, quantizer, engine and tests share.
+"""The SqueezeLLM tensors in plain torch: what converter, quantizer, engine and tests share beside `format`.
 
 One linear layer with N = out_features and K = in_features, b bits per weight:
 
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from quantserve_kernels import unpack_stream
+from quantserve_squeezellm.format import BITS, SPARSE
 
-BITS = (3, 4)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DENSE = ("qweight", "lookup_table")
-CSR = ("rows", "cols", "vals")
-FULL = ("full_rows", "full_row_indices")
+CSR, FULL = SPARSE
 SUFFIXES = (*DENSE, *CSR, *FULL, "startrows")
 
 
@@ -103,6 +102,13 @@ def full_rows_problem(full_rows: Tensor, indices: Tensor, n: int, k: int) -> str
     if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < n):
         return f"full_row_indices holds {int(indices.min())}..{int(indices.max())}, expected 0..{n - 1}"
     return None
+
+
+def sparse_problem(tensors: Mapping[str, Tensor], n: int, k: int) -> str | None:
+    """Why a complete set of sparse tensors does not belong to a linear [n, k]; None when it does."""
+    if "rows" in tensors:
+        return csr_problem(tensors["rows"], tensors["cols"], tensors["vals"], n, k)
+    return full_rows_problem(tensors["full_rows"], tensors["full_row_indices"], n, k)
 
 
 def coordinates(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

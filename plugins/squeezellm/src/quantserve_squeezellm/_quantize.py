@@ -20,8 +20,9 @@ from quantserve_squeezellm._files import (
     read_json,
     write_json,
 )
-from quantserve_squeezellm._format import BITS, PROJECTIONS, k_multiple, pack, quantization_config, to_csr
+from quantserve_squeezellm._format import PROJECTIONS, k_multiple, pack, quantization_config, to_csr
 from quantserve_squeezellm._kmeans import codebooks, encode
+from quantserve_squeezellm.format import BITS
 
 # Weights clustered at once: bounds the float64 working copies to some hundred MB.
 CHUNK = 4_000_000

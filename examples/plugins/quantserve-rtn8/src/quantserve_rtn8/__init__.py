@@ -3,6 +3,7 @@
 
 def register() -> None:
     """Make ``quantization="rtn8"`` known to the vLLM of this process; safe to call any number of times."""
-    from quantserve_rtn8 import engine
+    from quantserve_kernels import vllm
+    from quantserve_rtn8.engine import Rtn8
 
-    engine.register()
+    vllm.register(Rtn8)

@@ -12,8 +12,8 @@ import safetensors
 
 import fuzzing
 from fuzzing import headers as fuzzing_headers
-from helpers.checkpoints import make_llama, safetensors_header, write_header
-from quantserve.checkpoint import open_checkpoint
+from helpers.checkpoints import make_llama, safetensors_header, write_header, write_safetensors
+from quantserve.checkpoint import Tensor, open_checkpoint
 from quantserve.checkpoint.safetensors import read_header
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def raw_file(header: object, data: int = 4, declared: int | None = None) -> byte
 
 
 def read(raw: bytes) -> tuple[dict[str, Any], list[Finding]]:
-    return read_header(io.BytesIO(raw), "m.safetensors", len(raw))
+    header = read_header(io.BytesIO(raw), "m.safetensors", len(raw))
+    return header.tensors, header.findings
 
 
 def library_accepts(raw: bytes) -> bool:
@@ -183,3 +184,16 @@ def test_damaged_file_in_a_folder(tmp_path: Path) -> None:
     assert [problem.code for problem in checkpoint.problems] == ["header-invalid"]
     assert checkpoint.tensors
     assert not checkpoint.tensors_complete
+
+
+def test_metadata_of_all_files_is_kept(tmp_path: Path) -> None:
+    for file, metadata in (("a", {"format": "pt", "method": "nf4"}), ("b", {"format": "np", "groups": "64"})):
+        write_safetensors(tmp_path / f"{file}.safetensors", {file: ("F16", (2,))}, metadata)
+    (tmp_path / "config.json").write_text("{}")
+    assert open_checkpoint(str(tmp_path)).metadata == {"format": "pt", "method": "nf4", "groups": "64"}
+
+
+def test_a_reader_may_give_the_bytes_of_a_block_format() -> None:
+    tensor = Tensor("blk.0.attn_q.weight", "Q4_K", (256, 256), "m.gguf", stored=256 * 144)
+    assert tensor.nbytes == 36864
+    assert Tensor("w", "I32", (2, 3)).nbytes == 24

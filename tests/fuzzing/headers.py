@@ -129,7 +129,7 @@ def _text(chance: random.Random, header: dict[str, Any]) -> str:
 
 def judge(raw: bytes) -> str:
     """Compare the reader with the library."""
-    tensors, findings = read_header(io.BytesIO(raw), "m.safetensors", len(raw))
+    tensors, findings, _ = read_header(io.BytesIO(raw), "m.safetensors", len(raw))
     assert all(finding.message.isprintable() for finding in findings)
     try:
         known = dict(safetensors.deserialize(raw))  # type: ignore[no-untyped-call]

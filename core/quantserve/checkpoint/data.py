@@ -43,19 +43,23 @@ class Tensor:
 
     Attributes:
         name: key in the state dict, ``model.layers.0.self_attn.q_proj.qweight``.
-        dtype: safetensors name: ``F16``, ``BF16``, ``F32``, ``I32``, ...
+        dtype: safetensors name: ``F16``, ``BF16``, ``F32``, ``I32``, ...; other containers have names of their own.
         shape: as stored; a linear's ``weight`` is [n, k] with n = out_features, k = in_features.
         file: the weight file that holds it.
+        stored: bytes of data, where dtype and shape do not tell them, as of block formats; None where they do.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str = "model.safetensors"
+    stored: int | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data, from dtype and shape; 0 for a dtype nobody knows."""
+        """Bytes of data; 0 where neither `stored` nor the dtype tells."""
+        if self.stored is not None:
+            return self.stored
         return prod(self.shape) * DTYPE_BITS.get(self.dtype, 0) // 8
 
 
@@ -82,6 +86,7 @@ class Checkpoint:
         tensors: name -> tensor, of all files vLLM would read.
         other: entries of a pickled state dict that are not tensors (``sparse_threshold.*``): name -> int, float,
             bool, str, or a short description of anything else.
+        metadata: ``__metadata__`` of the safetensors files; of a key in several files the first value.
         problems: what reading found wrong; reading never raises for a single bad file.
     """
 
@@ -95,6 +100,7 @@ class Checkpoint:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     other: Mapping[str, object] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[Finding, ...] = ()
 
     @classmethod
@@ -107,6 +113,7 @@ class Checkpoint:
         files: Mapping[str, int] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
         other: Mapping[str, object] | None = None,
+        metadata: Mapping[str, str] | None = None,
         problems: Iterable[Finding] = (),
         source: str = "in-memory",
     ) -> Checkpoint:
@@ -127,6 +134,7 @@ class Checkpoint:
             tokenizer=tokenizer or {"present": False, "max_token_id": None, "has_chat_template": False},
             tensors=made,
             other=other or {},
+            metadata=metadata or {},
             problems=tuple(problems),
         )
 
@@ -191,6 +199,7 @@ class Checkpoint:
                 t.name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.file} for t in self.tensors.values()
             },
             "other": dict(self.other),
+            "metadata": dict(self.metadata),
             "problems": [problem.to_json() for problem in self.problems],
         }
 

@@ -85,5 +85,6 @@ def _read(name: str, source: Source, allow_pickle: bool) -> Checkpoint:
         tokenizer=tokenizer,
         tensors=tensors,
         other=found.other,
+        metadata=found.metadata,
         problems=(*source.findings, *findings, *found.findings),
     )

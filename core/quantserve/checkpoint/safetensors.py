@@ -7,7 +7,9 @@ with numbers what is wrong with one that does not.
 from __future__ import annotations
 
 import struct
-from typing import BinaryIO, Final, TypeGuard
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import BinaryIO, Final, NamedTuple, TypeGuard
 
 from quantserve.checkpoint.data import DTYPE_BITS, Tensor
 from quantserve.checkpoint.text import BadJson, counted, parse_json, shown, some
@@ -29,7 +31,15 @@ _FORMATS: Final = (
 AGAIN: Final = "download the file again"
 
 
-def read_header(file: BinaryIO, name: str, size: int) -> tuple[dict[str, Tensor], list[Finding]]:
+class Header(NamedTuple):
+    """What a header holds, ``__metadata__`` included, and what is wrong with it."""
+
+    tensors: dict[str, Tensor]
+    findings: list[Finding]
+    metadata: Mapping[str, str] = MappingProxyType({})
+
+
+def read_header(file: BinaryIO, name: str, size: int) -> Header:
     """Tensors of one file and what is wrong with it.
 
     Tensors whose dtype and shape are known are returned even when offsets or the file size are wrong.
@@ -42,45 +52,40 @@ def read_header(file: BinaryIO, name: str, size: int) -> tuple[dict[str, Tensor]
     start = file.read(8)
     if len(start) < 8:
         what = "is empty" if not start else f"has {counted(len(start), 'byte')}, less than the 8 of the length field"
-        return {}, [Finding.error("header-truncated", f"{shown(name)} {what}", some([name]), AGAIN)]
+        return _broken("header-truncated", f"{shown(name)} {what}", name)
     (length,) = struct.unpack("<Q", start)
     if start.startswith(b"version "):
-        return {}, [
-            Finding.error(
-                "lfs-pointer",
-                f"{shown(name)} is a Git LFS pointer of {counted(max(size, 0), 'byte')}, not the weights",
-                some([name]),
-                "fetch the real file with `git lfs pull`, or download the model with `hf download`",
-            )
-        ]
+        return _broken(
+            "lfs-pointer",
+            f"{shown(name)} is a Git LFS pointer of {counted(max(size, 0), 'byte')}, not the weights",
+            name,
+            "fetch the real file with `git lfs pull`, or download the model with `hf download`",
+        )
     if length > MAX_HEADER:
         guess = next((f"; it looks like {what}" for magic, what in _FORMATS if start.startswith(magic)), "")
-        return {}, [
-            Finding.error(
-                "header-oversized",
-                f"{shown(name)} declares a header of {length:,} bytes; the format allows {MAX_HEADER:,}{guess}",
-                some([name]),
-                AGAIN,
-            )
-        ]
+        return _broken(
+            "header-oversized",
+            f"{shown(name)} declares a header of {length:,} bytes; the format allows {MAX_HEADER:,}{guess}",
+            name,
+        )
     if 0 <= size < 8 + length:
-        return {}, [_short(name, length, size - 8)]
+        return _short(name, length, size - 8)
     raw = file.read(length)
     if len(raw) < length:
-        return {}, [_short(name, length, len(raw))]
+        return _short(name, length, len(raw))
     return parse_header(raw, name, size - 8 - length if size >= 0 else None)
 
 
-def _short(name: str, length: int, there: int) -> Finding:
-    return Finding.error(
-        "header-truncated",
-        f"{shown(name)} declares a header of {length:,} bytes but ends after {there:,} of them",
-        some([name]),
-        AGAIN,
-    )
+def _broken(code: str, message: str, name: str, fix: str = AGAIN) -> Header:
+    return Header({}, [Finding.error(code, message, some([name]), fix)])
 
 
-def parse_header(raw: bytes, name: str, data_bytes: int | None) -> tuple[dict[str, Tensor], list[Finding]]:
+def _short(name: str, length: int, there: int) -> Header:
+    message = f"{shown(name)} declares a header of {length:,} bytes but ends after {there:,} of them"
+    return _broken("header-truncated", message, name)
+
+
+def parse_header(raw: bytes, name: str, data_bytes: int | None) -> Header:
     """Check the JSON of a header against the bytes that follow it (None: unknown)."""
     try:
         header = parse_json(raw, strict=True)
@@ -92,9 +97,7 @@ def parse_header(raw: bytes, name: str, data_bytes: int | None) -> tuple[dict[st
         ):
             raise BadJson("__metadata__ is not an object of strings")
     except BadJson as error:
-        return {}, [
-            Finding.error("header-invalid", f"the header of {shown(name)} is not valid: {error}", some([name]), AGAIN)
-        ]
+        return _broken("header-invalid", f"the header of {shown(name)} is not valid: {error}", name)
 
     tensors: dict[str, Tensor] = {}
     spans: list[tuple[int, int, str]] = []
@@ -125,7 +128,7 @@ def parse_header(raw: bytes, name: str, data_bytes: int | None) -> tuple[dict[st
             findings.append(_wrong_size(name, end, data_bytes))
     if offsets:
         findings.append(_several("tensor-offsets", name, "with wrong data_offsets", offsets))
-    return tensors, findings
+    return Header(tensors, findings, metadata or {})
 
 
 def _counts(value: object) -> TypeGuard[list[int]]:

@@ -39,6 +39,7 @@ class Weights:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     other: dict[str, object] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     header_bytes: int = 0
 
@@ -189,12 +190,13 @@ def _read_files(source: Source, names: list[str], weights: Weights) -> set[str]:
     for name in names:
         try:
             with source.open(name) as file:
-                tensors, found = read_header(file, name, source.files[name])
+                tensors, found, metadata = read_header(file, name, source.files[name])
                 weights.header_bytes += file.tell()
         except OSError as error:
             weights.findings.append(_unreadable(name, error))
             continue
         weights.findings += found
+        weights.metadata = {**metadata, **weights.metadata}
         if tensors or not found:
             readable.add(name)
         _merge(tensors, weights, twice)

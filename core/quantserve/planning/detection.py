@@ -101,6 +101,7 @@ def own_copy(checkpoint: Checkpoint) -> Checkpoint:
         quant_files=quant_files,
         tensors=MappingProxyType(checkpoint.tensors),
         files=MappingProxyType(checkpoint.files),
+        metadata=MappingProxyType(checkpoint.metadata),
     )
 
 

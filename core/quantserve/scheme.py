@@ -11,7 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from quantserve.checkpoint import Tensor
 
 Axis = Literal["n", "k", "nk", "e"]
 Scales = Literal["none", "tensor", "channel", "group", "block"]
@@ -143,11 +146,22 @@ class Scheme:
         """What a rank's share of N or K must be a multiple of, so that no word and no group is cut."""
         return multiple_of(self.dims(axis))
 
-    def solve(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-        """N and K of a linear whose stored tensors have these shapes; None where they do not tell."""
+    def fits(self, tensors: Mapping[str, Tensor], n: int, k: int) -> bool:
+        """Whether stored tensors, by suffix, are those of a linear of [n, k]: complete, of these shapes and dtypes."""
+        for suffix in self.parts:
+            tensor, alternatives = tensors.get(suffix), self.alternatives(suffix)
+            if tensor is None:
+                if not alternatives[0].optional:
+                    return False
+            elif not any(part.fits(tensor.shape, n, k) and tensor.dtype in part.dtypes for part in alternatives):
+                return False
+        return True
+
+    def solve(self, tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        """N and K of a linear with these stored tensors; None where their shapes do not tell."""
         found: dict[Axis, int] = {}
         for suffix in self.parts:
-            shape, wanted = shapes.get(suffix, ()), self.alternatives(suffix)[0].shape
+            shape, wanted = tensors[suffix].shape if suffix in tensors else (), self.alternatives(suffix)[0].shape
             for size, one in zip(shape, wanted, strict=True) if len(shape) == len(wanted) else ():
                 if isinstance(one, Dim) and (elements := one.elements(size)):
                     found.setdefault(one.axis, elements)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.checkpoints import LLAMA_70B, Spec, llama_tensors
-from quantserve.api import NK, Checkpoint, E, Finding, K, Linear, N, Part, Scheme, SkipList, linears
+from quantserve.api import NK, Checkpoint, E, Finding, K, Linear, N, Part, Scheme, SkipList, linears, modules
 from quantserve.checks.scheme import check_schemes
 from quantserve.checks.stored import Schemes, stored_linears
 
@@ -134,12 +134,14 @@ def test_shapes_follow_from_n_and_k(part: Part, shape: tuple[int, ...], n: int, 
 @pytest.mark.parametrize("name", ["awq", "fp8", "lut3"])
 def test_n_and_k_follow_from_shapes(name: str) -> None:
     scheme = SCHEMES[name]
-    shapes = {suffix.removeprefix("m."): shape for suffix, (_, shape) in tensors_of(scheme, "m", 96, 384).items()}
-    assert scheme.solve(shapes) == (96, 384)
+    tensors = modules(of(tensors_of(scheme, "m", 96, 384)))["m"]
+    assert scheme.solve(tensors) == (96, 384)
+    assert scheme.fits(tensors, 96, 384)
+    assert not scheme.fits(tensors, 384, 96)
 
 
 def test_a_flattened_weight_does_not_tell_them() -> None:
-    assert NF4.solve({"weight": (8192, 1), "weight.absmax": (256,)}) is None
+    assert NF4.solve(modules(of(tensors_of(NF4, "m", 96, 384)))["m"]) is None
 
 
 # --- tensors -----------------------------------------------------------------------------------------------

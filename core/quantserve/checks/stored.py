@@ -70,7 +70,7 @@ def stored_linears(checkpoint: Checkpoint, schemes: Schemes) -> Stored:
         if scheme is None or next(iter(scheme.required()), None) not in tensors.keys() - {"weight"}:
             continue
         any_scheme = True
-        size = scheme.solve({suffix: tensor.shape for suffix, tensor in tensors.items()})
+        size = scheme.solve(tensors)
         if size is None:
             found.unsized.append((linear, scheme))
         else:

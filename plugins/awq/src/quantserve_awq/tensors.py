@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from math import lcm
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from quantserve.api import (
     Linear,
     Scheme,
     Target,
+    Tensor,
     check_shards,
     linears,
     modules,
@@ -20,7 +22,7 @@ from quantserve.api import (
 )
 from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
 from quantserve_awq.experts import expert_findings
-from quantserve_awq.format import PER_WORD, awq_scheme
+from quantserve_awq.format import GEMM, OTHER_LAYOUTS, OTHER_METHODS, awq_scheme
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -30,14 +32,14 @@ OFFENDERS = 8
 
 
 def has_awq_tensors(checkpoint: Checkpoint) -> bool:
-    """Whether some module is stored in the gemm layout: eight codes of N per word, one scale per N."""
-    for name, qweight in checkpoint.tensors.items():
+    """Whether some module is stored in the gemm layout."""
+    for name in checkpoint.tensors:
         module, _, part = name.rpartition(".")
-        scales = checkpoint.tensors.get(f"{module}.scales")
-        if part != "qweight" or scales is None or f"{module}.qzeros" not in checkpoint.tensors:
-            continue
-        if len(qweight.shape) == 2 and scales.shape[-1:] == (qweight.shape[1] * PER_WORD,):
-            return True
+        if part == "qweight":
+            names = {suffix: f"{module}.{suffix}" for suffix in GEMM.parts}
+            tensors = {suffix: checkpoint.tensors[name] for suffix, name in names.items() if name in checkpoint.tensors}
+            if (size := GEMM.solve(tensors)) and GEMM.fits(tensors, *size):
+                return True
     return False
 
 
@@ -84,23 +86,21 @@ def tensor_findings(
 # --- the files ----------------------------------------------------------------------------------------
 
 
+@once
 def foreign_findings(checkpoint: Checkpoint) -> list[Finding]:
     """One finding when the tensors are of another layout than gemm, which vLLM would misread."""
-    seen = {linear.name: kind for linear in linears(checkpoint) if (kind := foreign_layout(checkpoint, linear))}
+    present = modules(checkpoint)
+    seen = {linear.name: kind for linear in linears(checkpoint) if (kind := foreign_layout(present, linear))}
     if not seen:
         return []
     kind = Counter(seen.values()).most_common(1)[0][0]
     names = [name for name, value in seen.items() if value == kind]
-    shape = next(
-        list(checkpoint.tensors[f"{names[0]}.{part}"].shape)
-        for part in ("qweight", "weight_packed")
-        if f"{names[0]}.{part}" in checkpoint.tensors
-    )
-    if kind in ("GPTQ", "compressed-tensors"):
+    first = f"First: {names[0]} {list(present[names[0]][next(iter(OTHER_LAYOUTS[kind].parts))].shape)}"
+    if kind in OTHER_METHODS:
         return [
             Finding.error(
                 "awq-wrong-method",
-                f"{len(names)} linears are stored in the layout of {kind}, not AWQ. First: {names[0]} {shape}",
+                f"{len(names)} linears are stored in the layout of {kind}, not AWQ. {first}",
                 names[:OFFENDERS],
                 f"serve it with a plugin for {kind}, or use an AWQ export of the model",
             )
@@ -108,33 +108,19 @@ def foreign_findings(checkpoint: Checkpoint) -> list[Finding]:
     return [
         Finding.error(
             "awq-version",
-            f"{len(names)} linears are stored in AWQ's {kind} layout; vLLM reads every file as gemm. "
-            f"First: {names[0]}.qweight {shape}",
+            f"{len(names)} linears are stored in AWQ's {kind} layout; vLLM reads every file as gemm. {first}",
             names[:OFFENDERS],
             'export the model again with version "gemm"',
         )
     ]
 
 
-def foreign_layout(checkpoint: Checkpoint, linear: Linear) -> str | None:
+def foreign_layout(present: Mapping[str, Mapping[str, Tensor]], linear: Linear) -> str | None:
     """The name of the other layout a linear is stored in; None for gemm, for nothing and for nonsense."""
-    if f"{linear.name}.weight_packed" in checkpoint.tensors:
-        return "compressed-tensors"
-    qweight = checkpoint.tensors.get(f"{linear.name}.qweight")
-    scales = checkpoint.tensors.get(f"{linear.name}.scales")
-    if qweight is None or scales is None or len(scales.shape) != 2:
+    tensors, n, k = present.get(linear.name, {}), linear.n, linear.k
+    if GEMM.fits(tensors, n, k):  # a square gemv weight differs in its scales only
         return None
-    n, k = linear.n, linear.k
-    if qweight.dtype == "I16" and qweight.shape == (n // 4, k):
-        return "gemv_fast"
-    if qweight.shape == (k // 16, 2 * n):
-        return "marlin"
-    # A square gemv weight has the shape of a gemm one; its scales lie along N.
-    if qweight.shape == (n, k // PER_WORD) and scales.shape[0] == n and scales.shape[1] != n:
-        return "gemv"
-    if qweight.shape == (k // PER_WORD, n) and scales.shape[1] == n:
-        return "GPTQ"
-    return None
+    return next((kind for kind, layout in OTHER_LAYOUTS.items() if layout.fits(tensors, n, k)), None)
 
 
 def actual_group(checkpoint: Checkpoint, written: Written) -> tuple[int | None, list[Finding]]:

@@ -28,6 +28,7 @@ from quantserve.api import (
 from quantserve_awq import speed
 from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
 from quantserve_awq.kernel import KERNEL_METHOD, METHOD, VLLM_ALIAS, Choice, choose
+from quantserve_awq.limits import limit_findings, uses_plain_kernel, vllm_cpu_problem
 from quantserve_awq.reference import published
 from quantserve_awq.tensors import (
     actual_group,
@@ -35,8 +36,6 @@ from quantserve_awq.tensors import (
     has_quantized_tensors,
     stored_scheme,
     tensor_findings,
-    uses_plain_kernel,
-    vllm_cpu_problem,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +102,8 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     findings = [*config_findings(written), *choice.findings, *dtype_findings(checkpoint, model, target)]
     if any(finding.code in REFUSED for finding in findings) or not checkpoint.tensors_complete:
         return findings  # every tensor would be reported too
-    return [*findings, *tensor_findings(checkpoint, written, target, model, own_kernel=choice.own)]
+    findings += tensor_findings(checkpoint, written)
+    return [*findings, *limit_findings(checkpoint, written, target, model, own_kernel=choice.own)]
 
 
 @hookimpl

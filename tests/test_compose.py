@@ -132,6 +132,48 @@ def test_plugins_that_disagree_are_both_named_unless_the_user_decides(site: Site
     assert composed.engine_kwargs["seed"].source == "a"
 
 
+def overrides(**fields: object) -> str:
+    return kwargs(repr({"hf_overrides": fields}))
+
+
+def test_hf_overrides_of_several_plugins_and_the_user_are_one(site: Site, make: Make) -> None:
+    ours = overrides(rope_parameters={"rope_type": "yarn"}, bos_token_id=1)
+    site.install("quantserve-a", plugin("a", DETECTS, ours), name="a")
+    site.install("policy", helper(overrides(rope_parameters={"factor": 4.0}, bos_token_id=1)))
+    composed = make(("policy",), hf_overrides={"eos_token_id": 2})
+    assert not composed.errors
+    setting = composed.engine_kwargs["hf_overrides"]
+    assert setting.value == {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    assert setting.sources == ("a", "policy", "config")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (
+            {"rope": {"type": "linear"}},
+            "a sets hf_overrides.rope.type='yarn' and policy sets hf_overrides.rope.type='linear'",
+        ),
+        ({"rope": None}, "a sets hf_overrides.rope.type='yarn' and policy sets hf_overrides.rope=None"),
+    ],
+)
+def test_hf_overrides_conflict_where_they_differ_unless_the_user_decides(
+    site: Site, make: Make, theirs: dict[str, object], message: str
+) -> None:
+    site.install("quantserve-a", plugin("a", DETECTS, overrides(rope={"type": "yarn"})), name="a")
+    site.install("policy", helper(overrides(**theirs)))
+    (error,) = make(("policy",)).errors
+    assert error.code == "plugins-conflict"
+    assert error.message == f"a sets hf_overrides.rope.type='yarn' and policy sets {message}"
+    composed = make(("policy",), hf_overrides={"rope": {"type": "dynamic"}})
+    assert not composed.errors
+    assert composed.engine_kwargs["hf_overrides"].value == {"rope": {"type": "dynamic"}}
+
+
 def test_a_model_that_names_what_is_not_installed(site: Site, make: Make) -> None:
     site.install("quantserve-a", plugin("a", DETECTS), name="a")
     with pytest.raises(UsageError, match=r"unknown plugin 'policy' \(known: a\)"):

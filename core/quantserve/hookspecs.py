@@ -22,6 +22,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
+    from quantserve.checkpoint.containers import Reader
     from quantserve.checks.skipped import SkipList
     from quantserve.config import ModelConfig
     from quantserve.finding import Finding
@@ -47,6 +48,18 @@ def quantserve_method() -> Method | None:
     policy, a KV-cache dtype) leaves the hook out or returns None; configs name it under ``plugins:``.
     Two plugins that claim one name: the one whose distribution is ``quantserve-NAME`` keeps it. A name
     beats an alias, and an alias of two plugins belongs to neither.
+    """
+
+
+@hookspec
+def quantserve_reader() -> Reader | None:
+    """Teach the core another container than safetensors: which files, and how their headers are read.
+
+    Fires once per plugin, when the registry loads it. ``Reader.read`` is then called for models whose files have one
+    of ``Reader.suffixes``: under ``check``, ``plan``, ``recommend`` and before every deploy, for at most 6 times as long as a
+    hook. It opens files through the source that it is given, reads headers only, and raises ``BadContainer`` for a
+    damaged file; another exception means that the plugin itself is defective. The plugin joins the plugins of such a model.
+    Two plugins that claim one suffix: the one whose distribution is ``quantserve-SUFFIX`` keeps it.
     """
 
 
@@ -114,7 +127,7 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 
     Fires once per plan for every plugin a model composes. Mappings are merged; two plugins that set
     one key to different values are a conflict that names both, and the user's own ``engine_kwargs``
-    win and are shown as such. Names are checked like the user's: one that vLLM does not have is a defect
+    win and are shown as such. ``hf_overrides`` are merged field by field, and conflict where two plugins set one field. Names are checked like the user's: one that vLLM does not have is a defect
     of the plugin. Arguments with which vLLM runs code from elsewhere (``trust_remote_code``,
     ``worker_cls``) are set, with a warning that names the plugin. ``quantization`` may be set, where the
     engine's name for the method differs from what checkpoints declare. ``model``, ``served_model_name``,

@@ -143,7 +143,9 @@ def advise(
         CheckpointError: there is nothing to read.
         PluginError: every plugin is defective.
     """
-    checkpoint = open_checkpoint(model.source, revision=model.revision, allow_pickle=model.allow_pickle)
+    checkpoint = open_checkpoint(
+        model.source, revision=model.revision, allow_pickle=model.allow_pickle, readers=registry.readers
+    )
     if not checkpoint.config:
         why = next((f.message for f in checkpoint.problems if f.severity is Severity.ERROR), "config.json is missing")
         raise CheckpointError(f"{model.source}: {why}\n  fix: name a folder or hub id with a config.json")

@@ -19,19 +19,12 @@ from quantserve.model.layers import linears
 from quantserve.planning.detection import Detected, detect, own_copy
 from quantserve.planning.expectation import EXPECTED_WORKLOAD, as_profile, expectation
 from quantserve.planning.plugin_arguments import checked, unsafe
+from quantserve.planning.settings import CORE, Setting, Settings
 from quantserve.plugins.contract import code_of, findings_of, kwargs_of, profile_of, schemes_of, skip_list_of
 from quantserve.plugins.registry import Hooks, Plugin, Registry
 from quantserve.target import Target
 
 CORE_KEYS = frozenset({"model", "served_model_name", "tensor_parallel_size", "max_model_len", "tokenizer", "revision"})
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One engine argument and who set it: ``core``, ``config`` or a plugin's name."""
-
-    value: object
-    source: str
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,11 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     """
     extra = [registry.find_plugin(name, model.where) for name in model.plugins]
     named = registry.find_method(model.quantization, model.where) if model.quantization else None
-    opened = open_checkpoint(model.source, revision=model.revision, allow_pickle=model.allow_pickle)
+    opened = open_checkpoint(
+        model.source, revision=model.revision, allow_pickle=model.allow_pickle, readers=registry.readers
+    )
+    if reader := registry.reader_plugin(opened.container):
+        extra.append(reader)
     checkpoint = overridden(opened, model.engine_kwargs.get("hf_overrides"))
     detected = Detected(named) if named else detect(checkpoint, registry)
     method_plugin = detected.plugin
@@ -195,24 +192,14 @@ def _merge_kwargs(
     hooks: Hooks, checkpoint: Checkpoint, model: ModelConfig, target: Target, method: Method | None
 ) -> tuple[dict[str, Setting], list[Finding]]:
     """Merge what core, plugins and the user want; the user wins, plugins that disagree are named."""
-    merged: dict[str, Setting] = {}
-    conflicts: list[Finding] = []
-    users = {key: value for key, value in model.engine_kwargs.items() if key != "quantization"}
+    settings = Settings(
+        "engine_kwargs", {key: value for key, value in model.engine_kwargs.items() if key != "quantization"}
+    )
     if method and method.vllm_name:
-        merged["quantization"] = Setting(method.vllm_name, "core")
+        settings.add(CORE, {"quantization": method.vllm_name})
     for plugin in hooks.plugins:
-        for key, value in _plugin_kwargs(hooks, plugin, checkpoint, model, target).items():
-            present = merged.get(key)
-            if present and present.source != "core" and present.value != value and key not in users:
-                message = f"{present.source} sets {key}={present.value!r} and {plugin.name} sets {key}={value!r}"
-                fix = f"set {key} in engine_kwargs, which wins, or drop one of the two plugins"
-                conflicts.append(
-                    Finding.error("plugins-conflict", message, (present.source, plugin.name), fix).said_by("core")
-                )
-            elif not present or present.source == "core":
-                merged[key] = Setting(value, plugin.name)
-    merged.update({key: Setting(value, "config") for key, value in users.items()})
-    return {key: setting for key, setting in merged.items() if setting.value is not None}, conflicts
+        settings.add(plugin.name, _plugin_kwargs(hooks, plugin, checkpoint, model, target))
+    return settings.merged(), settings.conflicts
 
 
 def _plugin_kwargs(
@@ -229,7 +216,7 @@ def _plugin_kwargs(
 def _unsafe(kwargs: Mapping[str, Setting], plugins: Sequence[Plugin]) -> Iterator[Finding]:
     """Warn of arguments with which a plugin makes vLLM run code; the user's own are the user's decision."""
     for plugin in plugins:
-        own = {key: setting.value for key, setting in kwargs.items() if setting.source == plugin.name}
+        own = {key: setting.value for key, setting in kwargs.items() if plugin.name in setting.sources}
         for key, what in unsafe(own):
             yield Finding.warning(
                 "plugin-unsafe-argument",

@@ -17,7 +17,8 @@ from quantserve.checks.memory import shares_gpu
 from quantserve.config import ModelConfig
 from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
-from quantserve.planning.compose import Composition, Setting
+from quantserve.planning.compose import Composition
+from quantserve.planning.settings import Setting
 from quantserve.system.environment import (
     KV_CACHE_SPACE,
     RESERVE,

@@ -7,10 +7,9 @@ tensor-parallel rank may cut, bytes in files and in memory, and the parameters o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from math import lcm
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -133,18 +132,9 @@ class Scheme:
         """The suffixes that every linear must have."""
         return tuple(suffix for suffix in self.parts if not self.alternatives(suffix)[0].optional)
 
-    def dims(self, *axes: Axis) -> Iterator[Dim]:
-        """The dimensions along these axes, of the first alternatives."""
-        firsts = (self.alternatives(suffix)[0] for suffix in self.parts)
-        return (one for part in firsts for one in part.shape if isinstance(one, Dim) and one.axis in axes)
-
     def is_group(self, dim: Dim) -> bool:
         """Whether an index of a dimension stands for the elements that share a scale, and not for a word of codes."""
         return dim.partial or (dim.axis == "k" and dim.per == self.group_size)
-
-    def multiple(self, axis: Literal["n", "k"]) -> int:
-        """What a rank's share of N or K must be a multiple of, so that no word and no group is cut."""
-        return multiple_of(self.dims(axis))
 
     def fits(self, tensors: Mapping[str, Tensor], n: int, k: int) -> bool:
         """Whether stored tensors, by suffix, are those of a linear of [n, k]: complete, of these shapes and dtypes."""
@@ -166,8 +156,3 @@ class Scheme:
                 if isinstance(one, Dim) and (elements := one.elements(size)):
                     found.setdefault(one.axis, elements)
         return (found["n"], found["k"]) if {"n", "k"} <= found.keys() else None
-
-
-def multiple_of(dims: Iterable[Dim]) -> int:
-    """What elements along these dimensions must be a multiple of."""
-    return lcm(*(dim.multiple for dim in dims))

@@ -194,6 +194,19 @@ def test_no_alternative_fits() -> None:
     assert finding.offenders == (f"{UP}.weight_scale BF16, expected F32",)
 
 
+def test_an_alternative_that_no_file_can_hold_fits_nothing() -> None:
+    either = Part((N(), K(128)), ("F16",)), Part((N(), 1), ("F16",))
+    scheme = Scheme({"weight": Part((N(), K()), ("I8",)), "scale": either}, bits=8, group_size=128)
+    config = {**LLAMA, "intermediate_size": 500}
+    tensors: dict[str, Spec] = {}
+    for linear in linears(of({}, config)):
+        tensors[f"{linear.name}.weight"] = ("I8", (linear.n, linear.k))
+        tensors[f"{linear.name}.scale"] = ("F16", (linear.n, 1))
+    assert check(of(tensors, config), scheme) == []
+    finding = only(check(of(tensors | {f"{DOWN}.scale": ("F16", (256, 3))}, config), scheme))
+    assert finding.offenders[0].startswith(f"{DOWN}.scale [256, 3], expected ")
+
+
 def test_unexpected() -> None:
     finding = only(check(of(llama(AWQ) | {f"{UP}.g_idx": ("I32", (256,))}), AWQ))
     assert (finding.code, finding.offenders) == ("x-unexpected-tensors", (f"{UP}.g_idx [256]",))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import gcd
+from math import gcd, lcm
 from typing import TYPE_CHECKING, NamedTuple
 
 from quantserve.checks.fused import check_partly_quantized, check_skip_list, fuses, is_known
@@ -16,7 +16,7 @@ from quantserve.checks.stored import BESIDE, FLOATS, Schemes, stored_linears
 from quantserve.checks.wording import are, counted, have, named, shown
 from quantserve.finding import Finding
 from quantserve.model.layers import Linear, engine_layers, linears, modules, shard_k, shard_n
-from quantserve.scheme import Dim, K, N, Part, Scheme, multiple_of
+from quantserve.scheme import Dim, K, N, Part, Scheme
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint, Tensor
@@ -86,12 +86,6 @@ class Wanted(NamedTuple):
     sizes: tuple[int | None, ...]
     part: Part
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a stored shape is this one."""
-        return len(shape) == len(self.sizes) and all(
-            want is None or want == size for want, size in zip(self.sizes, shape, strict=True)
-        )
-
     def __str__(self) -> str:
         return "[" + ", ".join("*" if size is None else str(size) for size in self.sizes) + "]"
 
@@ -127,7 +121,7 @@ class _Comparison:
         for suffix, alternatives in wanted.items():
             tensor = tensors.get(suffix)
             if tensor is not None:
-                chosen.append(self._compare(tensor, alternatives, shape=not unpackable and linear.n > 0))
+                chosen.append(self._compare(tensor, alternatives, None if unpackable or not linear.n else linear))
             elif not alternatives[0].part.optional:
                 self.missing.append(f"{linear.name}.{suffix}")
         if len(tensors) > len(chosen):
@@ -138,21 +132,23 @@ class _Comparison:
         elif scheme is not _PLAIN and linear.n:
             self.cuts.append(Cut(linear, *self._multiple(linear, scheme, chosen)))
 
-    def _compare(self, tensor: Tensor, alternatives: list[Wanted], *, shape: bool) -> Part:
-        """Note what is wrong with a tensor; the alternative it is stored in."""
+    def _compare(self, tensor: Tensor, alternatives: list[Wanted], linear: Linear | None) -> Part:
+        """Note what is wrong with a tensor, its shape apart without a `linear`; the alternative it is stored in."""
         for want in alternatives:
             if want.sizes == tensor.shape and tensor.dtype in want.part.dtypes:
                 return want.part
-        fitting = [want for want in alternatives if want.fits(tensor.shape)] if shape else alternatives
-        if not fitting:
-            self.misshapen.append(f"{shown(tensor)}, expected {' or '.join(map(str, alternatives))}")
-            fitting = alternatives
-        for want in fitting:
-            if tensor.dtype in want.part.dtypes:
-                return want.part
-        dtypes = dict.fromkeys(dtype for want in fitting for dtype in want.part.dtypes)
+        parts = [want.part for want in alternatives]
+        if linear is not None:
+            fitting = [part for part in parts if part.fits(tensor.shape, linear.n, linear.k, linear.experts)]
+            if not fitting:
+                self.misshapen.append(f"{shown(tensor)}, expected {' or '.join(map(str, alternatives))}")
+            parts = fitting or parts
+        for part in parts:
+            if tensor.dtype in part.dtypes:
+                return part
+        dtypes = dict.fromkeys(dtype for part in parts for dtype in part.dtypes)
         self.mistyped.append(f"{tensor.name} {tensor.dtype}, expected {' or '.join(dtypes)}")
-        return fitting[0].part
+        return parts[0]
 
     def _multiple(self, linear: Linear, scheme: Scheme, parts: list[Part]) -> tuple[int, int]:
         """What a rank's share of the split axis must be a multiple of: for words of codes, and for groups."""
@@ -227,9 +223,9 @@ def _sized(scheme: Scheme, linear: Linear) -> tuple[dict[str, list[Wanted]], str
 
 
 def _along(dims: Sequence[Dim], linear: Linear) -> int:
-    """The multiple along the split axis; a flattened weight is cut between rows of K elements."""
-    rows = [Dim(one.axis, one.per / gcd(one.multiple, linear.k)) if one.axis == "nk" else one for one in dims]
-    return multiple_of(dims if linear.parallel == "row" else rows)
+    """What a share of the split axis must be a multiple of; a flattened weight is cut between its rows of K."""
+    rows = linear.parallel == "column"
+    return lcm(*(d.multiple // gcd(d.multiple, linear.k) if rows and d.axis == "nk" else d.multiple for d in dims))
 
 
 def _check_ranks(cuts: Sequence[Cut], ranks: int, code: str) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ A plugin implements some of these functions, each with the decorator ``@hookimpl
 right. ``help(quantserve.hookspecs)`` says when each is called and what it returns.
 
     quantserve_method()                                     the method's name, bits, devices
+    quantserve_reader()                                     files other than safetensors, and how they are read
     quantserve_detect(checkpoint)                           whether a checkpoint is in this format
     quantserve_scheme(checkpoint, linear)                   how a linear is stored
     quantserve_skip_list(checkpoint)                        what the config leaves unquantized
@@ -25,6 +26,8 @@ right. ``help(quantserve.hookspecs)`` says when each is called and what it retur
 from typing import TYPE_CHECKING
 
 from quantserve.checkpoint import Checkpoint, Tensor
+from quantserve.checkpoint.containers import BadContainer, Contents, Reader
+from quantserve.checkpoint.source import Source
 from quantserve.checks.fused import check_fused_groups
 from quantserve.checks.linear import Expected, check_linears, check_shards, quantized_linears
 from quantserve.checks.skipped import SkipList
@@ -47,7 +50,9 @@ if TYPE_CHECKING:
 __all__ = [
     "NK",
     "VERSION",
+    "BadContainer",
     "Checkpoint",
+    "Contents",
     "Dim",
     "E",
     "Expected",
@@ -63,9 +68,11 @@ __all__ = [
     "PerformanceProfile",
     "PublishedRun",
     "QualityNote",
+    "Reader",
     "Scheme",
     "Severity",
     "SkipList",
+    "Source",
     "Target",
     "Tensor",
     "check_fused_groups",

@@ -56,10 +56,10 @@ def quantserve_reader() -> Reader | None:
     """Teach the core another container than safetensors: which files, and how their headers are read.
 
     Fires once per plugin, when the registry loads it. ``Reader.read`` is then called for models whose files have one
-    of ``Reader.suffixes``: under ``check``, ``plan``, ``recommend`` and before every deploy, for at most 6 times as long as a
-    hook. It opens files through the source that it is given, reads headers only, and raises ``BadContainer`` for a
-    damaged file; another exception means that the plugin itself is defective. The plugin joins the plugins of such a model.
-    Two plugins that claim one suffix: the one whose distribution is ``quantserve-SUFFIX`` keeps it.
+    of ``Reader.suffixes``, in ``quantserve check`` and before every deploy; it may take 6 times as long as a hook. It
+    opens files through the source that it is given, reads headers only, and raises ``BadContainer`` for a damaged file;
+    another exception means that the plugin itself is defective. The plugin joins those that such a model composes. Two
+    plugins that claim one suffix: the one whose distribution is ``quantserve-SUFFIX`` keeps it.
     """
 
 

@@ -87,6 +87,7 @@ class Checkpoint:
         other: entries of a pickled state dict that are not tensors (``sparse_threshold.*``): name -> int, float,
             bool, str, or a short description of anything else.
         metadata: ``__metadata__`` of the safetensors files; of a key in several files the first value.
+        container: the files that a plugin's reader read; empty where the core read safetensors or pickles.
         problems: what reading found wrong; reading never raises for a single bad file.
     """
 
@@ -101,6 +102,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     other: Mapping[str, object] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    container: tuple[str, ...] = ()
     problems: tuple[Finding, ...] = ()
 
     @classmethod
@@ -200,6 +202,7 @@ class Checkpoint:
             },
             "other": dict(self.other),
             "metadata": dict(self.metadata),
+            "container": list(self.container),
             "problems": [problem.to_json() for problem in self.problems],
         }
 

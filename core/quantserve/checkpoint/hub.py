@@ -10,22 +10,22 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 from urllib.parse import quote, urlsplit
 
-from huggingface_hub import constants, get_session, get_token, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]
 
 from quantserve.checkpoint.data import Location
 from quantserve.checkpoint.local import Folder
 from quantserve.checkpoint.safetensors import FIRST_READ
 from quantserve.checkpoint.text import shown, some
-from quantserve.checkpoint.weights import missing_files
 from quantserve.errors import CheckpointError
 from quantserve.finding import Finding
 
@@ -39,17 +39,22 @@ MAX_SKIPPED: Final = 110 * 2**20
 """Bytes read and thrown away when a server ignores ranges; anything further into a file is refused."""
 
 
-def open_repository(repo: str, revision: str | None) -> Folder | Repository:
+def open_repository(repo: str, revision: str | None, lacking: Callable[[Folder], list[str]]) -> Folder | Repository:
     """The cached snapshot when it is complete, else the repository on the hub.
 
-    Raises CheckpointError when neither can be had.
+    Args:
+        lacking: gives the files that a snapshot lacks.
+
+    Raises:
+        CheckpointError: neither can be had.
     """
-    folder, lacking = _cached(repo, revision)
-    if folder is not None and not lacking:
+    folder = _cached(repo, revision)
+    lacks = lacking(folder) if folder else []
+    if folder is not None and not lacks:
         return folder
     if constants.HF_HUB_OFFLINE:
         name = repo if revision is None else f"{repo}@{revision}"
-        have = f"its cached snapshot lacks {', '.join(some(lacking[:5]))}" if folder else "it is not in the HF cache"
+        have = f"its cached snapshot lacks {', '.join(some(lacks[:5]))}" if folder else "it is not in the HF cache"
         raise CheckpointError(
             f"cannot open {name}: HF_HUB_OFFLINE is set and {have}\n"
             f"  fix: unset HF_HUB_OFFLINE, or run `hf download {repo}` once with network access"
@@ -57,19 +62,23 @@ def open_repository(repo: str, revision: str | None) -> Folder | Repository:
     return Repository.listed(repo, revision)
 
 
-def _cached(repo: str, revision: str | None) -> tuple[Folder | None, list[str]]:
-    """The snapshot in the cache, and the files it lacks."""
+def _cached(repo: str, revision: str | None) -> Folder | None:
+    """The snapshot in the cache."""
     try:
-        config = try_to_load_from_cache(repo, "config.json", revision=revision)
+        validate_repo_id(repo)
     except HFValidationError as error:
         raise CheckpointError(f"{shown(repo)!r} is no hub id: {error}\n  fix: name a model as org/name") from None
-    if not isinstance(config, str):
-        return None, ["config.json"]
-    path = Path(config).parent
-    folder = Folder(path, location="cache", revision=path.name)
-    if "config.json" not in folder.files:
-        return folder, ["config.json"]
-    return folder, missing_files(folder)
+    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    commit = revision or "main"
+    try:
+        if commit in {ref.relative_to(cache / "refs").as_posix() for ref in (cache / "refs").rglob("*")}:
+            commit = (cache / "refs" / commit).read_text().strip()
+        if commit not in {path.name for path in (cache / "snapshots").iterdir()}:
+            return None
+    except (OSError, ValueError):
+        return None
+    path = cache / "snapshots" / commit
+    return Folder(path, location="cache", revision=path.name)
 
 
 @dataclass

@@ -120,8 +120,12 @@ def find_folder(source: str) -> Path | None:
 
 
 def _file_fix(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return "GGUF files are not read; name a folder with config.json and *.safetensors"
+    if path.suffix not in ("", ".safetensors", ".bin", ".pt", ".json"):
+        kind = shown(path.suffix[1:].upper())
+        return (
+            f"no installed plugin reads {kind} files: install one that does, or name a folder "
+            "with config.json and *.safetensors; `quantserve list` shows the plugins that failed"
+        )
     return f"name the folder that holds config.json and the weights, perhaps {shown(str(path.parent))}"
 
 

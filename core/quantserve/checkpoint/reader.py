@@ -3,51 +3,67 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Final
 
 from quantserve.checkpoint import weights
 from quantserve.checkpoint.configs import json_names, read_configs
+from quantserve.checkpoint.containers import Reader, chosen, container_file, containers
 from quantserve.checkpoint.data import Checkpoint
 from quantserve.checkpoint.local import Folder, find_folder, missing, nothing_here
 from quantserve.checkpoint.mistral import PARAMS, is_mistral_format, translated
 from quantserve.checkpoint.source import Source
 from quantserve.checkpoint.text import shown
 from quantserve.errors import CheckpointError
+from quantserve.system.homes import parted
 
 _HUB_ID: Final = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?(?<![.-])", re.ASCII)
 
 
-def open_checkpoint(source: str, *, revision: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: str, *, revision: str | None = None, allow_pickle: bool = False, readers: Sequence[Reader] = ()
+) -> Checkpoint:
     """Read everything about a checkpoint except its weights.
 
-    An existing folder wins; otherwise `source` is a hub id, looked up in the HF cache first (a snapshot with config
+    An existing path wins; otherwise `source` is a hub id, looked up in the HF cache first (a snapshot with config
     and all weight files is used as it is) and then on the hub by range requests. HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE,
     HF_HUB_CACHE and HF_HUB_DOWNLOAD_TIMEOUT are respected; nothing is written to the cache.
 
     Args:
-        source: a folder, ``org/name`` or ``org/name@revision``.
+        source: a folder, ``org/name`` or ``org/name@revision``; with a reader also a file, or one of these with
+            ``:CHOICE``.
         revision: branch, tag or commit of a hub id.
         allow_pickle: read names and shapes of ``.bin`` and ``.pt`` files, without running what is in them.
+        readers: of containers other than safetensors. They are asked where a file of theirs is chosen, or where there
+            are no weights that the core reads itself.
 
     Raises:
         CheckpointError: nothing is there, or it cannot be reached, or access is refused. A file that is damaged is no
             error but a finding in `Checkpoint.problems`.
     """
-    folder = find_folder(source)
+    by_suffix = {suffix: reader for reader in readers for suffix in reader.suffixes}
+    place, choice = parted(source)
+    if file := container_file(place, by_suffix):
+        place, choice = str(file.parent), file.name
+    folder = find_folder(place)
     if folder is not None:
         opened: Source = Folder(folder)
+        names = chosen(opened, by_suffix, choice, source)
         known = {"config.json", PARAMS} & opened.files.keys() or any(name.endswith(".gguf") for name in opened.files)
-        if not known and not weights.weight_names(opened.files):
+        if not known and not names and not weights.weight_names(opened.files):
             raise CheckpointError(nothing_here(Folder(folder)))
     else:
-        opened = _open_hub(source, revision)
+        opened = _open_hub(place, revision, partial(_lacking, suffixes=by_suffix, choice=choice))
+        names = chosen(opened, by_suffix, choice, source)
+    if names:
+        return _read_container(source, opened, names, by_suffix[PurePath(names[0]).suffix])
     return _read(source, opened, allow_pickle)
 
 
-def _open_hub(source: str, revision: str | None) -> Source:
+def _open_hub(source: str, revision: str | None, lacking: Callable[[Folder], list[str]]) -> Source:
     repo, at, named = source.partition("@")
     if at:
         if not named or revision not in {None, named}:
@@ -61,7 +77,48 @@ def _open_hub(source: str, revision: str | None) -> Source:
         raise CheckpointError(missing(source, Path(source)))
     from quantserve.checkpoint.hub import open_repository  # huggingface_hub takes 0.3 s to import
 
-    return open_repository(repo, revision)
+    return open_repository(repo, revision, lacking)
+
+
+def _lacking(folder: Folder, suffixes: Collection[str], choice: str) -> list[str]:
+    """The files that a cached snapshot lacks."""
+    if choice or (containers(folder.files, suffixes) and not weights.weight_names(folder.files)):
+        try:
+            found = weights.missing_numbers(chosen(folder, suffixes, choice, ""))
+        except CheckpointError:
+            return [choice or "its config.json"]
+        return [name for finding in found for name in finding.offenders]
+    return weights.missing_files(folder) if "config.json" in folder.files else ["config.json"]
+
+
+def _read_container(name: str, source: Source, names: tuple[str, ...], reader: Reader) -> Checkpoint:
+    """Read the chosen files; what they say of config and tokenizer counts, else the JSON files beside them."""
+    source.prefetch((file, source.files[file]) for file in json_names(source))
+    config, quant_files, tokenizer, findings = read_configs(source)
+    contents = reader.read(source, names)
+    told = [
+        *(["config-missing"] if contents.config else []),
+        *(["tokenizer-missing"] if contents.tokenizer.get("present") else []),
+    ]
+    return Checkpoint(
+        source=name,
+        location=source.location,
+        path=source.path,
+        revision=source.revision,
+        files=dict(source.files),
+        config=contents.config or config,
+        quant_files=quant_files,
+        tokenizer=contents.tokenizer or tokenizer,
+        tensors={tensor.name: tensor for tensor in contents.tensors},
+        metadata=contents.metadata,
+        container=names,
+        problems=(
+            *source.findings,
+            *(finding for finding in findings if finding.code not in told),
+            *weights.missing_numbers(names),
+            *contents.problems,
+        ),
+    )
 
 
 def _read(name: str, source: Source, allow_pickle: bool) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -21,7 +21,7 @@ INDEX: Final = "model.safetensors.index.json"
 MISTRAL_INDEX: Final = "consolidated.safetensors.index.json"
 PICKLE_INDEX: Final = "pytorch_model.bin.index.json"
 NOT_WEIGHTS: Final = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
-_NUMBERED: Final = re.compile(r"(.*-)(\d{1,6})(-of-)(\d{1,6})(\.safetensors|\.bin|\.pt)")
+_NUMBERED: Final = re.compile(r"(.*-)(\d{1,6})(-of-)(\d{1,6})(\.\w+)")
 
 MAX_FILES: Final = 5_000
 """Weight files of a checkpoint; Grok-1 has 770."""
@@ -60,7 +60,7 @@ def missing_files(source: Source) -> list[str]:
     kind = [name for name in names if name.endswith(suffix)]
     listed = _index(source, INDEX if suffix == ".safetensors" else PICKLE_INDEX, kind, probe)
     if listed is None:
-        _missing_numbers(kind, probe)
+        probe.findings += missing_numbers(kind)
     return [name for finding in probe.findings if finding.code == "shard-missing" for name in finding.offenders]
 
 
@@ -122,10 +122,11 @@ def _nothing(source: Source) -> Finding:
     if gguf:
         return Finding.error(
             "weights-missing",
-            f"the weights are in the GGUF format ({', '.join(some(gguf[:3]))}), which no installed plugin serves; vLLM "
+            f"the weights are in the GGUF format ({', '.join(some(gguf[:3]))}), which no installed plugin reads; vLLM "
             "needs vllm-gguf-plugin for it",
             some(gguf),
-            "use the safetensors version of this model",
+            "use the safetensors version of this model, or install a plugin that reads these files; `quantserve list` "
+            "shows the plugins that failed",
         )
     return Finding.error(
         "weights-missing",
@@ -176,7 +177,7 @@ def _read_safetensors(source: Source, names: list[str], weights: Weights) -> Non
             )
         )
     if listed is None:
-        _missing_numbers(chosen, weights)
+        findings += missing_numbers(chosen)
     source.prefetch((name, FIRST_READ) for name in chosen)
     readable = _read_files(source, chosen, weights)
     if listed is not None:
@@ -294,18 +295,19 @@ def _escapes(file: str) -> bool:
     return not file or ".." in parts or parts[0] == "" or ":" in parts[0] or "\\" in file or "\0" in file
 
 
-def _missing_numbers(names: list[str], weights: Weights) -> None:
+def missing_numbers(names: Iterable[str]) -> list[Finding]:
     """Without an index, the names themselves (``model-00001-of-00003``) tell which files are missing."""
     families: dict[tuple[str, str, str], set[int]] = {}
     for name in names:
         if found := _NUMBERED.fullmatch(name):
             families.setdefault((found[1], found[4], found[5]), set()).add(int(found[2]))
+    findings = []
     for (stem, total, suffix), numbers in families.items():
         missing = int(total) - len(numbers)
         if missing > 0:
             absent = islice((n for n in range(1, int(total) + 1) if n not in numbers), 20)
             offenders = [f"{stem}{n:0{len(total)}d}-of-{total}{suffix}" for n in absent]
-            weights.findings.append(
+            findings.append(
                 Finding.error(
                     "shard-missing",
                     f"{missing} of {int(total)} files missing: {', '.join(some(offenders[:5]))}",
@@ -313,6 +315,7 @@ def _missing_numbers(names: list[str], weights: Weights) -> None:
                     "download the missing files",
                 )
             )
+    return findings
 
 
 def _compare(listed: dict[str, str], readable: set[str], weights: Weights) -> None:
@@ -374,7 +377,7 @@ def _read_pickles(source: Source, names: list[str], weights: Weights, allow_pick
     )
     listed = _index(source, PICKLE_INDEX, names, weights)
     if listed is None:
-        _missing_numbers(names, weights)
+        weights.findings += missing_numbers(names)
     twice: list[str] = []
     budget = Budget()
     for name in names:

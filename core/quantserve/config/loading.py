@@ -17,6 +17,7 @@ from quantserve.config.paths import (
     config_files,
     folder_id,
     is_checkpoint,
+    is_container,
     is_hub_id,
     not_found,
     resolved,
@@ -27,7 +28,7 @@ from quantserve.config.report import Report, got, unknown_key
 from quantserve.config.schema import HttpConfig
 from quantserve.config.source import SUFFIXES, Located, from_object, parse, read
 from quantserve.errors import CheckpointError, ConfigError
-from quantserve.system.homes import expand, snapshot_in
+from quantserve.system.homes import expand, parted, snapshot_in
 
 IMPORT_PATH: Final = "quantserve.serve.app:build"
 RAYLLM_IMPORT_PATHS: Final = ("rayllm.backend:router_application", "rayllm.backend:llm_application")
@@ -77,9 +78,12 @@ def load_object(obj: object, where: str) -> AppConfig:
 
 def is_model_source(source: str | Path) -> bool:
     """Whether `source` names a bare model (checkpoint folder or hub id), not a config."""
-    path = expand(str(source))
+    place, choice = parted(str(source))
+    path = expand(place)
+    if path.is_dir():
+        return bool(choice) or is_checkpoint(snapshot_in(path))
     if path.exists():
-        return is_checkpoint(snapshot_in(path))
+        return is_container(path)
     return is_hub_id(str(source), [Path()])
 
 
@@ -99,10 +103,13 @@ def model_from_source(
     if not is_model_source(source):
         raise ConfigError(not_found(str(source), [Path()]))
     engine: dict[str, Any] = {"model_id": str(source)}
-    path = expand(str(source))
+    place, choice = parted(str(source))
+    path = expand(place)
     if path.exists():
         path = snapshot_in(path)
-        engine = {"model_id": folder_id(path), "hf_model_id": str(path.resolve())}
+        real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name  # a cached file is a link
+        chosen = f":{choice}" if choice else ""
+        engine = {"model_id": folder_id(path) + chosen, "hf_model_id": str(real) + chosen}
     if quantization:
         engine["engine_kwargs"] = {"quantization": quantization}
     if max_model_len is not None:
@@ -163,6 +170,11 @@ class _Loader:
                 if path is not None and path.exists():
                     self._path(path, f"{label}: {path}" if origin else str(path), label if origin else str(path))
                     return
+            place, choice = parted(text) if "\n" not in text and len(text) < 1024 else (text, "")
+            for path in (folder / expand(place) for folder in folders if choice):
+                if path.is_dir():
+                    self.models.append(model_from_source(f"{path}:{choice}").located(label))
+                    return
             if origin and ("\n" in text or ": " in text or text.lstrip().startswith("{")):
                 self._inline(text, label, folders[0])
             elif is_hub_id(text, folders):
@@ -198,6 +210,8 @@ class _Loader:
                 self._file(file)
         elif path.suffix.lower() in SUFFIXES:
             self._file(path)
+        elif is_container(path):
+            self.models.append(model_from_source(path).located(where))
         else:
             fix = ""
             if path.suffix in (".safetensors", ".bin", ".pt"):

@@ -12,7 +12,7 @@ from typing import Final
 
 from quantserve.config.source import SUFFIXES
 from quantserve.errors import ConfigError
-from quantserve.system.homes import expand, url_mistake
+from quantserve.system.homes import expand, parted, url_mistake
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 LORA: Final = (
@@ -31,8 +31,23 @@ def is_checkpoint(folder: Path) -> bool:
         return False
     if "config.json" in names or ("params.json" in names and any(name.startswith("consolidated") for name in names)):
         return True
-    configs = [name for name in names if name.lower().endswith(SUFFIXES) and name not in ("params.json",)]
-    return not configs and any(name.endswith((".safetensors", ".gguf")) for name in names)
+    if any(name.lower().endswith(SUFFIXES) and name not in ("params.json",) for name in names):
+        return False
+    if any(name.endswith((".safetensors", ".gguf")) for name in names):
+        return True
+    paths = [folder / name for name in names]
+    return not any(path.is_dir() for path in paths) and any(is_container(path) for path in paths)
+
+
+def is_container(path: Path) -> bool:
+    """Whether a file may hold a model that a plugin can read: no config, no weights of a folder, and no text."""
+    if path.suffix.lower() in (*SUFFIXES, ".safetensors", ".bin", ".pt", "") or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return b"\0" in file.read(1024)
+    except OSError:
+        return False
 
 
 def config_files(folder: Path) -> list[Path]:
@@ -63,6 +78,9 @@ def resolved(text: str, folder: Path | None) -> str:
     for start in dict.fromkeys([folder or Path(), Path()]):
         if os.path.exists(start / path):  # False for a path the file system refuses
             return str((start / path).resolve())
+    place, choice = parted(text)
+    if choice and (found := resolved(place, folder)) != place:
+        return f"{found}:{choice}"
     return str(((folder or Path()) / path).resolve()) if text.startswith(("./", "../")) else text
 
 
@@ -73,6 +91,7 @@ def resolved_file(text: str, folder: Path | None) -> str:
 
 def is_hub_id(text: str, folders: Sequence[Path]) -> bool:
     """Whether a name that is not an existing path is a hub id ``org/name``; not if a folder ``org`` exists."""
+    text = parted(text)[0]
     return (
         bool(HUB_ID.fullmatch(text))
         and not text.lower().endswith((*SUFFIXES, ".safetensors", ".bin", ".pt", ".txt"))

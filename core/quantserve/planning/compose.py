@@ -95,7 +95,8 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     checkpoint = overridden(opened, effective.engine_kwargs.get("hf_overrides"))
     dtype = kwargs.get("dtype")
     dtype_by = dtype.source if dtype and dtype.source != "config" else ""
-    findings += [finding.said_by("core") for finding in check_model(checkpoint, effective, target, method, dtype_by)]
+    checked_model = check_model(checkpoint, effective, target, method, dtype_by)
+    findings += [finding if finding.source else finding.said_by("core") for finding in checked_model]
     if method_plugin and method:
         findings += _check_schemes(hooks, method_plugin, method, checkpoint, effective)
     for plugin in plugins:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from quantserve.checkpoint import Checkpoint
 from quantserve.checks.memory import shares_gpu
 from quantserve.config import ModelConfig
 from quantserve.errors import ConfigError, FindingsError
@@ -27,6 +28,7 @@ from quantserve.system.environment import (
     configured_environment,
     engine_environment,
 )
+from quantserve.system.homes import parted
 
 # Ray's default is whole CPUs, with which three small models could not share a laptop.
 DEFAULT_CPUS_PER_CPU_REPLICA = 0.1
@@ -212,13 +214,14 @@ def _core_settings(composition: Composition) -> dict[str, Setting]:
     """Engine arguments set by the core; plugins and users may override all but the identity keys."""
     model, target = composition.model, composition.target
     tensor_parallel = model.tensor_parallel_size
+    name, revision = _identity(model, composition.checkpoint)
     settings: dict[str, Setting] = {
-        "model": Setting(model.source, "config"),
+        "model": Setting(name, "config"),
         "served_model_name": Setting([model.model_id], "config"),
         "tensor_parallel_size": Setting(tensor_parallel, "config"),
         "max_model_len": Setting(model.max_model_len, "config"),
         "tokenizer": Setting(model.engine_config.tokenizer_id, "config"),
-        "revision": Setting(model.revision, "config"),
+        "revision": Setting(revision, "config"),
         "trust_remote_code": Setting(False, "core"),
     }
     if tensor_parallel > 1:
@@ -240,6 +243,16 @@ def _core_settings(composition: Composition) -> dict[str, Setting]:
         if composition.memory and composition.memory.kv_cache_bytes:
             settings["kv_cache_memory_bytes"] = Setting(composition.memory.kv_cache_bytes, "core")
     return settings
+
+
+def _identity(model: ModelConfig, checkpoint: Checkpoint) -> tuple[str, str | None]:
+    """What vLLM loads, and its revision: a folder, a container file, or a hub id with the choice of a file."""
+    if checkpoint.location == "local":
+        files = [str(checkpoint.path / name) for name in checkpoint.container] if checkpoint.path else []
+        return (*files, model.source)[0], model.revision
+    place, choice = parted(model.source)
+    repository, _, revision = place.partition("@")
+    return f"{repository}:{choice}" if choice else repository, revision or model.revision
 
 
 def _app_name(model: ModelConfig) -> str:

@@ -9,6 +9,9 @@ Method names and aliases:
 3. Of several plugins with one method name, the one whose distribution is ``quantserve-NAME`` keeps it, else the one
    whose entry point is NAME. Where neither distinguishes one of them, none serves it, and all are named.
 4. An alias of several plugins belongs to none of them; the plugins stay.
+
+A suffix of files (``.gguf``) that several plugins read belongs to the one whose distribution is ``quantserve-SUFFIX``,
+else to none; the plugins stay.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class Settled:
     Attributes:
         plugins: those that stay.
         failures: those that lost their method's name.
-        contested: aliases that belong to nobody, with the reason.
+        contested: aliases and suffixes that belong to nobody, with the reason.
     """
 
     plugins: tuple[Plugin, ...]
@@ -107,10 +110,12 @@ def settle(plugins: Iterable[Plugin]) -> Settled:
         if len(claiming) > 1
     }
     settled = {plugin.name: _with_own_aliases(plugin, names, contested) for plugin in kept}
+    stay = [settled.get(plugin.name, plugin) for plugin in everyone if plugin.name not in lost]
+    suffixes = _owners_of_suffixes(stay)
     return Settled(
-        plugins=tuple(settled.get(plugin.name, plugin) for plugin in everyone if plugin.name not in lost),
+        plugins=tuple(_with_own_suffixes(plugin, suffixes) for plugin in stay),
         failures=tuple(lost.values()),
-        contested=contested,
+        contested=contested | {suffix: owner for suffix, owner in suffixes.items() if isinstance(owner, str)},
     )
 
 
@@ -156,6 +161,35 @@ def _with_own_aliases(plugin: Plugin, names: Mapping[str, Plugin], contested: Ma
             notes.append(f"alias {alias!r} of {plugin.label} is dropped: {contested[alias]}")
     aliases = tuple(alias for alias in method.aliases if alias not in names and alias not in contested)
     return replace(plugin, method=replace(method, aliases=aliases), notes=tuple(notes))
+
+
+def _owners_of_suffixes(plugins: Iterable[Plugin]) -> dict[str, Plugin | str]:
+    """Who reads the files of each suffix; the reason where nobody does."""
+    claimants = defaultdict(list)
+    for plugin in plugins:
+        for suffix in plugin.reader.suffixes if plugin.reader else ():
+            claimants[suffix].append(plugin)
+    owners: dict[str, Plugin | str] = {}
+    for suffix, claiming in claimants.items():
+        named = [plugin for plugin in claiming if named_for(plugin.distribution, suffix[1:])]
+        who = " and ".join(plugin.label for plugin in claiming)
+        only = claiming if len(claiming) == 1 else named
+        owners[suffix] = only[0] if len(only) == 1 else f"*{suffix} files are claimed by {who}; neither reads them"
+    return owners
+
+
+def _with_own_suffixes(plugin: Plugin, owners: Mapping[str, Plugin | str]) -> Plugin:
+    """The plugin without the suffixes that are another's or nobody's."""
+    if plugin.reader is None:
+        return plugin
+    lost = [suffix for suffix in plugin.reader.suffixes if owners[suffix] is not plugin]
+    notes = []
+    for suffix in lost:
+        owner = owners[suffix]
+        why = owner if isinstance(owner, str) else f"they belong to {owner.label}"
+        notes.append(f"{plugin.label} does not read *{suffix} files: {why}")
+    own = tuple(suffix for suffix in plugin.reader.suffixes if suffix not in lost)
+    return replace(plugin, reader=replace(plugin.reader, suffixes=own), notes=(*plugin.notes, *notes))
 
 
 def _failure(plugin: Plugin, reason: str, fix: str) -> Failure:

@@ -16,10 +16,13 @@ import pluggy
 
 import quantserve.api  # so that the first plugin's import time is its own
 from quantserve import __version__, hookspecs
+from quantserve.checkpoint.containers import Reader
 from quantserve.errors import PluginError, UsageError
 from quantserve.method import Method
 from quantserve.plugins import foreign
 from quantserve.plugins.contract import method_of, module_breach
+from quantserve.plugins.readers import HOOK as READER
+from quantserve.plugins.readers import reader_of
 
 HEAVY: Final[tuple[str, ...]] = ("torch", "vllm", "ray", "transformers")
 """Packages that a light module must not bring in."""
@@ -38,6 +41,7 @@ class Plugin:
         has_engine_side: whether the processes of vLLM must call its ``vllm.general_plugins`` twin.
         import_s: seconds that importing the module took.
         notes: remarks for ``quantserve list``, such as an alias that belongs to another plugin.
+        reader: of the containers it teaches the core to read; None for none.
         overdue: hooks that did not end in time, with the error; they are not called again.
     """
 
@@ -49,6 +53,7 @@ class Plugin:
     has_engine_side: bool
     import_s: float = 0.0
     notes: tuple[str, ...] = ()
+    reader: Reader | None = None
     overdue: dict[str, PluginError] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -115,7 +120,7 @@ class Failure:
     """A plugin that is installed and cannot be used; a row in ``quantserve list``.
 
     Attributes:
-        stage: ``duplicate``, ``requires``, ``load``, ``hooks``, ``method`` or ``names``.
+        stage: ``duplicate``, ``requires``, ``load``, ``hooks``, ``method``, ``reader`` or ``names``.
         reason: one line.
         claims: method names it would have served, when it got as far as saying so.
         fix: what to do, where it is not to upgrade, uninstall or disable this plugin.
@@ -222,6 +227,9 @@ def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | F
         foreign.run(lambda: _register(module, point.name), f"plugin {label} at stage 'hooks'", seconds)
         stage = "method"
         method = foreign.run(lambda: _method(module, point.name), f"plugin {label} at stage 'method'", seconds)
+        stage, reader = "reader", None
+        if hasattr(module, READER):
+            reader = foreign.run(lambda: _reader(module, point.name), f"plugin {label} at stage 'reader'", seconds)
     except foreign.Raised as raised:
         error = raised.error
         fix = ""
@@ -240,6 +248,7 @@ def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | F
         has_engine_side,
         import_s,
         _import_notes(point.name, distribution, import_s, brought),
+        reader,
     )
 
 
@@ -276,6 +285,13 @@ def _method(module: ModuleType, name: str) -> Method | None:
     if method.api != hookspecs.API_VERSION:
         raise _OtherApi(method.api)
     return method
+
+
+def _reader(module: ModuleType, name: str) -> Reader | None:
+    made = manager()
+    made.register(module, name)
+    said = next(iter(made.hook.quantserve_reader()), None)
+    return None if said is None else reader_of(said)
 
 
 def _unmet_requirement(point: EntryPoint) -> tuple[str, str] | None:

@@ -13,15 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError, distributions, entry_points, metadata
 from itertools import islice
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import pluggy
 
+from quantserve.checkpoint.containers import Contents, Reader
+from quantserve.checkpoint.source import Source
 from quantserve.errors import UsageError, one_line, unknown_name
 from quantserve.plugins import foreign
 from quantserve.plugins.claims import duplicate, settle, unusable_name
 from quantserve.plugins.contract import MOST_READ
 from quantserve.plugins.plugin import Disabled, Failure, Plugin, load, manager, origin
+from quantserve.plugins.readers import guarded
 from quantserve.target import Target
 
 __all__ = ["Disabled", "Failure", "Hooks", "Plugin", "Registry", "how_to_install"]
@@ -48,7 +52,7 @@ class Registry:
         disabled: plugins left out from outside.
         other_engine_plugins: names in vLLM's other plugin groups, which ``VLLM_PLUGINS`` must keep.
         notes: remarks for ``quantserve list``, such as an unknown name in ``QUANTSERVE_DISABLE``.
-        contested: aliases that several plugins claim, with the reason why none of them has it.
+        contested: aliases and suffixes that several plugins claim, with the reason why none of them has it.
     """
 
     plugins: Mapping[str, Plugin]
@@ -119,6 +123,17 @@ class Registry:
     def methods(self) -> dict[str, Plugin]:
         """Method plugins by method name and alias."""
         return {name: p for p in self.plugins.values() if p.method for name in p.method.names}
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """Readers of the plugins, under their guard; a suffix that belongs to nobody is refused when it is needed."""
+        refused = [_refusing(key, why) for key, why in self.contested.items() if key.startswith(".")]
+        return (*(guarded(plugin) for plugin in self.plugins.values() if plugin.reader), *refused)
+
+    def reader_plugin(self, names: Sequence[str]) -> Plugin | None:
+        """The plugin that reads container files of these names; None for none."""
+        suffixes = {PurePath(name).suffix for name in names}
+        return next((p for p in self.plugins.values() if p.reader and suffixes & {*p.reader.suffixes}), None)
 
     def find_method(self, name: str, where: str = "") -> Plugin:
         """The plugin that serves the method ``name``.
@@ -237,6 +252,15 @@ class Hooks:
     def _caller(self, plugin: Plugin, hook: str) -> pluggy.HookCaller:
         others = [other.module for other in self.plugins if other is not plugin]
         return self._manager.subset_hook_caller(hook, others)
+
+
+def _refusing(suffix: str, why: str) -> Reader:
+    """A reader for files that several plugins claim."""
+
+    def read(source: Source, names: tuple[str, ...]) -> Contents:
+        raise UsageError(f"{names[0]}: {why}\n  fix: leave all but one of them out with QUANTSERVE_DISABLE")
+
+    return Reader((suffix,), read)
 
 
 def how_to_install(name: str) -> str:

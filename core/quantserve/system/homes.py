@@ -104,6 +104,14 @@ def expand(text: str) -> Path:
         return Path(text)
 
 
+def parted(source: str) -> tuple[str, str]:
+    """``folder:Q4_K_M`` as folder and choice; the choice is "" for an existing path and where there is none."""
+    place, _, choice = source.rpartition(":")
+    if not place or not choice or "/" in choice or "\0" in source or os.path.lexists(expand(source)):
+        return source, ""
+    return place, choice
+
+
 def snapshot_in(folder: Path) -> Path:
     """The model in a folder: the only snapshot of ``models--org--name`` in a Hugging Face cache, else the folder.
 

@@ -1,0 +1,185 @@
+"""The kernels as vLLM's own linear kernels: vLLM's AWQ, GPTQ, AutoRound and compressed-tensors methods call them.
+
+vLLM reads the checkpoint with its own method and asks a list of kernels, in order, which of them implements a layer.
+`register` puts `CodebookLinearKernel` first in the list for CPUs; layers that it leaves go to vLLM's kernels as before.
+``VLLM_DISABLED_KERNELS=CodebookLinearKernel`` leaves all of them. Written against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, register_linear_kernel
+from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel, MPLinearLayerConfig
+from vllm.platforms import PlatformEnum, current_platform
+from vllm.scalar_type import scalar_types
+
+from quantserve_kernels import Linear, PackedWeight, check_bias, load, pack, status, unpack_stream
+
+# The integer types whose codes fill int32 words without a rest. For 3 bits, writers disagree on how they do.
+TYPES = (
+    scalar_types.uint2,
+    scalar_types.uint2b2,
+    scalar_types.uint4,
+    scalar_types.uint4b8,
+    scalar_types.uint8,
+    scalar_types.uint8b128,
+)
+ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+
+logger = init_logger(f"vllm.{__name__}")
+_chosen: Counter[str] = Counter()
+"""Layers of the model that is being built, by who computes them; logged and cleared when its weights are packed."""
+
+
+class CodebookLinearKernel(MPLinearKernel):
+    """`quantserve_kernels` behind vLLM's interface for linears with integer weights and floating-point activations."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """CUDA compute capability times ten; CPUs have none."""
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        """Whether a layer can be computed, and if not, why."""
+        reason = _refused(c)
+        if reason:
+            _chosen["vLLM's kernels"] += 1
+            logger.info_once("%s leaves linear layers to vLLM's kernels: %s", cls.__name__, reason)
+        return not reason, reason or None
+
+    def __init__(
+        self,
+        c: MPLinearLayerConfig,
+        w_q_param_name: str,
+        w_s_param_name: str,
+        w_zp_param_name: str | None = None,
+    ) -> None:
+        super().__init__(c, w_q_param_name, w_s_param_name, w_zp_param_name)
+        _chosen[type(self).__name__] += 1
+        layer = _newest()
+        scales = getattr(layer, w_s_param_name, None)
+        if isinstance(scales, Parameter):
+            # NaN shows what no tensor arrived for. In float32 no scale of the file is rounded, whatever the model's
+            # dtype.
+            scales.data = torch.full(scales.shape, torch.nan, dtype=torch.float32)
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Pack the loaded tensors, which the kernel's take the place of.
+
+        The packed codes keep the name of the weight, where vLLM's LoRA wrapper looks for the layer's device.
+
+        Raises:
+            ValueError: scales never arrived, or scales or the bias are not finite; names the layer.
+        """
+        _say_once()
+        try:
+            check_bias(getattr(layer, "bias", None))
+            weight = self._pack(layer)
+        except ValueError as error:
+            name = getattr(layer, "prefix", "") or type(layer).__name__
+            raise ValueError(f"{name}: {error}. Fix: download or export the checkpoint again") from error
+        for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
+            if name and hasattr(layer, name):
+                delattr(layer, name)
+        layer.kernel = Linear(weight)
+        layer.register_buffer(self.w_q_name, layer.kernel.codes, persistent=False)
+
+    def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` [..., k] to [..., n] in x's dtype."""
+        out: Tensor = layer.kernel(x, bias)
+        return out
+
+    def _pack(self, layer: Module) -> PackedWeight:
+        words, scales, zeros = self._get_weight_params(layer)
+        kind = self.config.weight_type
+        k, n = self.config.partition_weight_shape
+        if words.packed_dim != words.input_dim:
+            raise ValueError(f"{self.w_q_name} is packed along N; the kernel takes weights packed along K")
+        stream = words.data if words.input_dim == 0 else words.data.t()  # [k * bits / 32, n]
+        scale = scales.data if scales.output_dim == 0 else scales.data.t()  # [n, k / group]
+        if lost := int(scale.isnan().sum()):
+            raise ValueError(f"{lost} of {scale.numel()} values of {self.w_s_name} never arrived, or are NaN")
+        scale = _narrowest(scale)
+        zero = None
+        # Types with a bias have no zeros. AWQ files have them even if their config says `zero_point: false`.
+        if not kind.has_bias() and zeros is not None:
+            packed = zeros.data if zeros.packed_dim == 0 else zeros.data.t()  # [n * bits / 32, k / group]
+            zero = unpack_stream(packed.contiguous(), kind.size_bits)[:, :n].t().to(scale.dtype)
+        return pack(
+            lambda first, last: unpack_stream(stream[:, first:last], kind.size_bits),
+            torch.arange(2**kind.size_bits, dtype=torch.float32)[None] - kind.bias,
+            bits=kind.size_bits,
+            shape=(n, k),
+            scales=scale,
+            zeros=zero,
+            group_size=k // scale.shape[1],
+        )
+
+
+def register() -> None:
+    """Put the kernel first among vLLM's for CPUs in this process; elsewhere do nothing. Safe to call again."""
+    if not current_platform.is_cpu():
+        return  # vLLM's own kernels are the fast ones there
+    load()
+    kernels = _POSSIBLE_KERNELS.setdefault(PlatformEnum.CPU, [])
+    if CodebookLinearKernel not in kernels:
+        register_linear_kernel(CodebookLinearKernel, PlatformEnum.CPU, "mp")
+        kernels.insert(0, kernels.pop())  # it was appended, and vLLM takes the first kernel that implements a layer
+        register_module_parameter_registration_hook(_remember)
+
+
+def _refused(c: MPLinearLayerConfig) -> str:
+    """Why a layer cannot be computed; "" where it can. Act-order does not get here: vLLM 0.32 refuses it itself."""
+    if not current_platform.is_cpu():
+        return "it runs on CPUs only"
+    if not (found := status()).native:
+        return f"quantserve-kernels is not compiled here ({found.reason})"
+    if c.weight_type not in TYPES:
+        return f"weights are {c.weight_type}; it takes {', '.join(map(str, TYPES))}"
+    if c.act_type not in ACTIVATIONS:
+        return f"activations are {c.act_type}; it takes {', '.join(map(str, ACTIVATIONS))}"
+    if c.out_type not in (None, c.act_type):
+        return f"activations are {c.act_type} and results {c.out_type}; it gives results in the dtype of activations"
+    k = c.partition_weight_shape[0]
+    if k * c.weight_type.size_bits % 32:
+        return f"K {k} is no whole number of int32 words of {c.weight_type.size_bits}-bit codes"
+    if c.group_size != -1 and (c.group_size < 1 or k % c.group_size):
+        return f"groups of {c.group_size} do not divide K {k}"
+    return ""
+
+
+_last: ref[Module] | None = None
+
+
+def _remember(module: Module, name: str, parameter: Parameter | None) -> None:
+    """Remember the last layer that registered a parameter: vLLM makes the kernel after these, without the layer."""
+    global _last
+    _last = ref(module)
+
+
+def _newest() -> Module | None:
+    return _last() if _last else None
+
+
+def _say_once() -> None:
+    if _chosen:
+        layers = ", ".join(f"{count} on {who}" for who, count in sorted(_chosen.items()))
+        logger.info_once("Quantized linear layers: %s (instruction set %s)", layers, status().instruction_set)
+        _chosen.clear()
+
+
+def _narrowest(scales: Tensor) -> Tensor:
+    """The scales in the 16-bit dtype they were stored in; float32 where they are in none."""
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = scales.to(dtype)
+        if torch.equal(narrow.to(torch.float32), scales):
+            return narrow
+    return scales

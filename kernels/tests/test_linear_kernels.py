@@ -1,0 +1,384 @@
+"""vLLM's own AWQ, GPTQ, AutoRound and compressed-tensors layers on our kernel, against float64.
+
+Weights are random integers, packed by functions of this file and of compressed-tensors. They mean
+`(code - zero) * scale`, as the formats define it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+from vllm.lora.layers import RowParallelLinearWithLoRA
+from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, MPLinearLayerConfig, choose_mp_linear_kernel
+from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.platforms import PlatformEnum
+from vllm.scalar_type import scalar_types
+
+from quantserve_kernels import Status, instruction_set
+from quantserve_kernels._ops import instruction_sets
+from quantserve_kernels.vllm import linear_kernels
+from quantserve_kernels.vllm.linear_kernels import CodebookLinearKernel, register
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is registered on CPUs only"),
+]
+
+K = 256
+PREFIX = "model.layers.3.mlp.down_proj"
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+Parts = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a vLLM layer needs around it: a config and a group of one process; afterwards the kernels as they were."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    before = list(_POSSIBLE_KERNELS[PlatformEnum.CPU])
+    register()
+    with set_current_vllm_config(VllmConfig()):
+        store = tmp_path_factory.mktemp("group") / "store"
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        initialize_model_parallel(1)
+        yield
+        cleanup_dist_env_and_memory()
+    _POSSIBLE_KERNELS[PlatformEnum.CPU][:] = before
+
+
+# --- the formats, written down independently -------------------------------------------------------
+
+
+def packed(codes: Tensor, dim: int, order: tuple[int, ...] = tuple(range(8)), bits: int = 4) -> Tensor:
+    """int32 words of `32 / bits` codes each along `dim`; field i of a word is its code `order[i]`."""
+    per = 32 // bits
+    fields = codes.movedim(dim, -1).to(torch.int64).reshape(*codes.movedim(dim, -1).shape[:-1], -1, per)
+    words = sum(fields[..., code] << (bits * field) for field, code in enumerate(order[:per]))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).movedim(-1, dim).contiguous()
+
+
+def numbers(n: int, group: int, *, bits: int, seed: int, k: int = K) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [n, k], zeros [n, k / group] and scales [n, k / group] in float16."""
+    made = torch.Generator().manual_seed(seed)
+    groups = 1 if group == -1 else k // group
+    codes = torch.randint(0, 2**bits, (n, k), generator=made)
+    zeros = torch.randint(1, 2**bits, (n, groups), generator=made)
+    return codes, zeros, (torch.rand(n, groups, generator=made) * 0.01 + 0.001).half()
+
+
+def meant(codes: Tensor, zeros: Tensor | int, scales: Tensor) -> Tensor:
+    """The weight [n, k] in float64."""
+    each = codes.shape[1] // scales.shape[1]
+    wide = zeros.repeat_interleave(each, 1) if isinstance(zeros, Tensor) else zeros
+    return (codes - wide).double() * scales.double().repeat_interleave(each, 1)
+
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def awq(n: int, group: int, seed: int, k: int = K, **_: Any) -> tuple[Parts, Tensor]:
+    codes, zeros, scales = numbers(n, group, bits=4, seed=seed, k=k)
+    parts = {"qweight": packed(codes.t(), 1, AWQ_ORDER), "qzeros": packed(zeros.t(), 1, AWQ_ORDER)}
+    return {**parts, "scales": scales.t().contiguous()}, meant(codes, zeros, scales)
+
+
+def gptq(n: int, group: int, seed: int, k: int = K, version: int = 1) -> tuple[Parts, Tensor]:
+    """Symmetric: the zero point is 8, stored as 7 in version 1 of the format; g_idx is not read by vLLM."""
+    codes, zeros, scales = numbers(n, group, bits=4, seed=seed, k=k)
+    stored = packed(torch.full_like(zeros, 8 if version == 2 else 7).t(), 1)
+    parts = {"qweight": packed(codes.t(), 0), "qzeros": stored, "scales": scales.t().contiguous()}
+    return parts, meant(codes, 8, scales)
+
+
+def compressed(
+    n: int, group: int, seed: int, k: int = K, bits: int = 4, symmetric: bool = True
+) -> tuple[Parts, Tensor]:
+    """Signed values in the file, shifted by half of the range in the words."""
+    codes, zeros, scales = numbers(n, group, bits=bits, seed=seed, k=k)
+    half = 2 ** (bits - 1)
+    parts = {
+        "weight_packed": pack_to_int32((codes - half).to(torch.int8), bits),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor([n, k]),
+    }
+    if symmetric:
+        return parts, meant(codes, half, scales)
+    parts["weight_zero_point"] = pack_to_int32((zeros - half).to(torch.int8), bits, packed_dim=0).contiguous()
+    return parts, meant(codes, zeros, scales)
+
+
+def config_of(method: str, group: int, **changes: Any) -> Any:
+    symmetric = changes.pop("symmetric", True)
+    bits = changes.pop("bits", 4)
+    values: dict[str, Any] = {
+        "awq": {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True},
+        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True},
+        "inc": {"quant_method": "auto-round", "bits": 4, "group_size": group, "sym": True,
+                "packing_format": "auto_round:auto_gptq"},
+        "compressed-tensors": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+                "num_bits": bits, "type": "int", "symmetric": symmetric,
+                "strategy": "channel" if group == -1 else "group", "group_size": None if group == -1 else group}}},
+            "ignore": [],
+        },
+    }[method]  # fmt: skip
+    config = get_quantization_config({"gptq": "auto_gptq"}.get(method, method)).from_config({**values, **changes})
+    config.packed_modules_mapping = FUSED
+    return config
+
+
+def load(layer: Any, parts: dict[Any, Parts], *, without: str = "") -> Any:
+    for shard, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if name == without:
+                continue
+            parameter = getattr(layer, name)
+            parameter.weight_loader(*([parameter, tensor] if shard is None else [parameter, tensor, shard]))
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def row_parallel(config: Any, n: int = 64, k: int = K, **options: Any) -> Any:
+    return linear.RowParallelLinear(k, n, **{"bias": False, **options}, quant_config=config, prefix=PREFIX)
+
+
+def close(layer: Any, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the layer multiplies as float64 does, in float32."""
+    x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    expected = x.double() @ weight.t() + (0 if bias is None else bias.double())
+    assert layer.kernel.n == weight.shape[0]
+    made = layer.quant_method.apply(layer, x, bias)
+    assert made.dtype == x.dtype
+    return torch.allclose(made.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+FORMATS = [
+    ("awq", awq, {}),
+    ("gptq", gptq, {}),
+    ("gptq", gptq, {"version": 2}),
+    ("inc", gptq, {}),
+    ("compressed-tensors", compressed, {}),
+    ("compressed-tensors", compressed, {"symmetric": False}),
+    ("compressed-tensors", compressed, {"bits": 8}),
+    ("compressed-tensors", compressed, {"bits": 8, "symmetric": False}),
+    ("compressed-tensors", compressed, {"bits": 2}),
+]
+
+
+@pytest.mark.parametrize("group", [32, 128, -1])
+@pytest.mark.parametrize(("method", "make", "options"), FORMATS)
+class TestFormats:
+    def test_qkv(self, method: str, make: Any, options: dict[str, Any], group: int) -> None:
+        config = config_of(method, group, **_of(options))
+        layer = linear.QKVParallelLinear(K, 16, 8, 2, bias=False, quant_config=config, prefix="l.attn.qkv_proj")
+        shards = {
+            shard: make(n, group, seed, **options)
+            for seed, (shard, n) in enumerate({"q": 128, "k": 32, "v": 32}.items())
+        }
+        load(layer, {shard: parts for shard, (parts, _) in shards.items()})
+        assert close(layer, torch.cat([weight for _, weight in shards.values()]))
+
+    def test_gate_up(self, method: str, make: Any, options: dict[str, Any], group: int) -> None:
+        config = config_of(method, group, **_of(options))
+        layer = linear.MergedColumnParallelLinear(
+            K, [96, 96], bias=False, quant_config=config, prefix="l.mlp.gate_up_proj"
+        )
+        shards = {shard: make(96, group, 4 + shard, **options) for shard in (0, 1)}
+        load(layer, {shard: parts for shard, (parts, _) in shards.items()})
+        assert close(layer, torch.cat([weight for _, weight in shards.values()]))
+
+    def test_row_parallel_with_a_bias(self, method: str, make: Any, options: dict[str, Any], group: int) -> None:
+        layer = row_parallel(config_of(method, group, **_of(options)), bias=True)
+        parts, weight = make(64, group, 7, **options)
+        bias = torch.randn(64)
+        layer.bias.data.copy_(bias)
+        load(layer, {None: parts})
+        assert close(layer, weight, bias)
+
+
+def _of(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "version"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("method", "make", "options"), FORMATS)
+@pytest.mark.parametrize("group", [64, -1])
+def test_a_rank_of_two_gets_its_inputs(
+    method: str, make: Any, options: dict[str, Any], group: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (method, group) == ("awq", -1):
+        pytest.skip("vLLM's AWQ method has no scales for a part of the only group; `quantserve check` refuses it")
+    for module in ("parameter", "layers.linear"):
+        monkeypatch.setattr(f"vllm.model_executor.{module}.get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(f"vllm.model_executor.{module}.get_tensor_model_parallel_world_size", lambda: 2)
+    layer = row_parallel(config_of(method, group, **_of(options)))
+    parts, weight = make(64, group, 8, **options)
+    load(layer, {None: parts})
+    assert close(layer, weight[:, rank * K // 2 : (rank + 1) * K // 2])
+
+
+def test_shapes_vllms_kernel_does_not_take() -> None:
+    layer = row_parallel(config_of("awq", 16), n=24, k=48)
+    parts, weight = awq(24, 16, 4, k=48)
+    load(layer, {None: parts})
+    assert close(layer, weight)
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_on_every_instruction_set(name: str) -> None:
+    """vLLM's own kernel needs AVX-512 (vLLM issue 55613)."""
+    before = instruction_set()
+    try:
+        instruction_set(name)
+        parts, weight = awq(64, 128, 3)
+        assert close(load(row_parallel(config_of("awq", 128)), {None: parts}), weight)
+    finally:
+        instruction_set(before)
+
+
+def test_files_with_zero_point_false_have_their_stored_zeros_subtracted() -> None:
+    """auto-round stores 8 in all of them."""
+    codes, zeros, scales = numbers(64, 128, bits=4, seed=7)
+    parts = {
+        "qweight": packed(codes.t(), 1, AWQ_ORDER),
+        "qzeros": packed(torch.full_like(zeros, 8).t(), 1, AWQ_ORDER),
+        "scales": scales.t().contiguous(),
+    }
+    layer = load(row_parallel(config_of("awq", 128, zero_point=False)), {None: parts})
+    assert close(layer, meant(codes, 8, scales))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_rest_packed_and_scales_keep_their_bits(dtype: torch.dtype) -> None:
+    parts, weight = awq(64, 128, 5)
+    torch.set_default_dtype(dtype)  # as vLLM does while it loads
+    try:
+        layer = load(row_parallel(config_of("awq", 128), params_dtype=dtype), {None: parts})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not list(layer.parameters())
+    assert sum(tensor.nbytes for tensor in layer.buffers()) == 64 * K // 2 + 2 * (64 * 2 * 2) + 4 * 16
+    assert close(layer, weight)  # scales rounded to bfloat16 would not be
+    assert layer.quant_method.apply(layer, torch.randn(2, K).to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(("method", "make", "name"), [
+    ("awq", awq, "qweight"), ("gptq", gptq, "qweight"), ("compressed-tensors", compressed, "weight_packed"),
+])  # fmt: skip
+def test_lora_wraps_the_packed_layer(method: str, make: Any, name: str) -> None:
+    """vLLM's wrapper asks the packed weight for its device, and multiplies with the layer's own method."""
+    layer = load(row_parallel(config_of(method, 128)), {None: make(64, 128, 8)[0]})
+    assert getattr(layer, name) is layer.kernel.codes  # no second copy
+    wrapped = RowParallelLinearWithLoRA(layer)
+    assert wrapped.device.type == wrapped.weight.device.type == "cpu"
+    x = torch.randn(2, K)
+    assert torch.equal(wrapped.base_layer.quant_method.apply(layer, x), layer.kernel(x))
+
+
+# --- what must not load -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "make", "name"), [
+    ("awq", awq, "scales"), ("gptq", gptq, "scales"), ("compressed-tensors", compressed, "weight_scale"),
+])  # fmt: skip
+def test_scales_that_never_arrive_are_named(method: str, make: Any, name: str) -> None:
+    parts, _ = make(64, 128, 6)
+    with pytest.raises(ValueError, match=rf"layers\.3\.mlp\.down_proj: 128 of 128 values of {name} never arrived"):
+        load(row_parallel(config_of(method, 128)), {None: parts}, without=name)
+
+
+def test_one_module_of_a_fused_layer_that_never_arrives() -> None:
+    layer = linear.MergedColumnParallelLinear(
+        K, [96, 32], bias=False, quant_config=config_of("awq", 128), prefix="l.mlp.gate_up_proj"
+    )
+    with pytest.raises(ValueError, match=r"l\.mlp\.gate_up_proj: 64 of 256 values of scales never arrived"):
+        load(layer, {0: awq(96, 128, 1)[0]})
+
+
+def test_a_bias_that_was_rounded_to_infinity_is_refused() -> None:
+    layer = row_parallel(config_of("awq", 128), bias=True, params_dtype=torch.float16)
+    layer.bias.data.copy_(torch.full((64,), 1e5))
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp\.down_proj: bias holds 64 values .* not finite in float16"):
+        load(layer, {None: awq(64, 128, 9)[0]})
+
+
+# --- which kernel a layer gets ------------------------------------------------------------------
+
+LAYER = MPLinearLayerConfig(
+    full_weight_shape=(512, 64),
+    partition_weight_shape=(256, 64),
+    weight_type=scalar_types.uint4,
+    act_type=torch.bfloat16,
+    group_size=128,
+    zero_points=True,
+)
+
+
+def test_ours_is_first_and_registered_once() -> None:
+    register()
+    kernels = _POSSIBLE_KERNELS[PlatformEnum.CPU]
+    assert kernels[0] is CodebookLinearKernel
+    assert kernels.count(CodebookLinearKernel) == 1
+    assert choose_mp_linear_kernel(LAYER) is CodebookLinearKernel
+
+
+def test_vllms_variable_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DISABLED_KERNELS", "CodebookLinearKernel")
+    assert choose_mp_linear_kernel(LAYER).__name__ == "CPUWNA16LinearKernel"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weight_type": scalar_types.uint3b4}, "uint3b4"),
+        ({"weight_type": scalar_types.int4}, "int4"),
+        ({"act_type": torch.int8}, r"activations are torch\.int8"),
+        ({"out_type": torch.float32}, r"bfloat16 and results torch\.float32"),
+        ({"partition_weight_shape": (260, 64), "group_size": 65}, "K 260 is no whole number of int32 words"),
+        ({"group_size": 96}, "groups of 96 do not divide K 256"),
+    ],
+)
+def test_what_it_cannot_compute_has_a_reason(changes: dict[str, Any], words: str) -> None:
+    served, reason = CodebookLinearKernel.can_implement(replace(LAYER, **changes))
+    assert not served
+    assert reason is not None
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(reason)
+
+
+def test_it_is_refused_where_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_kernels, "status", lambda: Status(False, "torch", "no compiler"))
+    assert CodebookLinearKernel.can_implement(LAYER) == (False, "quantserve-kernels is not compiled here (no compiler)")
+    assert choose_mp_linear_kernel(LAYER).__name__ == "CPUWNA16LinearKernel"
+
+
+def test_the_layers_of_a_model_are_counted_once(caplog: pytest.LogCaptureFixture) -> None:
+    linear_kernels._chosen.clear()
+    logging.getLogger("vllm").propagate = True
+    try:
+        layers = [row_parallel(config_of("awq", 128)) for _ in range(3)]
+        choose_mp_linear_kernel(replace(LAYER, group_size=64, partition_weight_shape=(96, 64)))
+        with caplog.at_level(logging.INFO, logger="vllm"):
+            for seed, layer in enumerate(layers):
+                load(layer, {None: awq(64, 128, seed)[0]})
+    finally:
+        logging.getLogger("vllm").propagate = False
+    said = [record.getMessage() for record in caplog.records if "linear layers" in record.getMessage()]
+    assert len(said) == 1
+    assert "3 on CodebookLinearKernel, 1 on vLLM's kernels" in said[0]

@@ -18,6 +18,7 @@ from quantserve.checkpoint.mistral import PARAMS, is_mistral_format, translated
 from quantserve.checkpoint.source import Source
 from quantserve.checkpoint.text import shown
 from quantserve.errors import CheckpointError
+from quantserve.finding import Severity
 from quantserve.system.homes import parted
 
 _HUB_ID: Final = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?(?<![.-])", re.ASCII)
@@ -96,9 +97,10 @@ def _read_container(name: str, source: Source, names: tuple[str, ...], reader: R
     source.prefetch((file, source.files[file]) for file in json_names(source))
     config, quant_files, tokenizer, findings = read_configs(source)
     contents = reader.read(source, names)
+    damaged = any(problem.severity is Severity.ERROR for problem in contents.problems)
     told = [
-        *(["config-missing"] if contents.config else []),
-        *(["tokenizer-missing"] if contents.tokenizer.get("present") else []),
+        *(["config-missing"] if contents.config or damaged else []),
+        *(["tokenizer-missing"] if contents.tokenizer.get("present") or damaged else []),
     ]
     return Checkpoint(
         source=name,

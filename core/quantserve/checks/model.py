@@ -48,7 +48,7 @@ def check_model(
     # Whether a missing tokenizer matters depends on the config, which reading does not see.
     findings = [problem for problem in checkpoint.problems if problem.code != "tokenizer-missing"]
     if not checkpoint.config:
-        told = any("config" in f.code or f.code == "weights-missing" for f in findings)
+        told = checkpoint.container or any("config" in f.code or f.code == "weights-missing" for f in findings)
         return findings if told else [*findings, _no_config()]
     findings += _check_architecture(checkpoint, model)
     if method is not None:

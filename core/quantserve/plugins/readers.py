@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -263,31 +264,34 @@ class _Files:
     def prefetch(self, sizes: Iterable[tuple[str, int]]) -> None:
         """Fetch the beginnings of files, at most what may be read."""
         wanted = [(name, min(size, self._left)) for name, size in islice(sizes, MAX_FILES) if name in self.files]
-        self._source.prefetch(wanted[: max(1, self._left // FIRST_READ)])
+        with self._watched():
+            self._source.prefetch(wanted[: max(1, self._left // FIRST_READ)])
 
     def open(self, name: str) -> BinaryIO:
         """Open a file of `files`, buffered."""
         if name not in self.files:
             raise FileNotFoundError(2, f"the checkpoint has no file {name!r:.80}")
         self.opened = (*(other for other in self.opened if other != name), name)
-        try:
+        with self._watched():
             file = self._source.open(name)
-        except (OSError, CheckpointError) as error:
-            self.error = error
-            raise
         return cast(BinaryIO, io.BufferedReader(_File(file, self), FIRST_READ))
 
     def take(self, file: BinaryIO, size: int) -> bytes:
         """Read from a file. Raises BadContainer when all files together have given what they may."""
         if size > self._left:
             raise BadContainer(f"its header has more than {MAX_HEADERS:,} bytes")
-        try:
+        with self._watched():
             data = file.read(size)
+        self._left -= len(data)
+        return data
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, CheckpointError) as error:
             self.error = error
             raise
-        self._left -= len(data)
-        return data
 
 
 class _File(io.RawIOBase):

@@ -94,7 +94,7 @@ def guarded(plugin: Plugin) -> Reader:
                     raise
                 if isinstance(error, CheckpointError):
                     return error
-                return _damaged(files.opened, "file-unreadable", error.strerror or str(error))
+                return _damaged(files.opened or names, "file-unreadable", error.strerror or str(error))
 
         made = plugin.run(HOOK, code, foreign.hook_seconds() * PARTS)
         if isinstance(made, CheckpointError):

@@ -76,7 +76,8 @@ class Setup:
         self.log = self.venv / "setup.log"
         self.stamp = self.venv / "setup.json"
         self.constraints = root / "constraints" / f"{device}.txt"
-        self.projects = [root / "pyproject.toml", *(root / "plugins" / name / "pyproject.toml" for name in PLUGINS)]
+        self.editable = [root, root / "bench", *(root / "plugins" / name for name in PLUGINS)]
+        self.projects = [folder / "pyproject.toml" for folder in self.editable]
         self.kernels = root / "kernels"
 
     def steps(self) -> list[Step]:
@@ -90,7 +91,9 @@ class Setup:
             steps.append(Step("prune", f"remove {', '.join(UNWANTED_ON_CPU)}", self.remove_unwanted, pins))
             steps.append(Step("vision", f"{self.cpu_build('torchvision')}, for image models", self.add_vision, pins))
         steps.append(self.kernels_step())
-        steps.append(Step("project", "quantserve and its plugins", self.install_project, (*pins, *self.projects[1:])))
+        steps.append(
+            Step("project", "quantserve, its plugins and bench", self.install_project, (*pins, *self.projects[1:]))
+        )
         if self.dev:
             steps.append(Step("tools", "tests, linters, build", self.install_tools, pins))
         return steps
@@ -183,11 +186,7 @@ class Setup:
     def install_project(self) -> None:
         """Install the distributions of this repository, editable."""
         self.pip("install", "hatchling", "editables")
-        editable = [
-            argument
-            for folder in (self.root, *(self.root / "plugins" / name for name in PLUGINS))
-            for argument in ("--editable", str(folder))
-        ]
+        editable = [argument for folder in self.editable for argument in ("--editable", str(folder))]
         # The pinned hatchling builds them; without isolation nothing is fetched for it again.
         self.pip("install", "--no-build-isolation", *editable)
 

@@ -35,7 +35,7 @@ HEADERS = {
 def requirements() -> list[Requirement]:
     """What the distributions of this repository ask for, each other left out."""
     wanted: list[str] = []
-    for folder in (ROOT, ROOT / "kernels", *sorted(ROOT.glob("plugins/*"))):
+    for folder in (ROOT, ROOT / "bench", ROOT / "kernels", *sorted(ROOT.glob("plugins/*"))):
         about = tomllib.loads((folder / "pyproject.toml").read_text())
         extras = about["project"].get("optional-dependencies", {})
         wanted += about["build-system"]["requires"] + about["project"]["dependencies"]

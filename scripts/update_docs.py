@@ -16,11 +16,11 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from quantserve.bench.markdown import DEFINITION_COLUMNS, definitions, table
-from quantserve.bench.metrics import TOTALS
 from quantserve.cli.main import cli
 from quantserve.config import json_schema
 from quantserve.serve.replica.vllm.patches import PATCHES
+from quantserve_bench.markdown import DEFINITION_COLUMNS, definitions, table
+from quantserve_bench.metrics import TOTALS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PART = re.compile(r"(<!-- generated: (?P<kind>\w+) ?(?P<name>[\w-]*) -->\n).*?(<!-- end -->)", re.DOTALL)

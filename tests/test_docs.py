@@ -15,7 +15,7 @@ import yaml
 
 from helpers.checkpoints import make_llama
 from helpers.dists import Site
-from quantserve.cli.main import COMMANDS
+from quantserve.cli.main import COMMANDS, EXTRAS, run
 from quantserve.config import json_schema, load_object
 from quantserve.planning.compose import compose
 from quantserve.plugins.contract import HOOKS
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 MARKDOWN = [
     path
-    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "plugins/*/*.md", "models/*.md", "examples/**/*.md")
-    for path in sorted(ROOT.glob(pattern))
+    for folder in (".", "docs", "bench", "kernels", "plugins/*", "models", "examples/**")
+    for path in sorted(ROOT.glob(f"{folder}/*.md"))
 ]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -63,7 +63,7 @@ def test_every_hook_is_a_heading_with_its_arguments() -> None:
 
 def test_every_command_is_documented() -> None:
     documented = {title.removeprefix("quantserve ") for title in headings(ROOT / "docs" / "cli.md")[1:]}
-    assert documented == set(COMMANDS)
+    assert documented == {*COMMANDS, *EXTRAS}
 
 
 def test_every_section_of_the_config_is_documented() -> None:
@@ -99,7 +99,7 @@ def test_commands_in_the_text_exist(path: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
     used = re.findall(r"(?:^    |`)(?:\S*/)?(?:python -m )?quantserve ([a-z-]+)", text, re.MULTILINE)
-    assert set(used) <= set(COMMANDS)
+    assert set(used) <= {*COMMANDS, *EXTRAS}
 
 
 def test_the_tutorial_makes_a_working_plugin(tmp_path: Path) -> None:
@@ -122,6 +122,21 @@ def test_the_tutorial_makes_a_working_plugin(tmp_path: Path) -> None:
     composition = compose(app.models[0], registry, find_target("a100-80g"))
     assert composition.method_plugin is plugin
     assert "mymethod-missing-tensors" in {finding.code for finding in composition.errors}
+    site.forget()
+
+
+def test_the_command_of_the_text_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = next(block for block in blocks(ROOT / "docs" / "plugins.md", "python") if "@click.command" in block)
+    site = Site(tmp_path / "site")
+    site.path.mkdir()
+    site.command("quantserve-sizes", code, name="sizes")
+    monkeypatch.syspath_prepend(str(site.path))
+    model = make_llama(tmp_path / "model")
+    assert run(["sizes", str(model)]) == 0
+    file = (model / "model.safetensors").read_bytes()
+    assert int(capsys.readouterr().out) == len(file) - 8 - int.from_bytes(file[:8], "little")
     site.forget()
 
 

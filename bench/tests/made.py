@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantserve.bench import Closed, Load, Request, Result, Run
-from quantserve.bench.wire import ResponseReader
+from quantserve_bench import Closed, Load, Request, Result, Run
+from quantserve_bench.wire import ResponseReader
 
 from .fake_server import DONE, END, FINISH, ROLE, chunk, delta, head, usage, whole
 

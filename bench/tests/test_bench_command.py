@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from quantserve.bench import Target
 from quantserve.cli.main import run
 from quantserve.config import ModelConfig
+from quantserve_bench import Target
+from quantserve_bench.command import command
+from quantserve_bench.measured import SLO_KEYS
+from quantserve_bench.workloads import WORKLOADS
 
 from .fake_server import Exchange, FakeServer, Step, stream, whole
 
@@ -375,7 +379,7 @@ def own(server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]
     (tmp_path / "models.yaml").write_text(json.dumps({"models": models}))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("quantserve.cli.bench_command.Server", Started)
+    monkeypatch.setattr("quantserve_bench.program.Server", Started)
     monkeypatch.setattr(Started, "running", server, raising=False)
     monkeypatch.setattr(Started, "groups", [], raising=False)
     server.max_model_len = 512
@@ -453,8 +457,27 @@ def test_ctrl_c_keeps_completed_measurements(server: ModelServer, tmp_path: Path
     assert [m["model"] for m in results(tmp_path)["measurements"]] == ["demo-awq"]
 
 
+def test_the_help_names_every_workload_and_limit() -> None:
+    helps = {option.name: option.help or "" for option in command.params if isinstance(option, click.Option)}
+    assert helps["workload_name"] == f"Workload: {', '.join(WORKLOADS)}."
+    assert helps["slo"] == f"Limits in ms for goodput: {', '.join(SLO_KEYS)}."
+
+
+def test_the_module_of_the_command_is_light() -> None:
+    """`quantserve list` imports it."""
+    new = "print(*set(sys.modules) - before)"
+    code = f"import sys, click; before = set(sys.modules); import quantserve_bench.command; {new}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names} == {
+        "quantserve_bench",
+        "quantserve_bench.command",
+    }
+    assert not {"asyncio", "ssl"} & imported
+
+
 def test_heavy_packages_stay_out() -> None:
     heavy = ("torch", "vllm", "ray", "numpy", "transformers", "matplotlib", "tokenizers")
-    code = f"import sys, quantserve.cli.bench_command; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, quantserve_bench.program; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

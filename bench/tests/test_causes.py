@@ -9,8 +9,8 @@ import ssl
 
 import pytest
 
-from quantserve.bench.causes import FIXES, OWN, connect_failure, with_fix
-from quantserve.bench.request import Target
+from quantserve_bench.causes import FIXES, OWN, connect_failure, with_fix
+from quantserve_bench.request import Target
 
 TARGET = Target("https://api.example.org:8443", "m")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from quantserve.bench import Closed, Kind, Live, Request, Result, Run, Target, run, run_blocking
 from quantserve.errors import UsageError
+from quantserve_bench import Closed, Kind, Live, Request, Result, Run, Target, run, run_blocking
 
 from .fake_server import (
     DONE,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantserve.bench import Closed, Open, Request, Result, Rounds, Run, Target, Timed, run, run_blocking
-from quantserve.bench.load import arrivals
+from quantserve_bench import Closed, Open, Request, Result, Rounds, Run, Target, Timed, run, run_blocking
+from quantserve_bench.load import arrivals
 
 from .fake_server import FakeServer, stream
 

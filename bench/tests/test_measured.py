@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from quantserve.bench import Closed, Open, Request, Rounds, Target, run, run_blocking
-from quantserve.bench.measured import measure, per_second, steady_window
-from quantserve.bench.metrics import METRICS, TOTALS
-from quantserve.bench.peers import vllm_result
-from quantserve.bench.timing import timing_of
-from quantserve.bench.verdicts import compare, lowest
+from quantserve_bench import Closed, Open, Request, Rounds, Target, run, run_blocking
+from quantserve_bench.measured import measure, per_second, steady_window
+from quantserve_bench.metrics import METRICS, TOTALS
+from quantserve_bench.peers import vllm_result
+from quantserve_bench.timing import timing_of
+from quantserve_bench.verdicts import compare, lowest
 
 from .fake_server import DONE, END, FINISH, FakeServer, chunk, delta, head, stream, usage, whole
 from .made import chat, made_run, refusal, result

@@ -13,16 +13,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from quantserve.bench import Closed, Load
-from quantserve.bench.llmperf import base_name
-from quantserve.bench.markdown import number, report, seed_table
-from quantserve.bench.measured import measure
-from quantserve.bench.results import check_folder, document, folder_names, write
-from quantserve.bench.served import Served
-from quantserve.bench.session import Measurement, Settings
-from quantserve.bench.verdicts import compare
-from quantserve.bench.workloads import WORKLOADS
 from quantserve.errors import UsageError
+from quantserve_bench import Closed, Load
+from quantserve_bench.llmperf import base_name
+from quantserve_bench.markdown import number, report, seed_table
+from quantserve_bench.measured import measure
+from quantserve_bench.results import check_folder, document, folder_names, write
+from quantserve_bench.served import Served
+from quantserve_bench.session import Measurement, Settings
+from quantserve_bench.verdicts import compare
+from quantserve_bench.workloads import WORKLOADS
 
 from .made import chat, made_run, refusal
 
@@ -181,7 +181,7 @@ def test_the_markdown_report(folder: Path) -> None:
 
 def test_without_matplotlib_the_report_has_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("quantserve.bench.plots.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("quantserve_bench.plots.importlib.util.find_spec", lambda name: None)
     write(tmp_path / "out", [measurement()], SETTINGS)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "plots need matplotlib" in page
@@ -196,7 +196,7 @@ def test_a_failed_write_leaves_no_files(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: Any) -> str:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("quantserve.bench.results.requests_csv", full)
+    monkeypatch.setattr("quantserve_bench.results.requests_csv", full)
     with pytest.raises(OSError, match="no space"):
         write(tmp_path / "out", both(), SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from quantserve.bench import server as module
-from quantserve.bench.server import Server, choose
 from quantserve.config import ModelConfig, load
 from quantserve.errors import EngineError, UsageError
+from quantserve_bench import server as module
+from quantserve_bench.server import Server, choose
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantserve.bench.statistics import PERCENTILES, mean_over_time, quantile, summarize
+from quantserve_bench.statistics import PERCENTILES, mean_over_time, quantile, summarize
 
 # Nothing that is measured is that near to zero; squares of smaller ones underflow.
 values = st.floats(-1e9, 1e9).map(lambda value: value if abs(value) > 1e-12 else 0.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantserve.bench.wire import Message, ProtocolError, ResponseReader, messages
+from quantserve_bench.wire import Message, ProtocolError, ResponseReader, messages
 
 STREAM = b"data: one\n\n: a comment\n\nevent: error\ndata: two\ndata: lines\n\ndata: \xc3\xa9\n\ndata: [DONE]\n\n"
 EVENTS = [(b"", b"one"), (b"error", b"two\nlines"), (b"", b"\xc3\xa9"), (b"", b"[DONE]")]

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantserve.bench.load import Closed, Open, Rounds, Timed
-from quantserve.bench.prompts import Lengths, in_words, poem
-from quantserve.bench.request import Request
-from quantserve.bench.session import scaled
-from quantserve.bench.tokens import FileTokenizer, Tokenizer
-from quantserve.bench.trace import read_trace
-from quantserve.bench.workloads import WORKLOADS, Workload, find_workload, requests, shape, warmup_requests
 from quantserve.errors import UsageError
+from quantserve_bench.load import Closed, Open, Rounds, Timed
+from quantserve_bench.prompts import Lengths, in_words, poem
+from quantserve_bench.request import Request
+from quantserve_bench.session import scaled
+from quantserve_bench.tokens import FileTokenizer, Tokenizer
+from quantserve_bench.trace import read_trace
+from quantserve_bench.workloads import WORKLOADS, Workload, find_workload, requests, shape, warmup_requests
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model" / "checkpoint"
 CHAT = ("rayllm-2023", "llmperf", "sonnet")

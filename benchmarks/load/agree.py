@@ -16,13 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from quantserve.bench import Closed, Request, Target, run, run_blocking
-from quantserve.bench.markdown import number, table
-from quantserve.bench.peers import vllm_result
-from quantserve.bench.prompts import Lengths
-from quantserve.bench.server import free_port, is_healthy
-from quantserve.bench.tokens import ServerTokenizer
-from quantserve.bench.workloads import WORKLOADS, requests
+from quantserve_bench import Closed, Request, Target, run, run_blocking
+from quantserve_bench.markdown import number, table
+from quantserve_bench.peers import vllm_result
+from quantserve_bench.prompts import Lengths
+from quantserve_bench.server import free_port, is_healthy
+from quantserve_bench.tokens import ServerTokenizer
+from quantserve_bench.workloads import WORKLOADS, requests
 
 WITHIN: Final = 0.05
 METRICS: Final = (

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from quantserve.bench import Closed, Request, Target, measure, run, run_blocking
-from quantserve.bench.markdown import table
-from quantserve.bench.result import TOKENS
-from quantserve.bench.statistics import summarize
+from quantserve_bench import Closed, Request, Target, measure, run, run_blocking
+from quantserve_bench.markdown import table
+from quantserve_bench.result import TOKENS
+from quantserve_bench.statistics import summarize
 
 TARGET = 0.05
 """Share of one core at 64 streams of 20 tokens a second."""

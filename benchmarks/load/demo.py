@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.report import machine, machine_line
-from quantserve.bench import markdown
-from quantserve.bench.prompts import Lengths
-from quantserve.bench.results import write
-from quantserve.bench.served import choose_models, served_models
-from quantserve.bench.server import Server
-from quantserve.bench.session import Measurement, Settings, measure_models, scaled
-from quantserve.bench.workloads import WORKLOADS
-from quantserve.cli.bench_command import expected_of
 from quantserve.cli.sources import choose_target, load_sources, outcomes
 from quantserve.plugins.registry import Registry
+from quantserve_bench import markdown
+from quantserve_bench.program import expected_of
+from quantserve_bench.prompts import Lengths
+from quantserve_bench.results import write
+from quantserve_bench.served import choose_models, served_models
+from quantserve_bench.server import Server
+from quantserve_bench.session import Measurement, Settings, measure_models, scaled
+from quantserve_bench.workloads import WORKLOADS
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DOCS: Final = ROOT / "docs"

@@ -20,10 +20,10 @@ from benchmarks.console import ROOT, BenchError
 from benchmarks.decode.worker import Channel
 from benchmarks.serving.cells import Cell
 from benchmarks.serving.models import TOKENIZER
-from quantserve.bench import Closed, Request, Run, Target, measure, run, run_blocking
-from quantserve.bench.prompts import Lengths, Maker, poem, random_request
-from quantserve.bench.tokens import FileTokenizer, Tokenizer
-from quantserve.bench.workloads import WORKLOADS
+from quantserve_bench import Closed, Request, Run, Target, measure, run, run_blocking
+from quantserve_bench.prompts import Lengths, Maker, poem, random_request
+from quantserve_bench.tokens import FileTokenizer, Tokenizer
+from quantserve_bench.workloads import WORKLOADS
 
 CHAT_FRAME: Final = 4
 """Tokens the demo's chat template adds."""

@@ -15,7 +15,7 @@ from benchmarks.serving.client import Client
 from benchmarks.serving.models import Model, demo_configs, planned, small_config
 from benchmarks.serving.processes import all_cpu_s, busy_cores, require_memory
 from benchmarks.serving.servers import Server
-from quantserve.bench.request import Target
+from quantserve_bench.request import Target
 
 SETTLE_S: Final = 3.0
 """From the last request until idling is measured; vLLM's worker spins for one second after work."""

@@ -19,10 +19,10 @@ from benchmarks.console import BUILD, ROOT, BenchError, shown
 from benchmarks.serving import ray_venv
 from benchmarks.serving.models import SERVING, Model, write_config
 from benchmarks.serving.processes import Tree
-from quantserve.bench.request import Target
-from quantserve.bench.server import free_port
-from quantserve.bench.tokens import Session
 from quantserve.errors import EngineError
+from quantserve_bench.request import Target
+from quantserve_bench.server import free_port
+from quantserve_bench.tokens import Session
 
 START_S: Final = 300.0
 POLL_S: Final = 0.1

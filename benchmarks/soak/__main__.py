@@ -19,8 +19,8 @@ from benchmarks.soak import judge, results
 from benchmarks.soak.clients import Book, Users, mixed
 from benchmarks.soak.faults import ORDER, Faults
 from benchmarks.soak.server import MODELS, Sample, Server
-from quantserve.bench.load import run_blocking
 from quantserve.system.open_files import raise_open_files
+from quantserve_bench.load import run_blocking
 
 SAMPLE_S: Final = 10.0
 FEWEST_SAMPLES: Final = 60

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from time import time
 from typing import Any, Final
 
-from quantserve.bench.request import Request, Target
-from quantserve.bench.result import error_message
-from quantserve.bench.wire import ProtocolError, ResponseReader
+from quantserve_bench.request import Request, Target
+from quantserve_bench.result import error_message
+from quantserve_bench.wire import ProtocolError, ResponseReader
 
 TIMEOUT_S: Final = 120.0
 QUESTION: Final = "Return a copy of the "

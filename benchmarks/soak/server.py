@@ -21,8 +21,8 @@ import psutil  # type: ignore[import-untyped]
 from benchmarks.console import ROOT, BenchError
 from benchmarks.serving.processes import Tree, alive
 from benchmarks.serving.servers import environment
-from quantserve.bench.request import Target
-from quantserve.bench.server import free_port
+from quantserve_bench.request import Target
+from quantserve_bench.server import free_port
 
 MODELS: Final = {"fp16": ("checkpoint", 2), "awq": ("awq", 1)}
 """Model id -> folder of the demo, replicas."""

@@ -65,7 +65,9 @@ class FindingsError(QuantserveError):
 
 
 class PluginError(QuantserveError):
-    """A plugin's defect, with what its author needs to find it. All texts are made harmless.
+    """A defect of a plugin or of another distribution's command, with what its author needs to find it.
+
+    All texts are made harmless.
 
     Attributes:
         plugin: entry-point name.
@@ -78,18 +80,28 @@ class PluginError(QuantserveError):
 
     exit_code = 3
 
-    def __init__(self, plugin: str, distribution: str, version: str, stage: str, reason: str, fix: str = "") -> None:
+    def __init__(
+        self,
+        plugin: str,
+        distribution: str,
+        version: str,
+        stage: str,
+        reason: str,
+        fix: str = "",
+        kind: str = "plugin",
+    ) -> None:
         plugin, distribution, version, stage = (harmless(text, 200) for text in (plugin, distribution, version, stage))
         reason = harmless(reason)
         fix = harmless(fix) or f"upgrade or uninstall {distribution}, or leave it out with QUANTSERVE_DISABLE={plugin}"
         super().__init__(
-            f"plugin {plugin!r} of {distribution} {version} failed at stage {stage!r}: {reason}\n  fix: {fix}"
+            f"{kind} {plugin!r} of {distribution} {version} failed at stage {stage!r}: {reason}\n  fix: {fix}"
         )
         self.plugin = plugin
         self.distribution = distribution
         self.version = version
         self.stage = stage
         self.reason = reason
+        self.fix = fix
 
 
 class EngineError(QuantserveError):

@@ -22,8 +22,8 @@ from benchmarks.serving.client import make_requests, merged
 from benchmarks.serving.models import TOKENIZER
 from benchmarks.serving.processes import Tree
 from benchmarks.serving.servers import environment, flags
-from quantserve.bench import Closed, Request, Result, Run
-from quantserve.bench.tokens import FileTokenizer
+from quantserve_bench import Closed, Request, Result, Run
+from quantserve_bench.tokens import FileTokenizer
 
 BURN = "import subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
 STUBBORN = (

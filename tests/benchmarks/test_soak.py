@@ -14,7 +14,7 @@ from benchmarks.soak.clients import Book, Kind, Outcome, Users, mixed
 from benchmarks.soak.faults import Fault
 from benchmarks.soak.judge import explained, flat, idle, loaded, logged, lost, reaped, recovered, slope, stopped
 from benchmarks.soak.server import ROLES, Sample, Use
-from quantserve.bench.request import Target
+from quantserve_bench.request import Target
 
 from ..bench.fake_server import FakeServer, Step, head, stream, whole
 

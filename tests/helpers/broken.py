@@ -1,4 +1,4 @@
-"""A distribution of plugins that are wrong in every way a third party can get them wrong, as a project to build."""
+"""Plugins and commands that are wrong in every way a third party can get them wrong, as a project to build."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ poison = "quantserve_broken.poison"
 [project.entry-points."vllm.general_plugins"]
 poison = "quantserve_broken:register"
 
+[project.entry-points."quantserve.commands"]
+greet = "quantserve_broken.greet:command"
+quits = "quantserve_broken.quits:command"
+serve = "quantserve_broken.greet:command"
+bench = "quantserve_broken.greet:command"
+
 [tool.hatch.build.targets.wheel]
 packages = ["quantserve_broken"]
 """
@@ -32,6 +38,16 @@ MODULES = {
 def register():
     raise RuntimeError("poison: no engine of this machine starts")
 """,
+    "greet": """
+import click
+
+@click.command()
+@click.argument("name")
+def command(name):
+    click.echo(f"hello {name}")
+    return len(name)
+""",
+    "quits": "import sys; sys.exit(0)",
     "cannot_import": "import a_module_nobody_has",
     "keyword_only": """
 from quantserve.api import hookimpl
@@ -62,6 +78,9 @@ def quantserve_method():
     return Method(name="poison", summary="breaks every engine that loads it", bits=(4,), vllm_name="poison")
 """,
 }
+
+COMMANDS = {"greet": "ok", "quits": "failed", "serve": "failed", "bench": "failed"}
+"""Command -> its state in `quantserve list`."""
 
 STAGES = {"cannot-import": "load", "keyword-only": "hooks", "raises-in-method": "method"}
 """Plugin -> stage at which `quantserve list` says it failed; the other two fail later, or only in an engine."""

@@ -35,16 +35,37 @@ class Site:
     ) -> str:
         """Install a distribution with one module and one plugin entry point; returns the module's name."""
         module = module or distribution.replace("-", "_") + "_plugin"
+        lines = ["[quantserve.plugins]", f"{name or distribution} = {module}"]
+        if engine:
+            lines += ["", "[vllm.general_plugins]", *(f"{key} = {value}" for key, value in engine.items())]
+        self._write(distribution, version, requires, module, code, lines)
+        return module
+
+    def command(
+        self,
+        distribution: str,
+        code: str,
+        *,
+        name: str,
+        value: str = "",
+        version: str = "1.0",
+        requires: str = "",
+    ) -> str:
+        """Install a distribution with one module and one command, by default the module's `command`."""
+        module = distribution.replace("-", "_") + "_command"
+        lines = ["[quantserve.commands]", f"{name} = {value or f'{module}:command'}"]
+        self._write(distribution, version, requires, module, code, lines)
+        return module
+
+    def _write(
+        self, distribution: str, version: str, requires: str, module: str, code: str, entry_points: list[str]
+    ) -> None:
         (self.path / f"{module}.py").write_text(dedent(code))
         info = self.path / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
         (info / "METADATA").write_text(metadata + (f"Requires-Dist: {requires}\n" if requires else ""))
-        lines = ["[quantserve.plugins]", f"{name or distribution} = {module}"]
-        if engine:
-            lines += ["", "[vllm.general_plugins]", *(f"{key} = {value}" for key, value in engine.items())]
-        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-        return module
+        (info / "entry_points.txt").write_text("\n".join(entry_points) + "\n")
 
     def method(self, distribution: str, method: str, aliases: tuple[str, ...] = (), **kwargs: object) -> str:
         """Install a distribution that serves one method and does nothing else."""

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROJECTS = {
     "quantserve": ROOT,
+    "quantserve-bench": ROOT / "bench",
     "quantserve-kernels": ROOT / "kernels",
     "quantserve-fp16": ROOT / "plugins" / "fp16",
     "quantserve-awq": ROOT / "plugins" / "awq",

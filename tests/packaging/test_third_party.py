@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.broken import STAGES, write_project
+from helpers.broken import COMMANDS, STAGES, write_project
 from helpers.environments import ROOT, Environment, build
 
 EXAMPLE = ROOT / "examples" / "plugins" / "quantserve-rtn8"
@@ -72,6 +72,25 @@ def test_list_shows_the_newcomer_and_why_the_others_failed(environment: Environm
     for failure in failures.values():
         assert (failure["distribution"], failure["version"]) == ("quantserve-broken", "0.9")
     assert "a_module_nobody_has" in failures["cannot-import"]["reason"]
+
+
+def test_commands_from_outside(environment: Environment) -> None:
+    done = environment.run("quantserve", "list", "--json")
+    rows = [row for row in json.loads(done.stdout)["commands"] if row["distribution"] == "quantserve-broken"]
+    assert {row["name"]: row["state"] for row in rows} == COMMANDS
+    assert {row["version"] for row in rows} == {"0.9"}
+    greeted = environment.run("quantserve", "greet", "you")
+    assert (greeted.returncode, greeted.stdout, greeted.stderr) == (3, "hello you\n", "")
+    broken = environment.run("quantserve", "quits")
+    assert (broken.returncode, broken.stdout) == (3, "")
+    assert "command 'quits' of quantserve-broken 0.9 failed at stage 'load': SystemExit: 0" in broken.stderr
+    for name in ("serve", "bench"):
+        text = environment.run("quantserve", name, "--help")
+        assert (text.returncode, text.stderr) == (0, "")
+        assert "--api-key" in text.stdout
+    text = environment.run("quantserve", "--help")
+    assert text.returncode == 0
+    assert "A command of quantserve-broken 0.9." in text.stdout
 
 
 def test_check_finds_the_method_and_what_is_wrong_with_its_files(environment: Environment, rtn8_model: Path) -> None:

@@ -119,6 +119,8 @@ def test_every_plugin_has_its_entry_points(dist: Path) -> None:
         points = read(wheel(dist, f"quantserve-{name}"), "entry_points.txt")
         assert f"[quantserve.plugins]\n{name} = quantserve_{name}.plugin" in points
     assert "[vllm.general_plugins]\nsqueezellm = quantserve_squeezellm:register" in points
+    bench = read(wheel(dist, "quantserve-bench"), "entry_points.txt")
+    assert "[quantserve.commands]\nbench = quantserve_bench.command:command" in bench
     assert "quantserve = quantserve.cli.main:main" in read(wheel(dist, "quantserve"), "entry_points.txt")
 
 
@@ -138,7 +140,12 @@ def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
         known = versions | pins
         assert requirement.name in known
         assert requirement.specifier.contains(known[requirement.name]), requirement
-    for extra, expected in {"all": {"fp16", "awq", "squeezellm"}, "awq": {"awq"}, "kernels": {"kernels"}}.items():
+    for extra, expected in {
+        "all": {"fp16", "awq", "squeezellm", "bench"},
+        "bench": {"bench"},
+        "awq": {"awq"},
+        "kernels": {"kernels"},
+    }.items():
         named = {r.name for r in required if r.marker and r.marker.evaluate({"extra": extra})}
         assert named == {f"quantserve-{name}" for name in expected}
 
@@ -171,6 +178,13 @@ def test_wheels_work_in_an_empty_environment(dist: Path, tmp_path: Path) -> None
         name: f"quantserve-{name}" for name in ("fp16", "awq", "squeezellm")
     }
     assert report["failures"] == []
+    assert [(row["name"], row["state"]) for row in report["commands"]] == [("bench", "ok")]
+    unreachable = environment.run("quantserve", "bench", "--url", "http://127.0.0.1:9", "--no-plots")
+    assert unreachable.returncode == 4, unreachable.stderr
+    assert environment.pip("uninstall", "--yes", "quantserve-bench").returncode == 0
+    missing = environment.run("quantserve", "bench", "--url", "http://127.0.0.1:9")
+    assert missing.returncode == 2
+    assert "quantserve-bench is not installed\n  fix: pip install 'quantserve[bench]'" in missing.stderr
 
     for method in ("fp16", "awq", "squeezellm"):
         model = make_llama(tmp_path / method, method)

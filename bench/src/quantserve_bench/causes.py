@@ -8,9 +8,9 @@ import ssl
 from collections.abc import Mapping
 from typing import Final
 
-from quantserve.bench.request import Target
-from quantserve.bench.result import Failure
 from quantserve.errors import one_line
+from quantserve_bench.request import Target
+from quantserve_bench.result import Failure
 
 OWN: Final = frozenset({"open-files", "local-ports", "memory", "dns", "certificate"})
 """Codes of failures that the client's own machine or settings cause."""

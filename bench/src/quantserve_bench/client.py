@@ -14,11 +14,11 @@ from math import inf
 from time import perf_counter
 from typing import Final, cast
 
-from quantserve.bench.causes import connect_failure
-from quantserve.bench.request import Request, Target
-from quantserve.bench.result import Failure, Result
-from quantserve.bench.wire import ProtocolError, ResponseReader
 from quantserve.errors import one_line
+from quantserve_bench.causes import connect_failure
+from quantserve_bench.request import Request, Target
+from quantserve_bench.result import Failure, Result
+from quantserve_bench.wire import ProtocolError, ResponseReader
 
 END: Final = b"\r\n\r\n"
 """End of a chunked body; other reads may end like this too, so the framing is parsed then."""

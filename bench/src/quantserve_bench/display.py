@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from quantserve.bench import markdown
-from quantserve.bench.client import Live
-from quantserve.bench.load import Load, describe
-from quantserve.bench.plots import FIX, can_plot
-from quantserve.bench.served import Served
-from quantserve.bench.session import Measurement
 from quantserve.cli.output import table
+from quantserve_bench import markdown
+from quantserve_bench.client import Live
+from quantserve_bench.load import Load, describe
+from quantserve_bench.plots import FIX, can_plot
+from quantserve_bench.served import Served
+from quantserve_bench.session import Measurement
 
 FIRST_TOKENS_SHOWN: Final = 50
 RATE_OVER_S: Final = 3.0

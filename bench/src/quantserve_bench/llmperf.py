@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from quantserve.bench.measured import Measured
-from quantserve.bench.session import Measurement, Settings
-from quantserve.bench.statistics import PERCENTILES, summarize
-from quantserve.bench.timing import Timing, timing_of
+from quantserve_bench.measured import Measured
+from quantserve_bench.session import Measurement, Settings
+from quantserve_bench.statistics import PERCENTILES, summarize
+from quantserve_bench.timing import Timing, timing_of
 
 VERSION: Final = "2023-08-31"
 METRICS: Final = (

@@ -16,10 +16,10 @@ from math import inf, sqrt
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
-from quantserve.bench.client import Client, Live
-from quantserve.bench.request import Request, Target
-from quantserve.bench.result import Result
 from quantserve.system.open_files import raise_open_files
+from quantserve_bench.client import Client, Live
+from quantserve_bench.request import Request, Target
+from quantserve_bench.result import Result
 
 T = TypeVar("T")
 RAW_LIMIT: Final = 256 << 20

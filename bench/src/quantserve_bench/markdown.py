@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from quantserve.bench.metrics import METRICS, TOTALS
-from quantserve.bench.session import Measurement
+from quantserve_bench.metrics import METRICS, TOTALS
+from quantserve_bench.session import Measurement
 
 SEED_COLUMNS: Final = (
     "Model",

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from quantserve.bench.load import Closed, Rounds, Run
-from quantserve.bench.metrics import METRICS
-from quantserve.bench.result import Result
-from quantserve.bench.statistics import Summary, mean_over_time, summarize
-from quantserve.bench.timing import Count, Timing, timing_of
+from quantserve_bench.load import Closed, Rounds, Run
+from quantserve_bench.metrics import METRICS
+from quantserve_bench.result import Result
+from quantserve_bench.statistics import Summary, mean_over_time, summarize
+from quantserve_bench.timing import Count, Timing, timing_of
 
 SLO_KEYS: Final = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s", "normalized": "normalized_s"}
 SATURATED: Final = 0.5

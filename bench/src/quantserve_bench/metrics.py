@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from quantserve.bench.timing import Timing
+from quantserve_bench.timing import Timing
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The options of ``quantserve bench``: their types, and settings from them."""
+"""Settings from the options of ``quantserve bench``."""
 
 from __future__ import annotations
 
@@ -8,53 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
-
-from quantserve.bench.measured import SLO_KEYS
-from quantserve.bench.prompts import Lengths
-from quantserve.bench.session import Settings, scaled
-from quantserve.bench.workloads import find_workload
 from quantserve.errors import UsageError, unknown_name
-
-
-class Commas(click.ParamType[Any]):
-    """A comma-separated list of numbers above 0."""
-
-    def __init__(self, number: type[int] | type[float]) -> None:
-        self.name = "A,B,..."
-        self._number = number
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Parse it."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(self._number(part) for part in str(value).split(","))
-        except ValueError:
-            numbers = ()
-        if not numbers or not all(0 < number < float("inf") for number in numbers):
-            kind = "whole numbers" if self._number is int else "numbers"
-            self.fail(f"{value!r} is not a comma-separated list of {kind} above 0, like 1,4,16", param, ctx)
-        return numbers
-
-
-class LengthType(click.ParamType[Any]):
-    """``MEAN`` or ``MEAN/SD`` in tokens."""
-
-    name = "MEAN[/SD]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lengths:
-        """Parse it."""
-        if isinstance(value, Lengths):
-            return value
-        mean, _, deviation = str(value).partition("/")
-        try:
-            lengths = Lengths(float(mean), float(deviation or 0))
-        except ValueError:
-            lengths = Lengths(0)
-        if not (1 <= lengths.mean < 1e7 and 0 <= lengths.stddev < 1e7):
-            self.fail(f"{value!r} is not MEAN or MEAN/SD in tokens, like 512 or 550/150", param, ctx)
-        return lengths
+from quantserve_bench.measured import SLO_KEYS
+from quantserve_bench.prompts import Lengths
+from quantserve_bench.session import Settings, scaled
+from quantserve_bench.workloads import find_workload
 
 
 def make_settings(

@@ -7,10 +7,10 @@ from html import escape
 from typing import Any, Final
 
 from quantserve import __version__
-from quantserve.bench import markdown
-from quantserve.bench.metrics import TOTALS
-from quantserve.bench.plots import FIX, Plot, can_plot
-from quantserve.bench.session import Measurement
+from quantserve_bench import markdown
+from quantserve_bench.metrics import TOTALS
+from quantserve_bench.plots import FIX, Plot, can_plot
+from quantserve_bench.session import Measurement
 
 CSS: Final = """
 :root { color-scheme: light; --ink: #222; --quiet: #666; --line: #ddd; --good: #00703c; --bad: #b3261e; }

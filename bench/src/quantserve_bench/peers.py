@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantserve.bench.load import Run
-from quantserve.bench.statistics import summarize
-from quantserve.bench.timing import Count, timing_of
+from quantserve_bench.load import Run
+from quantserve_bench.statistics import summarize
+from quantserve_bench.timing import Count, timing_of
 
 
 def vllm_result(run: Run, count: Count | None = None, percentiles: Sequence[int] = (50, 99)) -> dict[str, float]:

@@ -8,8 +8,8 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from quantserve.bench.metrics import METRICS
-from quantserve.bench.session import Measurement
+from quantserve_bench.metrics import METRICS
+from quantserve_bench.session import Measurement
 
 COLOURS: Final = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#666666", "#000000")
 """Distinguishable with every common colour blindness (Okabe and Ito)."""

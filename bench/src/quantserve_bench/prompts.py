@@ -10,12 +10,12 @@ from importlib.resources import files
 from itertools import cycle
 from typing import TYPE_CHECKING, Final
 
-from quantserve.bench.request import Request
-from quantserve.bench.tokens import CHARACTERS_PER_TOKEN, Tokenizer, count_tokens
 from quantserve.errors import UsageError
+from quantserve_bench.request import Request
+from quantserve_bench.tokens import CHARACTERS_PER_TOKEN, Tokenizer, count_tokens
 
 if TYPE_CHECKING:
-    from quantserve.bench.workloads import Workload
+    from quantserve_bench.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Maker:
 @cache
 def poem() -> tuple[str, ...]:
     """Lines of Shakespeare's sonnets, as in the benchmarks of llmperf and vLLM."""
-    text = files("quantserve.bench").joinpath("data/sonnets.txt").read_text()
+    text = files("quantserve_bench").joinpath("data/sonnets.txt").read_text()
     return tuple(line for line in text.splitlines() if line)
 
 

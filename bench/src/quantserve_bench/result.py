@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
-from quantserve.bench.request import Request
-from quantserve.bench.wire import Message, ResponseReader, messages
+from quantserve_bench.request import Request
+from quantserve_bench.wire import Message, ResponseReader, messages
 
 BODY_SHOWN: Final = 500
 """Characters of an error body that are kept."""

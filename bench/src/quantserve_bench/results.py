@@ -15,15 +15,15 @@ from time import gmtime, strftime
 from typing import Any, Final
 
 from quantserve import __version__
-from quantserve.bench import llmperf, markdown
-from quantserve.bench.metrics import METRICS, TOTALS
-from quantserve.bench.page import page
-from quantserve.bench.peers import vllm_result
-from quantserve.bench.plots import Plot, draw
-from quantserve.bench.session import Measurement, Settings
-from quantserve.bench.statistics import PERCENTILES
-from quantserve.bench.timing import timing_of
 from quantserve.errors import UsageError
+from quantserve_bench import llmperf, markdown
+from quantserve_bench.metrics import METRICS, TOTALS
+from quantserve_bench.page import page
+from quantserve_bench.peers import vllm_result
+from quantserve_bench.plots import Plot, draw
+from quantserve_bench.session import Measurement, Settings
+from quantserve_bench.statistics import PERCENTILES
+from quantserve_bench.timing import timing_of
 
 REQUEST_COLUMNS: Final = (
     "model", "load", "number", "scheduled_s", "start_s", "end_s", "queue_s", "connect_s", "first_byte_s", "ttft_s",

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantserve.bench.request import Target
-from quantserve.bench.tokens import Session
 from quantserve.errors import EngineError, UsageError, unknown_name
+from quantserve_bench.request import Target
+from quantserve_bench.tokens import Session
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final
 
-from quantserve.bench.request import Target
-from quantserve.bench.tokens import Session
 from quantserve.config import ModelConfig
 from quantserve.errors import EngineError, UsageError, unknown_name
+from quantserve_bench.request import Target
+from quantserve_bench.tokens import Session
 
 START_S: Final = 900.0
 POLL_S: Final = 0.5

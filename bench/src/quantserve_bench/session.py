@@ -10,18 +10,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from quantserve.bench.causes import with_fix
-from quantserve.bench.client import Live
-from quantserve.bench.load import Closed, Load, Open, Rounds, Run, Timed, describe, run, run_blocking
-from quantserve.bench.measured import SATURATED, Measured, measure
-from quantserve.bench.prompts import Lengths
-from quantserve.bench.request import Request, Target
-from quantserve.bench.served import Served
-from quantserve.bench.tokens import Tokenizer, find_tokenizer
-from quantserve.bench.trace import read_trace
-from quantserve.bench.verdicts import Verdict, compare
-from quantserve.bench.workloads import Workload, requests, shape, warmup_requests
 from quantserve.errors import EngineError, UsageError
+from quantserve_bench.causes import with_fix
+from quantserve_bench.client import Live
+from quantserve_bench.load import Closed, Load, Open, Rounds, Run, Timed, describe, run, run_blocking
+from quantserve_bench.measured import SATURATED, Measured, measure
+from quantserve_bench.prompts import Lengths
+from quantserve_bench.request import Request, Target
+from quantserve_bench.served import Served
+from quantserve_bench.tokens import Tokenizer, find_tokenizer
+from quantserve_bench.trace import read_trace
+from quantserve_bench.verdicts import Verdict, compare
+from quantserve_bench.workloads import Workload, requests, shape, warmup_requests
 
 SHOW_EVERY_S: Final = 0.25
 TEMPLATE_TOKENS: Final = 32

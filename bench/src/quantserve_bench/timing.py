@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from quantserve.bench.result import TOKENS, Kind, Result
+from quantserve_bench.result import TOKENS, Kind, Result
 
 Count = Callable[[str], int]
 """Tokens of a text, without special tokens."""

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, Protocol, cast
 
-from quantserve.bench.causes import FIXES, connect_failure, with_fix
-from quantserve.bench.request import Target
-from quantserve.bench.result import error_message
 from quantserve.errors import EngineError, UsageError, one_line
 from quantserve.system.homes import expand
+from quantserve_bench.causes import FIXES, connect_failure, with_fix
+from quantserve_bench.request import Target
+from quantserve_bench.result import error_message
 
 TIMEOUT_S: Final = 30.0
 CHARACTERS_PER_TOKEN: Final = 4.0

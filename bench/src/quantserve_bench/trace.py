@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from quantserve.bench.prompts import Lengths, Maker, llmperf_request, random_request
-from quantserve.bench.request import Request
-from quantserve.bench.tokens import Tokenizer
-from quantserve.bench.workloads import Workload
 from quantserve.errors import UsageError, unknown_name
+from quantserve_bench.prompts import Lengths, Maker, llmperf_request, random_request
+from quantserve_bench.request import Request
+from quantserve_bench.tokens import Tokenizer
+from quantserve_bench.workloads import Workload
 
 TRACE_KEYS: Final = {
     "timestamp", "input_length", "output_length", "input_tokens", "output_tokens", "prompt", "messages", "max_tokens",

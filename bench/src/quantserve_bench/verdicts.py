@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from quantserve.bench.measured import Measured
-from quantserve.bench.metrics import METRICS
+from quantserve_bench.measured import Measured
+from quantserve_bench.metrics import METRICS
 
 AS_EXPECTED: Final = (0.8, 1.25)
 """Scores in this range are as expected: within a factor of 1.25."""

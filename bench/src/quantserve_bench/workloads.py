@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final
 
-from quantserve.bench.load import Closed, Load, Open, Rounds, Timed
-from quantserve.bench.prompts import (
+from quantserve.errors import UsageError, unknown_name
+from quantserve_bench.load import Closed, Load, Open, Rounds, Timed
+from quantserve_bench.prompts import (
     POEM_TOKENS,
     Lengths,
     Maker,
@@ -18,9 +19,8 @@ from quantserve.bench.prompts import (
     rayllm_request,
     sonnet_request,
 )
-from quantserve.bench.request import Request
-from quantserve.bench.tokens import Tokenizer
-from quantserve.errors import UsageError, unknown_name
+from quantserve_bench.request import Request
+from quantserve_bench.tokens import Tokenizer
 
 WARMUP_TOKENS: Final = 8
 

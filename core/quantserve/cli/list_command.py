@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from textwrap import fill
 
 import click
 from rich.markup import escape
 
+from quantserve.cli import main
 from quantserve.cli.output import console, print_json, table
+from quantserve.errors import PluginError, UsageError
 from quantserve.method import Method
+from quantserve.plugins.commands import Command, find
 from quantserve.plugins.registry import Registry
 
 ALIASES_WIDTH = 21  # leaves room for the rest on 80 columns
@@ -17,18 +22,49 @@ ALIASES_WIDTH = 21  # leaves room for the rest on 80 columns
 @click.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
-    """Show the installed quantization methods, and plugins that failed.
+    """Show the installed quantization methods, commands of other distributions, and what failed.
 
     A broken plugin is a row, not a crash; QUANTSERVE_DISABLE=a,b and QUANTSERVE_PLUGINS=a choose what is loaded.
     """
     registry = Registry.load()
+    commands = [Row.of(command) for command in find(main.COMMANDS, main.EXTRAS)]
     if as_json:
-        print_json(_as_json(registry))
+        print_json({**_as_json(registry), "commands": [asdict(row) for row in commands]})
     else:
-        _print(registry)
+        _print(registry, commands)
 
 
-def _print(registry: Registry) -> None:
+@dataclass(frozen=True)
+class Row:
+    """A command of another distribution; `state` is ``ok``, ``failed`` or ``disabled``."""
+
+    name: str
+    distribution: str
+    version: str
+    state: str = "ok"
+    reason: str = ""
+    fix: str = ""
+
+    @classmethod
+    def of(cls, command: Command) -> Row:
+        """What importing the command gives."""
+        row = cls(command.name, command.distribution, command.version)
+        try:
+            command.load()
+        except PluginError as error:
+            return replace(row, state="failed", reason=error.reason, fix=error.fix)
+        except UsageError:
+            return replace(row, state="disabled", reason="named in QUANTSERVE_DISABLE")
+        return row
+
+    def text(self) -> str:
+        """The state with reason and fix, as markup."""
+        colour = {"ok": "green", "failed": "red"}.get(self.state, "dim")
+        lines = [f"[{colour}]{self.state}[/]{f': {escape(self.reason)}' if self.reason else ''}"]
+        return "\n".join([*lines, *([f"[green]fix[/] {escape(self.fix)}"] if self.fix else [])])
+
+
+def _print(registry: Registry, commands: Sequence[Row]) -> None:
     out = console()
     rows = []
     for plugin in registry.plugins.values():
@@ -72,6 +108,10 @@ def _print(registry: Registry) -> None:
                 wrap=("distribution", "reason"),
             )
         )
+    if commands:
+        shown = [(f"[bold]{escape(c.name)}[/]", escape(f"{c.distribution} {c.version}"), c.text()) for c in commands]
+        heads = ("command", "distribution", "state")
+        out.print(table("Commands of other distributions", heads, shown, wrap=heads[1:]))
     for entry in registry.disabled:
         out.print(f"[dim]switched off: {escape(entry.name)} ({escape(entry.distribution)}): {escape(entry.reason)}[/]")
     for note in (*registry.notes, *(note for plugin in registry.plugins.values() for note in plugin.notes)):

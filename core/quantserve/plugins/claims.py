@@ -1,9 +1,5 @@
 """Who a name belongs to when several plugins claim it, so that a newcomer never takes down what was there.
 
-Entry-point names: of several distributions with one name the one called ``quantserve-NAME`` keeps it.
-
-Method names and aliases:
-
 1. What the plugins of this project claim, name or alias, is theirs.
 2. A name beats an alias: the alias is dropped, and its plugin stays.
 3. Of several plugins with one method name, the one whose distribution is ``quantserve-NAME`` keeps it, else the one
@@ -16,19 +12,16 @@ else to none; the plugins stay.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from quantserve.plugins.entry_points import named_for
 from quantserve.plugins.plugin import Failure, Plugin
 
 OURS: Final = ("fp16", "awq", "squeezellm")
 """Methods that have a plugin in this project, in a distribution ``quantserve-NAME``."""
-RESERVED: Final = ("core", "config", "quantserve")
-"""Entry-point names that would be taken for someone else in findings and in the provenance of engine arguments."""
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -49,45 +42,6 @@ class Settled:
 def is_ours(plugin: Plugin) -> bool:
     """Whether the plugin is one of this project's methods."""
     return bool(plugin.method) and plugin.method.name in OURS and named_for(plugin.distribution, plugin.method.name)  # type: ignore[union-attr]
-
-
-def named_for(distribution: str, name: str) -> bool:
-    """Whether a distribution is called ``quantserve-NAME``."""
-    return _normal(distribution) == _normal(f"quantserve-{name}")
-
-
-def unusable_name(name: str) -> str:
-    """Why an entry point cannot have this name; "" when it can."""
-    if name in RESERVED:
-        return f"the entry-point name {name!r} is reserved for quantserve itself"
-    if not _NAME.fullmatch(name):
-        return f"the entry-point name {name!r:.80} must be letters, digits and . _ + -, at most 64"
-    return ""
-
-
-def duplicate(name: str, owners: Sequence[tuple[str, str]], distribution: str) -> tuple[str, str] | None:
-    """Why a distribution cannot have this entry-point name, and the fix; None when it can.
-
-    Args:
-        name: the entry point.
-        owners: distribution and version of all that have it.
-        distribution: one of them.
-    """
-    if len(owners) < 2:
-        return None
-    keepers = [owner for owner, _ in owners if named_for(owner, name)]
-    who = " and ".join(f"{owner} {version}" for owner, version in owners)
-    if len(keepers) == 1 and sum(owner == keepers[0] for owner, _ in owners) == 1:
-        if distribution == keepers[0]:
-            return None
-        reason = f"entry-point name {name!r} is claimed by {who}; it belongs to {keepers[0]}"
-        return reason, f"uninstall {distribution}, or QUANTSERVE_DISABLE={distribution}"
-    names = list(dict.fromkeys(owner for owner, _ in owners))
-    options = " or ".join(names)
-    return (
-        f"entry-point name {name!r} is claimed by {who}; neither is used",
-        f"uninstall {options}" + (f", or QUANTSERVE_DISABLE={options}" if len(names) > 1 else ""),
-    )
 
 
 def settle(plugins: Iterable[Plugin]) -> Settled:
@@ -199,7 +153,3 @@ def _failure(plugin: Plugin, reason: str, fix: str) -> Failure:
 
 def _disable(plugin: Plugin) -> str:
     return f"QUANTSERVE_DISABLE={plugin.name}"
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()

@@ -21,6 +21,7 @@ from quantserve.errors import PluginError, UsageError
 from quantserve.method import Method
 from quantserve.plugins import foreign
 from quantserve.plugins.contract import method_of, module_breach
+from quantserve.plugins.entry_points import origin, package_of, resolve, unmet_requirement
 from quantserve.plugins.readers import HOOK as READER
 from quantserve.plugins.readers import reader_of
 
@@ -143,7 +144,7 @@ class Failure:
     @property
     def advice(self) -> str:
         """What to do."""
-        return str(self.error()).rpartition("\n  fix: ")[2]
+        return self.error().fix
 
     def error(self) -> PluginError:
         """The same as an exception, chained to its cause."""
@@ -167,28 +168,6 @@ class Disabled:
         return f"{self.name} ({self.distribution} {self.version})"
 
 
-def origin(point: EntryPoint) -> tuple[str, str]:
-    """Distribution name and version of an entry point."""
-    dist = point.dist
-    return (dist.name or "unknown distribution", dist.version or "?") if dist else ("unknown distribution", "?")
-
-
-def package_of(point: EntryPoint) -> str:
-    """First part of the name of the module that an entry point names."""
-    return point.value.replace(":", ".").partition(".")[0].strip()
-
-
-def resolve(point: EntryPoint) -> Any:
-    """Import what an entry point names.
-
-    Raises:
-        Breach: its value is no ``module`` or ``module:name``.
-    """
-    if not point.pattern.match(point.value):
-        raise foreign.Breach(f"the entry point's value {point.value!r:.80} is no 'module' or 'module:name'")
-    return point.load()
-
-
 def manager() -> pluggy.PluginManager:
     """A plugin manager that knows the hooks."""
     made = pluggy.PluginManager(hookspecs.PROJECT)
@@ -210,7 +189,7 @@ def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | F
     def failure(stage: str, reason: str, fix: str = "", cause: BaseException | None = None) -> Failure:
         return Failure(point.name, distribution, version, stage, reason, fix=fix, cause=cause)
 
-    if unmet := _unmet_requirement(point):
+    if unmet := unmet_requirement(point):
         return failure("requires", *unmet)
     if os.environ.get("QUANTSERVE_DEBUG"):
         foreign.say(f"importing plugin {label}")
@@ -292,33 +271,6 @@ def _reader(module: ModuleType, name: str) -> Reader | None:
     made.register(module, name)
     said = next(iter(made.hook.quantserve_reader()), None)
     return None if said is None else reader_of(said)
-
-
-def _unmet_requirement(point: EntryPoint) -> tuple[str, str] | None:
-    """What the plugin's distribution requires of quantserve and this one is not, and the fix."""
-    distribution, _ = origin(point)
-    requires = (point.dist.requires or ()) if point.dist else ()
-    lines = [line for line in requires if line.lower().startswith("quantserve")]
-    if not lines:
-        return None
-    from packaging.requirements import InvalidRequirement, Requirement
-    from packaging.version import Version
-
-    for line in lines:
-        try:
-            wanted = Requirement(line)
-        except InvalidRequirement:
-            continue
-        if wanted.name.lower() != "quantserve" or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
-            continue
-        if not wanted.specifier.contains(__version__, prereleases=True):
-            newer = any(
-                spec.operator in (">=", ">", "~=", "==") and Version(spec.version.rstrip(".*")) > Version(__version__)
-                for spec in wanted.specifier
-            )
-            reason = f"needs quantserve{wanted.specifier}, this is {__version__}"
-            return reason, f"upgrade {'quantserve' if newer else distribution}"
-    return None
 
 
 def _import_notes(name: str, distribution: str, seconds: float, brought: list[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError, distributions, entry_points, metadata
+from importlib.metadata import EntryPoints, PackageNotFoundError, metadata
 from itertools import islice
 from pathlib import PurePath
 from typing import Any, TypeVar
@@ -20,11 +20,12 @@ import pluggy
 
 from quantserve.checkpoint.containers import Contents, Reader
 from quantserve.checkpoint.source import Source
-from quantserve.errors import UsageError, one_line, unknown_name
-from quantserve.plugins import foreign
-from quantserve.plugins.claims import duplicate, settle, unusable_name
+from quantserve.errors import UsageError, unknown_name
+from quantserve.plugins import commands, foreign
+from quantserve.plugins.claims import settle
 from quantserve.plugins.contract import MOST_READ
-from quantserve.plugins.plugin import Disabled, Failure, Plugin, load, manager, origin
+from quantserve.plugins.entry_points import duplicate, installed, left_out, names_in, origin, unique, unusable_name
+from quantserve.plugins.plugin import Disabled, Failure, Plugin, load, manager
 from quantserve.plugins.readers import guarded
 from quantserve.target import Target
 
@@ -35,7 +36,7 @@ GROUP = "quantserve.plugins"
 ENGINE_GROUP = "vllm.general_plugins"
 # VLLM_PLUGINS filters these groups by name as well; what is installed there is not ours to drop.
 OTHER_ENGINE_GROUPS = ("vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
-GROUPS = (GROUP, ENGINE_GROUP, *OTHER_ENGINE_GROUPS)
+GROUPS = (GROUP, commands.GROUP, ENGINE_GROUP, *OTHER_ENGINE_GROUPS)
 ENGINE_PLUGIN = "quantserve"
 """Our own general plugin, which loads those of a model in vLLM's processes (`engine_plugins`)."""
 ENGINE_PLUGINS_VARIABLE = "QUANTSERVE_ENGINE_PLUGINS"
@@ -63,26 +64,26 @@ class Registry:
     contested: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, environ: Mapping[str, str] = os.environ, installed: EntryPoints | None = None) -> Registry:
+    def load(cls, environ: Mapping[str, str] = os.environ, points: EntryPoints | None = None) -> Registry:
         """Discover what is installed. Never raises for a plugin's fault.
 
         Raises:
             UsageError: ``QUANTSERVE_HOOK_TIMEOUT`` is no number.
         """
-        points, notes = _installed() if installed is None else (installed, [])
-        allowed = _names(environ.get("QUANTSERVE_PLUGINS"))
-        denied = _names(environ.get("QUANTSERVE_DISABLE")) or frozenset()
+        points, notes = installed(GROUPS) if points is None else (points, [])
+        allowed = names_in(environ.get("QUANTSERVE_PLUGINS"))
+        denied = names_in(environ.get("QUANTSERVE_DISABLE")) or frozenset()
         seconds = foreign.hook_seconds(environ)
         engine_sides = {(point.name, origin(point)[0]) for point in points.select(group=ENGINE_GROUP)}
 
         plugins: list[Plugin] = []
         failures: list[Failure] = []
         disabled: list[Disabled] = []
-        found = sorted(_unique(points.select(group=GROUP)), key=lambda point: (point.name, origin(point)))
+        found = sorted(unique(points.select(group=GROUP)), key=lambda point: (point.name, origin(point)))
         wanted = []
         for point in found:
-            if left_out := _left_out(point, allowed, denied):
-                disabled.append(Disabled(point.name, *origin(point), left_out))
+            if reason := left_out(point, allowed, denied):
+                disabled.append(Disabled(point.name, *origin(point), reason))
             else:
                 wanted.append(point)
         owners = defaultdict(list)
@@ -100,7 +101,8 @@ class Registry:
                 (plugins if isinstance(loaded, Plugin) else failures).append(loaded)  # type: ignore[arg-type]
 
         settled = settle(plugins)
-        known = {name for point in found for name in (point.name, origin(point)[0])}
+        others = points.select(group=commands.GROUP)
+        known = {name for point in (*found, *others) for name in (point.name, origin(point)[0])}
         unknown = sorted((denied | (allowed or frozenset())) - known)
         return cls(
             plugins={plugin.name: plugin for plugin in settled.plugins},
@@ -275,39 +277,3 @@ def how_to_install(name: str) -> str:
     if name in ours:
         return f"`pip install 'quantserve[{name}]'`"
     return "install the plugin that serves it, if there is one; `quantserve list` shows what is installed"
-
-
-def _names(value: str | None) -> frozenset[str] | None:
-    """Names of a comma-separated variable; None when unset, empty set when empty."""
-    return None if value is None else frozenset(name.strip() for name in value.split(",") if name.strip())
-
-
-def _left_out(point: EntryPoint, allowed: frozenset[str] | None, denied: frozenset[str]) -> str:
-    """Why a plugin is switched off, by its entry-point name or its distribution's; "" when it is not."""
-    names = {point.name, origin(point)[0]}
-    if names & denied:
-        return "named in QUANTSERVE_DISABLE"
-    if allowed is not None and not names & allowed:
-        return "not named in QUANTSERVE_PLUGINS"
-    return ""
-
-
-def _installed() -> tuple[EntryPoints, list[str]]:
-    """The entry points of our groups; where a distribution's file cannot be parsed, those of the others and a note."""
-    try:
-        every = entry_points()
-        return EntryPoints(point for group in GROUPS for point in every.select(group=group)), []
-    except Exception:
-        found: list[EntryPoint] = []
-        notes = []
-        for dist in distributions():
-            try:
-                found += dist.entry_points
-            except Exception as error:
-                notes.append(f"entry_points.txt of {dist.name} cannot be read: {one_line(error)}")
-        return EntryPoints(found), notes
-
-
-def _unique(points: Iterable[EntryPoint]) -> list[EntryPoint]:
-    """Drop what one distribution seen twice on sys.path repeats word for word."""
-    return list({(point.name, point.value, origin(point)[0]): point for point in points}.values())

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoints, entry_points
 
 from quantserve.errors import PluginError
 from quantserve.plugins import foreign
-from quantserve.plugins.plugin import origin, package_of, resolve
+from quantserve.plugins.entry_points import origin, package_of, resolve
 from quantserve.plugins.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE
 from quantserve.serve.replica.vllm import patches
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ from helpers.dists import METHOD, Site
 from quantserve.config import model_from_source
 from quantserve.errors import PluginError, UsageError
 from quantserve.planning.compose import Composition, compose
+from quantserve.planning.plan import make_plan
+from quantserve.planning.settings import Setting
 from quantserve.plugins.registry import Registry
 from quantserve.target import find_target
 
@@ -33,9 +35,13 @@ def make(site: Site, tmp_path: Path) -> Make:
     """Compose a small fp16 model with the plugins installed in `site`."""
     folder = make_llama(tmp_path / "model")
 
-    def build(plugins: tuple[str, ...] = (), **engine_kwargs: object) -> Composition:
+    def build(
+        plugins: tuple[str, ...] = (), env_vars: Mapping[str, str] | None = None, **engine_kwargs: object
+    ) -> Composition:
         model = model_from_source(str(folder))
-        engine = model.engine_config.model_copy(update={"engine_kwargs": engine_kwargs})
+        engine = model.engine_config.model_copy(
+            update={"engine_kwargs": engine_kwargs, "runtime_env": {"env_vars": env_vars or {}}}
+        )
         model = model.model_copy(update={"plugins": list(plugins), "engine_config": engine})
         return compose(model, Registry.load({}, site.entry_points()), find_target("a100-80g"))
 
@@ -53,6 +59,10 @@ DETECTS = "detect(checkpoint): return True"
 def helper(*hooks: str) -> str:
     """Code of a plugin that is no method."""
     return "from quantserve.api import *\n" + "".join(f"\n@hookimpl\ndef quantserve_{hook}\n" for hook in hooks)
+
+
+def environment(values: str) -> str:
+    return f"environment(checkpoint, model, target): return {values}"
 
 
 def kwargs(values: str) -> str:
@@ -132,6 +142,49 @@ def test_plugins_that_disagree_are_both_named_unless_the_user_decides(site: Site
     assert composed.engine_kwargs["seed"].source == "a"
 
 
+def test_plugins_that_disagree_on_a_variable(site: Site, make: Make) -> None:
+    site.install("quantserve-a", plugin("a", DETECTS, environment("{'MKL_X': '1', 'ONE': 'a'}")), name="a")
+    site.install("policy", helper(environment("{'MKL_X': '2', 'ONE': 'a', 'TWO': 'b'}")))
+    (error,) = make(("policy",)).errors
+    assert error.code == "plugins-conflict"
+    assert error.message == "a sets MKL_X='1' and policy sets MKL_X='2'"
+    assert "engine_config.runtime_env.env_vars" in error.fix
+    composed = make(("policy",), {"MKL_X": "3", "THREE": "c"})
+    assert not composed.errors
+    assert composed.variables == {
+        "MKL_X": Setting("3", "config"),
+        "ONE": Setting("a", "a"),
+        "TWO": Setting("b", "policy"),
+        "THREE": Setting("c", "config"),
+    }
+    plan = make_plan(composed)
+    assert {name: plan.runtime_env["env_vars"][name] for name in composed.variables} == composed.environment
+    assert plan.environment_provenance == {"MKL_X": "config", "ONE": "a", "THREE": "config", "TWO": "policy"}
+
+
+def test_checks_see_the_variables_of_plugins(site: Site, make: Make) -> None:
+    site.install("quantserve-a", plugin("a", DETECTS, environment("{'VLLM_PORT': 'tcp://1'}")), name="a")
+    assert [error.code for error in make().errors] == ["environment-invalid"]
+    assert not make((), {"VLLM_PORT": "8"}).errors
+
+
+TWO_KERNELS = """kernel(target):
+    from dataclasses import replace
+    first = KernelProfile("first", 4.0, ((1, 0.5),), ((1, 0.5),), "test", key="one")
+    return replace(first, alternatives=(replace(first, name="second", key="two", environment={"LEAVE_OUT": "first"}),))
+"""
+
+
+def test_the_plan_names_the_kernel_that_its_variables_lead_to(site: Site, make: Make) -> None:
+    head = "from quantserve.api import KernelProfile\n"
+    site.install("quantserve-a", head + plugin("a", DETECTS, TWO_KERNELS), name="a")
+    site.install("policy", helper(environment("{'LEAVE_OUT': 'first'}")))
+    for composed, name in ((make(), "first"), (make(("policy",)), "second"), (make((), {"LEAVE_OUT": ""}), "first")):
+        assert composed.expected is not None
+        assert make_plan(composed).kernel == composed.kernel == name
+        assert f"; {name};" in composed.expected.conditions
+
+
 def overrides(**fields: object) -> str:
     return kwargs(repr({"hf_overrides": fields}))
 
@@ -201,6 +254,12 @@ def test_a_plugin_no_model_names_is_never_called(site: Site, make: Make) -> None
         ("engine_kwargs(checkpoint): return 0", "returned int, not a mapping"),
         ("engine_kwargs(checkpoint): return {'seed': object()}", "not JSON"),
         ("engine_kwargs(checkpoint): yield 'seed'", "returned generator, not a mapping"),
+        ("environment(checkpoint): return 'A=1'", "returned str, not a mapping"),
+        ("environment(checkpoint): return {'A': 1}", "a value of A that is not text"),
+        ("environment(checkpoint): return {'A': chr(0)}", "a value of A that is not text"),
+        ("environment(checkpoint): return {'A=B': '1'}", "a variable whose name is not letters"),
+        ("environment(checkpoint): return {'VLLM_PLUGINS': 'x'}", "VLLM_PLUGINS, which belong to the core"),
+        ("environment(checkpoint): return {'QUANTSERVE_X': 'x'}", "QUANTSERVE_X, which belong to the core"),
         ("performance(checkpoint): return 7", "returned int, not PerformanceProfile"),
         ("performance(checkpoint): return PerformanceProfile('reference', {1})", "conditions is set, not text"),
         ("kernel(target): return 7", "returned int, not KernelProfile"),

@@ -57,10 +57,11 @@ class Model:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of the engine's process in other servers: those of the plan, but no plugin of quantserve itself."""
+        """Variables of the engine's process in other servers: those of the plan; vLLM itself loads the plugins."""
         variables = dict(self.plan["runtime_env"].get("env_vars", {}))
         plugins = [name for name in variables.get("VLLM_PLUGINS", "").split(",") if name not in ("", "quantserve")]
-        return {**variables, "VLLM_PLUGINS": ",".join(plugins)}
+        sides = filter(None, variables.pop("QUANTSERVE_ENGINE_PLUGINS", "").split(","))
+        return {**variables, "VLLM_PLUGINS": ",".join([*plugins, *(side.partition(":")[2] for side in sides)])}
 
 
 def demo_configs() -> list[dict[str, Any]]:

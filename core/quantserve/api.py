@@ -14,6 +14,7 @@ right. ``help(quantserve.hookspecs)`` says when each is called and what it retur
     quantserve_skip_list(checkpoint)                        what the config leaves unquantized
     quantserve_validate(checkpoint, model, target)          what else is wrong with it
     quantserve_engine_kwargs(checkpoint, model, target)     vLLM's arguments
+    quantserve_environment(checkpoint, model, target)       variables of the model's processes
     quantserve_performance(checkpoint, model, target)       what was measured
     quantserve_kernel(target, bits, engine)                 what the kernel reaches
     quantserve_quality(bits)                                what it costs in quality
@@ -42,6 +43,7 @@ from quantserve.once import once
 from quantserve.predict import Fastest, fastest_kernel
 from quantserve.predict.published import PublishedRun, published_profile
 from quantserve.scheme import NK, Dim, E, K, N, Part, Scheme
+from quantserve.system.environment import engine_environment
 from quantserve.target import Target
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ __all__ = [
     "check_fused_groups",
     "check_linears",
     "check_shards",
+    "engine_environment",
     "fastest_kernel",
     "hookimpl",
     "linears",

@@ -137,6 +137,18 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 
 
 @hookspec
+def quantserve_environment(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, str] | None:
+    """Give the environment variables that the processes of this model need: replica, engine core and workers.
+
+    Fires once per plan for every plugin a model composes. Mappings are merged like engine arguments: two plugins
+    that set one variable to different values are a conflict that names both, and the user's own
+    ``engine_config.runtime_env.env_vars`` win and are shown as such. Both win over variables of the shell.
+    ``VLLM_PLUGINS``, ``VLLM_WORKER_MULTIPROC_METHOD`` and the names that begin with ``QUANTSERVE_`` belong to the
+    core. None means nothing to add.
+    """
+
+
+@hookspec
 def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
     """Give the performance to expect of this model on this target.
 

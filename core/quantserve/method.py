@@ -96,8 +96,10 @@ class KernelProfile:
         k_multiple: what K of a linear on one rank has to be a multiple of: the size of a group, or the codes of a word.
         amx: whether it multiplies with AMX where a CPU has that; the rate of other kernels is lower there.
         argument: vLLM's ``quantization`` argument that leads to this kernel, where a method has several; "" else.
-        alternatives: the method's other kernels on this device; ``calibrate`` measures them too, and a plan that names
-            another ``argument`` is predicted with theirs.
+        alternatives: the method's other kernels on this device; ``calibrate`` measures them too, and a plan with their
+            ``argument`` and ``environment`` is predicted with them.
+        key: its name in a calibration, where a method has several kernels; "" is the argument or the method's name.
+        environment: the variables of ``quantserve_environment`` that lead to this kernel, where a method has several.
     """
 
     name: str
@@ -112,6 +114,8 @@ class KernelProfile:
     amx: bool = True
     argument: str = ""
     alternatives: tuple[KernelProfile, ...] = ()
+    key: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def to_json(self) -> dict[str, object]:
         """Plain data for ``--json``."""

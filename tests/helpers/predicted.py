@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from quantserve.checkpoint import Checkpoint
@@ -109,7 +110,7 @@ def expected(
     ranks: int = 1,
     engine: str = ENGINE_NOW,
     bits: int | None = None,
-    argument: str | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Expectation:
     """What predictions of a model that nobody has in files rest on."""
     plugin = Registry.load({}).find_method(method)
@@ -119,6 +120,6 @@ def expected(
     kernel = kernel_of(plugin, hardware, width, engine)
     assert kernel is not None
     files = imagined(Checkpoint.from_tensors(config), kernel.bits_per_weight)
-    made = expectation(plugin, files, model(ranks), hardware, None, bits=width, engine=engine, argument=argument)
+    made = expectation(plugin, files, model(ranks), hardware, None, bits=width, engine=engine, environment=environment)
     assert made is not None
     return made

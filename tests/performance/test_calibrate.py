@@ -56,9 +56,9 @@ def test_noise_does_not_turn_a_step_into_layers(seed: int) -> None:
 
 def test_a_call_has_its_price() -> None:
     cheap = calibration()
-    dear = replace(cheap, calls={"quantserve_awq-4": 1e-4})
+    dear = replace(cheap, calls={"awq_codebook-4": 1e-4})
     machines = [machine_of(this_cpu(), one) for one in (cheap, dear)]
-    seconds = [linear_cost(machine, PLAIN, "quantserve_awq-4").seconds(1, 1024, 1024) for machine in machines]
+    seconds = [linear_cost(machine, PLAIN, "awq_codebook-4").seconds(1, 1024, 1024) for machine in machines]
     assert seconds[1] - seconds[0] == pytest.approx(1e-4)
 
 
@@ -70,7 +70,7 @@ def test_the_fit_gives_no_negative_costs() -> None:
 
 def test_every_installed_method_names_a_kernel_of_this_cpu() -> None:
     kernels, _ = kernels_of(Registry.load(), this_cpu())
-    assert {"fp16-16", "awq-4", "quantserve_awq-4", "squeezellm-4", "squeezellm-3"} <= {
+    assert {"fp16-16", "awq_vllm-4", "awq_codebook-4", "squeezellm-4", "squeezellm-3"} <= {
         kernel.key for kernel in kernels
     }
 
@@ -85,7 +85,7 @@ def test_calibrate_writes_what_predictions_use(
     printed = json.loads(capsys.readouterr().out)
     found = load(path)
     assert printed["seconds"] == found.seconds
-    assert {"fp16-16", "awq-4", "quantserve_awq-4", "squeezellm-4"} <= set(found.kernels)
+    assert {"fp16-16", "awq_vllm-4", "awq_codebook-4", "squeezellm-4"} <= set(found.kernels)
     for table in found.kernels.values():
         assert [rows for rows, _ in table] == [1, 4, 16, 64, 512]
         assert table[-1][1] > table[0][1]
@@ -93,4 +93,4 @@ def test_calibrate_writes_what_predictions_use(
     assert all(0 <= call < 1e-2 for call in found.calls.values())
     assert 1e9 < found.read_bytes_per_s < 1e13
     # 4-bit weights are read in less time than 16-bit ones.
-    assert dict(found.kernels["quantserve_awq-4"])[1] < dict(found.kernels["fp16-16"])[1]
+    assert dict(found.kernels["awq_codebook-4"])[1] < dict(found.kernels["fp16-16"])[1]

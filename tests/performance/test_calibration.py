@@ -28,8 +28,8 @@ def calibration(**changes: Any) -> Calibration:
         threads=1,
         read_bytes_per_s=40e9,
         matmul_flops_per_s=500e9,
-        kernels={"fp16-16": ((1, 5e-11), (512, 2e-9)), "quantserve_awq-4": ((1, 1e-11), (512, 2e-9))},
-        about={"quantserve_awq-4": "quantserve-kernels"},
+        kernels={"fp16-16": ((1, 5e-11), (512, 2e-9)), "awq_codebook-4": ((1, 1e-11), (512, 2e-9))},
+        about={"awq_codebook-4": "quantserve-kernels"},
         engine=ENGINE,
         seconds=12.5,
     )

@@ -179,7 +179,16 @@ def predicted(composition: Composition, load: Closed | Rounds, measured: Measure
     plugin, model = composition.method_plugin, composition.model
     if plugin is None:
         return None
-    made = expectation(plugin, composition.checkpoint, model, composition.target, composition.memory)
+    setting = composition.engine_kwargs.get("quantization")
+    made = expectation(
+        plugin,
+        composition.checkpoint,
+        model,
+        composition.target,
+        composition.memory,
+        argument=setting.value if setting else None,
+        environment=composition.environment,
+    )
     if made is None:
         return None
     tokens_in, tokens_out = (measured.summaries[key] for key in ("input_tokens", "output_tokens"))

@@ -62,7 +62,7 @@ def check_environment(
         unused |= {name: "vLLM reads it on CPUs only" for name in CPU_ONLY if name in engine}
     for name in set(shell) & set(given):
         if shell[name] != engine[name]:
-            unused[name] = f"{_WHERE} sets {engine[name]!r:.80}"
+            unused[name] = f"the plan sets {engine[name]!r:.80}"
     for name, why in sorted(unused.items()):
         whose = "" if name in given and name not in shell else " of the shell"
         yield Finding.info("environment-unused", f"{name}{whose} is not used: {why}", [name])
@@ -95,7 +95,7 @@ def _check_names(engine: Mapping[str, str], given: Mapping[str, str]) -> Iterato
     known = _known()
     unknown = [name for name in sorted(engine) if name.startswith("VLLM_") and known and name not in known]
     for where, names, severity in (
-        (_WHERE, [name for name in unknown if name in given], Finding.warning),
+        ("the plan", [name for name in unknown if name in given], Finding.warning),
         ("the shell", [name for name in unknown if name not in given], Finding.info),
     ):
         if names:

@@ -53,7 +53,8 @@ class EngineConfig(Section):
     generation: Generation = Field(default_factory=lambda: Generation(), description="Prompting and request defaults.")
     runtime_env: dict[str, Any] | None = Field(
         default=None,
-        description="Ray runtime environment of the replica and its workers: env_vars, pip, working_dir...",
+        description="Ray runtime environment of the replica and its workers: env_vars, pip, working_dir... Its "
+        "env_vars win over what plugins ask for.",
     )
     allow_pickle: bool = Field(
         default=False, description="Read .bin and .pt weights, with an unpickler that builds tensors and nothing else."

@@ -17,14 +17,24 @@ from quantserve.finding import Finding, Severity
 from quantserve.method import Method, PerformanceProfile
 from quantserve.model.layers import linears
 from quantserve.planning.detection import Detected, detect, own_copy
-from quantserve.planning.expectation import EXPECTED_WORKLOAD, as_profile, expectation
+from quantserve.planning.expectation import EXPECTED_WORKLOAD, as_profile, expectation, kernel_name
 from quantserve.planning.plugin_arguments import checked, unsafe
 from quantserve.planning.settings import CORE, Setting, Settings
-from quantserve.plugins.contract import code_of, findings_of, kwargs_of, profile_of, schemes_of, skip_list_of
+from quantserve.plugins.contract import (
+    code_of,
+    environment_of,
+    findings_of,
+    kwargs_of,
+    profile_of,
+    schemes_of,
+    skip_list_of,
+)
 from quantserve.plugins.registry import Hooks, Plugin, Registry
+from quantserve.system.environment import configured_environment, with_environment
 from quantserve.target import Target
 
 CORE_KEYS = frozenset({"model", "served_model_name", "tensor_parallel_size", "max_model_len", "tokenizer", "revision"})
+CORE_VARIABLES = frozenset({"VLLM_PLUGINS", "VLLM_WORKER_MULTIPROC_METHOD"})
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Composition:
             which the findings then say.
         plugins: all composed plugins, the method plugin first.
         engine_kwargs: merged engine arguments with their provenance.
+        variables: merged environment variables of the model's processes with their provenance.
+        kernel: name of the quantized linears' kernel, as the method plugin gives it; "" when it gives none.
         findings: core's and the plugins', in that order.
         memory: what it will need; None when the config is too broken to tell.
         expected: what the method plugin knows was measured of exactly this, else what is predicted; None when neither.
@@ -51,10 +63,17 @@ class Composition:
     method_plugin: Plugin | None
     plugins: tuple[Plugin, ...]
     engine_kwargs: Mapping[str, Setting]
+    variables: Mapping[str, Setting]
+    kernel: str
     findings: tuple[Finding, ...]
     memory: MemoryEstimate | None
     expected: PerformanceProfile | None
     engine_environment: Mapping[str, str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The merged environment variables without their provenance."""
+        return {name: str(setting.value) for name, setting in self.variables.items()}
 
     @property
     def method(self) -> Method | None:
@@ -91,7 +110,9 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     hooks = Hooks(plugins)
     method = method_plugin.method if method_plugin else None
     kwargs, conflicts = _merge_kwargs(hooks, checkpoint, model, target, method)
-    effective = _with_kwargs(model, kwargs)
+    variables, unsettled = _merge_variables(hooks, checkpoint, model, target)
+    environment = {name: str(setting.value) for name, setting in variables.items()}
+    effective = with_environment(_with_kwargs(model, kwargs), environment)
     checkpoint = overridden(opened, effective.engine_kwargs.get("hf_overrides"))
     dtype = kwargs.get("dtype")
     dtype_by = dtype.source if dtype and dtype.source != "config" else ""
@@ -107,10 +128,10 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     if any(finding.code == "architecture-unsupported" for finding in findings):
         said = []  # nothing would run it
     expected = _expected(hooks, method_plugin, checkpoint, model, target)
+    argument = kwargs["quantization"].value if "quantization" in kwargs else None
     if expected is None and method_plugin and memory and memory.fits:
-        argument = kwargs["quantization"].value if "quantization" in kwargs else None
-        expected = _predicted(hooks, method_plugin, checkpoint, effective, target, memory, argument)
-    findings += [*conflicts, *(finding.said_by("core") for finding in said)]
+        expected = _predicted(hooks, method_plugin, checkpoint, effective, target, memory, argument, environment)
+    findings += [*conflicts, *unsettled, *(finding.said_by("core") for finding in said)]
     if detected.others and any(finding.severity is Severity.ERROR for finding in findings):
         findings.append(_also_claimed(detected.others))
     return Composition(
@@ -120,6 +141,8 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
         method_plugin=method_plugin,
         plugins=plugins,
         engine_kwargs=kwargs,
+        variables=variables,
+        kernel=kernel_name(method_plugin, checkpoint, target, hooks, argument, environment) if method_plugin else "",
         findings=tuple(findings),
         memory=memory,
         expected=expected,
@@ -203,6 +226,17 @@ def _merge_kwargs(
     return settings.merged(), settings.conflicts
 
 
+def _merge_variables(
+    hooks: Hooks, checkpoint: Checkpoint, model: ModelConfig, target: Target
+) -> tuple[dict[str, Setting], list[Finding]]:
+    """The same for environment variables."""
+    hook, take = "quantserve_environment", partial(environment_of, reserved=CORE_VARIABLES)
+    settings = Settings("engine_config.runtime_env.env_vars", configured_environment(model))
+    for plugin in hooks.plugins:
+        settings.add(plugin.name, _ask(hooks, plugin, hook, take, checkpoint, model, target) or {})
+    return settings.merged(), settings.conflicts
+
+
 def _plugin_kwargs(
     hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint, model: ModelConfig, target: Target
 ) -> Mapping[str, object]:
@@ -251,6 +285,9 @@ def _predicted(
     target: Target,
     memory: MemoryEstimate,
     argument: object,
+    environment: Mapping[str, str],
 ) -> PerformanceProfile | None:
-    made = expectation(plugin, checkpoint, model, target, memory, hooks=hooks, argument=argument)
+    made = expectation(
+        plugin, checkpoint, model, target, memory, hooks=hooks, argument=argument, environment=environment
+    )
     return as_profile(made, made.predict(EXPECTED_WORKLOAD), target) if made else None

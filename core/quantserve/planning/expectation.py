@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,7 @@ def expectation(
     engine: str = ENGINE_NOW,
     hooks: Hooks | None = None,
     argument: object = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Expectation | None:
     """What a model with the method of `plugin` can be predicted from; None when the plugin or the shape is unknown.
 
@@ -86,7 +88,8 @@ def expectation(
         memory: estimate that says how many tokens the KV cache holds; None for no limit.
         bits: one of the method's; None is what the files hold.
         engine: ``vllm-0.32``, or ``vllm-0.2.2`` for the 2023 tables.
-        argument: the ``quantization`` argument of the plan, which chooses among a method's kernels; None for its first.
+        argument, environment: the ``quantization`` argument and the variables of the plan, which choose among a
+            method's kernels; None for its first.
 
     Raises:
         PluginError: the plugin's hook is defective.
@@ -99,7 +102,7 @@ def expectation(
     kernel = kernel_of(plugin, target, width, engine, hooks)
     if kernel is None:
         return None
-    kernel = next((other for other in kernel.alternatives if other.argument == argument), kernel)
+    kernel = chosen(kernel, argument, environment)
     found = find_calibration(target)
     machine = machine_of(target, found.calibration, engine, eager=model.engine_kwargs.get("enforce_eager") is True)
     length = context_length(checkpoint, model) or 0
@@ -119,8 +122,23 @@ def expectation(
 
 
 def kernel_key(method: Method, bits: int, kernel: KernelProfile) -> str:
-    """The name of a kernel in a calibration: ``squeezellm-4``; of one of several, ``quantserve_awq-4``."""
-    return f"{kernel.argument or method.name}-{bits}"
+    """The name of a kernel in a calibration: ``squeezellm-4``; of one of several, ``awq_codebook-4``."""
+    return f"{kernel.key or kernel.argument or method.name}-{bits}"
+
+
+def chosen(kernel: KernelProfile, argument: object, environment: Mapping[str, str] | None) -> KernelProfile:
+    """Of a kernel and its alternatives the one that a plan with this argument and these variables leads to.
+
+    That is the most particular of those whose argument and variables, if they give any, are the plan's.
+    """
+    fitting = [
+        one
+        for one in (kernel, *kernel.alternatives)
+        if one.argument in ("", argument) and (environment is None or one.environment.items() <= environment.items())
+    ]
+    return max(
+        fitting, key=lambda one: (bool(one.argument), len(one.environment) if environment else 0), default=kernel
+    )
 
 
 def width_of(method: Method, stored: float | None) -> int:
@@ -142,6 +160,21 @@ def kernel_of(
     return called(  # type: ignore[no-any-return]
         plugin, "quantserve_kernel", contract.kernel_of, target=target, bits=bits, engine=engine
     )
+
+
+def kernel_name(
+    plugin: Plugin,
+    checkpoint: Checkpoint,
+    target: Target,
+    hooks: Hooks,
+    argument: object,
+    environment: Mapping[str, str],
+) -> str:
+    """The name of the kernel that a plan with these leads to; "" when the plugin gives none."""
+    if plugin.method is None:
+        return ""
+    kernel = kernel_of(plugin, target, width_of(plugin.method, stored_bits_per_weight(checkpoint)), hooks=hooks)
+    return chosen(kernel, argument, environment).name if kernel else ""
 
 
 def quality_of(plugin: Plugin, bits: int) -> QualityNote | None:

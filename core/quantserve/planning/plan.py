@@ -25,8 +25,8 @@ from quantserve.system.environment import (
     RESERVE,
     THREADS_BIND,
     carried,
-    configured_environment,
     engine_environment,
+    with_environment,
 )
 from quantserve.system.homes import parted
 
@@ -56,6 +56,8 @@ class Plan(BaseModel):
         deployment: options of the Ray Serve deployment.
         affinity: which requests stay together on a replica: ``none``, ``session`` or ``prefix``.
         runtime_env: Ray runtime environment of the replica and its child processes.
+        environment_provenance: source of each variable in it that a plugin or the config sets.
+        kernel: name of the quantized linears' kernel; "" when the method plugin gives none.
         memory: memory estimate, bytes per device.
         expected: expected performance, or None.
         description, url: shown by ``/v1/models``.
@@ -80,6 +82,8 @@ class Plan(BaseModel):
     deployment: dict[str, Any]
     affinity: str = "none"
     runtime_env: dict[str, Any]
+    environment_provenance: dict[str, str] = {}
+    kernel: str = ""
     memory: dict[str, Any] | None = None
     expected: dict[str, Any] | None = None
     description: str | None = None
@@ -119,6 +123,8 @@ def make_plan(composition: Composition) -> Plan:
         deployment=_deployment(composition),
         affinity=model.deployment_config.affinity,
         runtime_env=_runtime_env(composition),
+        environment_provenance={name: composition.variables[name].source for name in sorted(composition.variables)},
+        kernel=composition.kernel,
         memory=composition.memory.to_json() if composition.memory else None,
         expected=composition.expected.to_json() if composition.expected else None,
         description=model.engine_config.model_description,
@@ -296,8 +302,9 @@ def _runtime_env(composition: Composition) -> dict[str, Any]:
     model, target = composition.model, composition.target
     planned = {**composition.engine_environment, "VLLM_NO_USAGE_STATS": "1"}
     # The shell's variables that were judged are part of the plan, so that the engine has them on every node.
-    judged = carried(engine_environment(model, target), target)
+    environment = composition.environment
+    judged = carried(engine_environment(with_environment(model, environment), target), target)
     if target.device == "cpu" and composition.memory:
         judged[KV_CACHE_SPACE] = str(composition.memory.cpu_kv_cache_gib)
-    env_vars = {**planned, **configured_environment(model), **judged}
+    env_vars = {**planned, **environment, **judged}
     return {**(model.engine_config.runtime_env or {}), "env_vars": env_vars}

@@ -43,10 +43,13 @@ MOST_NAMES: Final = 100
 """Aliases, widths, devices or dtypes of a method."""
 DEEPEST_KWARGS: Final = 100
 """Levels of objects and arrays in an engine argument of a plugin."""
+LONGEST_VALUE: Final = 1 << 12
+"""Characters of an environment variable of a plugin."""
 LONGEST_KWARGS: Final = 1 << 20
 """Characters of a plugin's engine arguments as JSON."""
 
 T = TypeVar("T")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}", re.ASCII)
 _CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
 
 
@@ -279,6 +282,30 @@ def kwargs_of(returned: object, reserved: frozenset[str]) -> dict[str, Any]:
     return {str(key): json_of(value, str(key), LONGEST_KWARGS) for key, value in items.items()}
 
 
+def environment_of(returned: object, reserved: frozenset[str]) -> dict[str, str]:
+    """The value of ``quantserve_environment``."""
+    if not isinstance(returned, Mapping):
+        raise Breach(f"returned {_kind(returned)}, not a mapping of names")
+    items = dict(islice(returned.items(), MOST_FINDINGS))
+    if reason := variables_breach(items):
+        raise Breach(f"returned {reason}")
+    if taken := sorted(name for name in items if name in reserved or name.startswith("QUANTSERVE_")):
+        raise Breach(f"sets {', '.join(taken)}, which belong to the core")
+    return {str(name): str(value) for name, value in items.items()}
+
+
+def variables_breach(variables: object) -> str:
+    """What is wrong with names and values of environment variables."""
+    if not isinstance(variables, Mapping):
+        return f"{_kind(variables)}, not a mapping of names"
+    for name, value in variables.items():
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            return f"a variable whose name is not letters, digits and underscores: {name!r:.80}"
+        if not isinstance(value, str) or "\0" in value or len(value) > LONGEST_VALUE:
+            return f"a value of {name} that is not text of at most {LONGEST_VALUE} characters: {value!r:.80}"
+    return ""
+
+
 def json_of(value: object, key: str, longest: int) -> Any:
     """The value as JSON gives it back."""
     try:
@@ -304,12 +331,14 @@ def kernel_breach(profile: object) -> str:
     """What is wrong with the value of ``quantserve_kernel``."""
     if not isinstance(profile, KernelProfile):
         return f"returned {_kind(profile)}, not KernelProfile or None"
-    for name in ("name", "source", "benchmark", "argument"):
+    for name in ("name", "source", "benchmark", "argument", "key"):
         if not isinstance(value := getattr(profile, name), str):
             return f"KernelProfile.{name} is {_kind(value)}, not text"
     for name in ("experts", "amx"):
         if not isinstance(value := getattr(profile, name), bool):
             return f"KernelProfile.{name} is {_kind(value)}, not True or False"
+    if reason := variables_breach(profile.environment):
+        return f"KernelProfile.environment has {reason}"
     if not isinstance(profile.alternatives, tuple):
         return f"KernelProfile.alternatives is {_kind(profile.alternatives)}, not a tuple"
     for other in profile.alternatives:

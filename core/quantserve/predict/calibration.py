@@ -37,7 +37,7 @@ class Calibration:
         threads: that computed together.
         read_bytes_per_s, matmul_flops_per_s: of memory, and of large bfloat16 products.
         kernels: key -> (rows, seconds per weight), rising rows. The key is method and bits, ``squeezellm-4``; where a
-            method has several kernels, the ``quantization`` argument of each and bits, ``quantserve_awq-4``.
+            method has several kernels, the ``KernelProfile.key`` of each and bits, ``awq_codebook-4``.
         calls: key -> seconds of one call beside its weights, which small matrices feel.
         about: key -> the kernel that was measured.
         engine: costs of the engine; None when they were not measured and defaults hold.
@@ -262,7 +262,7 @@ def fastest_kernel(target: Target, keys: Sequence[str]) -> Fastest | None:
 
     Args:
         target: only a CPU target has a calibration.
-        keys: ``quantserve_awq-4``, ``awq-4``: the ``quantization`` argument and the bits.
+        keys: ``awq_codebook-4``, ``awq_vllm-4``: the ``KernelProfile.key`` of each and the bits.
     """
     calibration = find_calibration(target).calibration
     if calibration is None or not all(key in calibration.kernels for key in keys):

@@ -53,6 +53,13 @@ def configured_environment(model: ModelConfig) -> dict[str, str]:
     return dict(variables) if isinstance(variables, dict) else {}
 
 
+def with_environment(model: ModelConfig, variables: Mapping[str, str]) -> ModelConfig:
+    """The model as if its config set these environment variables and no others."""
+    runtime_env = {**(model.engine_config.runtime_env or {}), "env_vars": dict(variables)}
+    engine = model.engine_config.model_copy(update={"runtime_env": runtime_env})
+    return model.model_copy(update={"engine_config": engine})
+
+
 def carried(environment: Mapping[str, str], target: Target) -> dict[str, str]:
     """The judged variables that an engine on `target` reads."""
     names = [name for name in JUDGED if target.device == "cpu" or name not in CPU_ONLY]

@@ -10,31 +10,45 @@ from typing import Any
 
 import pytest
 
+import quantserve_awq
 import quantserve_kernels
 from helpers.checkpoints import REMOVE, make_llama, quantized_linear
 from helpers.composed import composed, errors, findings, text
 from helpers.predicted import LLAMA_7B, expected, model
-from quantserve.api import Checkpoint, Finding, Target
+from quantserve.api import Checkpoint, Finding, ModelConfig, Target
 from quantserve.predict import WORKLOADS, Calibration
 from quantserve.predict.calibration import fastest_kernel, fingerprint, save
+from quantserve.system.environment import with_environment
 from quantserve.target import GIB, find_target
 from quantserve_awq import kernel, plugin, speed
 from quantserve_kernels import Status
 
 EPYC = Target("cpu", "cpu", 64 * GIB, count=1, cores=2, features=("avx2", "avx512f", "avx512_bf16"))
 XEON = replace(EPYC, features=(*EPYC.features, "amx_bf16", "amx_int8"))
-OURS, THEIRS = "quantserve_awq", "awq"
+OURS, THEIRS, DISABLED = kernel.OURS, kernel.THEIRS, kernel.DISABLED
+AVX2 = replace(EPYC, features=("avx2",))
 
 
-def said(checkpoint: Checkpoint, target: Target, ranks: int = 1, **engine_kwargs: object) -> dict[str, Finding]:
-    """What the plugin alone finds."""
-    found = plugin.quantserve_validate(checkpoint, model(ranks, **engine_kwargs), target)
+def said(
+    checkpoint: Checkpoint, target: Target, ranks: int = 1, left_out: str | None = None, **engine_kwargs: object
+) -> dict[str, Finding]:
+    """What the plugin alone finds; `left_out` is the user's value of vLLM's variable."""
+    found = plugin.quantserve_validate(checkpoint, asked(ranks, left_out, **engine_kwargs), target)
     return {finding.code: finding for finding in found}
 
 
-def argument(checkpoint: Checkpoint, target: Target, **engine_kwargs: object) -> object:
-    """The quantization argument of the plan."""
-    return plugin.quantserve_engine_kwargs(checkpoint, model(**engine_kwargs), target)["quantization"]
+def asked(ranks: int = 1, left_out: str | None = None, **engine_kwargs: object) -> ModelConfig:
+    made = model(ranks, **engine_kwargs)
+    return made if left_out is None else with_environment(made, {DISABLED: left_out})
+
+
+def given(checkpoint: Checkpoint, target: Target, left_out: str | None = None) -> str:
+    """The kernel that the plan's variable leads to: the first of vLLM's list that it does not leave out."""
+    variables = plugin.quantserve_environment(checkpoint, asked(left_out=left_out), target)
+    disabled = variables.get(DISABLED, "").split(",")
+    if left_out is not None:
+        assert variables == {DISABLED: left_out}
+    return next(name for name in (OURS, THEIRS) if name not in disabled)
 
 
 @pytest.fixture
@@ -46,25 +60,25 @@ def small(tmp_path: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize(
-    ("asked", "target", "given", "codes"),
+    ("left_out", "target", "name", "codes"),
     [
         (None, EPYC, OURS, set()),
         (None, XEON, THEIRS, {"awq-kernel"}),
-        ("awq", XEON, THEIRS, {"awq-kernel"}),
-        ("awq_vllm", XEON, THEIRS, set()),
-        ("quantserve_awq", XEON, OURS, set()),
-        ("quantserve_awq", EPYC, OURS, set()),
-        ("awq_vllm", EPYC, THEIRS, set()),
+        (None, AVX2, OURS, set()),
+        (OURS, XEON, THEIRS, set()),
+        (THEIRS, XEON, OURS, set()),
+        ("", XEON, OURS, set()),
+        (f"Other,{OURS}", EPYC, THEIRS, set()),
+        (OURS, AVX2, THEIRS, {"awq-no-kernel"}),
     ],
 )
-def test_amx_gets_vllms_kernel_unless_another_is_named(
-    small: Checkpoint, asked: str | None, target: Target, given: str, codes: set[str]
+def test_amx_gets_vllms_kernel_unless_a_person_leaves_it_out(
+    small: Checkpoint, left_out: str | None, target: Target, name: str, codes: set[str]
 ) -> None:
-    kwargs = {} if asked is None else {"quantization": asked}
-    assert argument(small, target, **kwargs) == given
-    found = said(small, target, **kwargs)
+    assert given(small, target, left_out) == name
+    found = said(small, target, left_out=left_out)
     assert found.keys() - {"awq-dtype"} == codes
-    if codes:
+    if "awq-kernel" in codes:
         assert all(words in found["awq-kernel"].message for words in ("AMX", "1210 ms", "8 bits"))
         assert "quantserve calibrate" in found["awq-kernel"].fix
 
@@ -79,7 +93,9 @@ def calibrated(
 ) -> None:
     """A calibration of this target: picoseconds per weight at 1, 4, 16 and 512 rows by kernel."""
     kernels = {
-        f"{name}-4": tuple((rows, 1e-12 * value) for rows, value in zip((1, 4, 16, 512), values, strict=True))
+        f"{kernel.KEYS.get(name, name)}-4": tuple(
+            (rows, 1e-12 * value) for rows, value in zip((1, 4, 16, 512), values, strict=True)
+        )
         for name, values in tables.items()
     }
     made = Calibration(
@@ -100,7 +116,7 @@ FAST, SLOW = (50.0, 60.0, 100.0, 1000.0), (60.0, 120.0, 370.0, 10_000.0)
 
 
 @pytest.mark.parametrize(
-    ("target", "tables", "given", "said_so"),
+    ("target", "tables", "name", "said_so"),
     [
         (XEON, {OURS: FAST, THEIRS: SLOW}, OURS, True),
         (XEON, {OURS: SLOW, THEIRS: FAST}, THEIRS, True),
@@ -115,17 +131,17 @@ def test_a_calibration_decides(
     monkeypatch: pytest.MonkeyPatch,
     target: Target,
     tables: dict[str, tuple[float, float, float, float]],
-    given: str,
+    name: str,
     said_so: bool,
 ) -> None:
     calibrated(monkeypatch, tmp_path, target, **tables)
-    assert argument(small, target) == given
+    assert given(small, target) == name
     assert ("awq-kernel" in said(small, target)) == said_so
-    assert argument(small, target, quantization="awq_vllm") == THEIRS
+    assert given(small, target, OURS) == THEIRS
     if len(tables) == 2 and said_so:
         assert "calibration of 20" in said(small, target)["awq-kernel"].message
     other = XEON if target is EPYC else EPYC  # not its calibration
-    assert argument(small, other) == (THEIRS if other is XEON else OURS)
+    assert given(small, other) == (THEIRS if other is XEON else OURS)
 
 
 def test_the_work_that_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,48 +159,71 @@ def test_the_work_that_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_shapes_vllms_kernel_cannot_take_stay_with_ours(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", "awq", intermediate=48, group_size=16)
     checkpoint = composed(folder).checkpoint
-    assert argument(checkpoint, XEON) == OURS
-    assert "awq-cpu-alignment" in said(checkpoint, XEON, quantization="awq_vllm")
+    assert given(checkpoint, XEON) == OURS
+    assert "awq-cpu-alignment" in said(checkpoint, XEON, left_out=OURS)
 
 
-def test_our_kernel_asked_for_where_it_is_not_compiled(small: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_kernel_where_it_is_not_compiled(small: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantserve_kernels, "status", lambda: Status(False, "torch", "no compiler"))
-    assert "no compiler" in said(small, EPYC, quantization="quantserve_awq")["awq-no-kernel"].message
+    for target, left_out, why in ((EPYC, THEIRS, f"{DISABLED} leaves vLLM's out"), (AVX2, None, "without AVX-512")):
+        message = said(small, target, left_out=left_out)["awq-no-kernel"].message
+        assert "no compiler" in message
+        assert why in message
     assert not said(small, XEON).keys() & {"awq-slow-kernel", "awq-no-kernel"}
     profile = speed.kernel(XEON, 4, "vllm-0.32")
     assert profile is not None
-    assert (profile.argument, profile.alternatives) == (THEIRS, ())
+    assert (profile.key, profile.alternatives) == ("awq_vllm", ())
+
+
+def test_the_shells_variable_counts_on_this_machine(small: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DISABLED, OURS)
+    here = find_target("cpu")
+    assert plugin.quantserve_environment(small, asked(), here) == {DISABLED: OURS}
+    assert plugin.quantserve_environment(small, asked(), find_target("a100-80g")) == {}
+
+
+@pytest.mark.parametrize(
+    ("variables", "registers"),
+    [
+        ({}, False),  # a plain `vllm serve` loads every plugin
+        ({"VLLM_PLUGINS": ""}, False),
+        ({"VLLM_PLUGINS": "other,awq"}, True),
+        ({"VLLM_PLUGINS": "quantserve", "QUANTSERVE_ENGINE_PLUGINS": "quantserve-squeezellm:squeezellm"}, False),
+        ({"VLLM_PLUGINS": "quantserve", "QUANTSERVE_ENGINE_PLUGINS": "a:b,quantserve-awq:awq"}, True),
+    ],
+)
+def test_who_asks_for_the_kernel(variables: dict[str, str], registers: bool) -> None:
+    assert quantserve_awq.asked_for(variables) == registers
 
 
 # --- prediction with AMX --------------------------------------------------------------------------------
 
 
-def seconds(target: Target, quantization: str, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+def seconds(target: Target, left_out: str, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """Predicted seconds of a prompt of 512 tokens and of a decode step, of Llama-2 7B."""
     monkeypatch.setattr("helpers.predicted.find_target", lambda name: target)
-    made = expected(LLAMA_7B, "awq", "cpu", argument=quantization)
+    made = expected(LLAMA_7B, "awq", "cpu", environment={DISABLED: left_out})
     prediction = made.predict(WORKLOADS["single"])
     return prediction.ttft_ms / 1e3, prediction.decode_step.linears
 
 
 def test_our_kernel_is_not_predicted_at_the_rate_of_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rough run on a Xeon: about 10,257 ps a weight at 512 rows with ours, vLLM's several times faster."""
-    profiles = {profile.argument: profile for profile in (speed.OURS, speed.VLLM_AMX)}
     from quantserve.predict.machine import linear_cost, machine_of
 
     one = machine_of(XEON)
     weights = 4096 * 4096
-    ours = linear_cost(one, profiles[OURS], "none")
-    theirs = linear_cost(one, profiles[THEIRS], "none")
+    ours = linear_cost(one, speed.CODEBOOK, "none")
+    theirs = linear_cost(one, speed.VLLM_AMX, "none")
     assert ours.seconds(512, 4096, 4096) / weights == pytest.approx(10_257e-12, rel=0.25)
     assert ours.seconds(16, 4096, 4096) / weights == pytest.approx(366e-12, rel=0.25)
     assert 5 < ours.seconds(64, 4096, 4096) / theirs.seconds(64, 4096, 4096) < 9
     without = machine_of(EPYC)
-    assert linear_cost(without, profiles[OURS], "none").seconds(512, 4096, 4096) < ours.seconds(512, 4096, 4096)
+    assert linear_cost(without, speed.CODEBOOK, "none").seconds(512, 4096, 4096) < ours.seconds(512, 4096, 4096)
 
 
-def test_the_plan_is_predicted_with_the_kernel_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = (seconds(XEON, quantization, monkeypatch)[0] for quantization in (OURS, THEIRS))
+def test_the_plan_is_predicted_with_the_kernel_it_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = (seconds(XEON, left_out, monkeypatch)[0] for left_out in (THEIRS, OURS))
     assert ours > 3 * theirs
 
 

@@ -14,6 +14,7 @@ import quantserve_kernels
 from helpers.checkpoints import LLAMA_7B, LLAMA_70B, REMOVE, make_llama
 from helpers.composed import composed, errors, findings, text
 from quantserve.api import Target
+from quantserve.planning.plan import make_plan
 from quantserve_awq import kernel, plugin
 from quantserve_kernels import Status
 
@@ -68,7 +69,7 @@ def test_old_spelling_beside_the_model(tmp_path: Path) -> None:
     )
     composition = composed(folder, "cpu")
     assert not errors(composition)
-    assert composition.engine_kwargs["quantization"].value == "quantserve_awq"
+    assert composition.engine_kwargs["quantization"].value == "awq"
 
 
 def test_unquantized_whole_groups_are_fine(tmp_path: Path) -> None:
@@ -88,8 +89,7 @@ def test_unquantized_whole_groups_are_fine(tmp_path: Path) -> None:
 def test_every_name_becomes_the_one_the_platform_takes(tmp_path: Path, name: str, target: str) -> None:
     composition = composed(make_llama(tmp_path / "m", "awq"), target, quantization=name)
     assert not errors(composition)
-    expected = "quantserve_awq" if target == "cpu" else "awq"
-    assert composition.engine_kwargs["quantization"].value == expected
+    assert composition.engine_kwargs["quantization"].value == "awq"
 
 
 # --- bad configs --------------------------------------------------------------------------------------
@@ -278,17 +278,18 @@ def test_word_that_splits_ranks(tmp_path: Path) -> None:
         ({"hidden": 256, "heads": 8, "kv_heads": 1, "head_dim": 24, "group_size": 32}, "qkv_proj: N 240 per rank"),
     ],
 )
-def test_cpu_alignment(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+def test_cpu_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str) -> None:
     folder = make_llama(tmp_path / "m", "awq", **options)
-    assert words in text(errors(composed(folder, "cpu", quantization="awq_vllm"))["awq-cpu-alignment"])
     assert "awq-cpu-alignment" not in errors(composed(folder, "cpu"))
+    monkeypatch.setenv(kernel.DISABLED, kernel.OURS)
+    assert words in text(errors(composed(folder, "cpu"))["awq-cpu-alignment"])
 
 
-def test_odd_group_on_cpu(tmp_path: Path) -> None:
+def test_odd_group_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_llama(tmp_path / "m", "awq", hidden=224, heads=7, kv_heads=7, intermediate=448, group_size=7)
-    theirs = errors(composed(folder, "cpu", quantization="awq_vllm"))
-    assert "group_size 7 is odd" in theirs["awq-cpu-group-size"].message
     assert "awq-cpu-group-size" not in errors(composed(folder, "cpu"))
+    monkeypatch.setenv(kernel.DISABLED, kernel.OURS)
+    assert "group_size 7 is odd" in errors(composed(folder, "cpu"))["awq-cpu-group-size"].message
 
 
 def test_group_size_of_the_plain_kernel(tmp_path: Path) -> None:
@@ -354,24 +355,25 @@ def test_the_users_dtype_stays(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "target", "given"),
+    ("left_out", "target", "name"),
     [
-        ("awq", "cpu", "quantserve_awq"),
-        ("awq_marlin", "cpu", "quantserve_awq"),
-        ("awq_vllm", "cpu", "awq"),
-        ("awq", "a100-80g", "awq"),
-        ("awq_vllm", "a100-80g", "awq"),
-        ("quantserve_awq", "cpu", "quantserve_awq"),
-        ("quantserve_awq", "a100-80g", "awq"),
+        (None, "a100-80g", "Marlin (vLLM)"),
+        (kernel.OURS, "a100-80g", "Marlin (vLLM)"),
+        (kernel.OURS, "cpu", "vLLM's AWQ for CPUs"),
+        (kernel.THEIRS, "cpu", "quantserve-kernels"),
     ],
 )
-def test_the_kernel_of_a_cpu_can_be_chosen(tmp_path: Path, asked: str, target: str, given: str) -> None:
-    composition = composed(make_llama(tmp_path / "m", "awq"), target, quantization=asked)
-    assert composition.method is not None
-    assert composition.method.name == "awq"
-    assert composition.engine_kwargs["quantization"].value == given
+def test_the_kernel_of_a_cpu_can_be_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_out: str | None, target: str, name: str
+) -> None:
+    if left_out:
+        monkeypatch.setenv(kernel.DISABLED, left_out)
+    composition = composed(make_llama(tmp_path / "m", "awq"), target)
     assert not errors(composition)
     assert composition.engine_environment["QUANTSERVE_ENGINE_PLUGINS"] == "quantserve-awq:awq"
+    plan = make_plan(composition)
+    assert plan.kernel.startswith(name)
+    assert plan.runtime_env["env_vars"].get(kernel.DISABLED) == (left_out if target == "cpu" else None)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +392,7 @@ def test_without_compiled_kernels_vllms_own_is_used_and_said(
         monkeypatch.setattr(quantserve_kernels, "status", lambda: found)
     composition = composed(make_llama(tmp_path / "m", "awq"))
     arguments = composition.checkpoint, composition.model, cpu()
-    assert plugin.quantserve_engine_kwargs(*arguments)["quantization"] == "awq"
+    assert plugin.quantserve_environment(*arguments) == {kernel.DISABLED: kernel.OURS}
     said = {finding.code: finding for finding in plugin.quantserve_validate(*arguments)}
     assert words in said["awq-slow-kernel"].message
     assert not {"awq-slow-kernel"} & findings(composition).keys()  # a GPU does not care

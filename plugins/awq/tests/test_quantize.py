@@ -17,6 +17,7 @@ from helpers.composed import composed, errors
 from quantserve.errors import UserError
 from quantserve_awq import _quantize
 from quantserve_awq._quantize import dequantize_checkpoint, quantize
+from quantserve_awq.kernel import DISABLED, OURS, THEIRS
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -170,17 +171,17 @@ if __name__ == "__main__":
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "options", "sure"),
+    ("kernel", "options", "sure"),
     [
-        ("quantserve_awq", {"dtype": "float16", "enforce_eager": True}, 0.05),
-        ("quantserve_awq", {}, 0.3),  # as planned: compiled, and in bfloat16 where the CPU multiplies that itself
-        ("quantserve_awq", {"dtype": "float16", "enforce_eager": True, "tensor_parallel_size": 2}, 0.05),
-        ("awq_vllm", {"dtype": "float16", "enforce_eager": True}, 0.05),
+        (OURS, {"dtype": "float16", "enforce_eager": True}, 0.05),
+        (OURS, {}, 0.3),  # as planned: compiled, and in bfloat16 where the CPU multiplies that itself
+        (OURS, {"dtype": "float16", "enforce_eager": True, "tensor_parallel_size": 2}, 0.05),
+        (THEIRS, {"dtype": "float16", "enforce_eager": True}, 0.05),
     ],
     ids=["ours", "ours-compiled", "ours-two-ranks", "vllms"],
 )
 def test_vllm_answers_like_transformers_in_float32(
-    model: Path, exported: Path, dequantized: Path, tmp_path: Path, method: str, options: dict[str, object], sure: float
+    model: Path, exported: Path, dequantized: Path, tmp_path: Path, kernel: str, options: dict[str, object], sure: float
 ) -> None:
     if options.get("tensor_parallel_size"):  # half of down_proj's 384 inputs is no whole number of groups of 128
         exported, dequantized = tmp_path / "export", tmp_path / "plain"
@@ -188,12 +189,12 @@ def test_vllm_answers_like_transformers_in_float32(
         dequantize_checkpoint(exported, dequantized)
     generator = torch.Generator().manual_seed(11)
     prompts = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in (5, 17, 40, 64)]
-    composition = composed(exported, "cpu", quantization=method)
+    composition = composed(exported, "cpu")
     kwargs = {key: setting.value for key, setting in composition.engine_kwargs.items()} | options
-    assert kwargs["quantization"] == {"quantserve_awq": "quantserve_awq", "awq_vllm": "awq"}[method]
+    assert kwargs["quantization"] == "awq"
     kwargs["model"] = str(exported)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment |= composition.engine_environment
+    environment |= composition.engine_environment | {DISABLED: OURS if kernel == THEIRS else THEIRS}
     if ranks := options.get("tensor_parallel_size"):
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))] * int(str(ranks))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores[: int(str(ranks))])
@@ -205,6 +206,9 @@ def test_vllm_answers_like_transformers_in_float32(
         env=environment,
     )
     assert run.returncode == 0, (run.stdout + run.stderr)[-8000:]
+    assert f"Using {kernel} for mixed-precision linear" in run.stdout + run.stderr
+    if kernel == OURS:
+        assert "Quantized linear layers: " in run.stdout + run.stderr
     answers = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("TOKENS")).split(" ", 1)[1])
 
     reference = LlamaForCausalLM.from_pretrained(dequantized, dtype=torch.float32)

@@ -6,15 +6,27 @@ Two doors, one per entry-point group. `quantserve.plugins` names the light modul
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 __all__ = ["register"]
 
 
 def register() -> None:
-    """Make `quantization="quantserve_awq"` known to the vLLM of this process, on CPUs; safe to call again."""
+    """Put quantserve's kernel before vLLM's own for CPUs, in engines that ask for this plugin; safe to call again.
+
+    A plain `vllm serve`, which loads every installed plugin, keeps its kernels.
+    """
     from importlib.util import find_spec
 
-    if find_spec("quantserve_kernels") is None:
-        return  # the plan then asks for vLLM's own method
-    from quantserve_awq import _vllm
+    if not asked_for(os.environ) or find_spec("quantserve_kernels") is None:
+        return
+    from quantserve_kernels.vllm import linear_kernels
 
-    _vllm.register()
+    linear_kernels.register()
+
+
+def asked_for(environ: Mapping[str, str]) -> bool:
+    """Whether a plan of quantserve names this plugin, or a person does in ``VLLM_PLUGINS``."""
+    sides = environ.get("QUANTSERVE_ENGINE_PLUGINS", "").split(",")
+    return "quantserve-awq:awq" in sides or "awq" in environ.get("VLLM_PLUGINS", "").split(",")

@@ -1,27 +1,37 @@
-"""Which kernel an AWQ model gets on a CPU: quantserve's or vLLM's own."""
+"""Which kernel an AWQ model gets on a CPU: quantserve's or vLLM's own.
+
+vLLM asks a list of kernels, in order, for one that computes a layer. `register` of this package puts quantserve's
+first; the variable `DISABLED` leaves kernels out by name. With it the plan chooses, and a person overrules the plan.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from quantserve.api import Finding, Target, fastest_kernel
+from quantserve.api import Finding, Target, engine_environment, fastest_kernel
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
-METHOD = "awq"  # vLLM's own
-KERNEL_METHOD = "quantserve_awq"  # what `_vllm` registers; a config that names it gets quantserve's kernel
-VLLM_ALIAS = "awq_vllm"  # what a config says to get vLLM's own on a CPU
+DISABLED = "VLLM_DISABLED_KERNELS"
+OURS, THEIRS = "CodebookLinearKernel", "CPUWNA16LinearKernel"
+"""What vLLM calls the two: quantserve's kernel, and its own for CPUs."""
+KEYS = {OURS: "awq_codebook", THEIRS: "awq_vllm"}
+"""Their names in a calibration."""
+WITHOUT_OURS = {DISABLED: OURS}
 
-# The kernel of a CPU with an instruction set, as its `quantization` argument; the first that the CPU has decides, and
-# a calibration of the machine goes before. vLLM's has AMX, where one rough run on an Intel Xeon (one thread, 0.83
-# billion parameters) took 193 ms for 64 tokens and made 120 tokens/s in batches of 16; quantserve's has none and took
-# 1210 ms and made 48 tokens/s. On an AMD EPYC with AVX512-BF16 quantserve's is the faster (docs/performance.md).
-BY_INSTRUCTION_SET = (("amx_int8", METHOD), ("amx_bf16", METHOD), ("", KERNEL_METHOD))
-CALIBRATED = (f"{KERNEL_METHOD}-4", f"{METHOD}-4")
-_ACTIVATIONS = "it rounds activations to 8 bits there unless VLLM_CPU_INT4_W4A8=0 is in runtime_env.env_vars"
+# The kernel of a CPU with an instruction set; the first that the CPU has decides, and a calibration of the machine goes
+# before. vLLM's has AMX, where one rough run on an Intel Xeon (one thread, 0.83 billion parameters) took 193 ms for 64
+# tokens and made 120 tokens/s in batches of 16; quantserve's has none and took 1210 ms and made 48 tokens/s. On an AMD
+# EPYC with AVX512-BF16 quantserve's is the faster (docs/performance.md).
+BY_INSTRUCTION_SET = (("amx_int8", THEIRS), ("amx_bf16", THEIRS), ("", OURS))
+_WHERE = "engine_config.runtime_env.env_vars"
+_COMPILE = "install a C++ compiler and then 'quantserve-awq[engine]'"
+_ACTIVATIONS = f"it rounds activations to 8 bits there unless VLLM_CPU_INT4_W4A8=0 is in {_WHERE}"
+_ONLY_AVX2 = "vLLM has no AWQ kernel for CPUs without AVX-512 (vLLM issue 55613)"
 
 
 @dataclass(frozen=True)
@@ -29,17 +39,14 @@ class Choice:
     """The kernel of the linears.
 
     Attributes:
-        argument: the ``quantization`` argument that leads to it.
+        own: whether it is quantserve's.
+        environment: the variables that lead to it.
         findings: what a person must know of the choice.
     """
 
-    argument: str
+    own: bool
+    environment: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
-
-    @property
-    def own(self) -> bool:
-        """Whether it is quantserve's."""
-        return self.argument == KERNEL_METHOD
 
 
 def missing() -> str | None:
@@ -55,9 +62,16 @@ def missing() -> str | None:
 def usual(target: Target) -> str:
     """The kernel of a CPU whatever the model: measured here, else by its instruction set."""
     if missing():
-        return METHOD
-    measured = fastest_kernel(target, CALIBRATED)
-    return measured.key.removesuffix("-4") if measured else _by_instruction_set(target)
+        return THEIRS
+    if no_vllm_kernel(target):
+        return OURS
+    measured = fastest_kernel(target, [f"{key}-4" for key in KEYS.values()])
+    return next(one for one, key in KEYS.items() if measured.key == f"{key}-4") if measured else _by_features(target)
+
+
+def no_vllm_kernel(target: Target) -> bool:
+    """Whether vLLM is built without its kernel for this CPU, and such a model would end at its first token."""
+    return "avx2" in target.features and "avx512f" not in target.features
 
 
 def choose(model: ModelConfig, target: Target, vllm_cannot: str = "") -> Choice:
@@ -66,68 +80,69 @@ def choose(model: ModelConfig, target: Target, vllm_cannot: str = "") -> Choice:
     Args:
         vllm_cannot: why vLLM's kernel for CPUs cannot take this model; "" when it can.
     """
-    if target.device != "cpu" or model.quantization == VLLM_ALIAS:
-        return Choice(METHOD)
-    if model.quantization == KERNEL_METHOD:
-        return Choice(KERNEL_METHOD, _unusable())
-    if reason := missing():
-        return Choice(METHOD, () if target.has_amx else (_slow(reason),))
-    argument = usual(target)
-    if argument == METHOD and vllm_cannot:
-        return Choice(KERNEL_METHOD)
-    return Choice(argument, _said(argument, target))
+    if target.device != "cpu":
+        return Choice(own=False)
+    reason = missing()
+    asked = engine_environment(model, target).get(DISABLED)
+    if asked is not None:  # a person's choice
+        left_out = {name.strip() for name in asked.split(",")}
+        own = OURS not in left_out and not (reason and THEIRS not in left_out)
+        return Choice(own, {DISABLED: asked}, _impossible(target, left_out, reason))
+    if reason:
+        return Choice(False, WITHOUT_OURS, _impossible(target, set(), reason) or _slow(target, reason))
+    if usual(target) == OURS or vllm_cannot:
+        return Choice(True, {}, _said(OURS, target) if usual(target) == OURS else ())
+    return Choice(False, WITHOUT_OURS, _said(THEIRS, target))
 
 
-def _by_instruction_set(target: Target) -> str:
+def _by_features(target: Target) -> str:
     return next(kernel for name, kernel in BY_INSTRUCTION_SET if not name or name in target.features)
 
 
-def _said(argument: str, target: Target) -> tuple[Finding, ...]:
+def _said(chosen: str, target: Target) -> tuple[Finding, ...]:
     """An info where a measurement decided, or AMX."""
-    ours, theirs = CALIBRATED
-    other = VLLM_ALIAS if argument == KERNEL_METHOD else KERNEL_METHOD
-    name = "quantserve's" if argument == KERNEL_METHOD else "vLLM's own"
-    if measured := fastest_kernel(target, CALIBRATED):
-        if argument == _by_instruction_set(target) == KERNEL_METHOD:
+    if measured := fastest_kernel(target, [f"{key}-4" for key in KEYS.values()]):
+        if chosen == _by_features(target) == OURS:
             return ()
+        ours, theirs = (1e3 * measured.seconds[f"{KEYS[kernel]}-4"] for kernel in (OURS, THEIRS))
         why = (
-            f"the calibration of {measured.date} makes it the faster: {1e3 * measured.seconds[theirs]:.3g} ms for a "
-            f"million weights with vLLM's, {1e3 * measured.seconds[ours]:.3g} ms with quantserve's (three requests of "
-            "512 tokens in and 128 out)"
+            f"the calibration of {measured.date} makes it the faster: {theirs:.3g} ms for a million weights with "
+            f"vLLM's, {ours:.3g} ms with quantserve's (three requests of 512 tokens in and 128 out)"
         )
-        fix = f"set engine_kwargs.quantization to {other} for the other kernel"
-    elif argument == METHOD:
+        fix = f"set {DISABLED} to {chosen} in {_WHERE} for the other kernel"
+    elif chosen == THEIRS:
         why = (
             "this CPU has AMX, which quantserve's kernel does not use; in one rough run on an Intel Xeon vLLM's took "
             "193 ms for 64 tokens and quantserve's 1210 ms"
         )
-        fix = f"run `quantserve calibrate`, which measures both here, or set engine_kwargs.quantization to {other}"
+        fix = f"run `quantserve calibrate`, which measures both here, or set {DISABLED} to {THEIRS} in {_WHERE}"
     else:
         return ()
-    note = f"; {_ACTIVATIONS}" if argument == METHOD and target.has_amx else ""
+    name = "quantserve's" if chosen == OURS else "vLLM's own"
+    note = f"; {_ACTIVATIONS}" if chosen == THEIRS and target.has_amx else ""
     message = f"{name} AWQ kernel for CPUs is used: {why}{note}"
-    return (Finding.info("awq-kernel", message, ["engine_kwargs.quantization"], fix),)
+    return (Finding.info("awq-kernel", message, [f"{_WHERE}.{DISABLED}"], fix),)
 
 
-def _unusable() -> tuple[Finding, ...]:
-    if not (reason := missing()):
+def _impossible(target: Target, left_out: set[str], reason: str | None) -> tuple[Finding, ...]:
+    """An error where neither kernel can be used."""
+    ours = f"{DISABLED} leaves quantserve's kernel out" if OURS in left_out else reason
+    theirs = f"{DISABLED} leaves vLLM's out" if THEIRS in left_out else _ONLY_AVX2 if no_vllm_kernel(target) else ""
+    if not ours or not theirs:
+        return ()
+    fix = f"take {' and '.join(sorted(left_out & {OURS, THEIRS}))} out of {DISABLED}" if OURS in left_out else _COMPILE
+    return (Finding.error("awq-no-kernel", f"{ours}, and {theirs}", [f"{_WHERE}.{DISABLED}"], fix),)
+
+
+def _slow(target: Target, reason: str) -> tuple[Finding, ...]:
+    if target.has_amx:
         return ()
     return (
-        Finding.error(
-            "awq-no-kernel",
-            f"engine_kwargs.quantization is {KERNEL_METHOD}, and {reason}",
-            ["engine_kwargs.quantization"],
-            "install a C++ compiler and then 'quantserve-awq[engine]', or set engine_kwargs.quantization to "
-            f"{VLLM_ALIAS}",
+        Finding.warning(
+            "awq-slow-kernel",
+            f"{reason}, so vLLM's own AWQ kernel for CPUs is used, which without AMX is slower than an unquantized "
+            "model",
+            [f"{_WHERE}.{DISABLED}"],
+            f"{_COMPILE}; or set {DISABLED} to {OURS} if vLLM's is meant",
         ),
-    )
-
-
-def _slow(reason: str) -> Finding:
-    return Finding.warning(
-        "awq-slow-kernel",
-        f"{reason}, so vLLM's own AWQ kernel for CPUs is used, which without AMX is slower than an unquantized model",
-        ["engine_kwargs.quantization"],
-        f"install a C++ compiler and then 'quantserve-awq[engine]'; or set engine_kwargs.quantization to {VLLM_ALIAS} "
-        "if vLLM's is meant",
     )

@@ -1,7 +1,6 @@
 """The light module of the AWQ plugin: 4-bit AWQ checkpoints, on vLLM's kernels on GPUs, on either's on CPUs.
 
-vLLM reads the files by itself; this plugin finds what it would refuse or misread, and gives the
-arguments without which it does not find the settings.
+vLLM reads the files by itself; this plugin finds what it would refuse or misread, and chooses the kernel and the dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from quantserve.api import (
 )
 from quantserve_awq import speed
 from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
-from quantserve_awq.kernel import KERNEL_METHOD, METHOD, VLLM_ALIAS, Choice, choose
+from quantserve_awq.kernel import Choice, choose
 from quantserve_awq.limits import limit_findings, uses_plain_kernel, vllm_cpu_problem
 from quantserve_awq.reference import published
 from quantserve_awq.tensors import (
@@ -46,7 +45,7 @@ PREDICTED_GROUP = 128
 DTYPES = ("float16", "bfloat16")
 # vLLM's plain AWQ kernel computes in float16 only.
 PLAIN_DTYPES = ("float16",)
-# The arguments vLLM 0.32 takes for files that declare awq; on CPUs only the name itself and what `_vllm` registers.
+# The arguments vLLM 0.32 takes for files that declare awq; on CPUs only the name itself.
 GPU_ARGUMENTS = ("awq", "awq_marlin", "auto_awq", "marlin")
 
 
@@ -58,12 +57,12 @@ def quantserve_method() -> Method:
         summary="activation-aware 4-bit weights (AutoAWQ gemm files), on Marlin, Machete or CPU kernels",
         bits=(4,),
         # On CPU vLLM refuses its other names (auto_awq, awq_marlin) for the same files.
-        vllm_name=METHOD,
-        aliases=("auto_awq", "awq_marlin", VLLM_ALIAS, KERNEL_METHOD),
+        vllm_name="awq",
+        aliases=("auto_awq", "awq_marlin"),
         minimum_capability=75,
         devices=("cuda", "rocm", "cpu"),
         dtypes=DTYPES,
-        accepts={"awq": {"cuda": GPU_ARGUMENTS, "rocm": GPU_ARGUMENTS, "cpu": (METHOD, KERNEL_METHOD)}},
+        accepts={"awq": {"cuda": GPU_ARGUMENTS, "rocm": GPU_ARGUMENTS}},
         homepage="https://arxiv.org/abs/2306.00978",
     )
 
@@ -108,12 +107,15 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
-    """The method, under the name that gives the kernel, and the dtype where that kernel changes vLLM's choice."""
+    """The dtype where the kernel changes vLLM's choice."""
     dtype = method_dtype(checkpoint, model, target, kernel_dtypes(checkpoint, model, target))
-    return {
-        "quantization": kernel_choice(checkpoint, model, target).argument,
-        **({"dtype": dtype} if dtype else {}),
-    }
+    return {"dtype": dtype} if dtype else {}
+
+
+@hookimpl
+def quantserve_environment(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, str]:
+    """The variable that leaves quantserve's kernel out, where vLLM's own is the better one."""
+    return kernel_choice(checkpoint, model, target).environment
 
 
 @hookimpl

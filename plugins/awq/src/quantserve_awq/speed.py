@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quantserve.api import KernelProfile, QualityNote, Target
-from quantserve_awq.kernel import KERNEL_METHOD, METHOD, missing, usual
+from quantserve_awq.kernel import KEYS, OURS, THEIRS, WITHOUT_OURS, missing, no_vllm_kernel, usual
 
 BITS_PER_WEIGHT = 4.16  # 4-bit codes; float16 scale and 4-bit zero point for each group of 128
 
@@ -57,13 +57,15 @@ def _cpu(target: Target) -> KernelProfile:
     if missing():
         return theirs
     # Experts go to vLLM's own kernel with either, and that one needs AMX.
-    ours = replace(OURS, experts=target.has_amx)
-    first, second = (ours, theirs) if usual(target) == KERNEL_METHOD else (theirs, ours)
+    ours = replace(CODEBOOK, experts=target.has_amx)
+    if no_vllm_kernel(target):
+        return ours
+    first, second = (ours, theirs) if usual(target) == OURS else (theirs, ours)
     return replace(first, alternatives=(second,))
 
 
 _MEASURED = "docs/performance.md: Llama-2 7B shapes, one thread of an AMD EPYC with AVX-512"
-OURS = KernelProfile(
+CODEBOOK = KernelProfile(
     name="quantserve-kernels",
     bits_per_weight=BITS_PER_WEIGHT,
     bandwidth_share=((1, 0.92), (64, 0.92)),
@@ -71,7 +73,7 @@ OURS = KernelProfile(
     source=_MEASURED,
     benchmark="quantserve_awq._benchmark:make",
     amx=False,
-    argument=KERNEL_METHOD,
+    key=KEYS[OURS],
 )
 VLLM = KernelProfile(
     name="vLLM's AWQ for CPUs",
@@ -81,7 +83,8 @@ VLLM = KernelProfile(
     source=_MEASURED,
     benchmark="quantserve_awq._benchmark:make_vllm",
     experts=False,
-    argument=METHOD,
+    key=KEYS[THEIRS],
+    environment=WITHOUT_OURS,
 )
 VLLM_AMX = replace(
     VLLM,

@@ -36,7 +36,8 @@ class Dim:
 
     def size(self, n: int, k: int, experts: int = 0) -> int | None:
         """Length for a linear of [n, k]; None where the axis is no multiple of what one index stands for."""
-        elements = {"n": n, "k": k, "nk": n * k, "e": experts}[self.axis]
+        axis = self.axis
+        elements = n if axis == "n" else k if axis == "k" else n * k if axis == "nk" else experts
         whole, rest = divmod(elements * self.per.denominator, self.per.numerator)
         if self.partial:
             return whole + bool(rest)
@@ -44,8 +45,8 @@ class Dim:
 
     def elements(self, size: int) -> int | None:
         """Elements of the axis in so many indices; None where the length does not tell."""
-        found = size * self.per
-        return None if self.partial or found.denominator > 1 else int(found)
+        found, rest = divmod(size * self.per.numerator, self.per.denominator)
+        return None if self.partial or rest else found
 
     @property
     def multiple(self) -> int:
@@ -151,6 +152,8 @@ class Scheme:
         """N and K of a linear with these stored tensors; None where their shapes do not tell."""
         found: dict[Axis, int] = {}
         for suffix in self.parts:
+            if "n" in found and "k" in found:
+                break
             shape, wanted = tensors[suffix].shape if suffix in tensors else (), self.alternatives(suffix)[0].shape
             for size, one in zip(shape, wanted, strict=True) if len(shape) == len(wanted) else ():
                 if isinstance(one, Dim) and (elements := one.elements(size)):

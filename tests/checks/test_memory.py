@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from helpers.checkpoints import LLAMA_7B, LLAMA_70B, llama_tensors
 from quantserve.checkpoint import Checkpoint
-from quantserve.checks.memory import MemoryEstimate, estimate
+from quantserve.checks.memory import MemoryEstimate, estimate, weights_per_rank
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity
 from quantserve.target import GIB, Target, find_target
@@ -41,6 +42,20 @@ def of(checkpoint: Checkpoint, model: ModelConfig, target: str | Target) -> tupl
 
 def cpu(gib: float) -> Target:
     return Target("cpu", "cpu", int(gib * GIB), 1, cores=2)
+
+
+@pytest.mark.parametrize("method", ["awq", "squeezellm"])
+def test_parts_of_a_quantized_linear_stay_as_stored(method: str) -> None:
+    """Float32 tables are no weights that become float16; float32 embeddings are."""
+    checkpoint = llama(
+        {"layers": 2, "hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 2, "vocab": 512}, method
+    )
+    assert weights_per_rank(checkpoint, 1, 2) == checkpoint.weight_bytes
+    embeddings = 512 * 256
+    wide = replace(checkpoint.tensors["model.embed_tokens.weight"], dtype="F32")
+    wider = replace(checkpoint, tensors={**checkpoint.tensors, wide.name: wide})
+    assert wider.weight_bytes == checkpoint.weight_bytes + 2 * embeddings
+    assert weights_per_rank(wider, 1, 2) == checkpoint.weight_bytes
 
 
 # 2 (K and V) x layers x kv heads x head_dim x bytes: 2*32*32*128*2 = 512 KiB; 2*80*8*128*2 = 320 KiB.

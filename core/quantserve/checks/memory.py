@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -138,7 +138,7 @@ def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> in
     needed = other_tensors(checkpoint)
     total = 0
     for linear, tensors, count in _modules(checkpoint):
-        sizes = [_bytes(tensor, dtype_bytes) for tensor in tensors]
+        sizes = _bytes(tensors, dtype_bytes)
         for tensor, size in zip(tensors, sizes, strict=True):
             if linear is None:
                 vocabulary_rows = bool(vocabulary) and tensor.shape[:1] == (vocabulary,)
@@ -192,10 +192,10 @@ def _file_bytes(checkpoint: Checkpoint) -> int:
     return 0
 
 
-def _bytes(tensor: Tensor, dtype_bytes: int) -> int:
-    """Bytes in the engine: plain floating-point weights in the served dtype, parts of a quantized one as stored."""
-    plain = tensor.dtype in _FLOAT_DTYPES and not tensor.name.endswith((".lookup_table", ".vals", ".full_rows"))
-    return math.prod(tensor.shape) * dtype_bytes if plain else tensor.nbytes
+def _bytes(tensors: Sequence[Tensor], dtype_bytes: int) -> list[int]:
+    """Bytes of a module's tensors in the engine: of a quantized one as stored, else in the served dtype."""
+    plain = all(tensor.dtype in _FLOAT_DTYPES for tensor in tensors)
+    return [math.prod(tensor.shape) * dtype_bytes if plain else tensor.nbytes for tensor in tensors]
 
 
 def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks: int) -> MemoryEstimate:

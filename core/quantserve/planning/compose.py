@@ -16,6 +16,7 @@ from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity
 from quantserve.method import Method, PerformanceProfile
 from quantserve.model.layers import linears
+from quantserve.once import once
 from quantserve.planning.detection import Detected, detect, own_copy
 from quantserve.planning.expectation import EXPECTED_WORKLOAD, as_profile, expectation, kernel_name
 from quantserve.planning.plugin_arguments import checked, unsafe
@@ -171,7 +172,20 @@ def _ask(
 ) -> Any:
     """Call one hook with copies, so that a plugin that changes its arguments changes nobody else's."""
     own = model.model_copy(deep=True)
-    return hooks.call(plugin, hook, take, checkpoint=own_copy(checkpoint), model=own, target=target)
+    return hooks.call(plugin, hook, take, checkpoint=_copy_for(hooks, plugin, checkpoint), model=own, target=target)
+
+
+def _copy_for(hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint) -> Checkpoint:
+    """One copy for all hooks of a plugin, so that what it computes once stays computed."""
+    copies, key = _copies(hooks), (plugin.name, id(checkpoint))
+    if key not in copies:
+        copies[key] = (checkpoint, own_copy(checkpoint))
+    return copies[key][1]
+
+
+@once
+def _copies(hooks: Hooks) -> dict[tuple[str, int], tuple[Checkpoint, Checkpoint]]:
+    return {}
 
 
 def _check_schemes(
@@ -181,7 +195,7 @@ def _check_schemes(
     if not checkpoint.tensors_complete:
         return []  # which is the one thing to say
     every = (*linears(checkpoint), *undescribed(checkpoint))
-    own = own_copy(checkpoint)
+    own = _copy_for(hooks, plugin, checkpoint)
     schemes = hooks.call_each(plugin, "quantserve_scheme", schemes_of, "linear", every, checkpoint=own)
     if schemes is None:
         return []

@@ -105,18 +105,24 @@ def foreign_layout(present: Mapping[str, Mapping[str, Tensor]], linear: Linear) 
     return next((kind for kind, layout in OTHER_LAYOUTS.items() if layout.fits(tensors, n, k)), None)
 
 
+@once
+def stored_groups(checkpoint: Checkpoint) -> list[tuple[Tensor, int, int]]:
+    """The scales of every quantized module, its K, and the inputs that share one of them."""
+    found = []
+    for tensors in modules(checkpoint).values():
+        if "qweight" in tensors and "scales" in tensors:
+            scales, k = tensors["scales"], next(iter(tensors["qweight"].shape), 0)
+            if len(scales.shape) == 2 and scales.shape[0] and k % scales.shape[0] == 0:
+                found.append((scales, k, k // scales.shape[0]))
+    return found
+
+
 def actual_group(checkpoint: Checkpoint, written: Written) -> tuple[int | None, list[Finding]]:
     """The group size of the tensors (-1 when the config says so and they agree), and whether the config agrees."""
     declared = written.group_size
     sizes: Counter[int] = Counter()
     wrong: list[str] = []
-    for tensors in modules(checkpoint).values():
-        if "qweight" not in tensors or "scales" not in tensors:
-            continue
-        scales, k = tensors["scales"], next(iter(tensors["qweight"].shape), 0)
-        if len(scales.shape) != 2 or scales.shape[0] < 1 or k % scales.shape[0]:
-            continue
-        size = k // scales.shape[0]
+    for scales, k, size in stored_groups(checkpoint):
         sizes[size] += 1
         if declared is not None and size != (k if declared == -1 else declared):
             wrong.append(f"{scales.name} {list(scales.shape)}: {k} / {scales.shape[0]} = {size}")

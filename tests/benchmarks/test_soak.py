@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
+from bench.tests.fake_server import FakeServer, Step, head, stream, whole
 from benchmarks.soak.clients import Book, Kind, Outcome, Users, mixed
 from benchmarks.soak.faults import Fault
 from benchmarks.soak.judge import explained, flat, idle, loaded, logged, lost, reaped, recovered, slope, stopped
 from benchmarks.soak.server import ROLES, Sample, Use
 from quantserve_bench.request import Target
-
-from ..bench.fake_server import FakeServer, Step, head, stream, whole
 
 ENGINE = Fault("engine core killed", "fp16", at=1000.0, until=1040.0, victims=["r1"])
 ONLY = Fault("worker killed", "awq", at=1000.0, until=1040.0, victims=["r3"], only=True)

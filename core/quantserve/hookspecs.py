@@ -130,9 +130,9 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
     win and are shown as such. ``hf_overrides`` are merged field by field, and conflict where two plugins set one
     field. Names are checked like the user's: one that vLLM does not have is a defect of the plugin. Arguments with
     which vLLM runs code from elsewhere (``trust_remote_code``, ``worker_cls``) are set, with a warning that names
-    the plugin. ``quantization`` may be set, where the engine's name for the method differs from what checkpoints declare. ``model``, ``served_model_name``,
-    ``tokenizer``, ``revision``, ``tensor_parallel_size`` and ``max_model_len`` belong to the core. None
-    means nothing to add.
+    the plugin. ``quantization`` may be set, where the engine's name for the method differs from what checkpoints
+    declare. ``model``, ``served_model_name``, ``tokenizer``, ``revision``, ``tensor_parallel_size`` and
+    ``max_model_len`` belong to the core. None means nothing to add.
     """
 
 

@@ -185,6 +185,24 @@ def test_the_plan_names_the_kernel_that_its_variables_lead_to(site: Site, make: 
         assert f"; {name};" in composed.expected.conditions
 
 
+def test_the_kernel_hook_sees_the_scheme_of_most_weights(site: Site, make: Make) -> None:
+    schemes = (
+        "scheme(checkpoint, linear):\n    from quantserve.api import K, N, Part, Scheme\n"
+        "    small = 'k_proj' in linear.name\n"
+        "    return Scheme({'weight': Part((N(), K()), ('F16', 'BF16'))}, bits=8, activation_bits=16 if small else 8)"
+    )
+    kernel = (
+        "kernel(scheme, experts):\n"
+        "    from quantserve.api import KernelProfile\n"
+        "    name = f'{scheme.activation_bits} {experts}'\n"
+        "    return KernelProfile(name, 8, ((1, 1.0),), ((1, 2.5),), 'assumed')"
+    )
+    site.install("quantserve-a", plugin("a", DETECTS, schemes, kernel), name="a")
+    composed = make()
+    assert composed.kernel == "8 False"
+    assert composed.expected is not None
+
+
 def overrides(**fields: object) -> str:
     return kwargs(repr({"hf_overrides": fields}))
 

@@ -16,7 +16,7 @@ right. ``help(quantserve.hookspecs)`` says when each is called and what it retur
     quantserve_engine_kwargs(checkpoint, model, target)     vLLM's arguments
     quantserve_environment(checkpoint, model, target)       variables of the model's processes
     quantserve_performance(checkpoint, model, target)       what was measured
-    quantserve_kernel(target, bits, engine)                 what the kernel reaches
+    quantserve_kernel(target, bits, engine, scheme, experts)   what the kernel reaches
     quantserve_quality(bits)                                what it costs in quality
     quantserve_quantizer()                                  "module:callable" that quantizes
     quantserve_converter()                                  "module:callable" that converts foreign files

@@ -158,12 +158,16 @@ def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: T
 
 
 @hookspec
-def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
+def quantserve_kernel(
+    target: Target, bits: int, engine: str, scheme: Scheme | None, experts: bool
+) -> KernelProfile | None:
     """Say what the kernel of this method reaches on this kind of device, as shares of its roofline.
 
     Fires in ``profile``, ``recommend``, ``plan`` and ``calibrate``, for the method plugin only. ``bits`` is one of
     the method's widths. ``engine`` is ``vllm-0.32``, the engine quantserve serves with, or ``vllm-0.2.2``, that of
-    the 2023 tables. None means that nothing is predicted.
+    the 2023 tables. ``scheme`` is that of most of the model's weights, for example to tell 8-bit activations from
+    16-bit ones; None where no files of the method are at hand. ``experts`` says whether the model is a mixture of
+    experts. None means that nothing is predicted.
     """
 
 

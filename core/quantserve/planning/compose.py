@@ -15,7 +15,7 @@ from quantserve.checks.stored import undescribed
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity
 from quantserve.method import Method, PerformanceProfile
-from quantserve.model.layers import linears
+from quantserve.model.layers import Linear, linears
 from quantserve.once import once
 from quantserve.planning.detection import Detected, detect, own_copy
 from quantserve.planning.expectation import EXPECTED_WORKLOAD, as_profile, expectation, kernel_name
@@ -31,6 +31,7 @@ from quantserve.plugins.contract import (
     skip_list_of,
 )
 from quantserve.plugins.registry import Hooks, Plugin, Registry
+from quantserve.scheme import Scheme
 from quantserve.system.environment import configured_environment, with_environment
 from quantserve.target import Target
 
@@ -119,8 +120,10 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     dtype_by = dtype.source if dtype and dtype.source != "config" else ""
     checked_model = check_model(checkpoint, effective, target, method, dtype_by)
     findings += [finding if finding.source else finding.said_by("core") for finding in checked_model]
+    scheme = None
     if method_plugin and method:
-        findings += _check_schemes(hooks, method_plugin, method, checkpoint, effective)
+        said, scheme = _check_schemes(hooks, method_plugin, method, checkpoint, effective)
+        findings += said
     for plugin in plugins:
         findings += _validate(hooks, plugin, checkpoint, model, target)
     findings += _unsafe(kwargs, plugins)
@@ -131,7 +134,9 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     expected = _expected(hooks, method_plugin, checkpoint, model, target)
     argument = kwargs["quantization"].value if "quantization" in kwargs else None
     if expected is None and method_plugin and memory and memory.fits:
-        expected = _predicted(hooks, method_plugin, checkpoint, effective, target, memory, argument, environment)
+        expected = _predicted(
+            hooks, method_plugin, checkpoint, effective, target, memory, argument, environment, scheme
+        )
     findings += [*conflicts, *unsettled, *(finding.said_by("core") for finding in said)]
     if detected.others and any(finding.severity is Severity.ERROR for finding in findings):
         findings.append(_also_claimed(detected.others))
@@ -143,7 +148,9 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
         plugins=plugins,
         engine_kwargs=kwargs,
         variables=variables,
-        kernel=kernel_name(method_plugin, checkpoint, target, hooks, argument, environment) if method_plugin else "",
+        kernel=kernel_name(method_plugin, checkpoint, target, hooks, argument, environment, scheme)
+        if method_plugin
+        else "",
         findings=tuple(findings),
         memory=memory,
         expected=expected,
@@ -190,15 +197,15 @@ def _copies(hooks: Hooks) -> dict[tuple[str, int], tuple[Checkpoint, Checkpoint]
 
 def _check_schemes(
     hooks: Hooks, plugin: Plugin, method: Method, checkpoint: Checkpoint, model: ModelConfig
-) -> list[Finding]:
-    """What follows from how the method stores each linear."""
+) -> tuple[list[Finding], Scheme | None]:
+    """What follows from how the method stores each linear, and the scheme of most weights."""
     if not checkpoint.tensors_complete:
-        return []  # which is the one thing to say
+        return [], None  # which is the one thing to say
     every = (*linears(checkpoint), *undescribed(checkpoint))
     own = _copy_for(hooks, plugin, checkpoint)
     schemes = hooks.call_each(plugin, "quantserve_scheme", schemes_of, "linear", every, checkpoint=own)
     if schemes is None:
-        return []
+        return [], None
     by_name = dict(zip((linear.name for linear in every), schemes, strict=True))
     found = check_schemes(
         checkpoint,
@@ -208,7 +215,17 @@ def _check_schemes(
         ranks=model.tensor_parallel_size,
         whole_experts=bool(model.engine_kwargs.get("enable_expert_parallel")),
     )
-    return [finding.said_by(plugin.name) for finding in found]
+    return [finding.said_by(plugin.name) for finding in found], _prevailing(every, schemes)
+
+
+def _prevailing(every: Sequence[Linear], schemes: Sequence[Scheme | None]) -> Scheme | None:
+    """The scheme of most of the quantized weights."""
+    weights: dict[int, tuple[int, Scheme]] = {}
+    for linear, scheme in zip(every, schemes, strict=True):
+        if scheme is not None:
+            before = weights.get(id(scheme), (0, scheme))[0]
+            weights[id(scheme)] = (before + linear.n * linear.k * max(1, linear.experts), scheme)
+    return max(weights.values(), key=lambda one: one[0])[1] if weights else None
 
 
 def _validate(
@@ -300,8 +317,10 @@ def _predicted(
     memory: MemoryEstimate,
     argument: object,
     environment: Mapping[str, str],
+    scheme: Scheme | None,
 ) -> PerformanceProfile | None:
     made = expectation(
-        plugin, checkpoint, model, target, memory, hooks=hooks, argument=argument, environment=environment
-    )
+        plugin, checkpoint, model, target, memory,
+        hooks=hooks, argument=argument, environment=environment, scheme=scheme,
+    )  # fmt: skip
     return as_profile(made, made.predict(EXPECTED_WORKLOAD), target) if made else None

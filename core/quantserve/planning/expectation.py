@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.model.context import context_length
 from quantserve.model.engine_defaults import max_num_batched_tokens, max_num_seqs
+from quantserve.model.layers import linears
 from quantserve.plugins import contract
 from quantserve.plugins.registry import Hooks, Plugin
 from quantserve.predict import (
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
     from quantserve.checks.memory import MemoryEstimate
     from quantserve.config import ModelConfig
+    from quantserve.scheme import Scheme
     from quantserve.target import Target
 
 EXPECTED_WORKLOAD = WORKLOADS["llmperf"]
@@ -81,6 +83,7 @@ def expectation(
     hooks: Hooks | None = None,
     argument: object = None,
     environment: Mapping[str, str] | None = None,
+    scheme: Scheme | None = None,
 ) -> Expectation | None:
     """What a model with the method of `plugin` can be predicted from; None when the plugin or the shape is unknown.
 
@@ -90,6 +93,7 @@ def expectation(
         engine: ``vllm-0.32``, or ``vllm-0.2.2`` for the 2023 tables.
         argument, environment: the ``quantization`` argument and the variables of the plan, which choose among a
             method's kernels; None for its first.
+        scheme: of most of the model's weights, where its files are in the method's format.
 
     Raises:
         PluginError: the plugin's hook is defective.
@@ -99,7 +103,7 @@ def expectation(
         return None
     stored = stored_bits_per_weight(checkpoint)
     width = bits or width_of(plugin.method, stored)
-    kernel = kernel_of(plugin, target, width, engine, hooks)
+    kernel = kernel_of(plugin, target, width, engine, hooks, scheme, has_experts(checkpoint))
     if kernel is None:
         return None
     kernel = chosen(kernel, argument, environment)
@@ -149,17 +153,27 @@ def width_of(method: Method, stored: float | None) -> int:
 
 
 def kernel_of(
-    plugin: Plugin, target: Target, bits: int, engine: str = ENGINE_NOW, hooks: Hooks | None = None
+    plugin: Plugin,
+    target: Target,
+    bits: int,
+    engine: str = ENGINE_NOW,
+    hooks: Hooks | None = None,
+    scheme: Scheme | None = None,
+    experts: bool = False,
 ) -> KernelProfile | None:
     """Ask a method plugin for its kernel; None when it says nothing.
 
     Raises:
         PluginError: it raised, or returned something else.
     """
-    called = (hooks or Hooks([plugin])).call
-    return called(  # type: ignore[no-any-return]
-        plugin, "quantserve_kernel", contract.kernel_of, target=target, bits=bits, engine=engine
-    )
+    hook, take = "quantserve_kernel", contract.kernel_of
+    given = {"target": target, "bits": bits, "engine": engine, "scheme": scheme, "experts": experts}
+    return (hooks or Hooks([plugin])).call(plugin, hook, take, **given)  # type: ignore[no-any-return]
+
+
+def has_experts(checkpoint: Checkpoint) -> bool:
+    """Whether the model is a mixture of experts."""
+    return any(linear.fused == "experts" for linear in linears(checkpoint))
 
 
 def kernel_name(
@@ -169,11 +183,13 @@ def kernel_name(
     hooks: Hooks,
     argument: object,
     environment: Mapping[str, str],
+    scheme: Scheme | None,
 ) -> str:
     """The name of the kernel that a plan with these leads to; "" when the plugin gives none."""
     if plugin.method is None:
         return ""
-    kernel = kernel_of(plugin, target, width_of(plugin.method, stored_bits_per_weight(checkpoint)), hooks=hooks)
+    bits = width_of(plugin.method, stored_bits_per_weight(checkpoint))
+    kernel = kernel_of(plugin, target, bits, hooks=hooks, scheme=scheme, experts=has_experts(checkpoint))
     return chosen(kernel, argument, environment).name if kernel else ""
 
 

@@ -140,19 +140,18 @@ def test_the_command_of_the_text_runs(
     site.forget()
 
 
-def test_the_linear_method_of_the_text_multiplies() -> None:
+def test_the_format_of_the_text_packs() -> None:
     code = next(block for block in blocks(ROOT / "docs" / "plugins.md", "python") if "quantserve_kernels" in block)
-    names: dict[str, Any] = {"LinearMethodBase": object}
-    exec(re.sub(r"from vllm\..*\n", "", code), names)
-    layer = torch.nn.Module()
-    layer.qweight = torch.nn.Parameter(torch.randint(0, 256, (6, 64), dtype=torch.uint8), requires_grad=False)
-    layer.scale = torch.nn.Parameter(torch.rand(6, 2).half(), requires_grad=False)
-    codes = torch.stack((layer.qweight & 15, layer.qweight >> 4), dim=-1).flatten(1)
-    weight = (codes.float() - 8) * layer.scale.float().repeat_interleave(64, 1)
-    method = names["MyLinearMethod"]()
-    method.process_weights_after_loading(layer)
-    x = torch.randn(3, 128)
-    torch.testing.assert_close(method.apply(layer, x, torch.ones(6)), x @ weight.t() + 1, rtol=1e-4, atol=1e-4)
+    names: dict[str, Any] = {"Format": object}
+    exec(code.replace("from quantserve_kernels.vllm import Format\n", ""), names)
+    words = torch.randint(0, 256, (6, 64), dtype=torch.uint8)
+    scale = torch.rand(6, 2).half()
+    for part, tensor in (("qweight", words), ("scale", scale)):
+        assert names["SCHEME"].parts[part].fits(tuple(tensor.shape), 6, 128)
+    packed = names["MyMethod"]().pack({"qweight": words, "scale": scale}, None)
+    codes = torch.stack((words & 15, words >> 4), dim=-1).flatten(1)
+    weight = (codes.float() - 8) * scale.float().repeat_interleave(64, 1)
+    torch.testing.assert_close(packed.dequantize().float(), weight, rtol=1e-3, atol=1e-3)
 
 
 def test_the_example_config_loads() -> None:

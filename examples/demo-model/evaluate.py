@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Pair, entries, held_out_pairs
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data import Pair, entries, held_out_pairs
 
 SAMPLE_QUESTIONS = (
     "What does str.join do?",

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from data import Entry, training_pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from data import Entry, training_pairs
 
 VOCAB_SIZE = 4096
 PAD, BOS, END, SYSTEM, USER, ASSISTANT = SPECIAL = (

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Entry, Pair, entries, epoch
 from tokenizer import ASSISTANT, BOS, END, PAD, SYSTEM, USER, VOCAB_SIZE, save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
+
+from data import Entry, Pair, entries, epoch
 
 Row = tuple[list[int], list[float]]  # token ids, and the weight of each token in the loss
 

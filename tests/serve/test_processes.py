@@ -37,14 +37,13 @@ except FileNotFoundError:
 REAP = f"""
 import psutil, subprocess, sys, time
 from quantserve.serve.driver import processes
-processes.REAP_AFTER_S = 0.2
+processes.REAP_AFTER_S = processes.REAP_EVERY_S = 0.2
 ours = subprocess.Popen(["sh", "-c", "exit 3"])
-all = processes.Processes()
+processes.Processes()
 orphan = int(subprocess.run([sys.executable, "-c", {ORPHAN!r}, "0"], capture_output=True).stdout)
 print(ours.wait())
 deadline = time.monotonic() + 10
 while psutil.pid_exists(orphan) and time.monotonic() < deadline:
-    all.reap()
     time.sleep(0.1)
 print(psutil.pid_exists(orphan))
 """

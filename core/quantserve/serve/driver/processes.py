@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 import time
 from typing import Final
 
@@ -15,21 +16,29 @@ KILL_S: Final = 10.0
 TRACKERS_S: Final = 2.0
 """Time for trackers of shared memory to end by themselves, after the others."""
 REAP_AFTER_S: Final = 5.0
+REAP_EVERY_S: Final = 1.0
 PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 class Processes:
     """All descendants of this process, so that none outlives it.
 
-    Orphans among them become children of this process, as in a container, where it may be process 1.
+    Orphans among them become children of this process, as in a container, where it may be process 1. A thread reaps
+    them: the main thread may wait for Ray, which answers late on a busy machine.
     """
 
     def __init__(self) -> None:
         self._ended: dict[int, float] = {}
         with contextlib.suppress(OSError, AttributeError):  # not on Linux
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        threading.Thread(target=self._reap, daemon=True, name="reaper").start()
 
-    def reap(self) -> None:
+    def _reap(self) -> None:
+        while True:
+            time.sleep(REAP_EVERY_S)
+            self._reap_orphans()
+
+    def _reap_orphans(self) -> None:
         """Reap orphans that ended some time ago. Other children are reaped by the code that started them."""
         ended = {process.pid for process in psutil.Process().children() if _has_ended(process)}
         now = time.monotonic()

@@ -147,7 +147,6 @@ class _Server:
             stop.wait(WATCH_S)
             for line in self._progress.update(stop.run(_applications)):
                 say(line)
-            self._processes.reap()
 
     def stop(self) -> None:
         """Drain, then stop all processes."""

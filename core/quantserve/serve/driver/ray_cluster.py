@@ -111,6 +111,10 @@ def start_ray() -> RayProcesses:
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     for name, value in {**IDLE, **CONNECT}.items():
         os.environ.setdefault(name, value)
+    # When the connection to the raylet breaks, as it does while we stop, Ray ends this process without a word if its
+    # parent is process 1, as under systemd. With this number Ray looks instead whether that process runs. Workers get
+    # the raylet's own number.
+    os.environ["RAY_RAYLET_PID"] = str(os.getpid())
     import ray
     from ray import serve
     from ray._private import auto_init_hook, utils

@@ -12,6 +12,7 @@ from .server import until
 
 PROGRAM = """
 import os, sys, threading, time
+import quantserve.serve.driver.run  # as the command does
 from quantserve.serve.driver.processes import Processes
 from quantserve.serve.driver.ray_cluster import start_ray, stop_ray
 

@@ -24,7 +24,6 @@ from quantserve.serve.gateway.app import check_routes, describe_models
 from quantserve.serve.gateway.middleware.api_keys import forget_variable
 from quantserve.serve.gateway.middleware.limits import Policy
 from quantserve.serve.gateway.upstreams.discovery import poll_replicas
-from quantserve.serve.replica.deployment import model_application
 from quantserve.serve.replica.vllm import patches
 from quantserve.serve.signals import Stopped, StopSignal
 from quantserve.system.environment import API_KEYS
@@ -236,6 +235,8 @@ class _Discovery:
 def _deploy(plans: Sequence[Plan], token: str) -> None:
     """Start every application without waiting for it to be ready."""
     from ray import serve
+
+    from quantserve.serve.replica.deployment import model_application  # imports Ray, which `start_ray` does first
 
     targets = [
         serve.RunTarget(

@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 
 KILL_S: Final = 10.0
 """Longest time to kill all processes."""
-TRACKERS_S: Final = 2.0
+TRACKERS_S: Final = 5.0
 """Time for trackers of shared memory to end by themselves, after the others."""
 REAP_AFTER_S: Final = 5.0
 REAP_EVERY_S: Final = 1.0

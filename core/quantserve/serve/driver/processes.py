@@ -79,5 +79,6 @@ def _has_ended(process: psutil.Process) -> bool:
 
 def _is_tracker(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
-        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
+        command = process.cmdline()  # empty for a moment while a process starts, and that may be a tracker
+        return not command or any("multiprocessing.resource_tracker" in argument for argument in command)
     return False

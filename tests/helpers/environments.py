@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
+"""Every method of this project by name, and its folder."""
 PROJECTS = {
     "quantserve": ROOT,
     "quantserve-bench": ROOT / "bench",
     "quantserve-kernels": ROOT / "kernels",
-    "quantserve-fp16": ROOT / "plugins" / "fp16",
-    "quantserve-awq": ROOT / "plugins" / "awq",
-    "quantserve-squeezellm": ROOT / "plugins" / "squeezellm",
+    **{f"quantserve-{name}": path for name, path in PLUGINS.items()},
 }
 
 

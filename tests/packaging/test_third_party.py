@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from helpers.broken import COMMANDS, STAGES, write_project
-from helpers.environments import ROOT, Environment, build
+from helpers.environments import PLUGINS, ROOT, Environment, build
 
 EXAMPLE = ROOT / "examples" / "plugins" / "quantserve-rtn8"
 DEMO = ROOT / "examples" / "demo-model" / "checkpoint"
@@ -66,7 +66,7 @@ def test_list_shows_the_newcomer_and_why_the_others_failed(environment: Environm
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     methods = {plugin["name"] for plugin in report["plugins"] if plugin["method"]}
-    assert methods == {"fp16", "awq", "squeezellm", "rtn8", "poison"}
+    assert methods == {*PLUGINS, "rtn8", "poison"}
     failures = {failure["name"]: failure for failure in report["failures"]}
     assert {name: failure["stage"] for name, failure in failures.items()} == STAGES
     for failure in failures.values():

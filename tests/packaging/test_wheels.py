@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from helpers.checkpoints import make_llama
-from helpers.environments import PROJECTS, ROOT, Environment
+from helpers.environments import PLUGINS, PROJECTS, ROOT, Environment
 
 pytestmark = pytest.mark.slow
 
@@ -115,9 +115,9 @@ print(kernels.__file__, kernels.status().native, kernels.instruction_set())
 
 
 def test_every_plugin_has_its_entry_points(dist: Path) -> None:
-    for name in ("fp16", "awq", "squeezellm"):
+    for name in PLUGINS:
         points = read(wheel(dist, f"quantserve-{name}"), "entry_points.txt")
-        assert f"[quantserve.plugins]\n{name} = quantserve_{name}.plugin" in points
+        assert f"[quantserve.plugins]\n{name} = quantserve_{name.replace('-', '_')}.plugin" in points
     assert "[vllm.general_plugins]\nsqueezellm = quantserve_squeezellm:register" in points
     bench = read(wheel(dist, "quantserve-bench"), "entry_points.txt")
     assert "[quantserve.commands]\nbench = quantserve_bench.command:command" in bench
@@ -127,7 +127,7 @@ def test_every_plugin_has_its_entry_points(dist: Path) -> None:
 def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
     about = metadata(dist, "quantserve")
     extras = set(about.get_all("Provides-Extra") or [])
-    assert extras == {"fp16", "awq", "squeezellm", "kernels", "all", "bench", "cpu", "cuda"}
+    assert extras == {*PLUGINS, "kernels", "all", "bench", "cpu", "cuda"}
     required = [Requirement(text) for text in about.get_all("Requires-Dist") or []]
     versions = {name: metadata(dist, name)["Version"] for name in PROJECTS}
     pins = dict(
@@ -141,7 +141,7 @@ def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
         assert requirement.name in known
         assert requirement.specifier.contains(known[requirement.name]), requirement
     for extra, expected in {
-        "all": {"fp16", "awq", "squeezellm", "bench"},
+        "all": {*PLUGINS, "bench"},
         "bench": {"bench"},
         "awq": {"awq"},
         "kernels": {"kernels"},
@@ -175,7 +175,7 @@ def test_wheels_work_in_an_empty_environment(dist: Path, tmp_path: Path) -> None
     assert listed.returncode == 0, listed.stderr
     report = json.loads(listed.stdout)
     assert {plugin["name"]: plugin["distribution"] for plugin in report["plugins"]} == {
-        name: f"quantserve-{name}" for name in ("fp16", "awq", "squeezellm")
+        name: f"quantserve-{name}" for name in PLUGINS
     }
     assert report["failures"] == []
     assert [(row["name"], row["state"]) for row in report["commands"]] == [("bench", "ok")]

@@ -31,7 +31,7 @@ from quantserve.planning.advise import advise
 from quantserve.planning.compose import compose
 from quantserve.plugins import foreign
 from quantserve.plugins.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE, GROUP, Registry
-from quantserve.predict import find_workload
+from quantserve.predict.workload import find_workload
 from quantserve.serve.replica.vllm.engine_plugins import load_plugins
 from quantserve.target import find_target
 

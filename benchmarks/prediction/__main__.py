@@ -24,8 +24,9 @@ from quantserve.checks.memory import estimate
 from quantserve.config import load_object
 from quantserve.planning.expectation import expectation
 from quantserve.plugins.registry import Registry
-from quantserve.predict import Workload, find_calibration
+from quantserve.predict.calibration import find_calibration
 from quantserve.predict.machine import threads_of
+from quantserve.predict.workload import Workload
 from quantserve.target import this_cpu
 
 SMALL = Shape("llama-0.2b", hidden=1024, intermediate=2816, layers=12, heads=8, kv_heads=4, vocab=32000)

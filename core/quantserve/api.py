@@ -40,7 +40,7 @@ from quantserve.model.dtypes import method_dtype, refuses_float16, served_dtype
 from quantserve.model.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
 from quantserve.model.quantizable import quantizable
 from quantserve.once import once
-from quantserve.predict import Fastest, fastest_kernel
+from quantserve.predict.calibration import Fastest, fastest_kernel
 from quantserve.predict.published import PublishedRun, published_profile
 from quantserve.scheme import NK, Dim, E, K, N, Part, Scheme
 from quantserve.system.environment import engine_environment

@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_format_is_read_and_complete(folder: Path) -> None:
-    from quantserve.checks import check_model
+    from quantserve.checks.model import check_model
     from quantserve.target import find_target
 
     checkpoint = open_checkpoint(str(folder))
@@ -63,7 +63,7 @@ def test_the_format_is_read_and_complete(folder: Path) -> None:
 
 
 def test_a_missing_tensor_is_found(folder: Path) -> None:
-    from quantserve.checks import check_model
+    from quantserve.checks.model import check_model
     from quantserve.target import find_target
 
     kept = {name: spec for name, spec in tensors().items() if name != "layers.1.ffn_norm.weight"}

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.checkpoints import REMOVE, Spec, make_llama
 from quantserve.checkpoint import Checkpoint, open_checkpoint
-from quantserve.checks import check_model
+from quantserve.checks.model import check_model
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity
 from quantserve.method import Method

@@ -11,8 +11,8 @@ import pytest
 from helpers.checkpoints import llama_tensors
 from quantserve.api import Expected, check_linears
 from quantserve.checkpoint import Checkpoint
-from quantserve.checks import check_model
 from quantserve.checks.memory import estimate
+from quantserve.checks.model import check_model
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding
 from quantserve.method import Method

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ print(json.dumps({{
     # VmHWM: ru_maxrss of a child begins with its parent's.
     "peak_mib": int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024,
     "heavy": sorted(set(sys.modules) & {set(HEAVY)!r}),
+    "modules": list(sys.modules),
 }}), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
@@ -160,8 +162,34 @@ print(json.dumps({{
     return report
 
 
-def test_list_imports_nothing_heavy() -> None:
-    light(["list"])
+def test_list_imports_nothing_heavy_and_nothing_that_judges_or_predicts() -> None:
+    unused = {"pydantic", "yaml"} | {
+        f"quantserve.{name}"
+        for name in (
+            "checks.model",
+            "checks.memory",
+            "checkpoint.pickle_machine",
+            "predict.simulate",
+            "planning",
+            "config",
+        )
+    }
+    assert not unused & set(light(["list"])["modules"])
+
+
+def test_list_reads_the_installed_entry_points_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read: list[None] = []
+
+    def counted() -> EntryPoints:
+        read.append(None)
+        return entry_points()
+
+    monkeypatch.setattr("quantserve.plugins.entry_points.entry_points", counted)
+    assert run(["list"]) == 0
+    assert "bench" in capsys.readouterr().out
+    assert len(read) == 1
 
 
 def test_check_of_a_synthetic_70b_imports_nothing_heavy_and_stays_small(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from quantserve.config import ModelConfig, load_object
 from quantserve.method import KernelProfile
 from quantserve.planning.expectation import Expectation, expectation, kernel_of
 from quantserve.plugins.registry import Registry
-from quantserve.predict import ENGINE_NOW
 from quantserve.predict.imagine import imagined
-from quantserve.predict.machine import EngineCost, Machine
+from quantserve.predict.machine import ENGINE_NOW, EngineCost, Machine
 from quantserve.target import find_target
 
 LLAMA_7B: dict[str, Any] = {

@@ -14,9 +14,8 @@ from quantserve.calibrate.engine import DECODES, LAYERS, PROMPTS, Point, fit, sh
 from quantserve.calibrate.measure import kernels_of
 from quantserve.cli.main import run
 from quantserve.plugins.registry import Registry
-from quantserve.predict import machine_of
 from quantserve.predict.calibration import load
-from quantserve.predict.machine import EngineCost, linear_cost
+from quantserve.predict.machine import EngineCost, linear_cost, machine_of
 from quantserve.predict.prediction import PLAIN
 from quantserve.predict.step import batch_of, step_cost
 from quantserve.target import this_cpu

@@ -12,9 +12,9 @@ import pytest
 
 from helpers.predicted import LLAMA_7B, expected
 from quantserve.errors import UsageError
-from quantserve.predict import WORKLOADS, Calibration, find_calibration, machine_of
-from quantserve.predict.calibration import default_path, fingerprint, load, save
-from quantserve.predict.machine import EngineCost
+from quantserve.predict.calibration import Calibration, default_path, find_calibration, fingerprint, load, save
+from quantserve.predict.machine import EngineCost, machine_of
+from quantserve.predict.workload import WORKLOADS
 from quantserve.target import find_target, this_cpu
 
 ENGINE = EngineCost(1e-3, 2e-5, 3e-4, 1e-9, 0.0, 0.0, 5e-3, source="measured")

@@ -17,7 +17,7 @@ from quantserve.cli.main import run
 from quantserve.config import model_from_source
 from quantserve.planning.advise import advise, concurrencies, leaders, ranked
 from quantserve.plugins.registry import Registry
-from quantserve.predict import WORKLOADS
+from quantserve.predict.workload import WORKLOADS
 from quantserve.target import find_target, known_targets
 
 Bare = Callable[[dict[str, Any]], Path]

@@ -14,7 +14,7 @@ from quantserve.method import Method, QualityNote
 from quantserve.planning.expectation import kernel_of, quality_of, width_of
 from quantserve.plugins.contract import kernel_breach, quality_breach
 from quantserve.plugins.registry import Registry
-from quantserve.predict import ENGINE_2023, ENGINE_NOW
+from quantserve.predict.machine import ENGINE_2023, ENGINE_NOW
 from quantserve.target import find_target, known_targets
 
 METHODS = ("fp16", "awq", "squeezellm")

@@ -12,9 +12,10 @@ import pytest
 
 from helpers.predicted import LLAMA_7B, model
 from quantserve.checkpoint import Checkpoint
-from quantserve.predict import Calibration, machine_of, read_shape
-from quantserve.predict.machine import linear_cost
+from quantserve.predict.calibration import Calibration
+from quantserve.predict.machine import linear_cost, machine_of
 from quantserve.predict.prediction import PLAIN
+from quantserve.predict.shape import read_shape
 from quantserve.predict.step import Batch, batch_of, step_cost
 from quantserve.target import this_cpu
 

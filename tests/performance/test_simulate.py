@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantserve.errors import UsageError
-from quantserve.predict import WORKLOADS, Workload, find_workload
 from quantserve.predict.simulate import Limits, Run, simulate
 from quantserve.predict.step import Batch
+from quantserve.predict.workload import WORKLOADS, Workload, find_workload
 
 WIDE = Limits(sequences=100, step_tokens=1000)
 

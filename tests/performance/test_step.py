@@ -8,10 +8,9 @@ import pytest
 
 from helpers.predicted import LLAMA_7B, LLAMA_70B, MISTRAL, MIXTRAL, QWEN, TINY, UNIT, flat, model
 from quantserve.checkpoint import Checkpoint
-from quantserve.predict import read_shape
 from quantserve.predict.imagine import imagined
 from quantserve.predict.machine import EngineCost, Machine, linear_cost, measured_at, share_at
-from quantserve.predict.shape import Shape, stored_bits_per_weight
+from quantserve.predict.shape import Shape, read_shape, stored_bits_per_weight
 from quantserve.predict.step import StepCost, batch_of, step_cost
 from quantserve.target import find_target
 

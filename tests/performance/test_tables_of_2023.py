@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from helpers.predicted import LLAMA_7B, LLAMA_13B, LLAMA_70B, expected
-from quantserve.predict import ENGINE_2023, WORKLOADS
+from quantserve.predict.machine import ENGINE_2023
+from quantserve.predict.workload import WORKLOADS
 
 # Output tokens (E2E x tok/s) and decode-only ms per token ((E2E - TTFT) / (tokens - 1)) derived from the table.
 ROWS = [

@@ -18,7 +18,7 @@ from quantserve.planning.compose import Composition
 from quantserve.planning.expectation import as_profile, expectation
 from quantserve.planning.plan import refusal
 from quantserve.plugins.registry import Registry
-from quantserve.predict import Workload
+from quantserve.predict.workload import Workload
 from quantserve.system.homes import temporary_folder
 from quantserve_bench import markdown
 from quantserve_bench.causes import OWN, with_fix

@@ -10,8 +10,6 @@ from typing import Final
 
 from quantserve.checkpoint.configs import read_object
 from quantserve.checkpoint.data import Tensor
-from quantserve.checkpoint.pickle_machine import Budget
-from quantserve.checkpoint.pickles import read_pickle
 from quantserve.checkpoint.safetensors import FIRST_READ, read_header
 from quantserve.checkpoint.source import Source
 from quantserve.checkpoint.text import counted, shown, some
@@ -378,6 +376,9 @@ def _read_pickles(source: Source, names: list[str], weights: Weights, allow_pick
     listed = _index(source, PICKLE_INDEX, names, weights)
     if listed is None:
         weights.findings += missing_numbers(names)
+    from quantserve.checkpoint.pickle_machine import Budget  # here, because `quantserve list` reads no pickle
+    from quantserve.checkpoint.pickles import read_pickle
+
     twice: list[str] = []
     budget = Budget()
     for name in names:

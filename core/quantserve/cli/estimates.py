@@ -8,7 +8,8 @@ from quantserve.config import ModelConfig, load, model_from_source
 from quantserve.errors import UsageError
 from quantserve.planning.advise import Advice, Candidate, advise
 from quantserve.plugins.registry import Registry
-from quantserve.predict import ENGINE_NOW, Prediction
+from quantserve.predict.machine import ENGINE_NOW
+from quantserve.predict.prediction import Prediction
 from quantserve.system.homes import expand
 from quantserve.target import Target, gib
 
@@ -94,7 +95,7 @@ def source_of(prediction: Prediction, advice: Advice) -> str:
     """``roofline``, or ``calibration of 2026-11-25``."""
     if prediction.source == "roofline":
         return "roofline"
-    from quantserve.predict import find_calibration
+    from quantserve.predict.calibration import find_calibration
 
     found = find_calibration(advice.target).calibration
     return f"calibration of {found.date}" if found else "calibration"

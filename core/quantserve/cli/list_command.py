@@ -27,7 +27,7 @@ def command(as_json: bool) -> None:
     A broken plugin is a row, not a crash; QUANTSERVE_DISABLE=a,b and QUANTSERVE_PLUGINS=a choose what is loaded.
     """
     registry = Registry.load()
-    commands = [Row.of(command) for command in find(main.COMMANDS, main.EXTRAS)]
+    commands = [Row.of(command) for command in find(main.COMMANDS, main.EXTRAS, points=registry.points)]
     if as_json:
         print_json({**_as_json(registry), "commands": [asdict(row) for row in commands]})
     else:

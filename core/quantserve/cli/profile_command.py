@@ -23,7 +23,8 @@ from quantserve.cli.output import console, print_json, table, target_label
 from quantserve.cli.sources import choose_target
 from quantserve.planning.advise import Advice, Candidate
 from quantserve.planning.expectation import fitted
-from quantserve.predict import ENGINE_2023, ENGINE_NOW, WORKLOADS, Workload
+from quantserve.predict.machine import ENGINE_2023, ENGINE_NOW
+from quantserve.predict.workload import WORKLOADS, Workload
 
 TABLE = (
     "Method",

@@ -37,7 +37,7 @@ from quantserve.planning.advise import (
     ranked,
 )
 from quantserve.plugins.registry import how_to_install
-from quantserve.predict import Workload, find_workload
+from quantserve.predict.workload import Workload, find_workload
 
 COLUMNS = (
     "",

@@ -10,7 +10,7 @@ from math import log
 from typing import Any, TypeVar
 
 from quantserve.checkpoint import Checkpoint, open_checkpoint
-from quantserve.checks import check_shards
+from quantserve.checks.linear import check_shards
 from quantserve.checks.memory import MemoryEstimate, estimate
 from quantserve.checks.model import check_service
 from quantserve.checks.parallel import check_parallel
@@ -26,9 +26,11 @@ from quantserve.planning.expectation import Expectation, expectation, kernel_of,
 from quantserve.plugins.claims import OURS
 from quantserve.plugins.contract import profile_of
 from quantserve.plugins.registry import Hooks, Plugin, Registry
-from quantserve.predict import ENGINE_NOW, Prediction, Workload
 from quantserve.predict.imagine import imagined
+from quantserve.predict.machine import ENGINE_NOW
+from quantserve.predict.prediction import Prediction
 from quantserve.predict.shape import stored_bits_per_weight
+from quantserve.predict.workload import Workload
 from quantserve.target import Target, gib
 
 RANKS = (1, 2, 4, 8)

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from quantserve.checkpoint import Checkpoint, open_checkpoint, overridden
-from quantserve.checks import check_model
 from quantserve.checks.memory import MemoryEstimate, estimate
+from quantserve.checks.model import check_model
 from quantserve.checks.scheme import check_schemes
 from quantserve.checks.stored import undescribed
 from quantserve.config import ModelConfig

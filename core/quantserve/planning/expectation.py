@@ -12,22 +12,12 @@ from quantserve.model.engine_defaults import max_num_batched_tokens, max_num_seq
 from quantserve.model.layers import linears
 from quantserve.plugins import contract
 from quantserve.plugins.registry import Hooks, Plugin
-from quantserve.predict import (
-    ENGINE_2023,
-    ENGINE_NOW,
-    WORKLOADS,
-    Machine,
-    Prediction,
-    Shape,
-    Workload,
-    find_calibration,
-    machine_of,
-    predict,
-    read_shape,
-)
-from quantserve.predict.machine import LinearCost, linear_cost
-from quantserve.predict.shape import stored_bits_per_weight
+from quantserve.predict.calibration import find_calibration
+from quantserve.predict.machine import ENGINE_2023, ENGINE_NOW, LinearCost, Machine, linear_cost, machine_of
+from quantserve.predict.prediction import Prediction, predict
+from quantserve.predict.shape import Shape, read_shape, stored_bits_per_weight
 from quantserve.predict.simulate import Limits
+from quantserve.predict.workload import WORKLOADS, Workload
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint

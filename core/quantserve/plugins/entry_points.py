@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from importlib.metadata import EntryPoint, EntryPoints, distributions, entry_points
+from functools import lru_cache
+from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions, entry_points
 from typing import Any, Final
 
 from quantserve import __version__
@@ -42,8 +43,13 @@ def unique(points: Iterable[EntryPoint]) -> list[EntryPoint]:
 
 def origin(point: EntryPoint) -> tuple[str, str]:
     """Distribution name and version of an entry point."""
-    dist = point.dist
-    return (dist.name or "unknown distribution", dist.version or "?") if dist else ("unknown distribution", "?")
+    return _named(point.dist) if point.dist else ("unknown distribution", "?")
+
+
+@lru_cache
+def _named(dist: Distribution) -> tuple[str, str]:
+    """Name and version; importlib.metadata parses the file anew for each."""
+    return dist.name or "unknown distribution", dist.version or "?"
 
 
 def package_of(point: EntryPoint) -> str:

@@ -54,6 +54,7 @@ class Registry:
         other_engine_plugins: names in vLLM's other plugin groups, which ``VLLM_PLUGINS`` must keep.
         notes: remarks for ``quantserve list``, such as an unknown name in ``QUANTSERVE_DISABLE``.
         contested: aliases and suffixes that several plugins claim, with the reason why none of them has it.
+        points: all entry points of `GROUPS`, those of commands among them.
     """
 
     plugins: Mapping[str, Plugin]
@@ -62,6 +63,7 @@ class Registry:
     other_engine_plugins: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     contested: Mapping[str, str] = field(default_factory=dict)
+    points: EntryPoints = field(default_factory=EntryPoints, repr=False)
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ, points: EntryPoints | None = None) -> Registry:
@@ -119,6 +121,7 @@ class Registry:
                 ),
             ),
             contested=settled.contested,
+            points=points,
         )
 
     @property

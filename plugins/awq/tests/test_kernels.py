@@ -16,8 +16,8 @@ from helpers.checkpoints import REMOVE, make_llama, quantized_linear
 from helpers.composed import composed, errors, findings, text
 from helpers.predicted import LLAMA_7B, expected, model
 from quantserve.api import Checkpoint, Finding, ModelConfig, Target
-from quantserve.predict import WORKLOADS, Calibration
-from quantserve.predict.calibration import fastest_kernel, fingerprint, save
+from quantserve.predict.calibration import Calibration, fastest_kernel, fingerprint, save
+from quantserve.predict.workload import WORKLOADS
 from quantserve.system.environment import with_environment
 from quantserve.target import GIB, find_target
 from quantserve_awq import kernel, plugin, speed

@@ -1,6 +1,5 @@
 // The torch operators: every argument is checked here, then plain pointers go to one instruction set's kernel.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
@@ -12,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "kernel.h"
+#include "operator.h"
 
 #if defined(__linux__)
 #include <malloc.h>
@@ -25,8 +24,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t ROWS_AT_ONCE = 1024;       // bounds what a thread needs beside the result
-constexpr int64_t PRODUCTS_PER_TASK = 1 << 17;  // less work than this is not worth another thread
+constexpr int64_t ROWS_AT_ONCE = 1024;  // bounds what a thread needs beside the result
 
 // --- instruction sets ---------------------------------------------------------------------------------------------
 
@@ -61,6 +59,8 @@ std::vector<std::string> isa(const std::string& name) {
   return names;
 }
 
+}  // namespace
+
 const Kernel& kernel_for(at::ScalarType type) {
 #if defined(__x86_64__)
   // float32 and float16 activations keep their precision.
@@ -71,7 +71,7 @@ const Kernel& kernel_for(at::ScalarType type) {
 
 // --- checks -------------------------------------------------------------------------------------------------------
 
-Float float_type(const Tensor& tensor, const char* name) {
+Float float_type(const Tensor& tensor, const std::string& name) {
   switch (tensor.scalar_type()) {
     case at::kFloat: return Float::f32;
     case at::kHalf: return Float::f16;
@@ -80,18 +80,18 @@ Float float_type(const Tensor& tensor, const char* name) {
   }
 }
 
-void check(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
+void check(const Tensor& tensor, const std::string& name, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " is on ", tensor.device(), ", expected the CPU");
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), ", expected ", shape);
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " is not contiguous. Fix: pass ", name, ".contiguous()");
 }
 
-void check(const Tensor& tensor, const char* name, at::IntArrayRef shape, at::ScalarType type) {
+void check(const Tensor& tensor, const std::string& name, at::IntArrayRef shape, at::ScalarType type) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(), ", expected ", type);
   check(tensor, name, shape);
 }
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+namespace {
 
 // The part of a weight that follows from numbers alone.
 Weight shape_of(int64_t bits, int64_t n, int64_t k, int64_t group_size) {
@@ -111,7 +111,56 @@ Weight shape_of(int64_t bits, int64_t n, int64_t k, int64_t group_size) {
   return w;
 }
 
+}  // namespace
+
 int64_t code_bytes(const Weight& w) { return round_up(w.n, TILE) * w.k_padded * w.bits / 8; }
+
+Weight weight_of(const Packed& p) {
+  const auto named = [&](const char* name) { return std::string(p.owner) + name; };
+  const int64_t n = p.n, tiles = round_up(n, TILE) / TILE;
+  Weight w = shape_of(p.bits, n, p.k, p.group_size);
+  TORCH_CHECK_VALUE(p.codes.scalar_type() != at::kInt, named("codes"), " are packed for GPUs (", p.codes.scalar_type(),
+                    " ", p.codes.sizes(),
+                    ") and x is on the CPU. Fix: move the checkpoint's tensors and pack them again there");
+  check(p.codes, named("codes"), {code_bytes(w)}, at::kByte);
+  const int64_t channels = p.table.dim() == 2 ? p.table.size(0) : 0, entries = int64_t(1) << p.bits;
+  TORCH_CHECK_VALUE(channels == n || channels == 1, named("table"), " has shape ", p.table.sizes(), ", expected [", n,
+                    ", ", entries, "] (per channel) or [1, ", entries, "]");
+  check(p.table, named("table"), {channels, entries}, at::kFloat);
+  w.codes = p.codes.const_data_ptr<uint8_t>();
+  w.table = p.table.const_data_ptr<float>();
+  w.per_channel = channels == n && n > 1;
+  TORCH_CHECK_VALUE(p.scales.has_value() || !p.zeros.has_value(), named("zeros"), " need scales");
+  if (p.scales) {
+    w.scale_type = float_type(*p.scales, named("scales"));
+    check(*p.scales, named("scales"), {tiles, w.groups, TILE});
+    w.scales = p.scales->const_data_ptr();
+  }
+  if (p.zeros) {
+    check(*p.zeros, named("zeros"), {tiles, w.groups, TILE}, p.scales->scalar_type());
+    w.zeros = p.zeros->const_data_ptr();
+  }
+  if (p.rows) {
+    TORCH_CHECK_VALUE(p.cols.has_value() && p.vals.has_value(), named("rows"), ", cols and vals come together");
+    check(*p.rows, named("rows"), {n + 1}, at::kInt);
+    check(*p.cols, named("cols"), {p.cols->numel()}, at::kInt);
+    check(*p.vals, named("vals"), {p.cols->numel()}, at::kFloat);
+    w.rows = p.rows->const_data_ptr<int32_t>();
+    w.cols = p.cols->const_data_ptr<int32_t>();
+    w.vals = p.vals->const_data_ptr<float>();
+    w.nnz = p.cols->numel();
+  }
+  return w;
+}
+
+Tensor bias_of(const optional<Tensor>& bias, const std::string& name, at::IntArrayRef shape) {
+  if (!bias) return {};
+  float_type(*bias, name);
+  check(*bias, name, shape);
+  return bias->to(at::kFloat);
+}
+
+namespace {
 
 // --- packing ------------------------------------------------------------------------------------------------------
 
@@ -188,11 +237,28 @@ Tensor allocate_codes(int64_t bytes) {
 
 // --- the product --------------------------------------------------------------------------------------------------
 
+}  // namespace
+
 char* scratch_of_this_thread(size_t bytes) {
   static thread_local std::vector<char> memory;
   if (memory.size() < bytes) memory.resize(bytes);
   return memory.data();
 }
+
+bool finite(const float* values, int64_t count) {
+  uint32_t carries = 0;  // of an exponent of ones, plus one
+  for (int64_t i = 0; values && i < count; ++i) {
+    carries |= (std::bit_cast<uint32_t>(values[i]) & 0x7f800000) + 0x00800000;
+  }
+  return carries < 0x80000000;
+}
+
+bool reads_as_is(const Kernel& kernel, const Weight& w, int64_t m) {
+  return kernel.element == 2 && w.k_padded == w.k && w.group == w.group_padded && kernel.direct(w, m) && !w.zeros &&
+         !w.rows;
+}
+
+namespace {
 
 // Some rows of x as the kernel reads them; `hold` owns what is no part of x itself.
 struct Prepared {
@@ -204,10 +270,7 @@ Prepared prepare(const Kernel& kernel, const Weight& w, const Source& source, co
   const int64_t m = source.m;
   const bool direct = kernel.direct(w, m), with_sums = direct && w.zeros, with_plain = direct && w.rows;
   Prepared out{{source.x, nullptr, nullptr, m}, {}, {}, {}};
-  // bfloat16 in whole blocks is what the bfloat16 kernel reads: no copy.
-  if (kernel.element == 2 && w.k_padded == w.k && w.group == w.group_padded && direct && !with_sums && !with_plain) {
-    return out;
-  }
+  if (reads_as_is(kernel, w, m)) return out;
   const auto floats = bytes.dtype(at::kFloat);
   out.hold = at::empty({m, int64_t(w.k_padded * kernel.element)}, bytes);
   if (with_sums) out.sums = at::empty({m, w.groups}, floats);
@@ -222,59 +285,15 @@ Prepared prepare(const Kernel& kernel, const Weight& w, const Source& source, co
   return out;
 }
 
-bool finite(const Tensor& values) {
-  if (!values.defined()) return true;
-  const float* from = values.const_data_ptr<float>();
-  uint32_t carries = 0;  // of an exponent of ones, plus one
-  for (int64_t i = 0, count = values.numel(); i < count; ++i) {
-    carries |= (std::bit_cast<uint32_t>(from[i]) & 0x7f800000) + 0x00800000;
-  }
-  return carries < 0x80000000;
-}
-
 Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table, const optional<Tensor>& scales,
                        const optional<Tensor>& zeros, const optional<Tensor>& rows, const optional<Tensor>& cols,
                        const optional<Tensor>& vals, const optional<Tensor>& bias, int64_t bits, int64_t n, int64_t k,
                        int64_t group_size) {
-  Weight w = shape_of(bits, n, k, group_size);
+  Weight w = weight_of({"", codes, table, scales, zeros, rows, cols, vals, bits, n, k, group_size});
   const Float type = float_type(x, "x");
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == k, "x has shape ", x.sizes(), ", expected [..., ", k, "] (k)");
   TORCH_CHECK_VALUE(x.device().is_cpu(), "x is on ", x.device(), ", expected the CPU");
-  TORCH_CHECK_VALUE(codes.scalar_type() != at::kInt, "codes are packed for GPUs (", codes.scalar_type(), " ",
-                    codes.sizes(), ") and x is on the CPU. Fix: move the checkpoint's tensors and pack them again there");
-  check(codes, "codes", {code_bytes(w)}, at::kByte);
-  TORCH_CHECK_VALUE(table.dim() == 2 && (table.size(0) == n || table.size(0) == 1), "table has shape ", table.sizes(),
-                    ", expected [", n, ", ", 1 << bits, "] (per channel) or [1, ", 1 << bits, "]");
-  check(table, "table", {table.size(0), int64_t(1) << bits}, at::kFloat);
-  w.codes = codes.const_data_ptr<uint8_t>();
-  w.table = table.const_data_ptr<float>();
-  w.per_channel = table.size(0) == n && n > 1;
-  TORCH_CHECK_VALUE(scales.has_value() || !zeros.has_value(), "zeros need scales");
-  if (scales) {
-    w.scale_type = float_type(*scales, "scales");
-    check(*scales, "scales", {round_up(n, TILE) / TILE, w.groups, TILE});
-    w.scales = scales->const_data_ptr();
-  }
-  if (zeros) {
-    check(*zeros, "zeros", {round_up(n, TILE) / TILE, w.groups, TILE}, scales->scalar_type());
-    w.zeros = zeros->const_data_ptr();
-  }
-  if (rows) {
-    TORCH_CHECK_VALUE(cols.has_value() && vals.has_value(), "rows, cols and vals come together");
-    check(*rows, "rows", {n + 1}, at::kInt);
-    check(*cols, "cols", {cols->numel()}, at::kInt);
-    check(*vals, "vals", {cols->numel()}, at::kFloat);
-    w.rows = rows->const_data_ptr<int32_t>();
-    w.cols = cols->const_data_ptr<int32_t>();
-    w.vals = vals->const_data_ptr<float>();
-    w.nnz = cols->numel();
-  }
-  Tensor bias32;
-  if (bias) {
-    float_type(*bias, "bias");
-    check(*bias, "bias", {n});
-    bias32 = bias->to(at::kFloat);
-  }
+  const Tensor bias32 = bias_of(bias, "bias", {n});
 
   auto shape = x.sizes().vec();
   shape.back() = n;
@@ -290,7 +309,7 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
     const Source source{static_cast<const char*>(input.const_data_ptr()) + first * k * width, type, m};
     w.stored = false;
     Prepared prepared = prepare(kernel, w, source, codes.options());
-    if (!finite(prepared.sums) || !finite(prepared.plain)) {
+    if (!finite(prepared.in.sums, m * w.groups) || !finite(prepared.in.plain, m * w.k_padded)) {
       // Zero points and sparse entries apart from the codebook would make inf - inf of what the sum of both has as inf.
       w.stored = true;
       prepared = prepare(kernel, w, source, codes.options());

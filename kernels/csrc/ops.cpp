@@ -289,10 +289,11 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
                        const optional<Tensor>& zeros, const optional<Tensor>& rows, const optional<Tensor>& cols,
                        const optional<Tensor>& vals, const optional<Tensor>& bias, int64_t bits, int64_t n, int64_t k,
                        int64_t group_size) {
-  Weight w = weight_of({"", codes, table, scales, zeros, rows, cols, vals, bits, n, k, group_size});
+  shape_of(bits, n, k, group_size);
   const Float type = float_type(x, "x");
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == k, "x has shape ", x.sizes(), ", expected [..., ", k, "] (k)");
   TORCH_CHECK_VALUE(x.device().is_cpu(), "x is on ", x.device(), ", expected the CPU");
+  Weight w = weight_of({"", codes, table, scales, zeros, rows, cols, vals, bits, n, k, group_size});
   const Tensor bias32 = bias_of(bias, "bias", {n});
 
   auto shape = x.sizes().vec();

@@ -43,7 +43,7 @@ from quantserve.once import once
 from quantserve.predict.calibration import Fastest, fastest_kernel
 from quantserve.predict.published import PublishedRun, published_profile
 from quantserve.scheme import NK, Dim, E, K, N, Part, Scheme
-from quantserve.system.environment import engine_environment
+from quantserve.system.environment import disabled_kernels, engine_environment
 from quantserve.target import Target
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ __all__ = [
     "check_fused_groups",
     "check_linears",
     "check_shards",
+    "disabled_kernels",
     "engine_environment",
     "fastest_kernel",
     "hookimpl",

@@ -7,7 +7,6 @@ Weights are random integers, packed by functions of this file and of compressed-
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -32,7 +31,7 @@ from vllm.scalar_type import scalar_types
 from quantserve_kernels import Status, instruction_set
 from quantserve_kernels._ops import instruction_sets
 from quantserve_kernels.vllm import linear_kernels
-from quantserve_kernels.vllm.linear_kernels import CodebookLinearKernel, register
+from quantserve_kernels.vllm.linear_kernels import CodebookLinearKernel, keep_scales, register, serves
 
 pytestmark = [
     pytest.mark.vllm,
@@ -41,23 +40,25 @@ pytestmark = [
 
 K = 256
 PREFIX = "model.layers.3.mlp.down_proj"
+THEIRS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
+"""vLLM's own kernels for CPUs that compute AWQ layers."""
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 Parts = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a vLLM layer needs around it: a config and a group of one process; afterwards the kernels as they were."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    before = list(_POSSIBLE_KERNELS[PlatformEnum.CPU])
+    """What a vLLM layer needs around it: a config, a group of one process, and no kernel of vLLM's own."""
     register()
-    with set_current_vllm_config(VllmConfig()):
+    keep_scales()
+    with pytest.MonkeyPatch.context() as environment, set_current_vllm_config(VllmConfig()):
+        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        environment.setenv("VLLM_DISABLED_KERNELS", THEIRS)
         store = tmp_path_factory.mktemp("group") / "store"
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
         initialize_model_parallel(1)
         yield
         cleanup_dist_env_and_memory()
-    _POSSIBLE_KERNELS[PlatformEnum.CPU][:] = before
 
 
 # --- the formats, written down independently -------------------------------------------------------
@@ -278,6 +279,16 @@ def test_weights_rest_packed_and_scales_keep_their_bits(dtype: torch.dtype) -> N
     assert layer.quant_method.apply(layer, torch.randn(2, K).to(dtype)).dtype == dtype
 
 
+def test_without_the_patch_scales_have_the_models_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with vLLM's own kernel. The rest is the same."""
+    monkeypatch.setattr(linear_kernels, "_last", None)
+    monkeypatch.setattr("torch.nn.modules.module._global_parameter_registration_hooks", {})
+    layer = row_parallel(config_of("awq", 128), params_dtype=torch.bfloat16)
+    codes, zeros, scales = numbers(64, 128, bits=4, seed=5)
+    load(layer, {None: awq(64, 128, 5)[0]})
+    assert close(layer, meant(codes, zeros, scales.bfloat16()))
+
+
 @pytest.mark.parametrize(("method", "make", "name"), [
     ("awq", awq, "qweight"), ("gptq", gptq, "qweight"), ("compressed-tensors", compressed, "weight_packed"),
 ])  # fmt: skip
@@ -330,17 +341,29 @@ LAYER = MPLinearLayerConfig(
 )
 
 
-def test_ours_is_first_and_registered_once() -> None:
+def test_vllm_asks_its_own_kernels_first(monkeypatch: pytest.MonkeyPatch) -> None:
     register()
-    kernels = _POSSIBLE_KERNELS[PlatformEnum.CPU]
-    assert kernels[0] is CodebookLinearKernel
-    assert kernels.count(CodebookLinearKernel) == 1
+    kernels = [one.__name__ for one in _POSSIBLE_KERNELS[PlatformEnum.CPU]]
+    assert kernels.count("CodebookLinearKernel") == 1
     assert choose_mp_linear_kernel(LAYER) is CodebookLinearKernel
-
-
-def test_vllms_variable_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_DISABLED_KERNELS", "CodebookLinearKernel")
+    monkeypatch.delenv("VLLM_DISABLED_KERNELS")
     assert choose_mp_linear_kernel(LAYER).__name__ == "CPUWNA16LinearKernel"
+    odd = replace(LAYER, partition_weight_shape=(256, 24))
+    assert choose_mp_linear_kernel(odd) is CodebookLinearKernel
+
+
+def test_the_variable_names_every_kernel_of_vllm_that_computes_awq() -> None:
+    """`Dynamic4bitLinearKernel` has signed weights in scheme W4A8, which AWQ has not."""
+    others = {one.__name__ for one in _POSSIBLE_KERNELS[PlatformEnum.CPU] if one is not CodebookLinearKernel}
+    assert others == {*THEIRS.split(","), "Dynamic4bitLinearKernel"}
+
+
+@pytest.mark.parametrize(("method", "make"), [("awq", awq), ("gptq", gptq), ("compressed-tensors", compressed)])
+def test_a_layer_says_who_computes_it(method: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert serves(row_parallel(config_of(method, 128)))
+    assert not serves(row_parallel(None))
+    monkeypatch.delenv("VLLM_DISABLED_KERNELS")
+    assert not serves(row_parallel(config_of(method, 128)))
 
 
 @pytest.mark.parametrize(
@@ -362,14 +385,16 @@ def test_what_it_cannot_compute_has_a_reason(changes: dict[str, Any], words: str
         raise AssertionError(reason)
 
 
-def test_it_is_refused_where_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_refused_where_the_kernel_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_kernels, "status", lambda: Status(False, "torch", "no compiler"))
-    assert CodebookLinearKernel.can_implement(LAYER) == (False, "quantserve-kernels is not compiled here (no compiler)")
+    with pytest.raises(ValueError, match=r"CodebookLinearKernel .* is not compiled here \(no compiler\)"):
+        choose_mp_linear_kernel(LAYER)
+    monkeypatch.delenv("VLLM_DISABLED_KERNELS")
     assert choose_mp_linear_kernel(LAYER).__name__ == "CPUWNA16LinearKernel"
 
 
 def test_the_layers_of_a_model_are_counted_once() -> None:
-    linear_kernels._chosen.clear()
+    linear_kernels._new.clear()
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -378,11 +403,10 @@ def test_the_layers_of_a_model_are_counted_once() -> None:
     linear_kernels.logger.setLevel(logging.INFO)
     try:
         layers = [row_parallel(config_of("awq", 128)) for _ in range(3)]
-        choose_mp_linear_kernel(replace(LAYER, group_size=64, partition_weight_shape=(96, 64)))
         for seed, layer in enumerate(layers):
             load(layer, {None: awq(64, 128, seed)[0]})
     finally:
         linear_kernels.logger.removeHandler(handler)
         linear_kernels.logger.setLevel(before)
     (counted,) = [line for line in said if line.startswith("Quantized linear layers")]
-    assert "3 on CodebookLinearKernel, 1 on vLLM's kernels" in counted
+    assert "3 on CodebookLinearKernel" in counted

@@ -18,6 +18,7 @@ from quantserve.predict.prediction import Prediction, predict
 from quantserve.predict.shape import Shape, read_shape, stored_bits_per_weight
 from quantserve.predict.simulate import Limits
 from quantserve.predict.workload import WORKLOADS, Workload
+from quantserve.system.environment import includes
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
@@ -128,7 +129,7 @@ def chosen(kernel: KernelProfile, argument: object, environment: Mapping[str, st
     fitting = [
         one
         for one in (kernel, *kernel.alternatives)
-        if one.argument in ("", argument) and (environment is None or one.environment.items() <= environment.items())
+        if one.argument in ("", argument) and (environment is None or includes(environment, one.environment))
     ]
     return max(
         fitting, key=lambda one: (bool(one.argument), len(one.environment) if environment else 0), default=kernel

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from quantserve.target import Target
 
 KV_CACHE_SPACE: Final = "VLLM_CPU_KVCACHE_SPACE"
+DISABLED_KERNELS: Final = "VLLM_DISABLED_KERNELS"
 LONG_CONTEXT: Final = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 MODELSCOPE: Final = "VLLM_USE_MODELSCOPE"
 THREADS_BIND: Final = "VLLM_CPU_OMP_THREADS_BIND"
@@ -64,6 +65,18 @@ def carried(environment: Mapping[str, str], target: Target) -> dict[str, str]:
     """The judged variables that an engine on `target` reads."""
     names = [name for name in JUDGED if target.device == "cpu" or name not in CPU_ONLY]
     return {name: environment[name] for name in names if name in environment}
+
+
+def disabled_kernels(environment: Mapping[str, str]) -> frozenset[str]:
+    """The kernels that ``VLLM_DISABLED_KERNELS`` leaves out, as vLLM reads it: spaces belong to names."""
+    return frozenset(environment.get(DISABLED_KERNELS, "").split(",")) - {""}
+
+
+def includes(environment: Mapping[str, str], variables: Mapping[str, str]) -> bool:
+    """Whether an environment has these variables; ``VLLM_DISABLED_KERNELS`` may name further kernels."""
+    others = {name: value for name, value in variables.items() if name != DISABLED_KERNELS}
+    listed = DISABLED_KERNELS not in variables or disabled_kernels(variables) <= disabled_kernels(environment)
+    return listed and others.items() <= environment.items()
 
 
 def is_on(environment: Mapping[str, str], name: str) -> bool:

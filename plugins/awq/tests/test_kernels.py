@@ -43,12 +43,12 @@ def asked(ranks: int = 1, left_out: str | None = None, **engine_kwargs: object) 
 
 
 def given(checkpoint: Checkpoint, target: Target, left_out: str | None = None) -> str:
-    """The kernel that the plan's variable leads to: the first of vLLM's list that it does not leave out."""
+    """The kernel that the plan's variable leads to: the first that vLLM asks and it does not leave out."""
     variables = plugin.quantserve_environment(checkpoint, asked(left_out=left_out), target)
     disabled = variables.get(DISABLED, "").split(",")
     if left_out is not None:
         assert variables == {DISABLED: left_out}
-    return next(name for name in (OURS, THEIRS) if name not in disabled)
+    return next(name for name in (THEIRS, OURS) if name not in disabled)
 
 
 @pytest.fixture
@@ -67,8 +67,12 @@ def small(tmp_path: Path) -> Checkpoint:
         (None, AVX2, OURS, set()),
         (OURS, XEON, THEIRS, set()),
         (THEIRS, XEON, OURS, set()),
-        ("", XEON, OURS, set()),
+        ("", XEON, THEIRS, set()),
+        ("Other", EPYC, THEIRS, set()),
+        ("Other", AVX2, THEIRS, {"awq-no-kernel"}),
         (f"Other,{OURS}", EPYC, THEIRS, set()),
+        (f"Other,{THEIRS}", EPYC, OURS, set()),
+        (f"Other, {THEIRS}", EPYC, THEIRS, set()),  # vLLM takes the space for a part of the name
         (OURS, AVX2, THEIRS, {"awq-no-kernel"}),
     ],
 )
@@ -156,6 +160,14 @@ def test_the_work_that_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert fastest_kernel(find_target("a100-80g"), ("a-4", "b-4")) is None
 
 
+@pytest.mark.parametrize("left_out", [f"{OURS},{THEIRS}", f"{THEIRS},Other,{OURS}"])
+def test_a_model_without_a_kernel_is_refused(small: Checkpoint, left_out: str) -> None:
+    finding = said(small, EPYC, left_out=left_out)["awq-no-kernel"]
+    assert "leaves quantserve's kernel out" in finding.message
+    assert "leaves vLLM's out" in finding.message
+    assert finding.fix == f"set {DISABLED} to {THEIRS}, or leave it out"
+
+
 def test_shapes_vllms_kernel_cannot_take_stay_with_ours(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", "awq", intermediate=48, group_size=16)
     checkpoint = composed(folder).checkpoint
@@ -222,8 +234,9 @@ def test_our_kernel_is_not_predicted_at_the_rate_of_amx(monkeypatch: pytest.Monk
     assert linear_cost(without, speed.CODEBOOK, "none").seconds(512, 4096, 4096) < ours.seconds(512, 4096, 4096)
 
 
-def test_the_plan_is_predicted_with_the_kernel_it_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = (seconds(XEON, left_out, monkeypatch)[0] for left_out in (THEIRS, OURS))
+@pytest.mark.parametrize("other", ["", "Other,"])
+def test_the_plan_is_predicted_with_the_kernel_it_leads_to(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = (seconds(XEON, other + left_out, monkeypatch)[0] for left_out in (THEIRS, OURS))
     assert ours > 3 * theirs
 
 

@@ -14,10 +14,8 @@ pytest.importorskip("vllm")
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
-from vllm.platforms import PlatformEnum
 
 import quantserve_awq
 from quantserve_awq import kernel
@@ -30,15 +28,6 @@ pytestmark = [
 
 K = 256
 PREFIX = "model.layers.3.mlp.down_proj"
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[list[type]]:
-    """vLLM's list of kernels for CPUs, put back afterwards."""
-    listed: list[type] = _POSSIBLE_KERNELS[PlatformEnum.CPU]
-    before = list(listed)
-    yield listed
-    listed[:] = before
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,11 +48,12 @@ def config_of(group: int = 128, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
-def test_what_the_plugin_exports(group: int, kernels: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_plugin_exports(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "awq")
+    for name, value in kernel.WITHOUT_THEIRS.items():
+        monkeypatch.setenv(name, value)
     quantserve_awq.register()
     quantserve_awq.register()
-    assert [one.__name__ for one in kernels].count(kernel.OURS) == 1
     layer = linear.RowParallelLinear(K, 64, bias=False, quant_config=config_of(group), prefix=PREFIX)
     weight = torch.randn(64, K, generator=torch.Generator().manual_seed(1)) * K**-0.5
     parts = quantize_linear(weight, group)._asdict()
@@ -77,16 +67,14 @@ def test_what_the_plugin_exports(group: int, kernels: list[type], monkeypatch: p
 
 
 @pytest.mark.parametrize("variables", [{}, {"VLLM_PLUGINS": ""}, {"VLLM_PLUGINS": "other"}])
-def test_other_engines_keep_vllms_kernel(
-    variables: dict[str, str], kernels: list[type], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_engines_keep_vllms_kernel(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain `vllm serve` loads every installed plugin."""
-    for name in ("VLLM_PLUGINS", "QUANTSERVE_ENGINE_PLUGINS"):
+    for name in ("VLLM_PLUGINS", "QUANTSERVE_ENGINE_PLUGINS", kernel.DISABLED):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("quantserve_kernels.vllm.linear_kernels.register", pytest.fail)
     quantserve_awq.register()
-    assert kernel.OURS not in {one.__name__ for one in kernels}
     layer = linear.RowParallelLinear(K, 64, bias=False, quant_config=config_of(), prefix=PREFIX)
     assert type(layer.quant_method.kernel).__name__ == kernel.THEIRS
 

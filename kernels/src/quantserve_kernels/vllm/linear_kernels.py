@@ -1,21 +1,22 @@
 """The kernels as vLLM's own linear kernels: vLLM's AWQ, GPTQ, AutoRound and compressed-tensors methods call them.
 
 vLLM reads the checkpoint with its own method and asks a list of kernels, in order, which of them implements a layer.
-`register` puts `CodebookLinearKernel` first in the list for CPUs; layers that it leaves go to vLLM's kernels as before.
-``VLLM_DISABLED_KERNELS=CodebookLinearKernel`` leaves all of them. Written against vLLM 0.32.
+`register` adds `CodebookLinearKernel`, which vLLM asks after its own kernels for CPUs: it computes the layers that they
+do not, and all layers where ``VLLM_DISABLED_KERNELS=CPUWNA16LinearKernel,ZentorchWNA16LinearKernel`` leaves them out.
+Written against vLLM 0.32.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from weakref import ref
+from functools import cache
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from vllm.logger import init_logger
-from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, register_linear_kernel
+from vllm.model_executor.kernels.linear import register_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel, MPLinearLayerConfig
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.scalar_type import scalar_types
@@ -34,8 +35,8 @@ TYPES = (
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 
 logger = init_logger(f"vllm.{__name__}")
-_chosen: Counter[str] = Counter()
-"""Layers of the model that is being built, by who computes them; logged and cleared when its weights are packed."""
+_new: WeakSet[MPLinearKernel] = WeakSet()
+"""Kernels of the model that is being built; counted in the log, and cleared, when its weights are packed."""
 
 
 class CodebookLinearKernel(MPLinearKernel):
@@ -50,9 +51,6 @@ class CodebookLinearKernel(MPLinearKernel):
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
         """Whether a layer can be computed, and if not, why."""
         reason = _refused(c)
-        if reason:
-            _chosen["vLLM's kernels"] += 1
-            logger.info_once("%s leaves linear layers to vLLM's kernels: %s", cls.__name__, reason)
         return not reason, reason or None
 
     def __init__(
@@ -63,9 +61,8 @@ class CodebookLinearKernel(MPLinearKernel):
         w_zp_param_name: str | None = None,
     ) -> None:
         super().__init__(c, w_q_param_name, w_s_param_name, w_zp_param_name)
-        _chosen[type(self).__name__] += 1
-        layer = _newest()
-        scales = getattr(layer, w_s_param_name, None)
+        _new.add(self)
+        scales = getattr(_newest(), w_s_param_name, None)
         if isinstance(scales, Parameter):
             # NaN shows what no tensor arrived for. In float32 no scale of the file is rounded, whatever the model's
             # dtype.
@@ -124,16 +121,28 @@ class CodebookLinearKernel(MPLinearKernel):
         )
 
 
+def serves(layer: Module) -> bool:
+    """Whether a linear layer is computed by this kernel."""
+    method = getattr(layer, "scheme", None) or getattr(layer, "quant_method", None)
+    return isinstance(getattr(method, "kernel", None), CodebookLinearKernel)
+
+
+@cache
 def register() -> None:
-    """Put the kernel first among vLLM's for CPUs in this process; elsewhere do nothing. Safe to call again."""
-    if not current_platform.is_cpu():
-        return  # vLLM's own kernels are the fast ones there
-    load()
-    kernels = _POSSIBLE_KERNELS.setdefault(PlatformEnum.CPU, [])
-    if CodebookLinearKernel not in kernels:
+    """Add the kernel to vLLM's for CPUs in this process; elsewhere do nothing. Safe to call again."""
+    if current_platform.is_cpu():  # on GPUs vLLM's own kernels are the fast ones
+        load()
         register_linear_kernel(CodebookLinearKernel, PlatformEnum.CPU, "mp")
-        kernels.insert(0, kernels.pop())  # it was appended, and vLLM takes the first kernel that implements a layer
-        register_module_parameter_registration_hook(_remember)
+
+
+@cache
+def keep_scales() -> None:
+    """Load the scales of later layers as the file has them, and tell those that never arrive. Safe to call again.
+
+    vLLM makes a layer's kernel right after the layer's parameters and does not say for which layer, so torch is asked
+    to report every parameter. Without this, vLLM rounds scales to the model's dtype.
+    """
+    register_module_parameter_registration_hook(_remember)
 
 
 def _refused(c: MPLinearLayerConfig) -> str:
@@ -170,14 +179,16 @@ def _newest() -> Module | None:
 
 
 def _say_once() -> None:
-    if _chosen:
-        layers = ", ".join(f"{count} on {who}" for who, count in sorted(_chosen.items()))
+    if _new:
+        layers = f"{len(_new)} on {CodebookLinearKernel.__name__}"
         logger.info_once("Quantized linear layers: %s (instruction set %s)", layers, status().instruction_set)
-        _chosen.clear()
+        _new.clear()
 
 
 def _narrowest(scales: Tensor) -> Tensor:
-    """The scales in the 16-bit dtype they were stored in; float32 where they are in none."""
+    """Scales in float32 in the 16-bit dtype they were stored in, if they were in one."""
+    if scales.dtype != torch.float32:
+        return scales
     for dtype in (torch.float16, torch.bfloat16):
         narrow = scales.to(dtype)
         if torch.equal(narrow.to(torch.float32), scales):

@@ -13,7 +13,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Put quantserve's kernel before vLLM's own for CPUs, in engines that ask for this plugin; safe to call again.
+    """Add quantserve's kernel to vLLM's own for CPUs, in engines that ask for this plugin; safe to call again.
 
     A plain `vllm serve`, which loads every installed plugin, keeps its kernels.
     """

@@ -1,7 +1,7 @@
 """Which kernel an AWQ model gets on a CPU: quantserve's or vLLM's own.
 
-vLLM asks a list of kernels, in order, for one that computes a layer. `register` of this package puts quantserve's
-first; the variable `DISABLED` leaves kernels out by name. With it the plan chooses, and a person overrules the plan.
+vLLM asks its own kernels for one that computes a layer, and then quantserve's, which `register` of this package adds.
+The variable `DISABLED` leaves kernels out by name. With it the plan chooses, and a person overrules the plan.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from quantserve.api import Finding, Target, engine_environment, fastest_kernel
+from quantserve.api import Finding, Target, disabled_kernels, engine_environment, fastest_kernel
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -21,7 +21,8 @@ OURS, THEIRS = "CodebookLinearKernel", "CPUWNA16LinearKernel"
 """What vLLM calls the two: quantserve's kernel, and its own for CPUs."""
 KEYS = {OURS: "awq_codebook", THEIRS: "awq_vllm"}
 """Their names in a calibration."""
-WITHOUT_OURS = {DISABLED: OURS}
+WITHOUT_THEIRS = {DISABLED: f"{THEIRS},ZentorchWNA16LinearKernel"}
+"""The variables that lead to quantserve's; the second of vLLM's kernels is one for AMD's package zentorch."""
 
 # The kernel of a CPU with an instruction set; the first that the CPU has decides, and a calibration of the machine goes
 # before. vLLM's has AMX, where one rough run on an Intel Xeon (one thread, 0.83 billion parameters) took 193 ms for 64
@@ -83,16 +84,16 @@ def choose(model: ModelConfig, target: Target, vllm_cannot: str = "") -> Choice:
     if target.device != "cpu":
         return Choice(own=False)
     reason = missing()
-    asked = engine_environment(model, target).get(DISABLED)
-    if asked is not None:  # a person's choice
-        left_out = {name.strip() for name in asked.split(",")}
-        own = OURS not in left_out and not (reason and THEIRS not in left_out)
-        return Choice(own, {DISABLED: asked}, _impossible(target, left_out, reason))
+    environment = engine_environment(model, target)
+    if DISABLED in environment:  # a person's choice
+        left_out = disabled_kernels(environment)
+        own = OURS not in left_out and not reason and bool(THEIRS in left_out or vllm_cannot)
+        return Choice(own, {DISABLED: environment[DISABLED]}, _impossible(target, left_out, reason))
     if reason:
-        return Choice(False, WITHOUT_OURS, _impossible(target, set(), reason) or _slow(target, reason))
+        return Choice(False, {}, _impossible(target, None, reason) or _slow(target, reason))
     if usual(target) == OURS or vllm_cannot:
-        return Choice(True, {}, _said(OURS, target) if usual(target) == OURS else ())
-    return Choice(False, WITHOUT_OURS, _said(THEIRS, target))
+        return Choice(True, WITHOUT_THEIRS, _said(OURS, target) if usual(target) == OURS else ())
+    return Choice(False, {}, _said(THEIRS, target))
 
 
 def _by_features(target: Target) -> str:
@@ -124,13 +125,21 @@ def _said(chosen: str, target: Target) -> tuple[Finding, ...]:
     return (Finding.info("awq-kernel", message, [f"{_WHERE}.{DISABLED}"], fix),)
 
 
-def _impossible(target: Target, left_out: set[str], reason: str | None) -> tuple[Finding, ...]:
-    """An error where neither kernel can be used."""
-    ours = f"{DISABLED} leaves quantserve's kernel out" if OURS in left_out else reason
+def _impossible(target: Target, asked: frozenset[str] | None, reason: str | None) -> tuple[Finding, ...]:
+    """An error where no kernel can be used, or vLLM asks first one that cannot.
+
+    Args:
+        asked: what a person leaves out; None for no choice.
+        reason: why quantserve's kernel cannot be used.
+    """
+    left_out = asked or frozenset()
     theirs = f"{DISABLED} leaves vLLM's out" if THEIRS in left_out else _ONLY_AVX2 if no_vllm_kernel(target) else ""
+    ours = f"{DISABLED} leaves quantserve's kernel out" if OURS in left_out else reason
+    if not ours and asked is not None and THEIRS not in left_out:
+        ours = f"{DISABLED} does not leave vLLM's kernel out, which is asked before quantserve's"
     if not ours or not theirs:
         return ()
-    fix = f"take {' and '.join(sorted(left_out & {OURS, THEIRS}))} out of {DISABLED}" if OURS in left_out else _COMPILE
+    fix = _COMPILE if reason and OURS not in left_out else f"set {DISABLED} to {THEIRS}, or leave it out"
     return (Finding.error("awq-no-kernel", f"{ours}, and {theirs}", [f"{_WHERE}.{DISABLED}"], fix),)
 
 

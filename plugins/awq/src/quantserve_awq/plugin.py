@@ -114,7 +114,7 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 
 @hookimpl
 def quantserve_environment(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, str]:
-    """The variable that leaves quantserve's kernel out, where vLLM's own is the better one."""
+    """The variable that leaves vLLM's own kernels out, where quantserve's is the better one."""
     return kernel_choice(checkpoint, model, target).environment
 
 

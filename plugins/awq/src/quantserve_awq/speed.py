@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quantserve.api import KernelProfile, QualityNote, Target
-from quantserve_awq.kernel import KEYS, OURS, THEIRS, WITHOUT_OURS, missing, no_vllm_kernel, usual
+from quantserve_awq.kernel import DISABLED, KEYS, OURS, THEIRS, missing, no_vllm_kernel, usual
 
 BITS_PER_WEIGHT = 4.16  # 4-bit codes; float16 scale and 4-bit zero point for each group of 128
 
@@ -74,6 +74,7 @@ CODEBOOK = KernelProfile(
     benchmark="quantserve_awq._benchmark:make",
     amx=False,
     key=KEYS[OURS],
+    environment={DISABLED: THEIRS},
 )
 VLLM = KernelProfile(
     name="vLLM's AWQ for CPUs",
@@ -84,7 +85,6 @@ VLLM = KernelProfile(
     benchmark="quantserve_awq._benchmark:make_vllm",
     experts=False,
     key=KEYS[THEIRS],
-    environment=WITHOUT_OURS,
 )
 VLLM_AMX = replace(
     VLLM,

@@ -8,6 +8,7 @@ become an error that names plugin, distribution, version and the stage ``registe
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import EntryPoints, entry_points
@@ -31,6 +32,8 @@ def register() -> None:
     if on_cpu:
         patches.apply("sched-yield")
         patches.apply("gloo-device")
+    if "quantserve_kernels.vllm.linear_kernels" in sys.modules:  # a plugin of this model brought them
+        patches.apply("exact-scales")
 
 
 def load_plugins(environ: Mapping[str, str], installed: EntryPoints | None = None) -> None:

@@ -174,6 +174,24 @@ PATCHES: Final[Mapping[str, Patch]] = {
         gain="schemas with patterns such as `^.{1,500}$` work",
         without="such schemas get status 400",
     ),
+    "exact-scales": Patch(
+        changes="the hook that torch calls for every parameter that a module registers",
+        apply="quantserve_kernels.vllm.linear_kernels:keep_scales",
+        relies_on=(
+            (
+                "vllm.model_executor.layers.quantization.auto_awq:AutoAWQMarlinLinearMethod.create_weights",
+                'layer.register_parameter("scales", scales) self.kernel = kernel_type(',
+            ),
+            (
+                "vllm.model_executor.layers.quantization.auto_gptq:AutoGPTQLinearMethod.create_weights",
+                'layer.register_parameter("qzeros", qzeros) self.kernel = kernel_type(',
+            ),
+            ("torch.nn.modules.module:Module.register_parameter", "_global_parameter_registration_hooks.values():"),
+        ),
+        why="vLLM makes quantserve's kernel for a layer without telling which, and rounds scales while it loads them",
+        gain="scales keep the bits of the file; a layer whose scales never arrive stops the start",
+        without="scales are rounded to the model's dtype, and those that never arrive are not noticed",
+    ),
     "sched-yield": Patch(
         changes="`vllm.distributed.device_communicators.shm_broadcast.sched_yield`",
         apply="quantserve.serve.replica.vllm.engine_wait:sleep_in_some_turns",

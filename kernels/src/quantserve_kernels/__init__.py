@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from quantserve_kernels._status import Status, status
 
 if TYPE_CHECKING:
+    from quantserve_kernels._experts import ACTIVATIONS, concatenate, experts
     from quantserve_kernels._formats import (
         from_awq,
         from_gptq,
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
     from quantserve_kernels._weight import BITS, Linear, PackedWeight, check_bias, linear, pack
 
 __all__ = [
+    "ACTIVATIONS",
     "BITS",
     "Linear",
     "PackedWeight",
     "Status",
     "check_bias",
+    "concatenate",
+    "experts",
     "from_awq",
     "from_gptq",
     "from_nf4",
@@ -44,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "_experts": ("ACTIVATIONS", "concatenate", "experts"),
     "_formats": ("from_awq", "from_gptq", "from_nf4", "from_squeezellm", "unpack_stream"),
     "_ops": ("instruction_set", "load"),
     "_weight": ("BITS", "Linear", "PackedWeight", "check_bias", "linear", "pack"),

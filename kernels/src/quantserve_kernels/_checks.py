@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from quantserve_kernels._fallback import TILE, shape_of
+from quantserve_kernels._fallback import ACTIVATIONS, TILE, shape_of
 
 Layout = Literal["cpu", "tensor cores", "words"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,7 +64,7 @@ def check_linear(
     Raises:
         ValueError, TypeError: with the numbers and the fix.
     """
-    groups = shape_of(bits, k, group_size).groups
+    shape_of(bits, k, group_size)
     if not (1 <= n < MOST and 1 <= k < MOST):
         raise ValueError(f"n {n} and k {k} must be at least 1 and below 2^31")
     if x.dtype not in FLOATS:
@@ -73,34 +73,98 @@ def check_linear(
         raise ValueError(f"x has shape {list(x.shape)}, expected [..., {k}] (k)")
     if x.numel() // k >= MOST:
         raise ValueError(f"x has {x.numel() // k} rows, expected fewer than 2^31")
+    layout = _check_weight("", x.device, codes, table, scales, zeros, rows, cols, vals, bits, n, k, group_size)
+    if bias is not None:
+        _expect(bias, "bias", (n,), FLOATS, x.device)
+    return layout
+
+
+def check_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    *weights: Any,
+) -> None:
+    """Refuse arguments of `codebook_experts` that do not fit each other; the ids are read.
+
+    Raises:
+        ValueError, TypeError: with the numbers and the fix.
+    """
+    w13, w13_bias, w2, w2_bias = weights[:7], weights[7], weights[8:15], weights[15]
+    w13_numbers, w2_numbers = weights[16:20], weights[20:]
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x is {x.dtype}; known: float32, float16, bfloat16")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation}; known: {', '.join(ACTIVATIONS)}")
+    _check_weight("w13_", x.device, *w13, *w13_numbers)
+    _check_weight("w2_", x.device, *w2, *w2_numbers)
+    (_, n13, hidden, _), (_, n2, width, _) = w13_numbers, w2_numbers
+    if hidden % TILE or width % 2:
+        raise ValueError(f"w13_k {hidden} must be a multiple of {TILE} and w2_k {width} one of 2")
+    count = n2 // hidden
+    if n2 != count * hidden or n13 != count * 2 * width:
+        raise ValueError(
+            f"w13 is [{n13}, {hidden}] and w2 [{n2}, {width}], expected [experts * {2 * width}, {hidden}] and "
+            f"[experts * {hidden}, {width}]"
+        )
+    if x.ndim != 2 or x.shape[1] != hidden:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [tokens, {hidden}] (w13_k)")
+    if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0]:
+        raise ValueError(f"topk_ids has shape {list(topk_ids.shape)}, expected [{x.shape[0]}, choices]")
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"topk_ids is {topk_ids.dtype}, expected int32 or int64")
+    _expect(topk_weights, "topk_weights", tuple(topk_ids.shape), (torch.float32,), x.device)
+    for bias, name, shape in ((w13_bias, "w13_bias", (count, 2 * width)), (w2_bias, "w2_bias", (count, hidden))):
+        if bias is not None:
+            _expect(bias, name, shape, FLOATS, x.device)
+    if topk_ids.numel() and not (int(topk_ids.min()) >= -1 and int(topk_ids.max()) < count):
+        raise ValueError(f"topk_ids holds {int(topk_ids.min())}..{int(topk_ids.max())}, expected -1..{count - 1}")
+
+
+def _check_weight(
+    owner: str,
+    device: torch.device,
+    codes: Tensor,
+    table: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    vals: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+) -> Layout:
+    """The fields of a PackedWeight; `owner` goes before their names."""
+    groups = shape_of(bits, k, group_size).groups
     layout = layout_of(codes)
     if (codes.device.type == "cpu") != (layout == "cpu"):
         raise ValueError(
-            f"codes are packed for {'CPUs' if layout == 'cpu' else 'GPUs'} and are on {codes.device}. "
+            f"{owner}codes are packed for {'CPUs' if layout == 'cpu' else 'GPUs'} and are on {codes.device}. "
             "Fix: move the checkpoint's tensors and pack them again on that device"
         )
-    _expect(codes, "codes", codes_shape(layout, bits, n, k, group_size), (codes.dtype,), x.device)
-    _expect(table, "table", (1 if table.shape[:1] == (1,) else n, 2**bits), (torch.float32,), x.device)
+    _expect(codes, f"{owner}codes", codes_shape(layout, bits, n, k, group_size), (codes.dtype,), device)
+    _expect(table, f"{owner}table", (1 if table.shape[:1] == (1,) else n, 2**bits), (torch.float32,), device)
     if layout == "tensor cores" and (bits == 8 or k % 8 or scales is not None):
         raise ValueError(
-            f"codes are packed for tensor cores, which take no scales, 2 to 4 bits (bits {bits}) and k in "
+            f"{owner}codes are packed for tensor cores, which take no scales, 2 to 4 bits (bits {bits}) and k in "
             f"multiples of 8 (k {k}). Fix: pass what `pack` returned"
         )
     if zeros is not None and scales is None:
-        raise ValueError("zeros need scales")
+        raise ValueError(f"{owner}zeros need scales")
     side = (-(-n // TILE), groups, TILE) if layout == "cpu" else (n, groups)
     if scales is not None:
-        _expect(scales, "scales", side, FLOATS, x.device)
+        _expect(scales, f"{owner}scales", side, FLOATS, device)
         if zeros is not None:
-            _expect(zeros, "zeros", side, (scales.dtype,), x.device)
+            _expect(zeros, f"{owner}zeros", side, (scales.dtype,), device)
     if rows is not None:
         if cols is None or vals is None:
-            raise ValueError("rows, cols and vals come together")
-        _expect(rows, "rows", (n + 1,), (torch.int32,), x.device)
-        _expect(cols, "cols", (cols.numel(),), (torch.int32,), x.device)
-        _expect(vals, "vals", (cols.numel(),), (torch.float32,), x.device)
-    if bias is not None:
-        _expect(bias, "bias", (n,), FLOATS, x.device)
+            raise ValueError(f"{owner}rows, cols and vals come together")
+        _expect(rows, f"{owner}rows", (n + 1,), (torch.int32,), device)
+        _expect(cols, f"{owner}cols", (cols.numel(),), (torch.int32,), device)
+        _expect(vals, f"{owner}vals", (cols.numel(),), (torch.float32,), device)
     return layout
 
 

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 TILE = 4
 VECTOR = 32
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
 VECTORS = {2: 8, 3: 16, 4: 4, 8: 2}  # bits -> vectors in a block
 CHANNELS = 512  # decoded at once
 
@@ -160,3 +162,91 @@ def codebook_linear(
     if bias is not None:
         out += bias
     return out.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    """One of `ACTIVATIONS`, [..., 2 * i] to [..., i]; `quantserve_kernels.experts` defines them."""
+    if activation == "swigluoai":
+        gate, up = h[..., ::2].clamp(max=7), h[..., 1::2].clamp(-7, 7) + 1
+        return gate * torch.sigmoid(1.702 * gate) * up
+    gate, up = h.chunk(2, -1)
+    if activation == "silu":
+        return silu(gate) * up
+    return gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def codebook_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    w13_codes: Tensor,
+    w13_table: Tensor,
+    w13_scales: Tensor | None,
+    w13_zeros: Tensor | None,
+    w13_rows: Tensor | None,
+    w13_cols: Tensor | None,
+    w13_vals: Tensor | None,
+    w13_bias: Tensor | None,
+    w2_codes: Tensor,
+    w2_table: Tensor,
+    w2_scales: Tensor | None,
+    w2_zeros: Tensor | None,
+    w2_rows: Tensor | None,
+    w2_cols: Tensor | None,
+    w2_vals: Tensor | None,
+    w2_bias: Tensor | None,
+    w13_bits: int,
+    w13_n: int,
+    w13_k: int,
+    w13_group_size: int,
+    w2_bits: int,
+    w2_n: int,
+    w2_k: int,
+    w2_group_size: int,
+) -> Tensor:
+    """The experts of all tokens in float32, one expert at a time; see `quantserve_kernels.experts`."""
+    w13 = _Stack(w13_codes, w13_table, w13_scales, w13_zeros, w13_rows, w13_cols, w13_vals, w13_bias)
+    w2 = _Stack(w2_codes, w2_table, w2_scales, w2_zeros, w2_rows, w2_cols, w2_vals, w2_bias)
+    count = w2_n // w13_k
+    flat = x.to(torch.float32)
+    out = torch.zeros_like(flat)
+    for expert in range(count):
+        token, choice = (topk_ids == expert).nonzero(as_tuple=True)
+        if token.numel():
+            h = _one(flat[token], w13, expert, count, w13_bits, w13_n // count, w13_k, w13_group_size)
+            y = _one(activate(h, activation), w2, expert, count, w2_bits, w13_k, w2_k, w2_group_size)
+            out.index_add_(0, token, y * topk_weights[token, choice, None])
+    return out.to(x.dtype)
+
+
+class _Stack(NamedTuple):
+    """The tensors of a weight [experts * n, k] and its bias [experts, n]."""
+
+    codes: Tensor
+    table: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    rows: Tensor | None
+    cols: Tensor | None
+    vals: Tensor | None
+    bias: Tensor | None
+
+
+def _one(x: Tensor, stack: _Stack, expert: int, count: int, bits: int, n: int, k: int, group_size: int) -> Tensor:
+    """`x` [rows, k] times the weight of one expert."""
+
+    def part(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.unflatten(0, (count, -1))[expert]
+
+    table = stack.table if stack.table.shape[0] == 1 else stack.table.unflatten(0, (count, -1))[expert]
+    rows, cols, vals = stack.rows, stack.cols, stack.vals
+    if rows is not None and cols is not None and vals is not None:
+        rows = rows[expert * n : (expert + 1) * n + 1]
+        entries = slice(int(rows[0]), int(rows[-1]))
+        rows, cols, vals = rows - rows[0], cols[entries], vals[entries]
+    bias = None if stack.bias is None else stack.bias[expert]
+    codes = stack.codes.unflatten(0, (count, -1))[expert]
+    return codebook_linear(
+        x, codes, table, part(stack.scales), part(stack.zeros), rows, cols, vals, bias, bits, n, k, group_size
+    )

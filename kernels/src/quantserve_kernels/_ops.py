@@ -1,6 +1,8 @@
 """The operators `torch.ops.quantserve_kernels.*`: loaded from the compiled library, or defined in plain torch.
 
     codebook_linear(x [..., k], codes, table, scales, zeros, rows, cols, vals, bias, bits, n, k, group_size) -> [..., n]
+    codebook_experts(x [t, k], topk_ids, topk_weights, activation, w13, w13_bias, w2, w2_bias) -> [t, k]; CPU only, each
+        weight as its seven tensors, and their numbers at the end
     pack_codes(codes uint8 [n, k], bits, group_size) -> uint8, in the layout of csrc/kernel.h; CPU only
 
 Each has a fake implementation, so torch.compile and CUDA graphs see one opaque node; which kernel runs for how many
@@ -17,13 +19,22 @@ import torch
 from torch import Tensor
 
 from quantserve_kernels import _fallback
-from quantserve_kernels._checks import check_linear
+from quantserve_kernels._checks import check_experts, check_linear
 from quantserve_kernels._status import library
 
 NAMESPACE = "quantserve_kernels"
 LINEAR = (
     "codebook_linear(Tensor x, Tensor codes, Tensor table, Tensor? scales, Tensor? zeros, Tensor? rows, Tensor? cols, "
     "Tensor? vals, Tensor? bias, int bits, int n, int k, int group_size) -> Tensor"
+)
+_WEIGHT = (
+    "Tensor {0}_codes, Tensor {0}_table, Tensor? {0}_scales, Tensor? {0}_zeros, Tensor? {0}_rows, Tensor? {0}_cols, "
+    "Tensor? {0}_vals, Tensor? {0}_bias"
+)
+_NUMBERS = "int {0}_bits, int {0}_n, int {0}_k, int {0}_group_size"
+EXPERTS = (
+    "codebook_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, str activation, "
+    f"{_WEIGHT.format('w13')}, {_WEIGHT.format('w2')}, {_NUMBERS.format('w13')}, {_NUMBERS.format('w2')}) -> Tensor"
 )
 PACK = "pack_codes(Tensor codes, int bits, int group_size) -> Tensor"
 
@@ -55,8 +66,12 @@ def load() -> torch.library.Library:
         definitions.define(PACK)
         definitions.impl("codebook_linear", _plain_linear, "CPU")
         definitions.impl("pack_codes", _fallback.pack_codes, "CPU")
+    if not hasattr(torch.ops.quantserve_kernels, "codebook_experts"):
+        definitions.define(EXPERTS)
+        definitions.impl("codebook_experts", _plain_experts, "CPU")
     definitions.impl("codebook_linear", _cuda_linear, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::codebook_linear", _fake_linear, lib=definitions)
+    torch.library.register_fake(f"{NAMESPACE}::codebook_experts", _fake_experts, lib=definitions)
     return definitions
 
 
@@ -106,9 +121,18 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], n))
 
 
+def _fake_experts(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _plain_linear(*arguments: Any) -> Tensor:
     check_linear(*arguments)
     return _fallback.codebook_linear(*arguments)
+
+
+def _plain_experts(*arguments: Any) -> Tensor:
+    check_experts(*arguments)
+    return _fallback.codebook_experts(*arguments)
 
 
 def _cuda_linear(

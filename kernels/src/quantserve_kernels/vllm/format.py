@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 from torch.nn import Module
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import _CUSTOMIZED_METHOD_TO_QUANT_CONFIG, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -18,10 +19,11 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from quantserve_kernels import PackedWeight, load
+from quantserve_kernels.vllm.experts import experts_method, is_stack, stack_renaming
 from quantserve_kernels.vllm.linear import FormatLinearMethod
 from quantserve_kernels.vllm.loading import attribute
 from quantserve_kernels.vllm.ragged import CSR, Entries
-from quantserve_kernels.vllm.scheme import DTYPES, Scheme, dtypes
+from quantserve_kernels.vllm.scheme import DTYPES, Scheme, dtypes, of_one_expert
 
 
 class Format(QuantizationConfig):
@@ -60,6 +62,8 @@ class Format(QuantizationConfig):
         self.modules = dict(modules or {})
         self._stored: dict[str, str] = {}  # the checkpoint's tensors, as far as they are known: name -> dtype
         self._dotted: set[str] = set()  # suffixes with a dot, which no parameter can be called
+        self._stacked = False  # whether the files have one tensor for all experts of a layer
+        self._stacks: set[str] = set()  # suffixes of such tensors
 
     # --- what a plugin says ----------------------------------------------------------------------
 
@@ -73,6 +77,8 @@ class Format(QuantizationConfig):
         """The stored tensors of the linear `module`, or None where it is plain.
 
         `module` is a module of the checkpoint: ``...q_proj`` and not ``...qkv_proj``, under the engine's prefix.
+        Experts are asked for one by one, ``...experts.3.up_proj``. Where the file stacks them it is
+        ``...experts.gate_up_proj`` and ``...experts.down_proj``, whose parts have the experts, `E`, in front.
         """
 
     @abstractmethod
@@ -125,12 +131,17 @@ class Format(QuantizationConfig):
         suffixes: dict[str, str | None] = {f".{suffix}": f".{attribute(suffix)}" for suffix in self._dotted}
         suffixes |= dict.fromkeys((name for name in self.ignored if name.startswith(".")), None)
         prefixes = dict.fromkeys((name for name in self.ignored if name.endswith(".")), None)
-        return WeightsMapper(orig_to_new_prefix=prefixes, orig_to_new_suffix=suffixes)
+        return WeightsMapper(
+            orig_to_new_regex=dict(stack_renaming(suffix) for suffix in self._stacks),
+            orig_to_new_prefix=prefixes,
+            orig_to_new_suffix=suffixes,
+        )
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Learn what tensors there are from the safetensors headers."""
         headers = get_safetensors_params_metadata(model_name, revision=revision)
         self._stored = {name: str(tensor["dtype"]) for name, tensor in headers.items() if "dtype" in tensor}
+        self._stacked = any(map(is_stack, self._stored))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename what is known by name as the engine's model renames it."""
@@ -144,10 +155,13 @@ class Format(QuantizationConfig):
         Raises:
             ValueError: the modules of a fused layer are stored in different ways; names them.
         """
+        if isinstance(layer, RoutedExperts):
+            return experts_method(layer, prefix, self, _is_packed, stacked=self._stacked)
         head = isinstance(layer, ParallelLMHead)
         if not head and not isinstance(layer, LinearBase):
             return None
-        modules = [prefix] if head else self.checkpoint_modules(prefix)
+        in_stack = self._stacked and prefix.rpartition(".")[0].endswith(".experts")
+        modules = [prefix] if head or in_stack else self.checkpoint_modules(prefix)
         schemes = [self._scheme_of(module, prefix) for module in modules]
         plain = [module for module, scheme in zip(modules, schemes, strict=True) if scheme is None]
         if plain and len(plain) < len(modules):
@@ -165,6 +179,8 @@ class Format(QuantizationConfig):
                 "Fix: quantize all of them in the same way"
             )
         self._dotted |= {suffix for suffix in scheme.parts if "." in suffix}
+        if in_stack:
+            self._stacks |= {*scheme.parts, "bias"}
         return FormatLinearMethod(self, scheme, modules)
 
     def checkpoint_modules(self, prefix: str) -> list[str]:
@@ -178,6 +194,8 @@ class Format(QuantizationConfig):
         if any(is_layer_skipped(name, self.skipped, match_mode=self.match) for name in (layer, module)):
             return None
         scheme = self.scheme(module)
+        if scheme is not None and self._stacked:
+            scheme = of_one_expert(scheme)
         return None if scheme is None or self._is_plain(module, scheme) else scheme
 
     def _is_plain(self, module: str, scheme: Scheme) -> bool:
@@ -186,6 +204,10 @@ class Format(QuantizationConfig):
         if dtype is None or any(f"{module}.{suffix}" in self._stored for suffix in scheme.parts if suffix != "weight"):
             return False
         return "weight" not in scheme.parts or (dtype.is_floating_point and dtype not in dtypes(scheme, "weight"))
+
+
+def _is_packed(layer: Module) -> bool:
+    return isinstance(layer.quant_method, FormatLinearMethod)
 
 
 def register(*formats: type[Format]) -> None:

@@ -123,15 +123,21 @@ class CodebookLinearKernel(MPLinearKernel):
 
 def serves(layer: Module) -> bool:
     """Whether a linear layer is computed by this kernel."""
-    method = getattr(layer, "scheme", None) or getattr(layer, "quant_method", None)
-    return isinstance(getattr(method, "kernel", None), CodebookLinearKernel)
+    found = getattr(layer, "quant_method", None)
+    for name in ("scheme", "linear_method"):  # of AutoRound's methods
+        found = getattr(found, name, found)
+    found = getattr(layer, "scheme", found)  # compressed-tensors'
+    return isinstance(getattr(found, "kernel", None), CodebookLinearKernel)
 
 
 @cache
 def register() -> None:
-    """Add the kernel to vLLM's for CPUs in this process; elsewhere do nothing. Safe to call again."""
+    """Add the kernel to vLLM's for CPUs in this process, for experts too; elsewhere do nothing. Safe to call again."""
+    from quantserve_kernels.vllm import expert_kernels  # which imports this module
+
     if current_platform.is_cpu():  # on GPUs vLLM's own kernels are the fast ones
         load()
+        expert_kernels.register()
         register_linear_kernel(CodebookLinearKernel, PlatformEnum.CPU, "mp")
 
 

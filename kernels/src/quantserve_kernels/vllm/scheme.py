@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from functools import reduce
 from typing import Protocol
@@ -76,6 +77,18 @@ class Scheme(Protocol):
 
     def required(self) -> tuple[str, ...]:
         """The suffixes that every linear must have."""
+
+
+def of_one_expert(scheme: Scheme) -> Scheme:
+    """The scheme without the stacked experts in front of its parts."""
+    parts = {suffix: tuple(_of_one(part) for part in scheme.alternatives(suffix)) for suffix in scheme.parts}
+    return replace(scheme, parts=parts)  # type: ignore[type-var]
+
+
+def _of_one(part: Part) -> Part:
+    first, *others = part.shape or (None,)
+    stacked = first is not None and not isinstance(first, int) and first.axis == "e"
+    return replace(part, shape=tuple(others)) if stacked else part  # type: ignore[type-var]
 
 
 def dims(part: Part) -> list[Dim]:

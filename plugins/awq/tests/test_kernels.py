@@ -273,10 +273,14 @@ A100, MI300 = find_target("a100-80g"), find_target("mi300x")
         ({"group": 64}, A100, 4, None, ()),
         ({"group": -1}, A100, 1, "awq-experts-group", ("group_size -1",)),
         ({}, MI300, 1, "awq-experts-slow", ("ROCm",)),
-        ({}, EPYC, 1, "awq-cpu-experts", ("AMX",)),
+        ({}, EPYC, 1, None, ()),
+        ({}, EPYC, 2, None, ()),
+        ({}, EPYC, 4, "awq-experts-group", ("192", "group of 128")),
+        ({"group": -1}, EPYC, 1, None, ()),
+        ({"group": -1}, EPYC, 2, "awq-experts-group", ("384", "all inputs")),
         ({}, XEON, 1, None, ()),
-        ({}, XEON, 4, "awq-cpu-experts", ("192",)),
-        ({"scoring_func": "sigmoid"}, XEON, 1, "awq-cpu-experts", ("sigmoid",)),
+        ({"hidden": 2112, "group": 64}, XEON, 1, None, ()),
+        ({"scoring_func": "sigmoid"}, XEON, 1, None, ()),
     ],
 )
 def test_experts_by_vllms_rules(
@@ -287,6 +291,29 @@ def test_experts_by_vllms_rules(
     assert mine == ({code} if code else set())
     assert "awq-group-splits-ranks" not in found
     assert all(word in text(found[str(code)]) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "left_out", "words"),
+    [
+        ({}, EPYC, OURS, ("AMX",)),
+        ({}, EPYC, "Other", ("AMX",)),  # vLLM chooses its own for linears, and has none for experts
+        ({}, XEON, OURS, None),
+        ({"hidden": 2112, "group": 64}, XEON, OURS, ("2112",)),
+        ({"scoring_func": "sigmoid"}, XEON, OURS, ("sigmoid",)),
+    ],
+)
+def test_experts_on_vllms_kernel_for_cpus(
+    options: dict[str, Any], target: Target, left_out: str, words: Iterable[str] | None
+) -> None:
+    found = said(mixture(**options), target, left_out=left_out)
+    assert ("awq-cpu-experts" in found) == (words is not None)
+    assert all(word in text(found["awq-cpu-experts"]) for word in words or ())
+
+
+@pytest.mark.parametrize(("options", "name"), [({}, THEIRS), ({"scoring_func": "sigmoid"}, OURS)])
+def test_with_amx_a_mixture_that_vllm_cannot_serve_gets_our_kernel(options: dict[str, Any], name: str) -> None:
+    assert given(mixture(**options), XEON) == name
 
 
 def test_expert_parallelism_leaves_experts_whole() -> None:
@@ -304,10 +331,11 @@ def test_the_fallback_reads_other_keys() -> None:
 
 
 def test_profiles_of_cpus_say_whether_they_serve_experts() -> None:
-    for target, serves in ((EPYC, False), (XEON, True)):
+    for target, serves in ((EPYC, {OURS: True, THEIRS: False}), (XEON, {OURS: True, THEIRS: True})):
         profile = speed.kernel(target, 4, "vllm-0.32")
         assert profile is not None
-        assert {profile.experts, *(other.experts for other in profile.alternatives)} == {serves}
+        keys = {kernel.KEYS[name]: value for name, value in serves.items()}
+        assert {one.key: one.experts for one in (profile, *profile.alternatives)} == keys
 
 
 # --- families that core does not know -----------------------------------------------------------------

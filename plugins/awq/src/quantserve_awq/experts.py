@@ -1,15 +1,18 @@
 """The experts of AWQ mixtures, which vLLM 0.32 serves by other kernels and other rules than linears.
 
-Read from ``auto_awq.py``, ``moe_wna16.py``, ``oracle/int_wna16.py`` and ``experts/cpu_moe.py`` of vLLM.
+On CPUs quantserve's kernel serves them wherever it serves linears. vLLM's rules are read from ``auto_awq.py``,
+``moe_wna16.py``, ``oracle/int_wna16.py`` and ``experts/cpu_moe.py`` of vLLM.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from quantserve.api import Checkpoint, Finding, Linear, Target
 from quantserve_awq.config import Written
+from quantserve_awq.kernel import DISABLED
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -21,17 +24,29 @@ OFFENDERS = 8
 
 
 def expert_findings(
-    checkpoint: Checkpoint, quantized: list[Linear], group: int, written: Written, target: Target, model: ModelConfig
+    checkpoint: Checkpoint,
+    quantized: list[Linear],
+    group: int,
+    written: Written,
+    target: Target,
+    model: ModelConfig,
+    *,
+    own_kernel: bool,
 ) -> list[Finding]:
-    """What the kernels for experts cannot do, or only slowly."""
+    """What the kernels for experts cannot do, or only slowly.
+
+    Args:
+        own_kernel: whether quantserve's kernel serves the model.
+    """
     experts = [linear for linear in quantized if linear.fused == "experts"]
     if not experts:
         return []
     names = [linear.name for linear in experts[:OFFENDERS]]
-    whole = bool(model.engine_kwargs.get("enable_expert_parallel"))
-    ranks = 1 if whole else model.tensor_parallel_size
-    hidden = sorted({linear.k for linear in experts if linear.parallel == "column"})
-    widths = sorted({linear.k for linear in experts if linear.parallel == "row"})
+    sizes = _sizes(experts, model)
+    if any(width % sizes.ranks for width in sizes.whole):
+        return []  # the core refuses it
+    if own_kernel:
+        return _on_own_kernel(names, group, sizes)
     if group == -1:
         return [
             Finding.error(
@@ -41,43 +56,93 @@ def expert_findings(
                 "use an export with group_size 128",
             )
         ]
-    split = [f"{width}/{ranks}" for width in widths if width % ranks]
-    if split:
-        return []  # the core refuses it
-    widths = [width // ranks for width in widths]
-    sizes = f"hidden size {', '.join(map(str, hidden))}, expert width per rank {', '.join(map(str, widths))}"
-    marlin = target.device != "rocm" and group in MARLIN_GROUPS
-    marlin &= not any(size % HIDDEN_MULTIPLE for size in hidden) and not any(size % group for size in widths)
     if target.device == "cpu":
-        return _on_cpu(checkpoint, names, len(experts), sizes, written, target, marlin)
-    if marlin:
+        why = _cpu_problem(checkpoint, group, sizes, written, target)
+        return [_cpu_finding(why, len(experts), names)] if why else []
+    if target.device != "rocm" and _marlin(group, sizes):
         return []
-    return _on_gpu(names, [*hidden, *widths], group, sizes, written, target)
+    return _on_gpu(names, [*sizes.hidden, *sizes.widths], group, str(sizes), written, target)
 
 
-def _on_cpu(
-    checkpoint: Checkpoint, names: list[str], count: int, sizes: str, written: Written, target: Target, marlin: bool
-) -> list[Finding]:
-    """vLLM's only kernel for 4-bit experts on CPUs needs AMX; with zentorch on AMD there is one for symmetric files."""
-    if written.symmetric and find_spec("zentorch") is not None:
-        return []
-    text = checkpoint.text_config
-    if not target.has_amx:
-        why = f"only on CPUs with AMX, which {target.name} does not have"
-    elif not marlin:
-        why = f"only where hidden size is a multiple of 128 and the width per rank one of the group size ({sizes})"
-    elif text.get("scoring_func") == "sigmoid" or any("e_score_correction_bias" in name for name in checkpoint.tensors):
-        why = "on CPUs only with softmax routing, and this model routes by sigmoid or with a correction bias"
-    else:
+def experts_problem(
+    checkpoint: Checkpoint, quantized: list[Linear], group: int, written: Written, target: Target, model: ModelConfig
+) -> str:
+    """Why vLLM's own kernel for experts on CPUs cannot take this model; "" when it can, or there are none."""
+    experts = [linear for linear in quantized if linear.fused == "experts"]
+    if not experts:
+        return ""
+    return _cpu_problem(checkpoint, group, _sizes(experts, model), written, target)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of the experts: in_features of what is cut by columns and by rows, and the ranks that cut them."""
+
+    hidden: tuple[int, ...]
+    whole: tuple[int, ...]
+    ranks: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(width // self.ranks for width in self.whole)
+
+    def __str__(self) -> str:
+        return (
+            f"hidden size {', '.join(map(str, self.hidden))}, expert width per rank {', '.join(map(str, self.widths))}"
+        )
+
+
+def _sizes(experts: list[Linear], model: ModelConfig) -> _Sizes:
+    def inputs(parallel: str) -> tuple[int, ...]:
+        return tuple(sorted({linear.k for linear in experts if linear.parallel == parallel}))
+
+    whole = bool(model.engine_kwargs.get("enable_expert_parallel"))
+    return _Sizes(inputs("column"), inputs("row"), 1 if whole else model.tensor_parallel_size)
+
+
+def _marlin(group: int, sizes: _Sizes) -> bool:
+    """Whether vLLM takes the experts for its Marlin layout, which its kernel for CPUs needs too."""
+    if group not in MARLIN_GROUPS or any(size % HIDDEN_MULTIPLE for size in sizes.hidden):
+        return False
+    return not any(size % group for size in sizes.widths)
+
+
+def _on_own_kernel(names: list[str], group: int, sizes: _Sizes) -> list[Finding]:
+    """quantserve's kernel takes experts whose groups stay whole on every rank."""
+    if sizes.ranks == 1 or (group > 0 and not any(width % group for width in sizes.widths)):
         return []
     return [
         Finding.error(
-            "awq-cpu-experts",
-            f"{count} quantized linears are experts of a mixture; vLLM serves 4-bit experts {why}",
+            "awq-experts-group",
+            f"experts of {sizes}: a group of {group if group > 0 else 'all inputs'} would be split between ranks",
             names,
-            "serve it on a GPU, or serve the unquantized model",
+            "set another scaling_config.num_workers, or set engine_kwargs.enable_expert_parallel to true",
         )
     ]
+
+
+def _cpu_problem(checkpoint: Checkpoint, group: int, sizes: _Sizes, written: Written, target: Target) -> str:
+    """vLLM's only kernel for 4-bit experts on CPUs needs AMX; with zentorch on AMD there is one for symmetric files."""
+    if written.symmetric and find_spec("zentorch") is not None:
+        return ""
+    text = checkpoint.text_config
+    if not target.has_amx:
+        return f"only on CPUs with AMX, which {target.name} does not have"
+    if not _marlin(group, sizes):
+        return f"only where hidden size is a multiple of 128 and the width per rank one of the group size ({sizes})"
+    if text.get("scoring_func") == "sigmoid" or any("e_score_correction_bias" in name for name in checkpoint.tensors):
+        return "on CPUs only with softmax routing, and this model routes by sigmoid or with a correction bias"
+    return ""
+
+
+def _cpu_finding(why: str, count: int, names: list[str]) -> Finding:
+    return Finding.error(
+        "awq-cpu-experts",
+        f"{count} quantized linears are experts of a mixture; vLLM serves 4-bit experts {why}",
+        names,
+        "let quantserve's kernel serve them: install a C++ compiler and then 'quantserve-awq[engine]', and leave "
+        f"{DISABLED} out",
+    )
 
 
 def _on_gpu(

@@ -75,11 +75,13 @@ def no_vllm_kernel(target: Target) -> bool:
     return "avx2" in target.features and "avx512f" not in target.features
 
 
-def choose(model: ModelConfig, target: Target, vllm_cannot: str = "") -> Choice:
+def choose(model: ModelConfig, target: Target, vllm_cannot: str = "", experts_cannot: str = "") -> Choice:
     """The kernel of this model on this target.
 
     Args:
-        vllm_cannot: why vLLM's kernel for CPUs cannot take this model; "" when it can.
+        vllm_cannot: why vLLM's kernel for CPUs cannot take the linears; "" when it can.
+        experts_cannot: why vLLM's kernel for CPUs cannot take experts; "" when it can. vLLM does not look at experts
+            when it chooses the kernel of linears, and quantserve's takes experts only where it was chosen there.
     """
     if target.device != "cpu":
         return Choice(own=False)
@@ -91,7 +93,7 @@ def choose(model: ModelConfig, target: Target, vllm_cannot: str = "") -> Choice:
         return Choice(own, {DISABLED: environment[DISABLED]}, _impossible(target, left_out, reason))
     if reason:
         return Choice(False, {}, _impossible(target, None, reason) or _slow(target, reason))
-    if usual(target) == OURS or vllm_cannot:
+    if usual(target) == OURS or vllm_cannot or experts_cannot:
         return Choice(True, WITHOUT_THEIRS, _said(OURS, target) if usual(target) == OURS else ())
     return Choice(False, {}, _said(THEIRS, target))
 

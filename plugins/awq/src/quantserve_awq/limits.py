@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from quantserve.api import Checkpoint, Finding, Linear, Target, check_shards
 from quantserve_awq.config import Written
-from quantserve_awq.experts import expert_findings
+from quantserve_awq.experts import expert_findings, experts_problem
 from quantserve_awq.tensors import actual_group, stored_linears
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ def limit_findings(
     return [
         *whole_row_findings(quantized, group, model),
         *kernel_findings(quantized, group, written, target, model, own_kernel=own_kernel),
-        *expert_findings(checkpoint, quantized, group, written, target, model),
+        *expert_findings(checkpoint, quantized, group, written, target, model, own_kernel=own_kernel),
     ]
 
 
 def whole_row_findings(quantized: list[Linear], group: int, model: ModelConfig) -> list[Finding]:
     """One group for a whole row has one row of scales, which vLLM would split like the inputs."""
     rows = [linear.name for linear in quantized if linear.parallel == "row" and linear.fused != "experts"]
-    if model.tensor_parallel_size == 1 or group != -1:
+    if not rows or model.tensor_parallel_size == 1 or group != -1:
         return []
     return [
         Finding.error(
@@ -134,12 +134,15 @@ def cpu_findings(quantized: list[Linear], group: int, ranks: int) -> list[Findin
     return findings
 
 
-def vllm_cpu_problem(checkpoint: Checkpoint, written: Written, model: ModelConfig) -> str:
-    """Why vLLM's AWQ kernel for CPUs cannot take this model; "" when it can."""
-    group = actual_group(checkpoint, written)[0]
-    quantized = [linear for linear in stored_linears(checkpoint)[0] if linear.fused != "experts"]
-    problems = cpu_findings(quantized, group or 0, model.tensor_parallel_size)
-    return problems[0].message if problems else ""
+def vllm_cpu_problems(checkpoint: Checkpoint, written: Written, target: Target, model: ModelConfig) -> tuple[str, str]:
+    """Why vLLM's AWQ kernels for CPUs cannot take the linears, and the experts, of this model; "" when they can."""
+    group, quantized = actual_group(checkpoint, written)[0] or 0, stored_linears(checkpoint)[0]
+    linears = [linear for linear in quantized if linear.fused != "experts"]
+    problems = cpu_findings(linears, group, model.tensor_parallel_size)
+    return (
+        problems[0].message if problems else "",
+        experts_problem(checkpoint, quantized, group, written, target, model),
+    )
 
 
 def uses_plain_kernel(group: int, symmetric: bool, target: Target) -> bool:

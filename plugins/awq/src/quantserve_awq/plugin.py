@@ -27,7 +27,7 @@ from quantserve.api import (
 from quantserve_awq import speed
 from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
 from quantserve_awq.kernel import Choice, choose
-from quantserve_awq.limits import limit_findings, uses_plain_kernel, vllm_cpu_problem
+from quantserve_awq.limits import limit_findings, uses_plain_kernel, vllm_cpu_problems
 from quantserve_awq.reference import published
 from quantserve_awq.tensors import (
     actual_group,
@@ -146,8 +146,9 @@ def quantserve_quantizer() -> str:
 def kernel_choice(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Choice:
     """quantserve's kernel or vLLM's for this model."""
     written = written_config(checkpoint, model)
-    problem = vllm_cpu_problem(checkpoint, written, model) if written and target.device == "cpu" else ""
-    return choose(model, target, problem)
+    if written is None or target.device != "cpu":
+        return choose(model, target)
+    return choose(model, target, *vllm_cpu_problems(checkpoint, written, target, model))
 
 
 def kernel_dtypes(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tuple[str, ...]:

@@ -56,11 +56,9 @@ def _cpu(target: Target) -> KernelProfile:
     theirs = VLLM_AMX if target.has_amx else VLLM
     if missing():
         return theirs
-    # Experts go to vLLM's own kernel with either, and that one needs AMX.
-    ours = replace(CODEBOOK, experts=target.has_amx)
     if no_vllm_kernel(target):
-        return ours
-    first, second = (ours, theirs) if usual(target) == OURS else (theirs, ours)
+        return CODEBOOK
+    first, second = (CODEBOOK, theirs) if usual(target) == OURS else (theirs, CODEBOOK)
     return replace(first, alternatives=(second,))
 
 

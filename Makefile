@@ -24,12 +24,12 @@ prepare: setup ## make the quantized exports of the demo model
 serve: prepare ## serve the demo as fp16, awq and squeezellm at once (CONFIG=, ARGS=--port 9000)
 	@exec $(BIN)/quantserve serve $(CONFIG) $(ARGS)
 
-test: dev ## run all tests, real engines included
+test: dev ## run all tests, real engines included, most of them in parallel (ARGS="tests/serve -k drain")
 	@$(BIN)/python examples/prepare.py
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python scripts/run_tests.py $(ARGS)
 
 test-quick: dev ## run the tests that start no engine and take seconds
-	@exec $(BIN)/python -m pytest -m "not vllm and not ray and not slow" $(ARGS)
+	@exec $(BIN)/python scripts/run_tests.py -m "not vllm and not ray and not slow" $(ARGS)
 
 fuzz: dev ## fuzz the readers of headers, configs, pickles and frames; about 20 minutes (ARGS="headers --count 1000 --seed 1")
 	@cd tests && exec ../$(BIN)/python -W ignore -m fuzzing $(ARGS)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -29,6 +30,9 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
 
+TOGETHER = ("tests/packaging/", "tests/serve/three_models/")
+"""Folders whose conftest.py makes something expensive for all their files."""
+
 # The same examples in every run: new ones are tried with `--hypothesis-profile=default`, not in somebody's build.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
@@ -46,12 +50,42 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         os.environ.update(hidden)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and say so."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The phases of `make test`; without the option every test runs, one after the other."""
+    parser.addoption("--phase", choices=("beside", "alone"), help="only tests that may run beside others, or the rest")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is evaluated
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Select the tests of a phase; skip what needs a GPU where there is none, and say so."""
+    phase = config.getoption("phase")
+    if phase:
+        parts: dict[bool, list[pytest.Item]] = {True: [], False: []}
+        for item in items:
+            parts[(item.get_closest_marker("alone") is not None) == (phase == "alone")].append(item)
+        items[:] = parts[True]
+        config.hook.pytest_deselected(items=parts[False])
+    if phase == "beside":
+        # Files with slow tests first, so that all processes end at about the same time.
+        slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "ray")))}
+        items.sort(key=lambda item: item.path not in slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not gpu_answers():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A process takes a whole file or a folder of TOGETHER, so that what its tests share is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByUnit(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
+
+    return ByUnit(config, log)
 
 
 def gpu_answers() -> bool:

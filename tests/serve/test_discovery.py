@@ -335,6 +335,7 @@ def test_a_gateway_whose_discovery_has_ended_is_unhealthy() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.alone
 @pytest.mark.timeout(120)
 def test_ray_serve_reports_slow_raising_and_dead_replicas_as_assumed_here() -> None:
     command = [sys.executable, str(Path(__file__).with_name("discovery_probe.py"))]

@@ -28,6 +28,8 @@ from .server import BIN, Server, free_port, model, until
 from .test_rolling import TOKEN as TOKEN_OF_RAY
 from .test_rolling import Cluster
 
+pytestmark = pytest.mark.alone
+
 PROGRAM = Path(__file__).with_name("node_replica.py")
 
 

@@ -16,7 +16,7 @@ import yaml
 from .load import ASK, Asked, Clients
 from .server import Server, gateway, metric, model, serve, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.alone, pytest.mark.timeout(300)]
 
 PLACES = 4
 QUEUE = 4

@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
+from ..server import KEY, Server, metric, until
 from .conftest import MODELS
-from .server import KEY, Server, metric, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 

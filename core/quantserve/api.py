@@ -37,7 +37,9 @@ from quantserve.hookspecs import API_VERSION as VERSION
 from quantserve.hookspecs import hookimpl
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.model.dtypes import method_dtype, refuses_float16, served_dtype
-from quantserve.model.layers import Linear, linears, modules, other_tensors, shard_k, shard_n
+from quantserve.model.layers import linears, other_tensors
+from quantserve.model.linear import Linear, shard_k, shard_n
+from quantserve.model.modules import modules
 from quantserve.model.quantizable import quantizable
 from quantserve.once import once
 from quantserve.predict.calibration import Fastest, fastest_kernel

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from quantserve.config import ModelConfig
     from quantserve.finding import Finding
     from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
-    from quantserve.model.layers import Linear
+    from quantserve.model.linear import Linear
     from quantserve.scheme import Scheme
     from quantserve.target import Target
 

@@ -25,3 +25,10 @@ def once(function: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any
         return known[key]
 
     return remembered
+
+
+def share(source: object, target: object, *functions: Callable[[Any], object]) -> None:
+    """Remember for `target` what functions made by `once` say of `source`; their values must be immutable."""
+    known = vars(target).setdefault("_once", {})
+    for function in functions:
+        known[(vars(function)["__wrapped__"], (), ())] = function(source)

@@ -7,9 +7,10 @@ tensor-parallel rank may cut, bytes in files and in memory, and the parameters o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import lcm
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -28,16 +29,21 @@ class Dim:
         per: elements of the axis for each index of this dimension: 8 codes in an int32 word, 128 inputs in a group;
             ``Fraction(32, 3)`` for 3-bit codes in int32 words.
         partial: whether the last index may stand for fewer elements, as in 128 x 128 blocks.
+        block: elements that are stored together though each has its index, as in GGUF's block formats: Q4_K keeps 256
+            elements of a row in 144 bytes, and its reader gives the shape in elements.
     """
 
     axis: Axis
     per: Fraction = Fraction(1)
     partial: bool = False
+    block: int = 1
 
     def size(self, n: int, k: int, experts: int = 0) -> int | None:
         """Length for a linear of [n, k]; None where the axis is no multiple of what one index stands for."""
         axis = self.axis
         elements = n if axis == "n" else k if axis == "k" else n * k if axis == "nk" else experts
+        if elements % self.block:
+            return None
         whole, rest = divmod(elements * self.per.denominator, self.per.numerator)
         if self.partial:
             return whole + bool(rest)
@@ -50,27 +56,27 @@ class Dim:
 
     @property
     def multiple(self) -> int:
-        """Elements of the axis that cannot be divided: a whole group, or the codes that share words."""
-        return self.per.numerator
+        """Elements of the axis that cannot be divided: a whole group or block, or the codes that share words."""
+        return lcm(self.per.numerator, self.block)
 
 
-def N(per: int | Fraction = 1, *, partial: bool = False) -> Dim:
-    """Out_features, `per` of them for each index."""
-    return Dim("n", Fraction(per), partial)
+def N(per: int | Fraction = 1, *, partial: bool = False, block: int = 1) -> Dim:
+    """Out_features, `per` of them for each index; see `Dim`."""
+    return Dim("n", Fraction(per), partial, block)
 
 
-def K(per: int | Fraction = 1, *, partial: bool = False) -> Dim:
-    """In_features, `per` of them for each index."""
-    return Dim("k", Fraction(per), partial)
+def K(per: int | Fraction = 1, *, partial: bool = False, block: int = 1) -> Dim:
+    """In_features, `per` of them for each index; see `Dim`."""
+    return Dim("k", Fraction(per), partial, block)
 
 
-def NK(per: int | Fraction = 1, *, partial: bool = False) -> Dim:
-    """All n x k elements of a flattened weight, `per` of them for each index."""
-    return Dim("nk", Fraction(per), partial)
+def NK(per: int | Fraction = 1, *, partial: bool = False, block: int = 1) -> Dim:
+    """All n x k elements of a flattened weight, `per` of them for each index; see `Dim`."""
+    return Dim("nk", Fraction(per), partial, block)
 
 
 def E() -> Dim:
-    """The experts of a layer, stacked in one tensor."""
+    """The experts of a layer, stacked in one tensor. Needed only where they are not the first dimension."""
     return Dim("e")
 
 
@@ -80,7 +86,8 @@ class Part:
 
     Attributes:
         shape: a `Dim`, a fixed length, or None for a length that only the file knows.
-        dtypes: safetensors names that are accepted: ``("F16", "BF16")``.
+        dtypes: names that are accepted: those of safetensors (``("F16", "BF16")``), or that a reader gives a block
+            format (``("Q4_K",)``); one dimension then says how long the blocks are.
         optional: whether a linear may do without.
     """
 
@@ -115,6 +122,9 @@ class Scheme:
         scales: what a scale belongs to.
         activation_bits: 16, or what the kernel rounds activations to.
         kept: bits of a weight in the engine's memory, scales included; None: as many as stored.
+
+    A scheme describes one linear of [n, k]. Where a tensor stacks the experts of a layer, they are its first dimension,
+    and a weight of two dimensions may be stored as [e, n, k] or [e, k, n]; `stacked` makes that of it.
     """
 
     parts: Mapping[str, Part | tuple[Part, ...]]
@@ -128,6 +138,15 @@ class Scheme:
         """The parts that may be stored under a suffix."""
         part = self.parts[suffix]
         return part if isinstance(part, tuple) else (part,)
+
+    def stacked(self) -> Scheme:
+        """The scheme of a layer's experts in one tensor each; the same where it names `E` itself."""
+        every = {suffix: self.alternatives(suffix) for suffix in self.parts}
+        if any(
+            isinstance(one, Dim) and one.axis == "e" for parts in every.values() for part in parts for one in part.shape
+        ):
+            return self
+        return replace(self, parts={suffix: tuple(_stacked(parts)) for suffix, parts in every.items()})
 
     def required(self) -> tuple[str, ...]:
         """The suffixes that every linear must have."""
@@ -159,3 +178,9 @@ class Scheme:
                 if isinstance(one, Dim) and (elements := one.elements(size)):
                     found.setdefault(one.axis, elements)
         return (found["n"], found["k"]) if {"n", "k"} <= found.keys() else None
+
+
+def _stacked(parts: tuple[Part, ...]) -> Iterator[Part]:
+    for part in parts:
+        for shape in dict.fromkeys((part.shape, part.shape[::-1] if len(part.shape) == 2 else part.shape)):
+            yield replace(part, shape=(E(), *shape))

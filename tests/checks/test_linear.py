@@ -80,7 +80,8 @@ def test_llama_linears() -> None:
     ],
 )
 def test_other_families(config: dict[str, Any], name: str, expected: tuple[int, int]) -> None:
-    found = {linear.name: linear for linear in linears(Checkpoint.from_tensors({**CONFIG, **config}))}
+    every = linears(Checkpoint.from_tensors({**CONFIG, **config}))
+    found = {module: linear for linear in every for module in linear.names}
     assert (found[name].n, found[name].k) == expected
 
 

@@ -87,10 +87,11 @@ def llama(scheme: Scheme, dense: tuple[str, ...] = (), config: Mapping[str, Any]
     """A Llama in this scheme; linears whose path has one of these parts are bfloat16."""
     tensors: dict[str, Spec] = {n: s for n, s in llama_tensors("fp16").items() if not n.endswith("_proj.weight")}
     for linear in linears(Checkpoint.from_tensors(config)):
-        if any(part in linear.name for part in dense):
-            tensors[f"{linear.name}.weight"] = ("BF16", (linear.n, linear.k))
-        else:
-            tensors |= tensors_of(scheme, linear.name, linear.n, linear.k)
+        for name in linear.names:
+            if any(part in name for part in dense):
+                tensors[f"{name}.weight"] = ("BF16", (linear.n, linear.k))
+            else:
+                tensors |= tensors_of(scheme, name, linear.n, linear.k)
     return tensors
 
 
@@ -101,7 +102,7 @@ def of(tensors: Mapping[str, Spec], config: Mapping[str, Any] = LLAMA) -> Checkp
 
 def check(checkpoint: Checkpoint, scheme: Scheme | Schemes, **options: Any) -> list[Finding]:
     schemes = (lambda linear: scheme) if isinstance(scheme, Scheme) else scheme
-    return check_schemes(checkpoint, schemes, code="x", **options)
+    return check_schemes(checkpoint, stored_linears(checkpoint, schemes), code="x", **options)
 
 
 def only(findings: list[Finding]) -> Finding:
@@ -333,7 +334,10 @@ def test_experts_have_words_but_their_groups_are_their_kernels_business() -> Non
     assert check(checkpoint, AWQ, ranks=2) == []  # 64 inputs of a group of 128
     finding = only(check(checkpoint, AWQ, ranks=32))
     assert finding.code == "x-word-splits-ranks"
-    assert finding.offenders[0] == "model.layers.0.mlp.experts.0.gate_proj: N 128/32 = 4 is not a multiple of 8"
+    assert (
+        finding.offenders[0]
+        == "model.layers.0.mlp.experts.0.gate_proj: N 128/32 = 4 is not a multiple of 8 (and 1 more expert)"
+    )
     assert check(checkpoint, AWQ, ranks=32, whole_experts=True) == []
 
 

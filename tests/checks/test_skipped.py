@@ -124,7 +124,7 @@ def test_all_experts_of_a_block_are_one_layer() -> None:
     assert "not named by" in finding.message
     # The files' modules are no list for experts: none is called "experts".
     (finding,) = skip_findings(model(MOE, EXPERTS, ("layers.1.mlp.experts",)), SkipList(None))
-    assert finding.offenders[0] == "model.layers.1.mlp.experts.0.gate_proj"
+    assert finding.offenders[0] == "model.layers.1.mlp.experts.0.gate_proj (and 1 more expert)"
 
 
 @pytest.mark.parametrize(("headers", "found"), [("if_empty", 1), ("never", 1), ("also", 0)])

@@ -17,8 +17,10 @@ from quantserve.checkpoint import Checkpoint
 from quantserve.checks.fused import ROUTERS_OF_THE_METHOD
 from quantserve.checks.scheme import check_schemes
 from quantserve.checks.skipped import Match, SkipList
+from quantserve.checks.stored import stored_linears
 from quantserve.finding import Finding
-from quantserve.model.layers import engine_layers, is_router, linears
+from quantserve.model.layers import is_router, linears
+from quantserve.model.modules import engine_layers
 
 pytestmark = pytest.mark.vllm
 
@@ -123,7 +125,9 @@ def skip_findings(plain: set[str], entries: list[str]) -> list[Finding]:
             tensors[f"{linear.name}.codes"] = ("I8", (linear.n, linear.k))
     scheme = Scheme({"codes": Part((N(), K()), ("I8",))}, bits=8)
     checkpoint = Checkpoint.from_tensors(LLAMA, tensors)
-    return check_schemes(checkpoint, lambda linear: scheme, code="x", skip=SkipList(entries))
+    return check_schemes(
+        checkpoint, stored_linears(checkpoint, lambda linear: scheme), code="x", skip=SkipList(entries)
+    )
 
 
 # --- the source of vLLM's models ---------------------------------------------------------------------------------

@@ -188,6 +188,7 @@ def predicted(composition: Composition, load: Closed | Rounds, measured: Measure
         composition.memory,
         argument=setting.value if setting else None,
         environment=composition.environment,
+        stored=composition.stored,
     )
     if made is None:
         return None

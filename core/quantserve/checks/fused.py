@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantserve.checks.skipped import SkipList
-from quantserve.checks.wording import are, counted, named
+from quantserve.checks.wording import are, by_experts, counted, named
 from quantserve.families import service
 from quantserve.finding import Finding
 from quantserve.model.architecture import class_names
-from quantserve.model.layers import Linear, block_of, block_prefix, engine_layers, is_multimodal, other_tensors
+from quantserve.model.layers import block_of, block_prefix, is_multimodal, other_tensors
+from quantserve.model.linear import Linear
+from quantserve.model.modules import engine_layers
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
@@ -56,14 +58,17 @@ def check_fused_groups(dense: Iterable[str], all_linears: Iterable[Linear], *, c
     """Find fused modules (q/k/v, gate/up, experts) of which only a part is quantized.
 
     Args:
-        dense: names of the linears stored unquantized.
+        dense: names of the linears stored unquantized; of listed experts that of the entry is enough.
         all_linears: every linear of the model.
         code: prefix of the code ``-partly-quantized``.
     """
     layers: dict[str, list[str]] = {}
+    names = set(dense)
     for linear in all_linears:
         layers.setdefault(linear.group, []).extend([linear.name] if linear.fused else [])
-    return check_partly_quantized(set(dense), layers, code, lambda layer: True)
+        if not names.isdisjoint(linear.names):
+            names.add(linear.name)
+    return check_partly_quantized(names, layers, code, lambda layer: True)
 
 
 def check_partly_quantized(
@@ -72,10 +77,13 @@ def check_partly_quantized(
     """As `check_fused_groups`, for vLLM's layers and their parts; a warning where no layer is certain to be fused."""
     split: dict[str, str] = {}
     for layer, parts in layers.items():
-        unquantized = [part.rpartition(".")[2] for part in parts if part in dense]
+        unquantized = [part for part in parts if part in dense]
         if 0 < len(unquantized) < len(parts):
+            experts = layer.endswith(".experts")
+            shown = [part[len(layer) + 1 :] if experts else part.rpartition(".")[2] for part in unquantized[:4]]
+            further = f" and {len(unquantized) - 4} more" if len(unquantized) > 4 else ""
             others = counted(len(parts) - len(unquantized), "other part")
-            split[layer] = f"{layer}: {', '.join(unquantized[:4])} unquantized, {others} quantized"
+            split[layer] = f"{layer}: {', '.join(shown)}{further} unquantized, {others} quantized"
     if not split:
         return []
     sure = any(certain(layer) for layer in split)
@@ -107,15 +115,15 @@ def check_skip_list(checkpoint: Checkpoint, skip: SkipList, dense: Sequence[Line
     known = is_known(checkpoint)
     # Which other linears of an unknown family vLLM builds with the method is not known.
     certain = (lambda name: True) if known else _in_decoder(checkpoint, _DECODER_LINEARS)
-    plain = {linear.name for linear in dense}
+    plain = {name for linear in dense for name in linear.names}
     skipped = (name for layer, skips in judged.items() if skips for name in layers[layer] or (layer,))
     listed = [name for name in skipped if name not in plain and certain(name)]
     unlisted: list[str] = []
     if skip or skip.headers == "never":
-        unlisted = [linear.name for linear in dense if judged.get(linear.group) is False and certain(linear.name)]
+        unlisted = [name for one in dense if judged.get(one.group) is False for name in one.names if certain(name)]
     elif skip.headers == "if_empty":
         # vLLM compares the layer's name with those of the files' modules, and no module is called "experts".
-        unlisted = [linear.name for linear in dense if linear.fused == "experts" and certain(linear.name)]
+        unlisted = [name for one in dense if one.fused == "experts" for name in one.names if certain(name)]
     partly = [layer for layer, skips in judged.items() if skips is None]
     routers = _unlisted_routers(checkpoint, skip)
     if skip.headers == "also":
@@ -133,7 +141,7 @@ def check_skip_list(checkpoint: Checkpoint, skip: SkipList, dense: Sequence[Line
             f"{code}-skip-list",
             f"{are(len(names), 'linear layer')} unquantized in the files but not named by {skip.key}. "
             f"vLLM builds {'it' if len(names) == 1 else 'them'} quantized. First: {names[0]}",
-            named(names),
+            named(by_experts(names)),
             f"add them to {skip.key} of the quantization config",
         )
     if listed:
@@ -141,7 +149,7 @@ def check_skip_list(checkpoint: Checkpoint, skip: SkipList, dense: Sequence[Line
             f"{code}-skip-list",
             f"{are(len(listed), 'linear layer')} quantized in the files but named by {skip.key}. "
             f"vLLM builds {'it' if len(listed) == 1 else 'them'} unquantized. First: {listed[0]}",
-            named(listed),
+            named(by_experts(listed)),
             f"remove them from {skip.key} of the quantization config",
         )
 

@@ -9,7 +9,7 @@ from quantserve.checks.scheme import check_schemes, misaligned, shard_findings
 from quantserve.checks.skipped import SkipList
 from quantserve.checks.stored import Schemes, stored_linears
 from quantserve.finding import Finding
-from quantserve.model.layers import Linear, shard_n
+from quantserve.model.linear import Linear, shard_n
 from quantserve.scheme import Part, Scheme
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def quantized_linears(checkpoint: Checkpoint, layout: Layout) -> tuple[list[Line
     called ``weight`` as well (FP8, INT8, NF4), its dtype must be a floating-point one that the scheme does not name.
     """
     stored = stored_linears(checkpoint, _schemes(layout))
-    return [linear for linear, _ in stored.quantized], stored.plain
+    return [linear for linear, _ in stored.quantized], list(stored.plain)
 
 
 def check_linears(
@@ -50,7 +50,7 @@ def check_linears(
         fix: what to do about a file that is not in the layout.
     """
     skip = skipped if isinstance(skipped, SkipList) or skipped is None else SkipList(skipped)
-    return check_schemes(checkpoint, _schemes(layout), code=code, skip=skip, fix=fix)
+    return check_schemes(checkpoint, stored_linears(checkpoint, _schemes(layout)), code=code, skip=skip, fix=fix)
 
 
 def _schemes(layout: Layout) -> Schemes:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quantserve.families import entry, section
 from quantserve.finding import Finding
@@ -20,21 +20,21 @@ from quantserve.model.engine_defaults import (
 from quantserve.model.kv_cache import kv_cache
 from quantserve.model.layers import (
     SPEECH_PARTS,
-    Linear,
+    block_prefix,
     linears,
     lm_head_name,
-    modules,
     other_tensors,
-    shard_k,
-    shard_n,
-    split_block,
 )
+from quantserve.model.linear import Linear, shard_k, shard_n
+from quantserve.model.modules import modules
 from quantserve.once import once
+from quantserve.scheme import Dim, Scheme
 from quantserve.system.environment import KV_CACHE_SPACE, engine_environment, whole_number
 from quantserve.target import GIB, Target, gib, known_targets
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint, Tensor
+    from quantserve.checks.stored import Stored
     from quantserve.config import ModelConfig
 
 # What a worker takes before it holds a weight: CUDA context, NCCL buffers and CUDA graphs of a GPU
@@ -48,6 +48,7 @@ _BLOCK = 16  # tokens of a KV cache block in vLLM, unless the user says otherwis
 _CPU_FIXED = GIB
 _CPU_USABLE = 0.9  # of RAM; the operating system, Ray and the gateway live in the rest
 _FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
+_MOST_PREDICTORS = 16  # layers for multi-token prediction behind those of the decoder
 _RANKS = (1, 2, 4, 8, 16, 32, 64)
 # How far an estimate may be off. Weights come from headers; working memory is a rule of thumb. The cache follows from
 # config.json, less surely where tensor names are not known, and least where nobody here has the configuration class.
@@ -105,8 +106,13 @@ class MemoryEstimate:
         return made
 
 
-def estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tuple[MemoryEstimate | None, list[Finding]]:
+def estimate(
+    checkpoint: Checkpoint, model: ModelConfig, target: Target, stored: Stored | None = None
+) -> tuple[MemoryEstimate | None, list[Finding]]:
     """Estimate the memory of a model on a target and say whether it fits.
+
+    Args:
+        stored: the linears by their schemes; without them quantized modules count as the files hold them.
 
     Returns None for the estimate when neither headers nor file sizes tell how large the weights are.
     """
@@ -115,8 +121,8 @@ def estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tupl
         return None, findings
     if not checkpoint.tensors and not _file_bytes(checkpoint):
         return None, []
-    result = _estimate(checkpoint, model, target, model.tensor_parallel_size)
-    return result, list(_judge(result, checkpoint, model, target))
+    result = _estimate(checkpoint, model, target, model.tensor_parallel_size, stored)
+    return result, list(_judge(result, checkpoint, model, target, stored))
 
 
 def shares_gpu(model: ModelConfig, target: Target) -> bool:
@@ -125,11 +131,12 @@ def shares_gpu(model: ModelConfig, target: Target) -> bool:
 
 
 @once
-def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> int:
+def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int, stored: Stored | None = None) -> int:
     """Bytes of weights on the largest of ``ranks`` tensor-parallel ranks.
 
     Linears, embeddings and lm_head are split; norms, biases and small per-channel tensors of
-    row-parallel linears are on every rank. Floating-point tensors are counted in the served dtype.
+    row-parallel linears are on every rank. Floating-point tensors are counted in the served dtype, linears whose
+    scheme says what the engine keeps of them (`Scheme.kept`) as that.
     """
     if not checkpoint.tensors:
         return -(-_file_bytes(checkpoint) // ranks)
@@ -137,35 +144,70 @@ def weights_per_rank(checkpoint: Checkpoint, ranks: int, dtype_bytes: int) -> in
     vocabulary = shape.vocab if shape else 0
     needed = other_tensors(checkpoint)
     total = 0
-    for linear, tensors, count in _modules(checkpoint):
-        sizes = _bytes(tensors, dtype_bytes)
-        for tensor, size in zip(tensors, sizes, strict=True):
+    for linear, scheme, tensors, count in _modules(checkpoint, stored):
+        sizes = _bytes(list(tensors.values()), dtype_bytes)
+        kept = scheme.kept if scheme else None
+        if linear is not None and kept is not None:
+            weights = shard_n(linear, ranks) * shard_k(linear, ranks) * (linear.experts if linear.stacked else 1)
+            total += math.ceil(weights * kept / 8) * count
+        for (suffix, tensor), size in zip(tensors.items(), sizes, strict=True):
             if linear is None:
                 vocabulary_rows = bool(vocabulary) and tensor.shape[:1] == (vocabulary,)
                 if vocabulary_rows or (not needed and len(tensor.shape) > 1):
                     size = -(-size // ranks)
-            elif linear.parallel == "column":
-                size = -(-size * shard_n(linear, ranks) // linear.n)
-            elif size * 8 >= max(sizes):
-                size = -(-size * shard_k(linear, ranks) // linear.k)
+            elif kept is not None and scheme is not None and suffix in scheme.parts:
+                continue
+            elif _is_cut(linear, scheme, suffix, tensor, large=size * 8 >= max(sizes)):
+                share, whole = shard_n(linear, ranks) * shard_k(linear, ranks), linear.n * linear.k
+                size = -(-size * share // whole)
             total += size * count
     return total
 
 
+def _is_cut(linear: Linear, scheme: Scheme | None, suffix: str, tensor: Tensor, *, large: bool) -> bool:
+    """Whether a rank has a part of a linear's tensor: where the scheme does not tell, along K of a `large` one."""
+    parts = scheme.alternatives(suffix) if scheme is not None and suffix in scheme.parts else ()
+    part = next((one for one in parts if len(one.shape) == len(tensor.shape)), None)
+    if part is None or None in part.shape:
+        return linear.parallel == "column" or large
+    axes = ("n", "nk") if linear.parallel == "column" else ("k", "nk")
+    return any(isinstance(one, Dim) and one.axis in axes for one in part.shape)
+
+
+class _Module(NamedTuple):
+    """A module, and how many others are like it.
+
+    Attributes:
+        linear: the linear, if it is one.
+        scheme: how it is stored, where that is known.
+        tensors: what the files hold of it, by suffix.
+        number: modules like it, itself included.
+    """
+
+    linear: Linear | None
+    scheme: Scheme | None
+    tensors: Mapping[str, Tensor]
+    number: int
+
+
 @once
-def _modules(checkpoint: Checkpoint) -> list[tuple[Linear | None, list[Tensor], int]]:
-    """Modules that differ: the linear, if it is one, the tensors, and how many modules are like it."""
-    split = {linear.name: linear for linear in linears(checkpoint)}
+def _modules(checkpoint: Checkpoint, stored: Stored | None) -> list[_Module]:
+    """The modules that differ."""
+    split: dict[str, tuple[Linear, Scheme | None]] = {}
+    every: list[tuple[Linear, Scheme | None]] = [(linear, None) for linear in linears(checkpoint)]
+    for one in (*every, *(stored.quantized if stored else ())):
+        split |= dict.fromkeys(one[0].names, one)
     left_out = _not_loaded(checkpoint)
-    alike: dict[object, tuple[Linear | None, list[Tensor], int]] = {}
+    alike: dict[object, _Module] = {}
     for name, of_module in modules(checkpoint).items():
-        tensors = [tensor for tensor in of_module.values() if tensor.name not in left_out]
+        known = split.get(name)
+        linear, scheme = known if known else (None, None)
+        tensors = {suffix: tensor for suffix, tensor in of_module.items() if tensor.name not in left_out}
         if not tensors:
             continue
-        linear = split.get(name)
-        what = linear and (linear.n, linear.k, linear.parallel, linear.max_ranks)
-        key = (what, *[(tensor.dtype, tensor.shape) for tensor in tensors])
-        alike[key] = (linear, tensors, alike[key][2] + 1 if key in alike else 1)
+        what = linear and (linear.n, linear.k, linear.parallel, linear.max_ranks, id(scheme))
+        key = (what, *[(suffix, tensor.dtype, tensor.shape) for suffix, tensor in tensors.items()])
+        alike[key] = _Module(linear, scheme, tensors, alike[key].number + 1 if key in alike else 1)
     return list(alike.values())
 
 
@@ -177,10 +219,11 @@ def _not_loaded(checkpoint: Checkpoint) -> frozenset[str]:
     # vLLM loads a stored lm_head, and ties it again when it equals the embeddings: not where a section says untied.
     untied = section(checkpoint.config).get("tie_word_embeddings") is False
     left = {lm_head_name(checkpoint)} if sizes.tied and not untied else set()
+    beyond: tuple[str, ...] = ()
     if checkpoint.text_config.get("num_nextn_predict_layers"):
-        blocks = ((name, split_block(name)) for name in checkpoint.tensors)
-        left |= {name for name, block in blocks if block is not None and block[1] >= sizes.layers}
-    return frozenset(left | {name for name in checkpoint.tensors if name.startswith(("mtp.", *SPEECH_PARTS))})
+        beyond = tuple(f"{block_prefix(checkpoint)}layers.{sizes.layers + index}." for index in range(_MOST_PREDICTORS))
+    starts = ("mtp.", *SPEECH_PARTS, *beyond)
+    return frozenset(left | {name for name in checkpoint.tensors if name.startswith(starts)})
 
 
 def _file_bytes(checkpoint: Checkpoint) -> int:
@@ -198,9 +241,11 @@ def _bytes(tensors: Sequence[Tensor], dtype_bytes: int) -> list[int]:
     return [math.prod(tensor.shape) * dtype_bytes if plain else tensor.nbytes for tensor in tensors]
 
 
-def _estimate(checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks: int) -> MemoryEstimate:
+def _estimate(
+    checkpoint: Checkpoint, model: ModelConfig, target: Target, ranks: int, stored: Stored | None
+) -> MemoryEstimate:
     dtype_bytes = DTYPE_BYTES.get(served_dtype(checkpoint, model, target).name, 2)
-    weights = weights_per_rank(checkpoint, ranks, dtype_bytes)
+    weights = weights_per_rank(checkpoint, ranks, dtype_bytes, stored)
     cache = kv_cache(checkpoint, model, ranks, dtype_bytes)
     length = context_length(checkpoint, model) or 0
     step = max_num_batched_tokens(model, target)
@@ -321,7 +366,9 @@ def _bad_setting(key: str, value: object, wanted: str) -> Finding:
 # --- judgement ------------------------------------------------------------------------------------------
 
 
-def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
+def _judge(
+    result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, target: Target, stored: Stored | None
+) -> Iterator[Finding]:
     """An error where the model cannot fit whatever the estimate's uncertainty; a warning where it may not."""
     where = f"{target.name} ({gib(target.memory_bytes)})"
     need = result.weights_bytes + result.overhead_bytes
@@ -336,12 +383,12 @@ def _judge(result: MemoryEstimate, checkpoint: Checkpoint, model: ModelConfig, t
             f"{'The model does not fit' if result.impossible else 'The model may not fit'} {where}: {sum_of} = "
             f"{gib(need)}{each}, {gib(result.budget_bytes)} usable.",
             (),
-            _larger(checkpoint, model, target) or "use a quantized checkpoint or a larger target",
+            _larger(checkpoint, model, target, stored) or "use a quantized checkpoint or a larger target",
         )
     elif result.bytes_per_sequence and result.sequences < 1:
         severity, code = _severity(result, "kv-cache-too-small", "memory-tight")
         fits = result.kv_cache_bytes * result.max_model_len // result.bytes_per_sequence
-        wider = _larger(checkpoint, model, target)
+        wider = _larger(checkpoint, model, target, stored)
         yield severity(
             code,
             f"KV cache {'too small' if result.impossible else 'may be too small'}: a {length} needs "
@@ -373,7 +420,7 @@ def _severity(result: MemoryEstimate, certain: str, tight: str) -> tuple[Callabl
     return (Finding.error, certain) if result.impossible else (Finding.warning, tight)
 
 
-def _larger(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> str:
+def _larger(checkpoint: Checkpoint, model: ModelConfig, target: Target, stored: Stored | None) -> str:
     """A fix that the numbers support: the smallest tensor parallel size, else the smallest GPU that fits."""
     options: list[str] = []
     sizes = read_sizes(checkpoint)
@@ -381,14 +428,18 @@ def _larger(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> str:
     if target.device != "cpu":
         for ranks in _RANKS:
             allowed = heads % ranks == 0 and (target.count == 0 or ranks <= target.count)
-            if ranks > model.tensor_parallel_size and allowed and _estimate(checkpoint, model, target, ranks).fits:
+            if (
+                ranks > model.tensor_parallel_size
+                and allowed
+                and _estimate(checkpoint, model, target, ranks, stored).fits
+            ):
                 options.append(f"set scaling_config.num_workers (tensor parallel size) to {ranks}")
                 break
     others = [known for name, known in known_targets().items() if name not in ("cpu", target.name)]
     for known in sorted(others, key=lambda known: known.memory_bytes):
         if known.memory_bytes <= target.memory_bytes and target.device != "cpu":
             continue
-        if known.device == "cuda" and _estimate(checkpoint, model, known, model.tensor_parallel_size).fits:
+        if known.device == "cuda" and _estimate(checkpoint, model, known, model.tensor_parallel_size, stored).fits:
             options.append(f"use a {known.name} ({gib(known.memory_bytes)})")
             break
     return " or ".join(options)

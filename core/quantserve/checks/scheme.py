@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from quantserve.checks.fused import check_partly_quantized, check_skip_list, fuses, is_known
 from quantserve.checks.skipped import SkipList
-from quantserve.checks.stored import BESIDE, FLOATS, Schemes, stored_linears
-from quantserve.checks.wording import are, counted, have, named, shown
+from quantserve.checks.stored import FLOATS, Stored
+from quantserve.checks.wording import and_experts, are, counted, have, named, shown
 from quantserve.finding import Finding
-from quantserve.model.layers import Linear, engine_layers, linears, modules, shard_k, shard_n
+from quantserve.model.layers import linears
+from quantserve.model.linear import Linear, shard_k, shard_n
+from quantserve.model.modules import BESIDE, engine_layers, modules
 from quantserve.scheme import Dim, K, N, Part, Scheme
 
 if TYPE_CHECKING:
@@ -28,11 +30,12 @@ _QUANTIZERS_SUFFIXES = (
     "absmax", "quant_map", "nested_absmax",
 )  # fmt: skip
 _PLAIN = Scheme({"weight": Part((N(), K()), FLOATS)}, bits=16, scales="none")
+_PLAIN_STACK = _PLAIN.stacked()
 
 
 def check_schemes(
     checkpoint: Checkpoint,
-    schemes: Schemes,
+    stored: Stored,
     *,
     code: str,
     skip: SkipList | None = None,
@@ -43,7 +46,7 @@ def check_schemes(
     """Compare the files with the schemes of a model's linears. Nothing follows where no linear has one.
 
     Args:
-        schemes: gives each linear's scheme.
+        stored: the linears by their schemes (`stored_linears`).
         code: prefix of the codes: ``-missing-tensors``, ``-wrong-shape``, ``-wrong-dtype``, ``-unexpected-tensors``,
             ``-packing``, ``-partly-quantized``, ``-skip-list``, ``-word-splits-ranks``, ``-group-splits-ranks``.
         skip: the config's list of unquantized modules. Files and list have to agree, as in vLLM. None for a method
@@ -58,18 +61,18 @@ def check_schemes(
     Of families that core does not know, the linears are compared that the files hold. There a tensor is unexpected
     when its suffix is one of a quantizer, and what depends on how vLLM builds the model warns.
     """
-    stored = stored_linears(checkpoint, schemes)
     present = modules(checkpoint)
     paths = {linear.name for linear in linears(checkpoint)} if is_known(checkpoint) else set()
     compared = _Comparison()
-    for linear, scheme in (*stored.quantized, *((linear, _PLAIN) for linear in stored.plain), *stored.unsized):
-        compared.add(linear, scheme, present.get(linear.name, {}), known=linear.name in paths)
+    plain = [(linear, _PLAIN_STACK if linear.stacked else _PLAIN) for linear in stored.plain]
+    for linear, scheme in (*stored.quantized, *plain, *stored.unsized):
+        compared.add(linear, scheme, present, known=linear.name in paths)
     if not checkpoint.tensors_complete:
-        compared.missing.clear()  # a file could not be read, which is the one thing to say
-    plain = {linear.name for linear in stored.plain}
+        compared.missing = _Problems()  # a file could not be read, which is the one thing to say
+    names = {name for linear in stored.plain for name in linear.names}
     findings = list(compared.findings(code, fix))
-    findings += check_partly_quantized(plain, engine_layers(checkpoint), code, lambda layer: fuses(checkpoint, layer))
-    if skip is not None and (plain or stored.quantized):
+    findings += check_partly_quantized(names, engine_layers(checkpoint), code, lambda layer: fuses(checkpoint, layer))
+    if skip is not None and (names or stored.quantized):
         findings += check_skip_list(checkpoint, skip, stored.plain, code)
     if ranks > 1:
         split = [one for one in compared.cuts if not (whole_experts and one.linear.fused == "experts")]
@@ -98,56 +101,85 @@ class Cut(NamedTuple):
     group: int
 
 
+class _Problems:
+    """Texts about tensors; what is wrong with several experts alike is one text, with their number."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._texts: dict[object, tuple[str, int]] = {}
+
+    def add(self, linear: Linear, problem: object, text: str) -> None:
+        """Note a text; `problem` is the same for experts whose tensors lack the same."""
+        key = (linear.name, problem)
+        first, count = self._texts.get(key, (text, 0))
+        self._texts[key] = (first, count + 1)
+        self.count += 1
+
+    def __iter__(self) -> Iterator[str]:
+        return (and_experts(text, count) for text, count in self._texts.values())
+
+
 @dataclass
 class _Comparison:
     """The tensors of linears against their schemes. What follows from a scheme and a size is computed once."""
 
-    missing: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
-    mistyped: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    unpackable: list[str] = field(default_factory=list)
+    missing: _Problems = field(default_factory=_Problems)
+    misshapen: _Problems = field(default_factory=_Problems)
+    mistyped: _Problems = field(default_factory=_Problems)
+    unexpected: _Problems = field(default_factory=_Problems)
+    unpackable: _Problems = field(default_factory=_Problems)
     cuts: list[Cut] = field(default_factory=list)
     _sized: dict[tuple[int, int, int, int], tuple[dict[str, list[Wanted]], str]] = field(default_factory=dict)
     _multiples: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, linear: Linear, scheme: Scheme, tensors: Mapping[str, Tensor], *, known: bool) -> None:
+    def add(self, linear: Linear, scheme: Scheme, present: Mapping[str, Mapping[str, Tensor]], *, known: bool) -> None:
         """Compare one linear; `known` tells whether it can have no other tensors than those of its scheme."""
         key = (id(scheme), linear.n, linear.k, linear.experts)
         if key not in self._sized:
             self._sized[key] = _sized(scheme, linear)
         wanted, unpackable = self._sized[key]
-        chosen: list[Part] = []
-        for suffix, alternatives in wanted.items():
-            tensor = tensors.get(suffix)
-            if tensor is not None:
-                chosen.append(self._compare(tensor, alternatives, None if unpackable or not linear.n else linear))
-            elif not alternatives[0].part.optional:
-                self.missing.append(f"{linear.name}.{suffix}")
-        if len(tensors) > len(chosen):
-            further = (suffix for suffix in tensors if suffix not in wanted and suffix not in BESIDE)
-            self.unexpected += [shown(tensors[s]) for s in further if known or s.startswith(_QUANTIZERS_SUFFIXES)]
+        sized = not unpackable and linear.n > 0
+        chosen: dict[int, Part] = {}
+        for name in linear.names:
+            tensors = present.get(name, {})
+            found = 0
+            for suffix, alternatives in wanted.items():
+                tensor = tensors.get(suffix)
+                if tensor is not None:
+                    part = self._compare(tensor, suffix, alternatives, linear, sized)
+                    chosen[id(part)] = part
+                    found += 1
+                elif not alternatives[0].part.optional:
+                    self.missing.add(linear, suffix, f"{name}.{suffix}")
+            if len(tensors) > found:
+                for suffix in tensors:
+                    if suffix in wanted or suffix in BESIDE:
+                        continue
+                    if known or suffix.startswith(_QUANTIZERS_SUFFIXES):
+                        self.unexpected.add(linear, suffix, shown(tensors[suffix]))
         if unpackable:
-            self.unpackable.append(f"{linear.name}: {unpackable}")
-        elif scheme is not _PLAIN and linear.n:
-            self.cuts.append(Cut(linear, *self._multiple(linear, scheme, chosen)))
+            self.unpackable.add(linear, "", and_experts(f"{linear.name}: {unpackable}", len(linear.names)))
+        elif scheme is not _PLAIN and scheme is not _PLAIN_STACK and linear.n:
+            self.cuts.append(Cut(linear, *self._multiple(linear, scheme, list(chosen.values()))))
 
-    def _compare(self, tensor: Tensor, alternatives: list[Wanted], linear: Linear | None) -> Part:
-        """Note what is wrong with a tensor, its shape apart without a `linear`; the alternative it is stored in."""
+    def _compare(self, tensor: Tensor, suffix: str, alternatives: list[Wanted], linear: Linear, sized: bool) -> Part:
+        """Note what is wrong with a tensor, its shape apart unless `sized`; the alternative it is stored in."""
         for want in alternatives:
             if want.sizes == tensor.shape and tensor.dtype in want.part.dtypes:
                 return want.part
         parts = [want.part for want in alternatives]
-        if linear is not None:
+        if sized:
             fitting = [part for part in parts if part.fits(tensor.shape, linear.n, linear.k, linear.experts)]
             if not fitting:
-                self.misshapen.append(f"{shown(tensor)}, expected {' or '.join(map(str, alternatives))}")
+                text = f"{shown(tensor)}, expected {' or '.join(map(str, alternatives))}"
+                self.misshapen.add(linear, (suffix, tensor.shape), text)
             parts = fitting or parts
         for part in parts:
             if tensor.dtype in part.dtypes:
                 return part
         dtypes = dict.fromkeys(dtype for part in parts for dtype in part.dtypes)
-        self.mistyped.append(f"{tensor.name} {tensor.dtype}, expected {' or '.join(dtypes)}")
+        text = f"{tensor.name} {tensor.dtype}, expected {' or '.join(dtypes)}"
+        self.mistyped.add(linear, (suffix, tensor.dtype), text)
         return parts[0]
 
     def _multiple(self, linear: Linear, scheme: Scheme, parts: list[Part]) -> tuple[int, int]:
@@ -162,39 +194,41 @@ class _Comparison:
 
     def findings(self, code: str, fix: str) -> Iterator[Finding]:
         """What is wrong, one finding of each kind."""
-        if bad := self.missing:
+        if bad := list(self.missing):
             yield Finding.error(
                 f"{code}-missing-tensors",
-                f"{are(len(bad), 'tensor')} missing. vLLM does not report that and serves uninitialised weights. "
-                f"First: {bad[0]}",
+                f"{are(self.missing.count, 'tensor')} missing. vLLM does not report that and serves uninitialised "
+                f"weights. First: {bad[0]}",
                 named(bad),
                 fix or "download the checkpoint again; if that does not help, quantize the model again",
             )
-        if bad := self.misshapen:
+        if bad := list(self.misshapen):
             yield Finding.error(
                 f"{code}-wrong-shape",
-                f"{have(len(bad), 'tensor')} the wrong shape. First: {bad[0]}",
+                f"{have(self.misshapen.count, 'tensor')} the wrong shape. First: {bad[0]}",
                 named(bad),
                 fix or "use the config.json that belongs to these files, or quantize the model again",
             )
-        if bad := self.mistyped:
+        if bad := list(self.mistyped):
             yield Finding.error(
                 f"{code}-wrong-dtype",
-                f"{have(len(bad), 'tensor')} the wrong dtype. vLLM converts without a message. First: {bad[0]}",
+                f"{have(self.mistyped.count, 'tensor')} the wrong dtype. vLLM converts without a message. "
+                f"First: {bad[0]}",
                 named(bad),
                 fix or "convert the tensors, or quantize the model again",
             )
-        if bad := self.unexpected:
+        if bad := list(self.unexpected):
             yield Finding.error(
                 f"{code}-unexpected-tensors",
-                f"{are(len(bad), 'tensor')} not in the method's format. First: {bad[0]}",
+                f"{are(self.unexpected.count, 'tensor')} not in the method's format. First: {bad[0]}",
                 named(bad),
                 fix or "serve the files with the method, and the variant of it, that they were quantized with",
             )
-        if bad := self.unpackable:
+        if bad := list(self.unpackable):
             yield Finding.error(
                 f"{code}-packing",
-                f"{counted(len(bad), 'linear')} cannot be stored in whole words and groups. First: {bad[0]}",
+                f"{counted(self.unpackable.count, 'linear')} cannot be stored in whole words and groups. "
+                f"First: {bad[0]}",
                 named(bad),
                 "use the config.json that belongs to these files, leave these linears unquantized, or quantize with a "
                 "group size that divides K",
@@ -290,4 +324,5 @@ def misaligned(linear: Linear, axis: str, ranks: int, multiple: int) -> str:
         parts = ranks if axis == "row" else min(ranks, linear.max_ranks or ranks)
         exact = str(size // parts) if size % parts == 0 else f"{size / parts:.1f}"
         over = f"/{parts} = {exact}"
-    return f"{linear.name}: {name} {size}{over} is not a multiple of {multiple}"
+    text = f"{linear.name}: {name} {size}{over} is not a multiple of {multiple}"
+    return and_experts(text, len(linear.names))

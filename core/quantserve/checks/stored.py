@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from quantserve.model.layers import Linear, block_of, linears, modules
-from quantserve.once import once
+from quantserve.model.attention import size_of
+from quantserve.model.layers import linears, oriented
+from quantserve.model.linear import Linear
+from quantserve.model.modules import BESIDE, modules, undescribed
 from quantserve.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -18,33 +21,23 @@ Schemes = Callable[[Linear], Scheme | None]
 
 FLOATS = ("F16", "BF16", "F32")
 
-# vLLM reads these beside a quantized attention; they scale the KV cache, not the weights.
-CACHE_SCALES = (
-    "k_scale", "v_scale", "kv_scale", "q_scale", "output_scale", "q_zero_point", "k_zero_point", "v_zero_point",
-)  # fmt: skip
-BESIDE = frozenset({"bias", *CACHE_SCALES})
-"""Tensors of a linear that are none of its method's."""
 
-# What vLLM splits along K in every family, and what along N, with the layer it fuses that into.
-_ROW = ("o_proj", "down_proj", "out_proj", "w2")
-_COLUMN = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj", "w1": "", "w3": "",
-}  # fmt: skip
-
-
-class Stored(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stored:
     """The linears of a checkpoint by how they are stored.
 
     Attributes:
         quantized: those in a scheme. Of linears that config.json does not describe, N and K are what the files hold.
         plain: those with a ``weight`` [n, k].
         unsized: linears in a scheme whose N and K neither config.json nor their tensors tell; both are 0.
+
+    Where the experts of a layer differ, those stored alike are one entry. The scheme of stacked experts is that of the
+    stacked tensors.
     """
 
-    quantized: list[tuple[Linear, Scheme]]
-    plain: list[Linear]
-    unsized: list[tuple[Linear, Scheme]]
+    quantized: tuple[tuple[Linear, Scheme], ...] = ()
+    plain: tuple[Linear, ...] = ()
+    unsized: tuple[tuple[Linear, Scheme], ...] = ()
 
 
 def stored_linears(checkpoint: Checkpoint, schemes: Schemes) -> Stored:
@@ -55,27 +48,50 @@ def stored_linears(checkpoint: Checkpoint, schemes: Schemes) -> Stored:
     Everything is empty where no linear has a scheme.
     """
     present = modules(checkpoint)
-    found = Stored([], [], [])
+    stacks: dict[int, tuple[Scheme, Scheme]] = {}  # with the first, so that its id stays its own
+    quantized: list[tuple[Linear, Scheme]] = []
+    plain: list[Linear] = []
+    unsized: list[tuple[Linear, Scheme]] = []
     any_scheme = False
+
+    def scheme_of(linear: Linear) -> Scheme | None:
+        scheme = schemes(linear)
+        if scheme is None or not linear.stacked:
+            return scheme
+        if id(scheme) not in stacks:
+            stacks[id(scheme)] = (scheme, scheme.stacked())
+        return stacks[id(scheme)][1]
+
     for linear in linears(checkpoint):
-        scheme = schemes(linear)
-        any_scheme |= scheme is not None
-        if scheme is None or is_plain(present.get(linear.name, {}), scheme):
-            found.plain.append(linear)
-        else:
-            found.quantized.append((linear, scheme))
-    for linear in undescribed(checkpoint):
-        tensors = present[linear.name]
-        scheme = schemes(linear)
-        if scheme is None or next(iter(scheme.required()), None) not in tensors.keys() - {"weight"}:
+        scheme = scheme_of(linear)
+        if scheme is None:
+            plain.append(linear)
             continue
         any_scheme = True
-        size = scheme.solve(tensors)
+        whole = [name for name in linear.names if is_plain(present.get(name, {}), scheme)]
+        if whole:
+            plain.append(linear.only(whole))
+        if len(whole) < len(linear.names):
+            left = set(whole)
+            quantized.append((linear.only([name for name in linear.names if name not in left]), scheme))
+    for linear in undescribed(checkpoint):
+        scheme = scheme_of(linear)
+        first = next(iter(scheme.required()), None) if scheme is not None else None
+        names = [name for name in linear.names if first in present[name].keys() - {"weight"}]
+        if scheme is None or not names:
+            continue
+        any_scheme = True
+        linear = linear.only(names)
+        # Of listed experts the majority of three counts, so that one that is damaged does not speak for all.
+        sizes = Counter(scheme.solve(present[name]) for name in names[:3])
+        size = sizes.most_common(1)[0][0]
         if size is None:
-            found.unsized.append((linear, scheme))
-        else:
-            found.quantized.append((replace(linear, n=size[0], k=size[1]), scheme))
-    return found if any_scheme else Stored([], [], [])
+            unsized.append((linear, scheme))
+            continue
+        if linear.stacked:
+            size = oriented(*size, linear.parallel, size_of(checkpoint.text_config, "hidden_size"))
+        quantized.append((replace(linear, n=size[0], k=size[1]), scheme))
+    return Stored(tuple(quantized), tuple(plain), tuple(unsized)) if any_scheme else Stored()
 
 
 def is_plain(tensors: Mapping[str, Tensor], scheme: Scheme) -> bool:
@@ -87,30 +103,3 @@ def is_plain(tensors: Mapping[str, Tensor], scheme: Scheme) -> bool:
         return True
     codes = scheme.alternatives("weight")
     return weight.dtype in FLOATS and not any(weight.dtype in part.dtypes for part in codes)
-
-
-@once
-def undescribed(checkpoint: Checkpoint) -> tuple[Linear, ...]:
-    """Modules with more than a weight that config.json does not describe: lm_head, linears of unknown families.
-
-    N and K are 0. A name that does not tell how vLLM splits the module counts as whole on every rank.
-    """
-    return tuple(_undescribed(checkpoint))
-
-
-def _undescribed(checkpoint: Checkpoint) -> Iterator[Linear]:
-    known = {linear.name for linear in linears(checkpoint)}
-    kv_heads = checkpoint.text_config.get("num_key_value_heads")
-    for name, tensors in modules(checkpoint).items():
-        if name in known or not tensors.keys() - {"weight"} - BESIDE:
-            continue
-        leaf = name.rpartition(".")[2]
-        experts = ".experts." in name
-        if block_of(name + ".") is None or (leaf not in _ROW and leaf not in _COLUMN):
-            yield Linear(name, 0, 0, "column", "", 1)
-        elif leaf in _ROW:
-            yield Linear(name, 0, 0, "row", "experts" if experts else "")
-        else:
-            replicated = leaf in ("k_proj", "v_proj")
-            most = (kv_heads if type(kv_heads) is int and kv_heads > 0 else 1) if replicated else 0
-            yield Linear(name, 0, 0, "column", "experts" if experts else _COLUMN[leaf], most)

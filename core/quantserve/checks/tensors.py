@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from quantserve.checks.stored import CACHE_SCALES, FLOATS
+from quantserve.checkpoint.data import DTYPE_BITS
+from quantserve.checks.stored import FLOATS
 from quantserve.checks.wording import are, have, named, shown
 from quantserve.finding import Finding
 from quantserve.model.architecture import Architecture, read_architecture
@@ -14,11 +15,10 @@ from quantserve.model.layers import (
     is_multimodal,
     linears,
     lm_head_name,
-    module_of,
-    modules,
     other_tensors,
     split_block,
 )
+from quantserve.model.modules import CACHE_SCALES, module_of, modules
 from quantserve.target import gib
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _check_shapes(
         if tensor.shape != shape:
             rows = name.endswith(_VOCABULARY) and tensor.shape[1:] == shape[1:]
             (vocabulary if rows else misshapen).append(f"{shown(tensor)}, expected {list(shape)}")
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS and tensor.dtype in DTYPE_BITS:  # a reader's own are its method's to judge
             mistyped.append(f"{name} {tensor.dtype}")
     if vocabulary:
         yield Finding.error(
@@ -118,7 +118,7 @@ def _check_unknown(
         return
     known = set(needed)
     known.add(lm_head_name(checkpoint))  # tied models may store it all the same; vLLM skips it
-    paths = {linear.name for linear in linears(checkpoint)}
+    paths = {name for linear in linears(checkpoint) for name in linear.names}
     unknown: list[str] = []
     biases: list[str] = []
     for name, tensor in checkpoint.tensors.items():
@@ -228,9 +228,9 @@ def check_size(checkpoint: Checkpoint, method: Method | None) -> Iterator[Findin
     architecture, _ = read_architecture(checkpoint)
     if architecture is None:
         return
-    paths = {linear.name for linear in every}
+    paths = {name for linear in every for name in linear.names}
     rest = sum(t.nbytes for name, t in checkpoint.tensors.items() if module_of(name, checkpoint) not in paths)
-    stored, parameters = checkpoint.weight_bytes - rest, sum(linear.n * linear.k for linear in every)
+    stored, parameters = checkpoint.weight_bytes - rest, sum(linear.weights for linear in every)
     if stored >= 2 * parameters:
         return  # not quantized after all, which the method says
     yield Finding.info(

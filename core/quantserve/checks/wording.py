@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+from quantserve.model.linear import expert_of
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Tensor
@@ -36,3 +38,17 @@ def have(count: int, singular: str) -> str:
 def are(count: int, singular: str) -> str:
     """``1 tensor is``, ``3 tensors are``."""
     return counted(count, singular) + (" is" if count == 1 else " are")
+
+
+def and_experts(text: str, count: int) -> str:
+    """A text about one of so many experts that are alike."""
+    return text if count < 2 else f"{text} (and {counted(count - 1, 'more expert')})"
+
+
+def by_experts(names: Iterable[str]) -> list[str]:
+    """Names of linears, with the experts of a layer as one: ``...experts.0.up_proj (and 7 more experts)``."""
+    found: dict[object, list[str]] = {}
+    for name in names:
+        expert = expert_of(name)
+        found.setdefault((expert[0], expert[2]) if expert else name, []).append(name)
+    return [and_experts(alike[0], len(alike)) for alike in found.values()]

@@ -7,28 +7,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from quantserve.checkpoint.data import DTYPE_BITS
 from quantserve.families import section_path
 from quantserve.model.architecture import Architecture, class_names, read_architecture
+from quantserve.model.attention import size_of
+from quantserve.model.linear import Linear, expert_of, grouped, stack_of
 from quantserve.once import once
 
 if TYPE_CHECKING:
-    from quantserve.checkpoint import Checkpoint, Tensor
+    from quantserve.checkpoint import Checkpoint
 
 _BLOCK = re.compile(r"^((.*?)\b(?:layers|h|blocks)\.)(\d+)\.")
 _LLAMA_BLOCK = re.compile(r"^(.*?)layers\.\d+\.(?:self_attn|mlp|block_sparse_moe)\.")
-_ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "fc2", "w2", "dense", "dense_4h_to_h", "c_proj")
+_ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "fc2", "w2", "dense", "dense_4h_to_h", "c_proj", "output_linear")
 _FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj", "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
     "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz", "in_proj_b": "in_proj_ba", "in_proj_a": "in_proj_ba",
 }  # fmt: skip
+# The projections to the low rank of latent attention: whole on every rank.
+_REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")
 # Latent attention without q_lora_rank has one of the two alone.
 _FUSED_ONLY_WITH = {"kv_a_proj_with_mqa": "q_a_proj"}
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 # How checkpoints of vLLM's mixtures name what chooses the experts, and what weights a shared expert.
 _ROUTERS = re.compile(
     r"\.(?:gate|gate\.wg|router|router\.\w+|v_router|modality_router|shared_expert_gate|text_experts_gate"
@@ -36,54 +39,10 @@ _ROUTERS = re.compile(
 )
 # Stored with a value in every element; one byte may hold two codes, so K is not known of U8.
 _WHOLE_DTYPES = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "I8")
-_PACKED = ("qweight", "weight_packed")
-_MAX_DOTS = 32
+PACKED = ("qweight", "weight_packed")
+"""What the codes of a quantized linear are called, where not ``weight``."""
 SPEECH_PARTS = ("talker.", "token2wav.", "code2wav.")
 """Beginnings of the tensors of Qwen-Omni that make speech; vLLM loads the ``thinker.`` alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """One linear layer of a decoder block.
-
-    Attributes:
-        name: module path, ``model.layers.0.self_attn.q_proj``; tensors are ``<name>.<suffix>``.
-        n: out_features.
-        k: in_features.
-        parallel: ``column`` when tensor parallelism splits N, ``row`` when it splits K.
-        fused: the module vLLM fuses it into (``qkv_proj``, ``gate_up_proj``, ``experts``), or "".
-        max_ranks: most ranks N can be split over (kv heads are replicated beyond); 0 is no limit.
-        experts: how many linears of [n, k] its tensors stack; 0 where each expert has its own.
-    """
-
-    name: str
-    n: int
-    k: int
-    parallel: Literal["column", "row"]
-    fused: str = ""
-    max_ranks: int = 0
-    experts: int = 0
-
-    @property
-    def group(self) -> str:
-        """Path of the module vLLM builds for it: its fused module, or its own."""
-        if not self.fused:
-            return self.name
-        if self.fused == "experts":
-            return self.name.partition(".experts.")[0] + ".experts"
-        return f"{self.name.rpartition('.')[0]}.{self.fused}"
-
-
-def shard_n(linear: Linear, ranks: int) -> int:
-    """N on one of ``ranks`` tensor-parallel ranks, rounded down where it does not divide."""
-    if linear.parallel == "row":
-        return linear.n
-    return linear.n // min(ranks, linear.max_ranks or ranks)
-
-
-def shard_k(linear: Linear, ranks: int) -> int:
-    """K on one of ``ranks`` tensor-parallel ranks, rounded down where it does not divide."""
-    return linear.k // ranks if linear.parallel == "row" else linear.k
 
 
 @once
@@ -92,14 +51,15 @@ def linears(checkpoint: Checkpoint) -> tuple[Linear, ...]:
 
     From config.json for the families Llama, Mistral, Mixtral, Qwen2, Qwen3, Phi-3, Gemma and their
     like, whatever tensors the files hold. For other families: the modules of numbered blocks that
-    have a 2-d ``.weight``; their quantized modules are left out, since only the method knows N and K.
-    Routers are no linears: vLLM builds them without the quantization method. Empty when config.json's
-    numbers cannot be used.
+    have a 2-d ``.weight``, or a 3-d one that stacks experts; quantized modules whose N and K only the
+    method knows are left out (see `quantserve.model.modules.undescribed`). The experts of a layer that
+    are alike are one entry, listed or stacked. Routers are no linears: vLLM builds them without the
+    quantization method. Empty when config.json's numbers cannot be used.
     """
     architecture, problems = read_architecture(checkpoint)
     if architecture is not None:
         return tuple(_decoder_linears(architecture, block_prefix(checkpoint)))
-    return () if problems else tuple(_derived(checkpoint))
+    return () if problems else tuple(grouped(_derived(checkpoint)))
 
 
 @once
@@ -116,68 +76,9 @@ def other_tensors(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     return MappingProxyType(dict(_other(architecture, prefix, lm_head_name(checkpoint))))
 
 
-@once
-def modules(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, Tensor]]:
-    """The tensors of the files by module: ``{"model.layers.0.mlp.up_proj": {"qweight": Tensor, ...}}``.
-
-    A suffix may have dots: ``up_proj.weight.absmax`` belongs to ``up_proj``, as its ``weight.absmax``.
-    """
-    paths = _linear_paths(checkpoint)
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        module = _module_of(name, checkpoint.tensors, paths)
-        found.setdefault(module, {})[name[len(module) + 1 :] if module else name] = tensor
-    return MappingProxyType(found)
-
-
-def module_of(name: str, checkpoint: Checkpoint) -> str:
-    """The module a tensor belongs to.
-
-    That is the longest path of a linear the name begins with. Elsewhere it is the name up to its last
-    dot, or up to that of the shortest tensor it extends (``weight``, ``weight.absmax``).
-    """
-    return _module_of(name, checkpoint.tensors, _linear_paths(checkpoint))
-
-
-def _module_of(name: str, tensors: Mapping[str, Tensor], paths: frozenset[str]) -> str:
-    plain = end = name.rfind(".")
-    for _ in range(_MAX_DOTS):
-        if end < 0:
-            break
-        if name[:end] in paths:
-            return name[:end]
-        if name[:end] in tensors:
-            plain = name.rfind(".", 0, end)
-        end = name.rfind(".", 0, end)
-    return name[: max(plain, 0)]
-
-
-@once
-def engine_layers(checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:
-    """The layers vLLM builds for the linears: path (`Linear.group`) -> paths of the modules fused into it.
-
-    A layer of its own has none. For families known only from the files, linears that they hold quantized are included.
-    """
-    every = list(linears(checkpoint))
-    if not other_tensors(checkpoint):
-        for name in checkpoint.tensors:
-            module, _, suffix = name.rpartition(".")
-            if suffix in _PACKED and block_of(name) is not None:
-                every.append(Linear(module, 0, 0, "column", _fused_into(module, checkpoint)))
-    found: dict[str, list[str]] = {}
-    for linear in every:
-        found.setdefault(linear.group, []).extend([linear.name] if linear.fused else [])
-    return MappingProxyType({layer: tuple(parts) for layer, parts in found.items()})
-
-
 def is_router(module: str) -> bool:
     """Whether a module path is that of a mixture's router or of a shared expert's gate."""
     return _ROUTERS.search(module) is not None
-
-
-@once
-def _linear_paths(checkpoint: Checkpoint) -> frozenset[str]:
-    return frozenset(linear.name for linear in linears(checkpoint))
 
 
 @once
@@ -245,11 +146,15 @@ def _decoder_linears(arch: Architecture, prefix: str) -> Iterator[Linear]:
 def _expert_linears(arch: Architecture, block: str) -> Iterator[Linear]:
     assert arch.family.experts is not None
     gate, up, down = arch.family.expert_linears
-    for expert in range(arch.experts):
-        path = f"{block}{arch.family.experts[2]}.experts.{expert}."
-        yield Linear(path + gate, arch.expert_width, arch.hidden, "column", "experts")
-        yield Linear(path + up, arch.expert_width, arch.hidden, "column", "experts")
-        yield Linear(path + down, arch.hidden, arch.expert_width, "row", "experts")
+    path = f"{block}{arch.family.experts[2]}.experts"
+    yield _experts(path, gate, arch.experts, arch.expert_width, arch.hidden, "column")
+    yield _experts(path, up, arch.experts, arch.expert_width, arch.hidden, "column")
+    yield _experts(path, down, arch.experts, arch.hidden, arch.expert_width, "row")
+
+
+def _experts(path: str, leaf: str, count: int, n: int, k: int, parallel: Literal["column", "row"]) -> Linear:
+    listed = tuple(f"{path}.{expert}.{leaf}" for expert in range(count))
+    return Linear(listed[0], n, k, parallel, "experts", 0, count, listed)
 
 
 def _other(arch: Architecture, prefix: str, lm_head: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -281,23 +186,40 @@ def _other(arch: Architecture, prefix: str, lm_head: str) -> Iterator[tuple[str,
 
 
 def _derived(checkpoint: Checkpoint) -> Iterator[Linear]:
+    hidden = size_of(checkpoint.text_config, "hidden_size")
     for name, tensor in sorted(checkpoint.tensors.items()):
         module, _, suffix = name.rpartition(".")
-        leaf = module.rpartition(".")[2]
-        if suffix != "weight" or len(tensor.shape) != 2 or 0 in tensor.shape or block_of(name) is None:
+        shape, stack = tensor.shape, stack_of(name) if len(tensor.shape) == 3 else None
+        if stack is not None:
+            module, suffix = stack
+        if suffix != "weight" or len(shape) != (3 if stack else 2) or 0 in shape or block_of(name) is None:
             continue
-        if "embed" in leaf or "norm" in leaf or tensor.dtype not in _WHOLE_DTYPES or is_router(module):
+        leaf = module.rpartition(".")[2]
+        # A reader gives the shapes of dtypes of its own in elements.
+        whole = tensor.dtype in _WHOLE_DTYPES or tensor.dtype not in DTYPE_BITS
+        if "embed" in leaf or "norm" in leaf or not whole or is_router(module):
             continue
         parallel: Literal["column", "row"] = "row" if leaf in _ROW_PARALLEL else "column"
-        yield Linear(module, tensor.shape[0], tensor.shape[1], parallel, _fused_into(module, checkpoint))
+        if stack is not None:
+            n, k = oriented(shape[1], shape[2], parallel, hidden)
+            yield Linear(module, n, k, parallel, "experts", 0, shape[0])
+        else:
+            most = 1 if leaf in _REPLICATED else 0
+            yield Linear(module, shape[0], shape[1], parallel, fused_into(module, checkpoint), most)
 
 
-def _fused_into(module: str, checkpoint: Checkpoint) -> str:
+def oriented(n: int, k: int, parallel: str, hidden: int) -> tuple[int, int]:
+    """N and K of stacked experts, which some families store as [e, k, n]: what a token enters or leaves is `hidden`."""
+    outer, inner = (k, n) if parallel == "column" else (n, k)
+    return (k, n) if outer != hidden and inner == hidden else (n, k)
+
+
+def fused_into(module: str, checkpoint: Checkpoint) -> str:
     """The layer vLLM fuses a module into, by its name; "" for none."""
     parent, _, leaf = module.rpartition(".")
-    if _EXPERT.search(module):
+    if expert_of(module):
         return "experts"
     needs = _FUSED_ONLY_WITH.get(leaf)
-    if needs and not any(f"{parent}.{needs}.{part}" in checkpoint.tensors for part in ("weight", *_PACKED)):
+    if needs and not any(f"{parent}.{needs}.{part}" in checkpoint.tensors for part in ("weight", *PACKED)):
         return ""
     return _FUSED.get(leaf, "")

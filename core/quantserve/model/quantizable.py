@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from quantserve.model.layers import Linear, linears
+from quantserve.model.layers import linears
+from quantserve.model.linear import Linear
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
@@ -25,13 +26,19 @@ _ELSEWHERE = re.compile(
 
 
 def quantizable(checkpoint: Checkpoint, *, experts: bool = True) -> tuple[Linear, ...]:
-    """The attention and MLP projections of the decoder's blocks, in block order.
+    """The attention and MLP projections of the decoder's blocks, in block order; every listed expert by itself.
 
-    No router, lm_head, vision or audio tower. Of a layer that vLLM fuses (q/k/v, gate/up) all parts or none.
+    No router, no stacked experts, lm_head, vision or audio tower. Of a layer that vLLM fuses (q/k/v, gate/up) all parts
+    or none.
 
     Args:
         experts: whether experts of mixtures are among them.
     """
+    return tuple(one for linear in projections(checkpoint, experts) for one in linear.each() if not linear.stacked)
+
+
+def projections(checkpoint: Checkpoint, experts: bool = True) -> tuple[Linear, ...]:
+    """The same with the experts of a layer as one entry, stacked ones too."""
     every = linears(checkpoint)
     chosen = [linear for linear in every if _is_projection(linear.name) and (experts or linear.fused != "experts")]
     names = {linear.name for linear in chosen}

@@ -14,12 +14,13 @@ from quantserve.checks.linear import check_shards
 from quantserve.checks.memory import MemoryEstimate, estimate
 from quantserve.checks.model import check_service
 from quantserve.checks.parallel import check_parallel
+from quantserve.checks.stored import Stored
 from quantserve.config import ModelConfig
 from quantserve.errors import CheckpointError, PluginError, UsageError
 from quantserve.finding import Finding, Severity
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
 from quantserve.model.architecture import read_sizes
-from quantserve.model.quantizable import quantizable
+from quantserve.model.quantizable import projections
 from quantserve.planning.compose import compose
 from quantserve.planning.detection import own_copy
 from quantserve.planning.expectation import Expectation, expectation, kernel_of, quality_of, width_of
@@ -152,11 +153,13 @@ def advise(
         why = next((f.message for f in checkpoint.problems if f.severity is Severity.ERROR), "config.json is missing")
         raise CheckpointError(f"{model.source}: {why}\n  fix: name a folder or hub id with a config.json")
     plugins = [registry.find_method(name) for name in methods] or [p for p in registry.plugins.values() if p.method]
-    own, defect = _own_method(model, registry, target, checkpoint)
+    own, stored, defect = _own_method(model, registry, target, checkpoint)
     candidates = [
         candidate
         for plugin in dict.fromkeys(plugins)
-        for candidate in _candidates(plugin, model, checkpoint, target, own, defect, ranks, engine, as_published)
+        for candidate in _candidates(
+            plugin, model, checkpoint, target, own, stored, defect, ranks, engine, as_published
+        )
     ]
     if not any(candidate.made for candidate in candidates):
         if candidates and all(candidate.failure for candidate in candidates):
@@ -176,20 +179,21 @@ def advise(
 
 def _own_method(
     model: ModelConfig, registry: Registry, target: Target, checkpoint: Checkpoint
-) -> tuple[Plugin | None, PluginError | None]:
-    """The plugin that serves the files as they are, and what is wrong with it.
+) -> tuple[Plugin | None, Stored | None, PluginError | None]:
+    """The plugin that serves the files as they are, how it stores their linears, and what is wrong with it.
 
     None for a bare config.json or files nobody claims.
     """
     if not checkpoint.tensors:
-        return None, None
+        return None, None, None
     try:
-        return compose(model, registry, target).method_plugin, None
+        composed = compose(model, registry, target)
+        return composed.method_plugin, composed.stored, None
     except PluginError as error:
         plugin = registry.plugins.get(error.plugin)
         if plugin is None or plugin.method is None:
             raise
-        return plugin, error
+        return plugin, None, error
 
 
 def _candidates(
@@ -198,6 +202,7 @@ def _candidates(
     checkpoint: Checkpoint,
     target: Target,
     own: Plugin | None,
+    stored: Stored | None,
     defect: PluginError | None,
     ranks: int | None,
     engine: str,
@@ -206,7 +211,12 @@ def _candidates(
     method = plugin.method
     assert method is not None
     in_files = plugin is own
-    widths = (width_of(method, stored_bits_per_weight(checkpoint)),) if in_files else tuple(sorted(method.bits)[::-1])
+    stored = stored if in_files else None
+    widths = (
+        (width_of(method, stored_bits_per_weight(checkpoint, stored)),)
+        if in_files
+        else tuple(sorted(method.bits)[::-1])
+    )
     for bits in widths:
         failures = [defect] if in_files and defect else []
         kernel = _asked(failures, partial(kernel_of, plugin, target, bits, engine))
@@ -220,14 +230,14 @@ def _candidates(
         given = target.count > 1 or model.tensor_parallel_size > 1
         chosen = ranks or (published_ranks if as_published and not given else 0)
         if not chosen:
-            chosen = 1 if refusal else _ranks(config, files, target, kernel, checkpoint)
+            chosen = 1 if refusal else _ranks(config, files, target, kernel, checkpoint, stored)
         config = _with(config, None if in_files else method, ranks=chosen)
-        memory, findings = estimate(files, config, target)
+        memory, findings = estimate(files, config, target, stored)
         findings += _checks(checkpoint, config, target, kernel, in_files)
         refusal = refusal or next((f.message for f in findings if f.severity is Severity.ERROR), "")
         made = None
         if kernel is not None:
-            ask = partial(expectation, plugin, files, config, target, memory, bits=bits, engine=engine)
+            ask = partial(expectation, plugin, files, config, target, memory, bits=bits, engine=engine, stored=stored)
             made = _asked(failures, ask)
         quality = _asked(failures, partial(quality_of, plugin, bits))
         yield Candidate(
@@ -265,7 +275,7 @@ def _checks(
     if kernel is not None and not in_files:
         why = f"K on one rank must be a multiple of {kernel.k_multiple}"
         ranks = model.tensor_parallel_size
-        findings += check_shards(quantizable(checkpoint), ranks, code="shards", why=why, k_multiple=kernel.k_multiple)
+        findings += check_shards(projections(checkpoint), ranks, code="shards", why=why, k_multiple=kernel.k_multiple)
     return findings
 
 
@@ -281,7 +291,12 @@ def _with(model: ModelConfig, method: Method | None, ranks: int) -> ModelConfig:
 
 
 def _ranks(
-    model: ModelConfig, checkpoint: Checkpoint, target: Target, kernel: KernelProfile | None, files: Checkpoint
+    model: ModelConfig,
+    checkpoint: Checkpoint,
+    target: Target,
+    kernel: KernelProfile | None,
+    files: Checkpoint,
+    stored: Stored | None,
 ) -> int:
     """The target's count, else the smallest tensor parallel size that fits and divides the model, else one."""
     if model.tensor_parallel_size > 1:
@@ -295,7 +310,7 @@ def _ranks(
         if least > ranks * target.memory_bytes:
             continue  # an estimate would look for what is larger, which takes time
         config = _with(model, None, ranks)
-        memory, findings = estimate(checkpoint, config, target)
+        memory, findings = estimate(checkpoint, config, target, stored)
         findings += _checks(files, config, target, kernel, in_files=False)
         if memory and memory.fits and not any(finding.severity is Severity.ERROR for finding in findings):
             return ranks

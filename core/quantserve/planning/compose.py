@@ -11,12 +11,13 @@ from quantserve.checkpoint import Checkpoint, open_checkpoint, overridden
 from quantserve.checks.memory import MemoryEstimate, estimate
 from quantserve.checks.model import check_model
 from quantserve.checks.scheme import check_schemes
-from quantserve.checks.stored import undescribed
+from quantserve.checks.stored import Stored, stored_linears
 from quantserve.config import ModelConfig
 from quantserve.finding import Finding, Severity
 from quantserve.method import Method, PerformanceProfile
-from quantserve.model.layers import Linear, linears
-from quantserve.once import once
+from quantserve.model.layers import linears
+from quantserve.model.modules import modules, undescribed
+from quantserve.once import once, share
 from quantserve.planning.detection import Detected, detect, own_copy
 from quantserve.planning.expectation import EXPECTED_WORKLOAD, as_profile, expectation, kernel_name
 from quantserve.planning.plugin_arguments import checked, unsafe
@@ -31,7 +32,6 @@ from quantserve.plugins.contract import (
     skip_list_of,
 )
 from quantserve.plugins.registry import Hooks, Plugin, Registry
-from quantserve.scheme import Scheme
 from quantserve.system.environment import configured_environment, with_environment
 from quantserve.target import Target
 
@@ -54,6 +54,7 @@ class Composition:
         variables: merged environment variables of the model's processes with their provenance.
         kernel: name of the quantized linears' kernel, as the method plugin gives it; "" when it gives none.
         findings: core's and the plugins', in that order.
+        stored: the linears by their schemes; None when the method has no schemes.
         memory: what it will need; None when the config is too broken to tell.
         expected: what the method plugin knows was measured of exactly this, else what is predicted; None when neither.
         engine_environment: variables with which this model's processes load the plugins' engine sides, and no others.
@@ -68,6 +69,7 @@ class Composition:
     variables: Mapping[str, Setting]
     kernel: str
     findings: tuple[Finding, ...]
+    stored: Stored | None
     memory: MemoryEstimate | None
     expected: PerformanceProfile | None
     engine_environment: Mapping[str, str]
@@ -120,22 +122,22 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     dtype_by = dtype.source if dtype and dtype.source != "config" else ""
     checked_model = check_model(checkpoint, effective, target, method, dtype_by)
     findings += [finding if finding.source else finding.said_by("core") for finding in checked_model]
-    scheme = None
+    stored = None
     if method_plugin and method:
-        said, scheme = _check_schemes(hooks, method_plugin, method, checkpoint, effective)
+        said, stored = _check_schemes(hooks, method_plugin, method, checkpoint, effective)
         findings += said
     for plugin in plugins:
         findings += _validate(hooks, plugin, checkpoint, model, target)
     findings += _unsafe(kwargs, plugins)
 
-    memory, said = estimate(checkpoint, effective, target)
+    memory, said = estimate(checkpoint, effective, target, stored)
     if any(finding.code == "architecture-unsupported" for finding in findings):
         said = []  # nothing would run it
     expected = _expected(hooks, method_plugin, checkpoint, model, target)
     argument = kwargs["quantization"].value if "quantization" in kwargs else None
     if expected is None and method_plugin and memory and memory.fits:
         expected = _predicted(
-            hooks, method_plugin, checkpoint, effective, target, memory, argument, environment, scheme
+            hooks, method_plugin, checkpoint, effective, target, memory, argument, environment, stored
         )
     findings += [*conflicts, *unsettled, *(finding.said_by("core") for finding in said)]
     if detected.others and any(finding.severity is Severity.ERROR for finding in findings):
@@ -148,10 +150,11 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
         plugins=plugins,
         engine_kwargs=kwargs,
         variables=variables,
-        kernel=kernel_name(method_plugin, checkpoint, target, hooks, argument, environment, scheme)
+        kernel=kernel_name(method_plugin, checkpoint, target, hooks, argument, environment, stored)
         if method_plugin
         else "",
         findings=tuple(findings),
+        stored=stored,
         memory=memory,
         expected=expected,
         engine_environment=registry.engine_environment(plugins, own=target.device == "cpu"),
@@ -183,10 +186,14 @@ def _ask(
 
 
 def _copy_for(hooks: Hooks, plugin: Plugin, checkpoint: Checkpoint) -> Checkpoint:
-    """One copy for all hooks of a plugin, so that what it computes once stays computed."""
+    """One copy for all hooks of a plugin, so that what it computes once stays computed.
+
+    What nobody can change it shares with the core: in a large mixture it costs a second.
+    """
     copies, key = _copies(hooks), (plugin.name, id(checkpoint))
     if key not in copies:
         copies[key] = (checkpoint, own_copy(checkpoint))
+        share(checkpoint, copies[key][1], linears, modules, undescribed)
     return copies[key][1]
 
 
@@ -197,8 +204,8 @@ def _copies(hooks: Hooks) -> dict[tuple[str, int], tuple[Checkpoint, Checkpoint]
 
 def _check_schemes(
     hooks: Hooks, plugin: Plugin, method: Method, checkpoint: Checkpoint, model: ModelConfig
-) -> tuple[list[Finding], Scheme | None]:
-    """What follows from how the method stores each linear, and the scheme of most weights."""
+) -> tuple[list[Finding], Stored | None]:
+    """How the method stores each linear, and what follows from that."""
     if not checkpoint.tensors_complete:
         return [], None  # which is the one thing to say
     every = (*linears(checkpoint), *undescribed(checkpoint))
@@ -207,25 +214,16 @@ def _check_schemes(
     if schemes is None:
         return [], None
     by_name = dict(zip((linear.name for linear in every), schemes, strict=True))
+    stored = stored_linears(checkpoint, lambda linear: by_name[linear.name])
     found = check_schemes(
         checkpoint,
-        lambda linear: by_name[linear.name],
+        stored,
         code=code_of(method.name),
         skip=hooks.call(plugin, "quantserve_skip_list", skip_list_of, checkpoint=own),
         ranks=model.tensor_parallel_size,
         whole_experts=bool(model.engine_kwargs.get("enable_expert_parallel")),
     )
-    return [finding.said_by(plugin.name) for finding in found], _prevailing(every, schemes)
-
-
-def _prevailing(every: Sequence[Linear], schemes: Sequence[Scheme | None]) -> Scheme | None:
-    """The scheme of most of the quantized weights."""
-    weights: dict[int, tuple[int, Scheme]] = {}
-    for linear, scheme in zip(every, schemes, strict=True):
-        if scheme is not None:
-            before = weights.get(id(scheme), (0, scheme))[0]
-            weights[id(scheme)] = (before + linear.n * linear.k * max(1, linear.experts), scheme)
-    return max(weights.values(), key=lambda one: one[0])[1] if weights else None
+    return [finding.said_by(plugin.name) for finding in found], stored
 
 
 def _validate(
@@ -317,10 +315,10 @@ def _predicted(
     memory: MemoryEstimate,
     argument: object,
     environment: Mapping[str, str],
-    scheme: Scheme | None,
+    stored: Stored | None,
 ) -> PerformanceProfile | None:
     made = expectation(
         plugin, checkpoint, model, target, memory,
-        hooks=hooks, argument=argument, environment=environment, scheme=scheme,
+        hooks=hooks, argument=argument, environment=environment, stored=stored,
     )  # fmt: skip
     return as_profile(made, made.predict(EXPECTED_WORKLOAD), target) if made else None

@@ -10,6 +10,7 @@ from quantserve.method import KernelProfile, Method, PerformanceProfile, Quality
 from quantserve.model.context import context_length
 from quantserve.model.engine_defaults import max_num_batched_tokens, max_num_seqs
 from quantserve.model.layers import linears
+from quantserve.model.modules import undescribed
 from quantserve.plugins import contract
 from quantserve.plugins.registry import Hooks, Plugin
 from quantserve.predict.calibration import find_calibration
@@ -23,6 +24,7 @@ from quantserve.system.environment import includes
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
     from quantserve.checks.memory import MemoryEstimate
+    from quantserve.checks.stored import Stored
     from quantserve.config import ModelConfig
     from quantserve.scheme import Scheme
     from quantserve.target import Target
@@ -74,7 +76,7 @@ def expectation(
     hooks: Hooks | None = None,
     argument: object = None,
     environment: Mapping[str, str] | None = None,
-    scheme: Scheme | None = None,
+    stored: Stored | None = None,
 ) -> Expectation | None:
     """What a model with the method of `plugin` can be predicted from; None when the plugin or the shape is unknown.
 
@@ -84,17 +86,17 @@ def expectation(
         engine: ``vllm-0.32``, or ``vllm-0.2.2`` for the 2023 tables.
         argument, environment: the ``quantization`` argument and the variables of the plan, which choose among a
             method's kernels; None for its first.
-        scheme: of most of the model's weights, where its files are in the method's format.
+        stored: the linears by their schemes, where the files are in the method's format.
 
     Raises:
         PluginError: the plugin's hook is defective.
     """
-    shape = read_shape(checkpoint, model, target)
+    shape = read_shape(checkpoint, model, target, stored)
     if shape is None or plugin.method is None:
         return None
-    stored = stored_bits_per_weight(checkpoint)
-    width = bits or width_of(plugin.method, stored)
-    kernel = kernel_of(plugin, target, width, engine, hooks, scheme, has_experts(checkpoint))
+    per_weight = stored_bits_per_weight(checkpoint, stored)
+    width = bits or width_of(plugin.method, per_weight)
+    kernel = kernel_of(plugin, target, width, engine, hooks, prevailing(stored), has_experts(checkpoint))
     if kernel is None:
         return None
     kernel = chosen(kernel, argument, environment)
@@ -109,7 +111,7 @@ def expectation(
         prefill_first=machine.engine.prefill_first,
         window=shape.window,
     )
-    linears = linear_cost(machine, kernel, kernel_key(plugin.method, width, kernel), stored)
+    linears = linear_cost(machine, kernel, kernel_key(plugin.method, width, kernel), per_weight)
     notes = (*machine.notes, *([found.note] if found.note else []))
     if machine.source == "calibration" and linears.measured is None:
         notes = (*notes, f"{kernel.name}, {width} bits: this kernel is not in the calibration, shares are used")
@@ -164,7 +166,16 @@ def kernel_of(
 
 def has_experts(checkpoint: Checkpoint) -> bool:
     """Whether the model is a mixture of experts."""
-    return any(linear.fused == "experts" for linear in linears(checkpoint))
+    return any(linear.fused == "experts" for linear in (*linears(checkpoint), *undescribed(checkpoint)))
+
+
+def prevailing(stored: Stored | None) -> Scheme | None:
+    """The scheme of most of the quantized weights."""
+    weights: dict[int, tuple[int, Scheme]] = {}
+    for linear, scheme in (*stored.quantized, *stored.unsized) if stored else ():
+        before = weights.get(id(scheme), (0, scheme))[0]
+        weights[id(scheme)] = (before + linear.weights, scheme)
+    return max(weights.values(), key=lambda one: one[0])[1] if weights else None
 
 
 def kernel_name(
@@ -174,13 +185,13 @@ def kernel_name(
     hooks: Hooks,
     argument: object,
     environment: Mapping[str, str],
-    scheme: Scheme | None,
+    stored: Stored | None,
 ) -> str:
     """The name of the kernel that a plan with these leads to; "" when the plugin gives none."""
     if plugin.method is None:
         return ""
-    bits = width_of(plugin.method, stored_bits_per_weight(checkpoint))
-    kernel = kernel_of(plugin, target, bits, hooks=hooks, scheme=scheme, experts=has_experts(checkpoint))
+    bits = width_of(plugin.method, stored_bits_per_weight(checkpoint, stored))
+    kernel = kernel_of(plugin, target, bits, hooks=hooks, scheme=prevailing(stored), experts=has_experts(checkpoint))
     return chosen(kernel, argument, environment).name if kernel else ""
 
 

@@ -253,17 +253,27 @@ def _part_of(part: object, suffix: str) -> Part:
     where = f"Scheme.parts[{suffix!r}]"
     if not isinstance(part, Part) or not isinstance(part.shape, tuple) or not isinstance(part.optional, bool):
         raise Breach(f"{where} must be a Part with a tuple as its shape: {part!r:.80}")
-    if not isinstance(part.dtypes, tuple) or not part.dtypes or not all(one in DTYPE_BITS for one in part.dtypes):
-        raise Breach(f"{where}: dtypes must be a tuple of safetensors names (F16, I32, ...): {part.dtypes!r:.80}")
-    shape = tuple(Dim(one.axis, one.per, one.partial) if isinstance(one, Dim) else one for one in part.shape)
+    shape = tuple(Dim(one.axis, one.per, one.partial, one.block) if isinstance(one, Dim) else one for one in part.shape)
     for one in shape:
         if isinstance(one, Dim):
             right = one.axis in get_args(Axis) and type(one.per) is Fraction and 0 < one.per < 1 << 31
+            right = right and type(one.block) is int and 0 < one.block < 1 << 31
         else:
             right = one is None or (type(one) is int and one >= 0)
         if not right:
             raise Breach(f"{where}: a dimension is N(), K(), NK(), E(), an integer or None: {one!r:.80}")
-    return Part(shape, part.dtypes, part.optional)
+    blocks = any(isinstance(one, Dim) and one.block > 1 for one in shape)
+    dtypes = part.dtypes if isinstance(part.dtypes, tuple) else ()
+    if not dtypes or not all(one in DTYPE_BITS or (blocks and _is_dtype(one)) for one in dtypes):
+        raise Breach(
+            f"{where}: dtypes must be a tuple of safetensors names (F16, I32, ...), or where a dimension has blocks, "
+            f"of a reader's names: {part.dtypes!r:.80}"
+        )
+    return Part(shape, dtypes, part.optional)
+
+
+def _is_dtype(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_NAME
 
 
 def skip_list_of(returned: object) -> SkipList:

@@ -29,9 +29,10 @@ def imagined(checkpoint: Checkpoint, bits_per_weight: float) -> Checkpoint:
     if sizes is not None and not sizes.known:
         tensors = _of_unknown_family(checkpoint, sizes, bits_per_weight)
     for linear in linears(checkpoint) if sizes is None or sizes.known else ():
-        name = f"{linear.name}.weight" if plain else f"{linear.name}.qweight"
         k = linear.k if plain else max(1, round(linear.k * bits_per_weight / 8))
-        tensors[name] = Tensor(name, "BF16" if plain else "U8", (linear.n, k))
+        for module in linear.names:
+            name = f"{module}.weight" if plain else f"{module}.qweight"
+            tensors[name] = Tensor(name, "BF16" if plain else "U8", (linear.n, k))
     for name, shape in other_tensors(checkpoint).items():
         tensors[name] = Tensor(name, "BF16", shape)
     dtype = checkpoint.torch_dtype

@@ -217,13 +217,18 @@ class LinearCost:
     measured: Sequence[tuple[int, float]] | None = None
     call_s: float = 0.0
 
-    def seconds(self, rows: float, n: int, k: int) -> float:
-        """x [rows, k] times W [n, k]; 0 without rows."""
+    def seconds(self, rows: float, n: int, k: int, bits: float | None = None) -> float:
+        """x [rows, k] times W [n, k]; 0 without rows.
+
+        Args:
+            bits: of a weight of this linear, where it differs; a measured time is taken in proportion to the bits.
+        """
         if rows <= 0:
             return 0.0
+        bits = bits or self.bits_per_weight
         if self.measured:
-            return self.call_s + n * k * measured_at(self.measured, rows)
-        nbytes = n * k * self.bits_per_weight / 8
+            return self.call_s + n * k * measured_at(self.measured, rows) * bits / self.bits_per_weight
+        nbytes = n * k * bits / 8
         read = nbytes / (self.machine.bandwidth * share_at(self.profile.bandwidth_share, rows))
         rate = self.machine.flops * (1.0 if self.profile.amx else self.machine.without_amx)
         multiply = 2 * rows * n * k / (rate * share_at(self.profile.flops_share, rows))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantserve.model.architecture import Architecture, read_sizes
 from quantserve.model.attention import Heads, attention_layers, read_heads, size_of
 from quantserve.model.dtypes import DTYPE_BYTES, served_dtype
 from quantserve.model.kv_cache import KvCache, kv_cache
-from quantserve.model.layers import linears, module_of, shard_k, shard_n, split_block
+from quantserve.model.layers import linears, lm_head_name, split_block
+from quantserve.model.linear import Linear, shard_k, shard_n
+from quantserve.model.modules import modules
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint, Tensor
+    from quantserve.checks.stored import Stored
     from quantserve.config import ModelConfig
     from quantserve.target import Target
 
@@ -26,12 +30,19 @@ TOWER = re.compile(r"(?:^|\.)(?:vis|audio|img|image|speech|resampler|encoder\.)"
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A linear of one rank, fused as the engine fuses it: ``n`` out, ``k`` in features, in ``count`` layers."""
+    """A linear of one rank, fused as the engine fuses it: ``n`` out, ``k`` in features, in ``count`` layers.
+
+    Attributes:
+        bits: of a weight in memory, scales included; None: those that the method usually keeps.
+        quantized: whether it is in the method's scheme.
+    """
 
     name: str
     n: int
     k: int
     count: int
+    bits: float | None = None
+    quantized: bool = True
 
     @property
     def weights(self) -> int:
@@ -90,11 +101,13 @@ class Shape:
         return self.experts * (1 - left_out)
 
 
-def read_shape(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Shape | None:
+def read_shape(
+    checkpoint: Checkpoint, model: ModelConfig, target: Target, stored: Stored | None = None
+) -> Shape | None:
     """The shape of a model on one rank; None where config.json does not give the sizes of a decoder.
 
-    Of a family with unknown tensor names the matrices are those of the files where they hold plain weights, else the
-    usual ones for the config's numbers.
+    The matrices are those of `stored`, each with its bits. Without it they are the usual ones for the config's numbers,
+    or, of a family with unknown tensor names, those of the files where they hold plain weights.
     """
     architecture = read_sizes(checkpoint)
     kinds = attention_layers(checkpoint)
@@ -106,30 +119,62 @@ def read_shape(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Sh
     made = _shape(
         architecture, ranks, dtype_bytes, cache, _chosen(checkpoint), read_heads(checkpoint), checkpoint.text_config
     )
-    if architecture.known:
+    if stored is not None and (stored.quantized or stored.plain):
+        found = [] if stored.unsized else list(_stored_bits(checkpoint, stored, 8 * dtype_bytes))
+    elif architecture.known:
         return made
-    dense, expert = _from_files(checkpoint, ranks)
-    whole = dense and bool(expert) == bool(made.expert)
-    return replace(made, dense=dense, expert=expert) if whole else made
+    else:
+        found = [(linear, None, True) for linear in linears(checkpoint)]
+    blocks = [one for one in found if (block := split_block(f"{one[0].name}.")) and block[1] < architecture.layers]
+    dense = _matrices([one for one in blocks if one[0].fused != "experts"], ranks)
+    expert = _matrices([one for one in blocks if one[0].fused == "experts"], ranks)
+    if not dense or bool(expert) != bool(made.expert):
+        return made
+    head = next((one for one in found if f"{one[0].name}.weight" == lm_head_name(checkpoint)), None)
+    lm_head = made.lm_head and head and replace(made.lm_head, bits=head[1], quantized=head[2])
+    return replace(made, dense=dense, expert=expert, lm_head=lm_head or made.lm_head)
 
 
-def _from_files(checkpoint: Checkpoint, ranks: int) -> tuple[tuple[Matrix, ...], tuple[Matrix, ...]]:
-    """Matrices of the decoder's plain weights: those every token passes, and those of one expert."""
-    dense: Counter[tuple[int, int]] = Counter()
-    expert: Counter[tuple[int, int]] = Counter()
-    for linear in linears(checkpoint):
-        if TOWER.search(linear.name):
-            continue
-        sizes = (max(1, shard_n(linear, ranks)), max(1, shard_k(linear, ranks)))
-        if linear.fused != "experts":
-            dense[sizes] += 1
-        elif ".experts.0." in linear.name:
-            expert[sizes] += 1
+_Found = tuple[Linear, float | None, bool]
+"""A linear, the bits of its weights, and whether it is quantized."""
 
-    def matrices(counts: Counter[tuple[int, int]]) -> tuple[Matrix, ...]:
-        return tuple(Matrix(f"{n}x{k}", n, k, count) for (n, k), count in counts.items())
 
-    return matrices(dense), matrices(expert)
+def _stored_bits(checkpoint: Checkpoint, stored: Stored, plain_bits: int) -> Iterator[_Found]:
+    """The linears with the bits of a weight in memory: as the scheme says, else as the first expert is stored."""
+    present = modules(checkpoint)
+    for linear, scheme in stored.quantized:
+        bits = scheme.kept
+        if bits is None:
+            tensors = (tensor for suffix, tensor in present.get(linear.name, {}).items() if suffix in scheme.parts)
+            each = linear.n * linear.k * (linear.experts if linear.stacked else 1)
+            bits = sum(_bits(tensor, plain_bits) for tensor in tensors) / each
+        if bits:
+            yield linear, bits, True
+    for linear in stored.plain:
+        yield linear, float(plain_bits), False
+
+
+def _matrices(found: list[_Found], ranks: int) -> tuple[Matrix, ...]:
+    """The matrices of one rank: parts that the engine fuses are one, with the mean of their bits."""
+    fused: dict[tuple[str, str, int], dict[str, _Found]] = {}
+    for one in found:
+        linear = one[0]
+        if not TOWER.search(linear.name):
+            parts = fused.setdefault((linear.group, linear.parallel, linear.k), {})
+            parts.setdefault(linear.name.rpartition(".")[2], one)  # of experts stored differently, the first
+    counts: Counter[Matrix] = Counter()
+    for parts in fused.values():
+        first = next(iter(parts.values()))[0]
+        n = sum(max(1, shard_n(linear, ranks)) for linear, _, _ in parts.values())
+        bits = None
+        if all(width is not None for _, width, _ in parts.values()):
+            bits = sum(linear.n * (width or 0) for linear, width, _ in parts.values()) / sum(
+                linear.n for linear, _, _ in parts.values()
+            )
+        name = ("experts." if first.fused == "experts" else "") + "_".join(parts)
+        quantized = any(one[2] for one in parts.values())
+        counts[Matrix(name, n, max(1, shard_k(first, ranks)), 1, bits, quantized)] += 1
+    return tuple(replace(matrix, count=count) for matrix, count in counts.items())
 
 
 def _latent_matrices(arch: Architecture, heads: Heads, config: Mapping[str, Any], ranks: int) -> list[Matrix]:
@@ -197,7 +242,9 @@ def _shape(
         expert=expert,
         experts=arch.experts if with_experts else 0,
         experts_per_token=chosen,
-        lm_head=Matrix("lm_head", _share(arch.vocab, ranks), arch.hidden, 1) if arch.generates else None,
+        lm_head=Matrix("lm_head", _share(arch.vocab, ranks), arch.hidden, 1, quantized=False)
+        if arch.generates
+        else None,
         layers=arch.layers,
         hidden=arch.hidden,
         heads=heads,
@@ -211,33 +258,35 @@ def _shape(
     )
 
 
-def stored_bits_per_weight(checkpoint: Checkpoint) -> float | None:
-    """Bits that the files keep for one weight of a decoder linear, scales and tables included; None without tensors.
+def stored_bits_per_weight(checkpoint: Checkpoint, stored: Stored | None = None) -> float | None:
+    """Bits that the engine keeps for one weight of a decoder linear, scales and tables included; None without tensors.
 
-    Floating-point tensors count as the 16 bits they are served in.
+    With `stored` of the quantized linears alone, if there are any. Floating-point tensors count as the 16 bits they are
+    served in.
     """
     if not checkpoint.tensors:
         return None
+    if stored is not None and stored.quantized and not stored.unsized:
+        found = [
+            (linear.weights, bits or 0) for linear, bits, quantized in _stored_bits(checkpoint, stored, 16) if quantized
+        ]
+        return sum(count * bits for count, bits in found) / sum(count for count, _ in found) if found else None
     sizes = read_sizes(checkpoint)
     if sizes is not None and not sizes.known:
         return _bits_of_blocks(checkpoint, sizes)
-    weights = 0
-    names = set()
+    present = modules(checkpoint)
+    weights = bits = 0
     for linear in linears(checkpoint):
-        weights += linear.n * linear.k
-        names.add(linear.name)
-    bits = 0
-    for tensor in checkpoint.tensors.values():
-        module = module_of(tensor.name, checkpoint)
-        if module in names and tensor.name != f"{module}.bias":
-            bits += _bits(tensor)
+        weights += linear.weights
+        for name in linear.names:
+            bits += sum(_bits(tensor, 16) for suffix, tensor in present.get(name, {}).items() if suffix != "bias")
     return bits / weights if weights and bits else None
 
 
 def _bits_of_blocks(checkpoint: Checkpoint, sizes: Architecture) -> float | None:
     """The same where the method alone knows n and k: everything in the decoder's blocks over its usual weights."""
     bits = sum(
-        _bits(tensor)
+        _bits(tensor, 16)
         for tensor in checkpoint.tensors.values()
         if len(tensor.shape) > 1 and split_block(tensor.name) and not TOWER.search(tensor.name)
     )
@@ -254,16 +303,10 @@ def linear_weights(checkpoint: Checkpoint, sizes: Architecture) -> int:
     return made.linear_weights
 
 
-def _bits(tensor: Tensor) -> int:
-    plain = tensor.dtype in _FLOATS and tensor.name.endswith(".weight")
-    return 16 * _count(tensor.shape) if plain else 8 * tensor.nbytes
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _bits(tensor: Tensor, plain_bits: int) -> int:
+    """Bits in memory: of a floating-point weight in the served dtype."""
+    plain = tensor.dtype in _FLOATS and tensor.name.endswith((".weight", "_proj"))
+    return plain_bits * prod(tensor.shape) if plain else 8 * tensor.nbytes
 
 
 def _share(size: int, ranks: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from quantserve.predict.machine import LinearCost, Machine
-from quantserve.predict.shape import Shape
+from quantserve.predict.shape import Matrix, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class StepCost:
 
     Attributes:
         linears: the decoder's quantized (or not) matrices, active experts included.
-        lm_head: the output projection, in 16 bits.
+        lm_head: the output projection.
         attention: reading the KV cache, and the products of prompts.
         vectors: norms, rotary embedding, gates: activations outside the matrices.
         communication: all-reduces between ranks.
@@ -85,14 +85,19 @@ def step_cost(shape: Shape, machine: Machine, quantized: LinearCost, plain: Line
 
     Args:
         quantized: of the decoder's linears.
-        plain: of lm_head, which stays in 16 bits.
+        plain: of linears that are not in the method's scheme, as is lm_head, in 16 bits.
     """
-    linears = sum(matrix.count * quantized.seconds(batch.tokens, matrix.n, matrix.k) for matrix in shape.dense)
+
+    def seconds(matrix: Matrix, rows: float) -> float:
+        cost = quantized if matrix.quantized else plain
+        return matrix.count * cost.seconds(rows, matrix.n, matrix.k, matrix.bits)
+
+    linears = sum(seconds(matrix, batch.tokens) for matrix in shape.dense)
     if shape.expert:
         active = shape.distinct_experts(batch.tokens)
         rows = batch.tokens * shape.experts_per_token / active
-        linears += active * sum(m.count * quantized.seconds(rows, m.n, m.k) for m in shape.expert)
-    lm_head = plain.seconds(batch.outputs, shape.lm_head.n, shape.lm_head.k) if shape.lm_head else 0.0
+        linears += active * sum(seconds(matrix, rows) for matrix in shape.expert)
+    lm_head = seconds(shape.lm_head, batch.outputs) if shape.lm_head else 0.0
     engine = machine.engine
     overhead = engine.step_s + shape.layers * engine.layer_s + batch.sequences * engine.request_s
     communication = 0.0

@@ -43,7 +43,7 @@ from quantserve.model.modules import modules
 from quantserve.model.quantizable import quantizable
 from quantserve.once import once
 from quantserve.predict.calibration import Fastest, fastest_kernel
-from quantserve.predict.published import PublishedRun, published_profile
+from quantserve.predict.published import PublishedRun, published_profile, rayllm_profile
 from quantserve.scheme import NK, Dim, E, K, N, Part, Scheme
 from quantserve.system.environment import disabled_kernels, engine_environment
 from quantserve.target import Target
@@ -94,6 +94,7 @@ __all__ = [
     "published_profile",
     "quantizable",
     "quantized_linears",
+    "rayllm_profile",
     "refuses_float16",
     "served_dtype",
     "shard_k",

@@ -47,6 +47,31 @@ class PublishedRun:
         return same_model and model.tensor_parallel_size == self.gpus and is_named(target, self.gpu)
 
 
+_RAYLLM = (
+    "RayLLM's table: {title}, {gpus} x A100-80G, vLLM 0.2.2, llmperf defaults of 2023: "
+    "10 users in rounds, about 500 tokens in, at most 384 out, temperature 0"
+)
+_CAVEATS = (
+    "throughput is per user, not of the server; ITL is E2E / output tokens, so it contains TTFT",
+    "replies differ in length between methods, so E2E is not like for like",
+)
+
+
+def rayllm_profile(
+    runs: Iterable[PublishedRun], checkpoint: Checkpoint, model: ModelConfig, target: Target, *, caveat: str
+) -> PerformanceProfile | None:
+    """The profile of the row of RayLLM's table of November 2023 that was measured on exactly this; None otherwise.
+
+    The numbers come from vLLM 0.2.2 and are kept for comparison with that table; they do not predict today's engine.
+
+    Args:
+        runs: the method's rows, one per model and number of GPUs.
+        caveat: what a reader must know of the method's kernel of 2023.
+    """
+    caveats = (*_CAVEATS, f"vLLM 0.2.2 of 2023; {caveat}")
+    return published_profile(runs, checkpoint, model, target, conditions=_RAYLLM, caveats=caveats)
+
+
 def published_profile(
     runs: Iterable[PublishedRun],
     checkpoint: Checkpoint,

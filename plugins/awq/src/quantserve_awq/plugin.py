@@ -22,13 +22,14 @@ from quantserve.api import (
     Target,
     hookimpl,
     method_dtype,
+    rayllm_profile,
     served_dtype,
 )
 from quantserve_awq import speed
 from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
 from quantserve_awq.kernel import Choice, choose
 from quantserve_awq.limits import limit_findings, uses_plain_kernel, vllm_cpu_problems
-from quantserve_awq.reference import published
+from quantserve_awq.reference import CAVEAT, RUNS
 from quantserve_awq.tensors import (
     actual_group,
     has_awq_tensors,
@@ -121,7 +122,7 @@ def quantserve_environment(checkpoint: Checkpoint, model: ModelConfig, target: T
 @hookimpl
 def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
     """RayLLM's published numbers, for exactly what they were measured on."""
-    return published(checkpoint, model, target)
+    return rayllm_profile(RUNS, checkpoint, model, target, caveat=CAVEAT)
 
 
 @hookimpl

@@ -25,9 +25,10 @@ from quantserve.api import (
     hookimpl,
     method_dtype,
     once,
+    rayllm_profile,
 )
 from quantserve_fp16 import speed
-from quantserve_fp16.reference import published
+from quantserve_fp16.reference import CAVEAT, RUNS
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -104,7 +105,7 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 @hookimpl
 def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
     """Give what somebody measured of exactly this; None where nobody did."""
-    return published(checkpoint, model, target)
+    return rayllm_profile(RUNS, checkpoint, model, target, caveat=CAVEAT)
 
 
 @hookimpl

@@ -23,10 +23,11 @@ from quantserve.api import (
     Target,
     hookimpl,
     method_dtype,
+    rayllm_profile,
 )
 from quantserve_squeezellm import speed
 from quantserve_squeezellm.config import NAMES, config_findings, read_settings
-from quantserve_squeezellm.reference import published
+from quantserve_squeezellm.reference import CAVEAT, RUNS
 from quantserve_squeezellm.tensors import has_tables, stored_scheme, tensor_findings
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 @hookimpl
 def quantserve_performance(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> PerformanceProfile | None:
     """RayLLM's published numbers, for exactly what they were measured on."""
-    return published(checkpoint, model, target)
+    return rayllm_profile(RUNS, checkpoint, model, target, caveat=CAVEAT)
 
 
 @hookimpl

@@ -17,7 +17,7 @@ from benchmarks.console import say, shown
 from benchmarks.decode.shapes import Shape
 from quantserve_awq._quantize import quantize as quantize_awq
 from quantserve_squeezellm._files import SafetensorsFolder, ShardWriter, new_folder, read_json, write_json
-from quantserve_squeezellm._format import pack, quantization_config
+from quantserve_squeezellm._packing import pack, quantization_config
 
 SEED = 20261124
 GROUP_SIZE = 128

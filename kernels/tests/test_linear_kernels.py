@@ -19,8 +19,6 @@ pytest.importorskip("vllm")
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers import linear
@@ -28,6 +26,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
+from helpers.vllm_layers import FUSED, load, surroundings
 from quantserve_kernels import Status, instruction_set
 from quantserve_kernels._ops import instruction_sets
 from quantserve_kernels.vllm import linear_kernels
@@ -42,23 +41,16 @@ K = 256
 PREFIX = "model.layers.3.mlp.down_proj"
 THEIRS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
 """vLLM's own kernels for CPUs that compute AWQ layers."""
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 Parts = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a vLLM layer needs around it: a config, a group of one process, and no kernel of vLLM's own."""
+    """vLLM's own kernels are left out."""
     register()
     keep_scales()
-    with pytest.MonkeyPatch.context() as environment, set_current_vllm_config(VllmConfig()):
-        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        environment.setenv("VLLM_DISABLED_KERNELS", THEIRS)
-        store = tmp_path_factory.mktemp("group") / "store"
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1)
+    with surroundings(tmp_path_factory.mktemp("group"), VLLM_DISABLED_KERNELS=THEIRS):
         yield
-        cleanup_dist_env_and_memory()
 
 
 # --- the formats, written down independently -------------------------------------------------------
@@ -142,17 +134,6 @@ def config_of(method: str, group: int, **changes: Any) -> Any:
     config = get_quantization_config({"gptq": "auto_gptq"}.get(method, method)).from_config({**values, **changes})
     config.packed_modules_mapping = FUSED
     return config
-
-
-def load(layer: Any, parts: dict[Any, Parts], *, without: str = "") -> Any:
-    for shard, tensors in parts.items():
-        for name, tensor in tensors.items():
-            if name == without:
-                continue
-            parameter = getattr(layer, name)
-            parameter.weight_loader(*([parameter, tensor] if shard is None else [parameter, tensor, shard]))
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
 
 
 def row_parallel(config: Any, n: int = 64, k: int = K, **options: Any) -> Any:

@@ -6,11 +6,11 @@ dimension, under suffixes with dots, with a codebook for each linear.
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.lora.layers import RowParallelLinearWithLoRA
-from vllm.model_executor import parameter
-from vllm.model_executor.layers import linear, vocab_parallel_embedding
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 
+from helpers.vllm_layers import FUSED, become, load, surroundings
 from quantserve.api import NK, K, N, Part, Scheme
 from quantserve_kernels import PackedWeight, pack
 from quantserve_kernels.vllm import CSR, Entries, Format, register
@@ -41,7 +40,6 @@ pytestmark = pytest.mark.vllm
 
 HIDDEN, GROUP = 128, 32
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 class Affine(Format):
@@ -95,10 +93,6 @@ class Flat(Format):
     """A scale for 64 elements in a row; for each linear a codebook, factors for 64 in_features, and one for all."""
 
     name = "flat-of-the-tests"
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Flat:
-        return cls()
 
     def scheme(self, module: str) -> Scheme:
         return Scheme(
@@ -172,42 +166,20 @@ KINDS = {"affine": (Affine, affine), "flat": (Flat, flat)}
 
 @pytest.fixture(scope="module", autouse=True)
 def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The surroundings a vLLM layer needs: a config and a group of one process."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     register(Affine, Flat)
-    with set_current_vllm_config(VllmConfig()):
-        store = tmp_path_factory.mktemp("group") / "store"
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1)
+    with surroundings(tmp_path_factory.mktemp("group")):
         yield
-        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture
 def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Let layers made from now on believe they are one rank of several."""
-
-    def become(rank: int, ranks: int) -> None:
-        for module in (linear, vocab_parallel_embedding, parameter):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: ranks)
-
-    return become
+    return partial(become, monkeypatch)
 
 
 def made(kind: type[Format] = Affine, **config: Any) -> Format:
     format = kind.from_config(config)
     format.packed_modules_mapping = FUSED
     return format
-
-
-def load(layer: Any, parts: dict[Any, dict[str, Tensor]]) -> Any:
-    for shard, tensors in parts.items():
-        for suffix, tensor in tensors.items():
-            parameter = getattr(layer, suffix.replace(".", "_"))
-            parameter.weight_loader(*([parameter, tensor] if shard is None else [parameter, tensor, shard]))
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
 
 
 def row(format: Format | None = None, n: int = 64, k: int = HIDDEN, **options: Any) -> Any:
@@ -516,6 +488,11 @@ def test_a_scheme_of_none_is_plain() -> None:
     format = made(bits={"down_proj": 16})
     assert is_plain(format, f"{MLP}.down_proj")
     assert not is_plain(format, f"{MLP}.up_proj")
+
+
+def test_the_usual_key_of_the_skip_list_is_read_without_a_from_config() -> None:
+    assert Flat.from_config({"modules_to_not_convert": ["lm_head"]}).skipped == ["lm_head"]
+    assert Flat.from_config({"modules_to_not_convert": None}).skipped == []
 
 
 @pytest.mark.parametrize("match", ["substring", "exact", "suffix"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +11,11 @@ pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 import quantserve_awq
+from helpers.vllm_layers import load, surroundings
 from quantserve_awq import kernel
 from quantserve_awq._format import dequantize_linear, quantize_linear
 
@@ -32,14 +30,8 @@ PREFIX = "model.layers.3.mlp.down_proj"
 
 @pytest.fixture(scope="module", autouse=True)
 def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The surroundings a vLLM layer needs: a config and a group of one process."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    with set_current_vllm_config(VllmConfig()):
-        store = tmp_path_factory.mktemp("group") / "store"
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1)
+    with surroundings(tmp_path_factory.mktemp("group")):
         yield
-        cleanup_dist_env_and_memory()
 
 
 def config_of(group: int = 128, **changes: Any) -> Any:
@@ -57,10 +49,7 @@ def test_what_the_plugin_exports(group: int, monkeypatch: pytest.MonkeyPatch) ->
     layer = linear.RowParallelLinear(K, 64, bias=False, quant_config=config_of(group), prefix=PREFIX)
     weight = torch.randn(64, K, generator=torch.Generator().manual_seed(1)) * K**-0.5
     parts = quantize_linear(weight, group)._asdict()
-    for name, tensor in parts.items():
-        parameter = getattr(layer, name)
-        parameter.weight_loader(parameter, tensor)
-    layer.quant_method.process_weights_after_loading(layer)
+    load(layer, {None: parts})
     assert type(layer.quant_method.kernel).__name__ == kernel.OURS
     x = torch.randn(3, K)
     assert torch.allclose(layer.quant_method.apply(layer, x), x @ dequantize_linear(**parts).t(), atol=1e-4)

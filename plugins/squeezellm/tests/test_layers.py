@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,13 @@ pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers import linear
 
 import quantserve_squeezellm
 from helpers.tiny_squeezellm import pack_by_the_book
-from quantserve_squeezellm._format import dequantize, to_csr
+from helpers.vllm_layers import FUSED, become, load, surroundings
+from quantserve_squeezellm._packing import dequantize, to_csr
 from quantserve_squeezellm._vllm import SqueezeLLM
 
 pytestmark = pytest.mark.vllm
@@ -32,26 +31,14 @@ Layer = Callable[..., Any]
 
 @pytest.fixture(scope="module", autouse=True)
 def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The surroundings a vLLM layer needs: a config and a group of one process."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     quantserve_squeezellm.register()
-    with set_current_vllm_config(VllmConfig()):
-        store = tmp_path_factory.mktemp("group") / "store"
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1)
+    with surroundings(tmp_path_factory.mktemp("group")):
         yield
-        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture
 def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Let layers made from now on believe they are one rank of several."""
-
-    def become(rank: int, ranks: int) -> None:
-        monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: ranks)
-
-    return become
+    return partial(become, monkeypatch)
 
 
 def _tensors(bits: int, n: int, k: int, seed: int, sparse: bool = True) -> dict[str, torch.Tensor]:
@@ -70,20 +57,8 @@ def _tensors(bits: int, n: int, k: int, seed: int, sparse: bool = True) -> dict[
 
 def _config(bits: int, **options: Any) -> SqueezeLLM:
     config = SqueezeLLM.from_config({"quant_method": "squeezellm", "wbits": bits, **options})
-    config.packed_modules_mapping = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    config.packed_modules_mapping = FUSED
     return config
-
-
-def _load(layer: Any, parts: dict[Any, dict[str, torch.Tensor]]) -> Any:
-    for shard, tensors in parts.items():
-        for name, tensor in tensors.items():
-            parameter = getattr(layer, name)
-            parameter.weight_loader(*([parameter, tensor] if shard is None else [parameter, tensor, shard]))
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
 
 
 def _out(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +82,7 @@ def test_fused_attention_with_fewer_key_heads_than_ranks(bits: int, ranks: int, 
         layer = linear.QKVParallelLinear(
             K, size, heads, kv_heads, bias=False, quant_config=_config(bits), prefix=f"{ATTENTION}.qkv_proj"
         )
-        out = _out(_load(layer, parts), x)
+        out = _out(load(layer, parts), x)
         kv_ranks = min(ranks, kv_heads)
         kv = rank * kv_ranks // ranks
         expected = [weights["q"].chunk(ranks)[rank], weights["k"].chunk(kv_ranks)[kv], weights["v"].chunk(kv_ranks)[kv]]
@@ -126,13 +101,13 @@ def test_merged_column_and_row_layers_add_up_over_ranks(bits: int, as_rank: Call
         merged = linear.MergedColumnParallelLinear(
             K, [n, n], bias=False, quant_config=_config(bits), prefix="model.layers.0.mlp.gate_up_proj"
         )
-        gate_part, up_part = _out(_load(merged, up), x).chunk(2, dim=1)
+        gate_part, up_part = _out(load(merged, up), x).chunk(2, dim=1)
         gates.append(gate_part)
         ups.append(up_part)
         row = linear.RowParallelLinear(
             K, n, bias=False, quant_config=_config(bits), prefix="model.layers.0.mlp.down_proj"
         )
-        total += _out(_load(row, down), x.chunk(ranks, dim=1)[rank])
+        total += _out(load(row, down), x.chunk(ranks, dim=1)[rank])
     assert torch.allclose(torch.cat(gates, 1), x @ dequantize(up[0]).t(), atol=1e-4)
     assert torch.allclose(torch.cat(ups, 1), x @ dequantize(up[1]).t(), atol=1e-4)
     assert torch.allclose(total, x @ dequantize(down[None]).t(), atol=1e-4)
@@ -143,9 +118,9 @@ def test_a_plain_column_layer_and_a_replicated_one_on_the_last_rank(as_rank: Cal
     x = torch.randn(2, K)
     as_rank(1, 2)
     column = linear.ColumnParallelLinear(K, 64, bias=False, quant_config=_config(4), prefix="model.layers.0.fc")
-    assert torch.allclose(_out(_load(column, {None: tensors}), x), x @ dequantize(tensors)[32:].t(), atol=1e-4)
+    assert torch.allclose(_out(load(column, {None: tensors}), x), x @ dequantize(tensors)[32:].t(), atol=1e-4)
     replicated = linear.ReplicatedLinear(K, 64, bias=False, quant_config=_config(4), prefix="model.layers.0.gate")
-    assert torch.allclose(_out(_load(replicated, {None: tensors}), x), x @ dequantize(tensors).t(), atol=1e-4)
+    assert torch.allclose(_out(load(replicated, {None: tensors}), x), x @ dequantize(tensors).t(), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -154,7 +129,7 @@ def test_weights_rest_packed_and_in_full_precision_whatever_the_dtype(dtype: tor
     tensors = _tensors(4, 64, K, 8, sparse=sparse)
     torch.set_default_dtype(dtype)  # as vLLM does while it loads
     try:
-        layer = _load(_row(), {None: tensors})
+        layer = load(_row(), {None: tensors})
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(layer.kernel.table, tensors["lookup_table"])
@@ -167,7 +142,7 @@ def test_weights_rest_packed_and_in_full_precision_whatever_the_dtype(dtype: tor
 
 def test_lora_wraps_the_packed_layer() -> None:
     """vLLM's wrapper asks for `qweight`."""
-    layer = _load(_row(), {None: _tensors(4, 64, K, 9)})
+    layer = load(_row(), {None: _tensors(4, 64, K, 9)})
     assert layer.qweight is layer.kernel.codes  # no second copy
     assert RowParallelLinearWithLoRA(layer).device.type == "cpu"
 
@@ -177,7 +152,7 @@ def test_a_bias_that_was_rounded_to_infinity_is_refused() -> None:
     layer = linear.RowParallelLinear(K, 64, bias=True, quant_config=_config(4), params_dtype=torch.float16, prefix=name)
     layer.bias.data.copy_(torch.full((64,), 1e5))  # beyond float16
     with pytest.raises(ValueError, match=r"layers\.3\.mlp\.down_proj: bias holds 64 values .* not finite in float16"):
-        _load(layer, {None: _tensors(4, 64, K, 10)})
+        load(layer, {None: _tensors(4, 64, K, 10)})
 
 
 def _row(bits: int = 4, **options: Any) -> Any:
@@ -209,13 +184,13 @@ def test_a_wrong_or_missing_tensor_is_named_with_its_numbers(change: Callable[[A
     tensors = _tensors(4, 64, K, 11)
     change(tensors)
     with pytest.raises(ValueError, match=message):
-        _load(_row(), {None: tensors})
+        load(_row(), {None: tensors})
 
 
 def test_a_sparse_part_the_config_declares_must_come() -> None:
     declared = {"model.layers.0.mlp.down_proj": {"nnz": 3, "full_rows": 1}}
     with pytest.raises(ValueError, match=r"down_proj\.rows, .*down_proj\.full_rows"):
-        _load(_row(sparse=declared), {None: _tensors(4, 64, K, 12, sparse=False)})
+        load(_row(sparse=declared), {None: _tensors(4, 64, K, 12, sparse=False)})
 
 
 @pytest.mark.parametrize(("bits", "k", "ranks"), [(4, 72, 2), (3, 96, 2)])

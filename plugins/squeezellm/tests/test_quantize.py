@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny_squeezellm import projections, write_llama
 from quantserve.errors import CheckpointError, UsageError
 from quantserve_kernels import unpack_stream
-from quantserve_squeezellm import _format
+from quantserve_squeezellm import _packing
 from quantserve_squeezellm._files import ShardWriter
 from quantserve_squeezellm._kmeans import codebooks, encode
 from quantserve_squeezellm._quantize import quantize, quantize_matrix
@@ -62,7 +62,7 @@ def test_a_channel_with_few_values_survives_exactly(bits: int, n: int, blocks: i
     different = data.draw(st.integers(1, 2**bits))
     palette = torch.randn(n, different, generator=g)
     weight = palette.gather(1, torch.randint(0, different, (n, 32 * blocks), generator=g))
-    assert torch.equal(_format.dequantize(quantize_matrix(weight, bits)), weight)
+    assert torch.equal(_packing.dequantize(quantize_matrix(weight, bits)), weight)
 
 
 def test_every_code_is_the_nearest_codebook_entry_and_every_entry_the_mean_of_its_weights() -> None:
@@ -83,10 +83,10 @@ def test_the_largest_magnitudes_stay_exact_and_do_not_pull_the_codebook() -> Non
     count = round(32 * 128 * 0.005)
     assert tensors["vals"].numel() == count
     kept = weight.abs().view(-1).topk(count).indices
-    back = _format.dequantize(tensors)
+    back = _packing.dequantize(tensors)
     assert torch.allclose(back.view(-1)[kept], weight.view(-1)[kept], rtol=1e-6)
     assert tensors["lookup_table"].abs().max() < 5
-    assert (back - weight).square().mean() < (_format.dequantize(quantize_matrix(weight, 3)) - weight).square().mean()
+    assert (back - weight).square().mean() < (_packing.dequantize(quantize_matrix(weight, 3)) - weight).square().mean()
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_folder_becomes_a_checkpoint_with_everything_it_needs(tmp_path: Path, 
         if sparsity:
             layer |= {suffix: after.pop(f"{module}.{suffix}") for suffix in ("rows", "cols", "vals")}
             assert config["quantization_config"]["sparse"][module] == {"nnz": layer["vals"].numel()}
-        error = (_format.dequantize(layer) - original).square().mean() / original.square().mean()
+        error = (_packing.dequantize(layer) - original).square().mean() / original.square().mean()
         assert error < {3: 0.04, 4: 0.012}[bits]
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -3,9 +3,6 @@
     class MyFormat(Format):
         name = "myformat"
 
-        @classmethod
-        def from_config(cls, config): ...            # the quantization config of the checkpoint
-
         def scheme(self, module): ...                # the stored tensors of this linear; None where it is plain
 
         def pack(self, tensors, sparse): ...         # from these tensors to the kernels' codes and codebook
@@ -17,6 +14,6 @@ arrives, and the kernel.
 """
 
 from quantserve_kernels.vllm.format import Format, register
-from quantserve_kernels.vllm.ragged import CSR, Entries
+from quantserve_kernels.vllm.ragged import CSR, Entries, Tensors
 
-__all__ = ["CSR", "Entries", "Format", "register"]
+__all__ = ["CSR", "Entries", "Format", "Tensors", "register"]

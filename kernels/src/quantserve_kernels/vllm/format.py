@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -22,12 +21,12 @@ from quantserve_kernels import PackedWeight, load
 from quantserve_kernels.vllm.experts import experts_method, is_stack, stack_renaming
 from quantserve_kernels.vllm.linear import FormatLinearMethod
 from quantserve_kernels.vllm.loading import attribute
-from quantserve_kernels.vllm.ragged import CSR, Entries
+from quantserve_kernels.vllm.ragged import CSR, Entries, Tensors
 from quantserve_kernels.vllm.scheme import DTYPES, Scheme, dtypes, of_one_expert
 
 
 class Format(QuantizationConfig):
-    """A format: a name, `from_config`, `scheme` and `pack`, and vLLM serves it. The other methods are for few formats.
+    """A format: a name, `scheme` and `pack`, and vLLM serves it. The other methods are for few formats.
 
     A linear is plain where `scheme` returns None, the skip list names it, or the files hold its ``weight`` and nothing
     of its scheme. The output layer is quantized where the files hold all that its scheme needs.
@@ -68,9 +67,12 @@ class Format(QuantizationConfig):
     # --- what a plugin says ----------------------------------------------------------------------
 
     @classmethod
-    @abstractmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Read the checkpoint's quantization config; ValueError with the fix where it is wrong."""
+        """Read the checkpoint's quantization config; ValueError with the fix where it is wrong.
+
+        Here only the skip list is read, under the key ``modules_to_not_convert``.
+        """
+        return cls(skipped=config.get("modules_to_not_convert") or ())
 
     @abstractmethod
     def scheme(self, module: str) -> Scheme | None:
@@ -82,7 +84,7 @@ class Format(QuantizationConfig):
         """
 
     @abstractmethod
-    def pack(self, tensors: Mapping[str, Tensor], sparse: CSR | None) -> PackedWeight:
+    def pack(self, tensors: Tensors, sparse: CSR | None) -> PackedWeight:
         """Pack one layer for the kernels, with a function of `quantserve_kernels`.
 
         Args:
@@ -96,7 +98,7 @@ class Format(QuantizationConfig):
             ValueError: the tensors hold what no weight can be; the layer's name is added.
         """
 
-    def entries(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Entries:
+    def entries(self, tensors: Tensors, shape: tuple[int, int]) -> Entries:
         """Read one complete set of ragged tensors of a linear [n, k]; ValueError where they do not fit it."""
         raise NotImplementedError(f"{type(self).__name__} names ragged tensors, but does not implement entries()")
 

@@ -13,6 +13,9 @@ from quantserve_kernels.vllm.shards import ShardId, Shards
 if TYPE_CHECKING:
     from quantserve_kernels.vllm.format import Format
 
+Tensors = Mapping[str, Tensor]
+"""The tensors of a linear by suffix."""
+
 CSR = tuple[Tensor, Tensor, Tensor]
 """rows int32 [n + 1], cols int32 [nnz], vals float32 [nnz]."""
 
@@ -64,7 +67,7 @@ class Ragged:
         rows[1:] = torch.bincount(positions // self.k, minlength=self.n).cumsum(0)
         return rows.to(device), (positions % self.k).to(device, torch.int32), sums.to(device)
 
-    def _cut(self, tensors: Mapping[str, Tensor], shard: ShardId) -> None:
+    def _cut(self, tensors: Tensors, shard: ShardId) -> None:
         n, k = self.shards.n(shard), self.shards.k
         if n is None:
             raise NotImplementedError(f"{self.shards.name}: ragged tensors of shard {shard!r}, whose size is unknown")

@@ -23,18 +23,17 @@ from quantserve_squeezellm._files import (
     read_json,
     write_json,
 )
-from quantserve_squeezellm._format import (
+from quantserve_squeezellm._packing import (
     CSR,
     DENSE,
     FULL,
     PROJECTIONS,
     SUFFIXES,
     bits_of,
-    csr_problem,
-    full_rows_problem,
     k_multiple,
     projection_shapes,
     quantization_config,
+    sparse_problem,
 )
 from quantserve_squeezellm._pickle import load_state
 
@@ -214,10 +213,7 @@ def _check_layers(found: _Source, bits: int, config: Mapping[str, Any]) -> None:
                 f"{found.path}: {module} is [{n}, {k}] (out, in), but config.json makes it {list(expected)}. "
                 "Fix: the config.json (or --base) must be of the same model"
             )
-        problem = csr_problem(tensors["rows"], tensors["cols"], tensors["vals"], n, k) if "rows" in tensors else None
-        if "full_rows" in tensors and not problem:
-            problem = full_rows_problem(tensors["full_rows"], tensors["full_row_indices"], n, k)
-        if problem:
+        if problem := sparse_problem(tensors, n, k):
             raise CheckpointError(f"{found.path}: {module}: {problem}")
         nnz = tensors["cols"].numel() if "cols" in tensors else 0
         if found.nonzeros.get(module, nnz) != nnz:

@@ -15,7 +15,7 @@ from quantserve_squeezellm._files import (
     read_json,
     write_json,
 )
-from quantserve_squeezellm._format import SUFFIXES, dequantize
+from quantserve_squeezellm._packing import SUFFIXES, dequantize
 
 
 def dequantize_checkpoint(source: Path, destination: Path) -> None:

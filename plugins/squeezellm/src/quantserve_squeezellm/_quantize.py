@@ -20,8 +20,8 @@ from quantserve_squeezellm._files import (
     read_json,
     write_json,
 )
-from quantserve_squeezellm._format import PROJECTIONS, k_multiple, pack, quantization_config, to_csr
 from quantserve_squeezellm._kmeans import codebooks, encode
+from quantserve_squeezellm._packing import PROJECTIONS, k_multiple, pack, quantization_config, to_csr
 from quantserve_squeezellm.format import BITS
 
 # Weights clustered at once: bounds the float64 working copies to some hundred MB.

@@ -7,8 +7,8 @@ from fractions import Fraction
 from quantserve.api import K, N, Part, Scheme
 
 BITS = (3, 4)
-SPARSE = (("rows", "cols", "vals"), ("full_rows", "full_row_indices"))
-"""The parts added to the dense one, as they are counted in config.json: entries (``nnz``), then ``full_rows``."""
+SPARSE = {"nnz": ("rows", "cols", "vals"), "full_rows": ("full_rows", "full_row_indices")}
+"""The parts added to the dense one, by what config.json counts of them."""
 
 FLOATS = ("F32", "F16", "BF16")
 

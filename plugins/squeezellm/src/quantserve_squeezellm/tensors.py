@@ -95,7 +95,7 @@ def sparse_findings(checkpoint: Checkpoint, settings: Settings, quantized: list[
     bad: list[str] = []
     for linear in quantized:
         tensors_of = present.get(linear.name, {})
-        for names in SPARSE:
+        for names in SPARSE.values():
             tensors = {name: tensors_of[name] for name in names if name in tensors_of}
             missing = [name for name in names if name not in tensors]
             if tensors and missing:

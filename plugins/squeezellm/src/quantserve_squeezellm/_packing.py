@@ -22,7 +22,7 @@ from quantserve_squeezellm.format import BITS, SPARSE
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DENSE = ("qweight", "lookup_table")
-CSR, FULL = SPARSE
+CSR, FULL = SPARSE.values()
 SUFFIXES = (*DENSE, *CSR, *FULL, "startrows")
 
 
@@ -105,10 +105,13 @@ def full_rows_problem(full_rows: Tensor, indices: Tensor, n: int, k: int) -> str
 
 
 def sparse_problem(tensors: Mapping[str, Tensor], n: int, k: int) -> str | None:
-    """Why a complete set of sparse tensors does not belong to a linear [n, k]; None when it does."""
+    """Why the sparse sets among these tensors, each complete, do not belong to a linear [n, k]; None when they do."""
+    problem = None
     if "rows" in tensors:
-        return csr_problem(tensors["rows"], tensors["cols"], tensors["vals"], n, k)
-    return full_rows_problem(tensors["full_rows"], tensors["full_row_indices"], n, k)
+        problem = csr_problem(tensors["rows"], tensors["cols"], tensors["vals"], n, k)
+    if "full_rows" in tensors and not problem:
+        problem = full_rows_problem(tensors["full_rows"], tensors["full_row_indices"], n, k)
+    return problem
 
 
 def coordinates(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.metadata import EntryPoints, entry_points
@@ -323,16 +322,6 @@ BROKEN = [
     Broken("quality-text", hook("quality(bits): return 'good'"), "", 0),
     Broken("kernel-raises", hook("kernel(target, bits, engine): raise KeyError(bits)"), "KeyError: 8"),
 ]
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    path = tmp_path / "site"
-    path.mkdir()
-    monkeypatch.syspath_prepend(str(path))
-    site = Site(path)
-    yield site
-    site.forget()
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,14 +12,6 @@ from quantserve.errors import PluginError, UsageError
 from quantserve.plugins.registry import Hooks, Registry
 
 HOOK = "from quantserve.api import hookimpl\n@hookimpl\n"
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    site = Site(tmp_path)
-    yield site
-    site.forget()
 
 
 def load(site: Site, **environ: str) -> Registry:

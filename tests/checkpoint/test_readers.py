@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 
@@ -28,16 +27,6 @@ from quantserve.target import find_target
 REPO = "org/model"
 TARGET = find_target("a100-80g")
 NAMES = ("m-Q4_K.tiny", "m-Q4_K_M.tiny", "m-Q8_0.tiny")
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    path = tmp_path / "site"
-    path.mkdir()
-    monkeypatch.syspath_prepend(str(path))
-    site = Site(path)
-    yield site
-    site.forget()
 
 
 @pytest.fixture

@@ -26,9 +26,8 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe import config as moe_config
 
-from quantserve.api import E, K, N, Part, Scheme
-from quantserve_kernels import PackedWeight, pack
-from quantserve_kernels.vllm import CSR, Format, experts, linear_kernels, register
+from mixtures import BOOK, GROUP, Nibbles, Parts, nibbles
+from quantserve_kernels.vllm import Format, experts, linear_kernels, register
 from quantserve_kernels.vllm.expert_kernels import RoutedExperts
 from test_linear_kernels import awq, compressed, config_of, gptq
 
@@ -37,48 +36,10 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel for vLLM's own methods is on CPUs only"),
 ]
 
-EXPERTS, CHOICES, HIDDEN, WIDTH, GROUP = 4, 2, 128, 64, 32
+EXPERTS, CHOICES, HIDDEN, WIDTH = 4, 2, 128, 64
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
-SHAPES = {GATE: (WIDTH, HIDDEN), UP: (WIDTH, HIDDEN), DOWN: (HIDDEN, WIDTH)}
-Parts = dict[str, Tensor]
 Matrices = dict[tuple[int, str], Tensor]
-
-
-class Nibbles(Format):
-    """Codes uint8 [n, k/2], the lower half of a byte first; a scale for 32 inputs. A table for all."""
-
-    name = "nibbles-of-the-tests"
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Nibbles:
-        return cls(skipped=config.get("skip") or ())
-
-    def scheme(self, module: str) -> Scheme:
-        stack = (E(),) if module.endswith(("experts.gate_up_proj", "experts.down_proj")) else ()
-        parts = {
-            "blocks": Part((*stack, N(), K(2)), ("U8",)),
-            "scales": Part((*stack, N(), K(GROUP)), ("F32",)),
-            "weight.book": Part((16,), ("F32",), optional=True),
-        }
-        return Scheme(parts, bits=4, group_size=GROUP)
-
-    def pack(self, tensors: Mapping[str, Tensor], sparse: CSR | None) -> PackedWeight:
-        octets = tensors["blocks"]
-        codes = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
-        table = tensors.get("weight.book", BOOK[None])
-        return pack(codes, table.to(codes.device), bits=4, scales=tensors["scales"], group_size=GROUP)
-
-
-BOOK = torch.tensor([-8.0, -6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-
-
-def nibbles(n: int, k: int, seed: int) -> tuple[Parts, Tensor]:
-    """The tensors of a linear, and its matrix [n, k] in float64."""
-    made = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (n, k), generator=made)
-    scales = torch.rand(n, k // GROUP, generator=made) * 0.02 + 0.01
-    matrix = BOOK.double()[codes] * scales.double().repeat_interleave(GROUP, 1)
-    return {"blocks": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), "scales": scales}, matrix
+SHAPES = {GATE: (WIDTH, HIDDEN), UP: (WIDTH, HIDDEN), DOWN: (HIDDEN, WIDTH)}
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,35 @@ from torch.nn import Module
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
-from quantserve_kernels import Linear, check_bias
+from quantserve_kernels import Linear, PackedWeight, check_bias
 from quantserve_kernels.vllm.loading import LayerLoading
 from quantserve_kernels.vllm.scheme import Scheme
 
 if TYPE_CHECKING:
     from quantserve_kernels.vllm.format import Format
+
+
+@contextmanager
+def blaming(layer: Module, fix: str) -> Iterator[None]:
+    """Check a layer's bias and pack its weight: what is wrong with either is an error of this layer.
+
+    Raises:
+        ValueError: the bias is not finite, or the block raised one; names the layer and the fix.
+    """
+    try:
+        check_bias(getattr(layer, "bias", None))
+        yield
+    except ValueError as error:
+        raise ValueError(f"{getattr(layer, 'prefix', '') or type(layer).__name__}: {error}. Fix: {fix}") from error
+
+
+def install(weight: PackedWeight, layer: Module, name: str) -> None:
+    """Compute a layer with this weight, whose codes are the buffer `name` from now on.
+
+    vLLM's LoRA wrapper asks ``qweight`` or ``weight_packed`` for the layer's device, and does not wrap a layer without.
+    """
+    layer.kernel = Linear(weight)
+    layer.register_buffer(name, layer.kernel.codes, persistent=False)
 
 
 @register_weight_loader_v2_supported_method
@@ -71,17 +95,12 @@ class FormatLinearMethod(LinearMethodBase):
         dummy = engine is not None and engine.load_config.load_format == "dummy"
         loading: LayerLoading = layer.format_loading
         tensors, sparse = loading.finish(verify=not dummy)
-        try:
-            check_bias(getattr(layer, "bias", None))
+        with blaming(layer, "convert the checkpoint again"):
             weight = self.format.pack(tensors, sparse)
             if (weight.n, weight.k) != (loading.n, loading.k):
                 raise ValueError(f"packed [{weight.n}, {weight.k}], but the layer is [{loading.n}, {loading.k}]")
-        except ValueError as error:
-            raise ValueError(f"{loading.name}: {error}. Fix: convert the checkpoint again") from error
         del layer.format_loading
-        layer.kernel = Linear(weight)
-        # vLLM's LoRA wrapper asks a quantized layer's `qweight` for its device, and does not wrap a layer without.
-        layer.register_buffer("qweight", layer.kernel.codes, persistent=False)
+        install(weight, layer, "qweight")
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., k] to [..., n] in x's dtype."""

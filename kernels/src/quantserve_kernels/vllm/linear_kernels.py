@@ -21,7 +21,8 @@ from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel, M
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.scalar_type import scalar_types
 
-from quantserve_kernels import Linear, PackedWeight, check_bias, load, pack, status, unpack_stream
+from quantserve_kernels import PackedWeight, load, pack, status, unpack_stream
+from quantserve_kernels.vllm.linear import blaming, install
 
 # The integer types whose codes fill int32 words without a rest. For 3 bits, writers disagree on how they do.
 TYPES = (
@@ -77,17 +78,12 @@ class CodebookLinearKernel(MPLinearKernel):
             ValueError: scales never arrived, or scales or the bias are not finite; names the layer.
         """
         _say_once()
-        try:
-            check_bias(getattr(layer, "bias", None))
+        with blaming(layer, "download or export the checkpoint again"):
             weight = self._pack(layer)
-        except ValueError as error:
-            name = getattr(layer, "prefix", "") or type(layer).__name__
-            raise ValueError(f"{name}: {error}. Fix: download or export the checkpoint again") from error
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             if name and hasattr(layer, name):
                 delattr(layer, name)
-        layer.kernel = Linear(weight)
-        layer.register_buffer(self.w_q_name, layer.kernel.codes, persistent=False)
+        install(weight, layer, self.w_q_name)
 
     def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., k] to [..., n] in x's dtype."""

@@ -1,10 +1,11 @@
 // The codebook GEMM over an instruction set S. Included once by each isa_*.cpp, in an unnamed namespace: the same
 // templates compiled for two instruction sets must not be merged by the linker.
 //
-// S gives: Element (of prepared x and decoded tiles), Acc (float32 accumulator), Vec (decoded weights), PARTS (Vecs per
-// vector of 32), LANES (elements per Vec), HEIGHT and ROWS (rows of x in a register block, beside weights that are decoded
-// there and beside stored ones), DIRECT (rows of x up to which weights are not stored), AHEAD (bytes fetched ahead),
-// Table<bits>, Codes<bits>, and the functions used below.
+// S gives: Element (of prepared x and decoded tiles), Acc (float32 accumulator, a vector of the compiler's), Vec (decoded
+// weights), PARTS (Vecs per vector of 32), LANES (elements per Vec), HEIGHT and ROWS (rows of x in a register block, beside
+// weights that are decoded there and beside stored ones), DIRECT (rows of x up to which weights are not stored), TALL and
+// SHALLOW (the same two for columns), CHAINS (sums of columns that are added up at once), AHEAD (bytes fetched ahead), Table<bits>,
+// Codes<bits>, Wide<bits>, and the functions used below.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -149,90 +150,50 @@ inline float total(const float* values, int64_t count) {
 #endif
 }
 
-typedef float Four __attribute__((vector_size(16)));  // a value for each channel of a tile
-
-// Four scales or zeros, those of a tile in one group.
-inline void widen_four(const void* from, Float type, int64_t first, float* to) {
-#ifdef __F16C__
-  if (type == Float::f16) {
-    const auto* half = static_cast<const uint16_t*>(from) + first;
-    _mm_storeu_ps(to, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(half))));
-    return;
+// As many scales or zeros of neighbouring channels as Acc has lanes.
+template <class Acc>
+inline INLINE Acc lanes_of(const void* from, Float type, int64_t first) {
+  constexpr int LANES = sizeof(Acc) / sizeof(float);
+#ifdef __AVX512F__
+  if constexpr (LANES == 16) {
+    if (type == Float::f32) return (Acc)_mm512_loadu_ps(static_cast<const float*>(from) + first);
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(from) + first));
+    if (type == Float::f16) return (Acc)_mm512_cvtph_ps(words);
+    return (Acc)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
   }
 #endif
-  widen(from, type, first, TILE, to);
-}
-
-// Walks along the groups of a tile, one unit of vectors at a time.
-class Groups {
- public:
-  Groups(const Weight& w, int64_t tile, int unit, int64_t first_unit)
-      : w_(w), per_group_(w.group_padded / VECTOR / unit), base_(tile * w.groups * TILE),
-        group(first_unit / per_group_ - 1), left_(first_unit % per_group_ ? 0 : 1) {
-    if (left_ == 0) {  // within a group
-      left_ = per_group_ - first_unit % per_group_ + 1;
-      ++group;
-      load();
+#ifdef __F16C__
+  if constexpr (LANES == 8) {
+    if (type == Float::f16) {
+      const auto* half = static_cast<const uint16_t*>(from) + first;
+      return (Acc)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
     }
   }
-
-  // True where a group begins. `scale` holds its scales then, and `offset` -zero * scale.
-  INLINE bool step() {
-    if (--left_ > 0) return false;
-    left_ = per_group_;
-    ++group;
-    load();
-    return true;
-  }
-
- private:
-  const Weight& w_;
-  const int64_t per_group_, base_;
-
- public:
-  int64_t group;
-  float scale[TILE] = {};
-  Four offset = {};
-
- private:
-  int64_t left_;
-
-  INLINE void load() {
-    if (!w_.scales || group >= w_.groups) {  // beyond them is padding up to a whole block, where x is zero
-      std::fill_n(scale, TILE, 0.0f);
-      offset = Four{};
-      return;
-    }
-    widen_four(w_.scales, w_.scale_type, base_ + group * TILE, scale);
-    if (!w_.zeros) return;
-    float zero[TILE];
-    widen_four(w_.zeros, w_.scale_type, base_ + group * TILE, zero);
-    Four scales, zeros;
-    std::memcpy(&scales, scale, sizeof scales);
-    std::memcpy(&zeros, zero, sizeof zeros);
-    offset = -scales * zeros;
-  }
-};
-
-inline const float* table_of(const Weight& w, int64_t row) {
-  return w.per_channel ? w.table + (row << w.bits) : w.table;
+#endif
+  Acc out;
+  float values[LANES];
+  widen(from, type, first, LANES, values);
+  std::memcpy(&out, values, sizeof out);
+  return out;
 }
+
+inline const float* table_of(const Weight& w, int64_t row) { return w.columns ? w.table : w.table + (row << w.bits); }
 
 // --- few rows of x: decoded weights stay in registers -----------------------------------------------------------------
 
 // The side data of a tile are short pieces of long arrays, which the hardware does not foresee.
 template <class S>
 void prefetch_side_data(const Weight& w, int64_t tile) {
-  const int64_t first = tile * TILE, last = std::min(first + TILE, w.n);
+  const int64_t first = tile * w.tile(), last = std::min(first + w.tile(), w.n);
   if (first >= w.n) return;
   const auto range = [](const void* base, int64_t begin, int64_t end) {
     const char* from = static_cast<const char*>(base);
     for (int64_t at = begin; at < end; at += 64) S::prefetch(from + at);
   };
-  if (w.per_channel) range(w.table, first << w.bits << 2, last << w.bits << 2);
+  if (!w.columns) range(w.table, first << w.bits << 2, last << w.bits << 2);
   const int64_t size = (w.scale_type == Float::f32 ? 4 : 2) * w.groups;
-  if (w.scales) range(w.scales, first * size, (first + TILE) * size);
-  if (w.zeros) range(w.zeros, first * size, (first + TILE) * size);
+  if (w.scales) range(w.scales, first * size, (first + w.tile()) * size);
+  if (w.zeros) range(w.zeros, first * size, (first + w.tile()) * size);
 }
 
 // Vector J's share of fetching the tile's codes that come AHEAD bytes later: all at once they would block other loads.
@@ -244,111 +205,235 @@ inline INLINE void prefetch_share(const uint8_t* codes) {
   });
 }
 
-// c[m * width + r] += x[m] . W[tile * TILE + r] for `rows` <= M rows of x, without the sparse part; UNIT 0: no scales.
-// The sum over a group is scaled, not the weights, and zero points are taken off with the sums of x: nothing is rounded.
-template <class S, int BITS, int UNIT, int M>
+// c[m * width + r] += x[m] . W[tile * TILE + r] for `rows` <= M rows of x, without scales and sparse part.
+template <class S, int BITS, int M>
 void small_tile(const Weight& w, const Input& in, int64_t row, int64_t rows, int64_t tile, float* c, int64_t width) {
   using Acc = typename S::Acc;
   constexpr int V = block_vectors(BITS);
-  constexpr int U = UNIT ? UNIT : V;
-  constexpr int R = UNIT != 0 && M > 2 ? TILE / 2 : TILE;  // channels whose sums over a group fit the registers
   const int64_t blocks = w.k_padded / (V * VECTOR);
   typename S::template Table<BITS> table[TILE];
   for (int r = 0; r < TILE; ++r) table[r].set(table_of(w, std::min(tile * TILE + r, w.n - 1)));
   const typename S::Element* x[M];
-  const float* sums[M];
   for (int m = 0; m < M; ++m) {
-    const int64_t at = row + std::min<int64_t>(m, rows - 1);
-    x[m] = static_cast<const typename S::Element*>(in.x) + at * w.k_padded;
-    sums[m] = in.sums + at * w.groups;
+    x[m] = static_cast<const typename S::Element*>(in.x) + (row + std::min<int64_t>(m, rows - 1)) * w.k_padded;
   }
   const uint8_t* codes = w.codes + tile * TILE * blocks * block_bytes(BITS);
-  Four correction[M] = {};
   Acc acc[TILE][M];
   unrolled<TILE * M>([&](auto i) INLINE { acc[i / M][i % M] = S::zero(); });
-  Groups groups(w, tile, UNIT ? UNIT : 1, 0);
   for (int64_t b = 0; b < blocks; ++b, codes += TILE * block_bytes(BITS)) {
     using Codes = typename S::template Codes<BITS>;
     constexpr int64_t NEXT = block_bytes(BITS);
     const int64_t at = b * V * VECTOR;
     const Codes code[TILE] = {Codes(codes), Codes(codes + NEXT), Codes(codes + 2 * NEXT), Codes(codes + 3 * NEXT)};
-    unrolled<V / U>([&](auto u) INLINE {
-      if (UNIT != 0 && groups.step() && w.zeros && groups.group < w.groups) {
-        unrolled<M>([&](auto m) INLINE { correction[m] += groups.offset * sums[m][groups.group]; });
+    unrolled<V * S::PARTS>([&](auto i) INLINE {
+      constexpr int j = i / S::PARTS, p = i % S::PARTS;
+      if constexpr (p == 0) prefetch_share<S, BITS, j>(codes);
+      typename S::Vec input[M];
+      unrolled<M>([&](auto m) INLINE { input[m] = S::load(x[m] + at + j * VECTOR + p * S::LANES); });
+      // The channels alternate: each is a chain of additions of its own, and a load of x serves all.
+      unrolled<TILE>([&](auto r) INLINE {
+        const auto weights = code[r].template get<j, p>(table[r]);
+        unrolled<M>([&](auto m) INLINE { acc[r][m] = S::mac(acc[r][m], weights, input[m]); });
+      });
+    });
+  }
+  unrolled<M>([&](auto m) INLINE {
+    if (m < rows) S::add_sums(acc[0][m], acc[1][m], acc[2][m], acc[3][m], c + m * width);
+  });
+}
+
+// A panel of three rows is computed as one of four.
+template <class S, int BITS>
+void small_rows(const Weight& w, const Input& in, int64_t row, int64_t rows, int64_t tile, float* c, int64_t width) {
+  if (rows == 1) return small_tile<S, BITS, 1>(w, in, row, rows, tile, c, width);
+  if (rows == 2) return small_tile<S, BITS, 2>(w, in, row, rows, tile, c, width);
+  if constexpr (S::HEIGHT > 2) small_tile<S, BITS, 4>(w, in, row, rows, tile, c, width);
+}
+
+// --- columns: the lanes of an accumulator are channels -----------------------------------------------------------------
+
+// How the 16 channels of a tile and the two features of a vector lie in the parts of a vector.
+template <class S>
+struct Columns {
+  static constexpr int LANES = sizeof(typename S::Acc) / sizeof(float);
+  static constexpr int HALVES = COLUMNS / LANES;          // accumulators of a tile
+  static constexpr int FEATURES = 2 * HALVES / S::PARTS;  // of a part: two where the products add up pairs
+  // Sums of a result that are added up side by side, as one addition waits for the one before.
+  static constexpr int chains(int rows) {
+    int count = 4;
+    while (count > 1 && count * HALVES * rows > S::CHAINS) count /= 2;
+    return count;
+  }
+};
+
+// c[m * width + i] += x[m] . W[tile * COLUMNS + i] for M rows of x, without the sparse part. `x` is a panel:
+// [features / 2, M, 2]. The sums over a group are scaled, not the weights, and zero points are taken off with the sums of
+// x: nothing is rounded.
+template <class S, int BITS, int M>
+void column_tile(const Weight& w, const typename S::Element* x, const float* sums, int64_t tile, float* c,
+                 int64_t width) {
+  using Acc = typename S::Acc;
+  using Shape = Columns<S>;
+  constexpr int V = block_vectors(BITS), BYTES = block_bytes(BITS), H = Shape::HALVES, CHAINS = Shape::chains(M);
+  const int64_t per_group = w.group_padded / (2 * V);
+  typename S::template Table<BITS> table;
+  table.set(w.table);
+  const uint8_t* codes = w.codes + tile * w.groups * per_group * BYTES;
+  Acc total[H][M];
+  unrolled<H * M>([&](auto i) INLINE { total[i / M][i % M] = S::zero(); });
+  for (int64_t g = 0; g < w.groups; ++g) {
+    Acc part[CHAINS][H][M];
+    unrolled<CHAINS * H * M>([&](auto i) INLINE { part[i / (H * M)][i / M % H][i % M] = S::zero(); });
+    for (int64_t b = 0; b < per_group; ++b, codes += BYTES, x += 2 * V * M) {
+      unrolled<BYTES / 64>([&](auto line) INLINE { S::prefetch(codes + S::AHEAD / 2 + 64 * line); });
+      const typename S::template Codes<BITS> code(codes);
+      unrolled<V * S::PARTS>([&](auto i) INLINE {
+        constexpr int j = i / S::PARTS, p = i % S::PARTS, chain = j % CHAINS, h = p % H;
+        const auto weights = code.template get<j, p>(table);
+        unrolled<M>([&](auto m) INLINE {
+          part[chain][h][m] = S::mac(part[chain][h][m], weights, S::spread(x + (j * M + m) * 2 + p / H));
+        });
+      });
+    }
+    unrolled<H>([&](auto h) INLINE {
+      unrolled<(CHAINS - 1) * M>([&](auto i) INLINE { part[0][h][i % M] += part[1 + i / M][h][i % M]; });
+      if (!w.scales) {
+        unrolled<M>([&](auto m) INLINE { total[h][m] += part[0][h][m]; });
+        return;
       }
-      unrolled<TILE / R>([&](auto half) INLINE {
-        Acc part[R][M];
-        unrolled<R * M>([&](auto i) INLINE {
-          part[i / M][i % M] = UNIT ? S::zero() : acc[half * R + i / M][i % M];
-        });
-        unrolled<U * S::PARTS>([&](auto i) INLINE {
-          constexpr int j = u * U + i / S::PARTS, p = i % S::PARTS;
-          if constexpr (p == 0 && half == 0) prefetch_share<S, BITS, j>(codes);
-          typename S::Vec input[M];
-          unrolled<M>([&](auto m) INLINE { input[m] = S::load(x[m] + at + j * VECTOR + p * S::LANES); });
-          // The channels alternate: each is a chain of additions of its own, and a load of x serves all.
-          unrolled<R>([&](auto r) INLINE {
-            const auto weights = code[half * R + r].template get<j, p>(table[half * R + r]);
-            unrolled<M>([&](auto m) INLINE { part[r][m] = S::mac(part[r][m], weights, input[m]); });
-          });
-        });
-        unrolled<R * M>([&](auto i) INLINE {
-          constexpr int r = i / M, m = i % M;
-          Acc& total = acc[half * R + r][m];
-          total = UNIT ? S::scale(part[r][m], groups.scale[half * R + r], total) : part[r][m];
+      const int64_t at = (tile * w.groups + g) * COLUMNS + h * Shape::LANES;
+      const Acc scale = lanes_of<Acc>(w.scales, w.scale_type, at);
+      if (w.zeros) {
+        const Acc zero = lanes_of<Acc>(w.zeros, w.scale_type, at);
+        unrolled<M>([&](auto m) INLINE { part[0][h][m] -= zero * sums[m * w.groups + g]; });
+      }
+      unrolled<M>([&](auto m) INLINE { total[h][m] += part[0][h][m] * scale; });
+    });
+  }
+  unrolled<M>([&](auto m) INLINE {
+    unrolled<H>([&](auto h) INLINE {
+      float* to = c + m * width + h * Shape::LANES;
+      Acc sum;
+      std::memcpy(&sum, to, sizeof sum);
+      sum += total[h][m];
+      std::memcpy(to, &sum, sizeof sum);
+    });
+  });
+}
+
+template <class S, int BITS, int M = S::TALL>
+void column_rows(const Weight& w, const typename S::Element* x, const float* sums, int64_t rows, int64_t tile, float* c,
+                 int64_t width) {
+  if (rows == M) return column_tile<S, BITS, M>(w, x, sums, tile, c, width);
+  if constexpr (M > 1) column_rows<S, BITS, M - 1>(w, x, sums, rows, tile, c, width);
+}
+
+// Decodes blocks [begin, end) of a tile, scaled, to out[features / 2, 16, 2]; in float32 each part keeps its own order.
+template <class S, int BITS>
+void decode_columns(const Weight& w, int64_t tile, int64_t begin, int64_t end, typename S::Element* out) {
+  using Acc = typename S::Acc;
+  using Shape = Columns<S>;
+  constexpr int V = block_vectors(BITS), H = Shape::HALVES;
+  const int64_t per_group = w.group_padded / (2 * V), blocks = w.groups * per_group;
+  typename S::template Wide<BITS> table;
+  table.set(w.table);
+  const uint8_t* codes = w.codes + (tile * blocks + begin) * block_bytes(BITS);
+  Acc scale[H], offset[H];
+  for (int64_t b = begin; b < end; ++b, codes += block_bytes(BITS), out += V * VECTOR) {
+    if (b == begin || b % per_group == 0) {
+      unrolled<H>([&](auto h) INLINE {
+        const int64_t at = (tile * w.groups + b / per_group) * COLUMNS + h * Shape::LANES;
+        scale[h] = w.scales ? lanes_of<Acc>(w.scales, w.scale_type, at) : S::zero() + 1.0f;
+        offset[h] = w.zeros ? -scale[h] * lanes_of<Acc>(w.zeros, w.scale_type, at) : S::zero();
+      });
+    }
+    const typename S::template Codes<BITS> code(codes);
+    unrolled<V * S::PARTS>([&](auto i) INLINE {
+      constexpr int j = i / S::PARTS, p = i % S::PARTS;
+      S::store(out + i * S::LANES, S::template scaled<BITS, j, p>(code, table, scale[p % H], offset[p % H]));
+    });
+  }
+}
+
+// c[m, i] += x[m] . W[i] over `features` of M rows of x and C decoded tiles, which lie `stride` elements apart.
+template <class S, int M, int C>
+void multiply_columns(const typename S::Element* weights, int64_t stride, const typename S::Element* x, int64_t features,
+                      float* c, int64_t width) {
+  using Shape = Columns<S>;
+  constexpr int H = Shape::HALVES;
+  typename S::Acc acc[C * H][M];
+  unrolled<C * H * M>([&](auto i) INLINE { acc[i / M][i % M] = S::zero(); });
+  for (int64_t k = 0; k < features; k += 2, weights += VECTOR, x += 2 * M) {
+    unrolled<S::PARTS>([&](auto p) INLINE {
+      typename S::Vec column[C];
+      unrolled<C>([&](auto t) INLINE { column[t] = S::load(weights + t * stride + p * S::LANES); });
+      unrolled<M>([&](auto m) INLINE {
+        const typename S::Vec input = S::spread(x + 2 * m + p / H);
+        unrolled<C>([&](auto t) INLINE {
+          auto& sum = acc[t * H + p % H][m];
+          sum = S::mac(sum, column[t], input);
         });
       });
     });
   }
   unrolled<M>([&](auto m) INLINE {
-    if (m >= rows) return;
-    for (int r = 0; UNIT && r < TILE; ++r) c[m * width + r] += correction[m][r];
-    S::add_sums(acc[0][m], acc[1][m], acc[2][m], acc[3][m], c + m * width);
+    unrolled<C * H>([&](auto i) INLINE {
+      float* to = c + m * width + i * Shape::LANES;
+      typename S::Acc sum;
+      std::memcpy(&sum, to, sizeof sum);
+      sum += acc[i][m];
+      std::memcpy(to, &sum, sizeof sum);
+    });
   });
 }
 
-// A panel of three rows is computed as one of four.
-template <class S, int BITS, int UNIT>
-void small_rows(const Weight& w, const Input& in, int64_t row, int64_t rows, int64_t tile, float* c, int64_t width) {
-  if (rows == 1) return small_tile<S, BITS, UNIT, 1>(w, in, row, rows, tile, c, width);
-  if (rows == 2) return small_tile<S, BITS, UNIT, 2>(w, in, row, rows, tile, c, width);
-  if constexpr (S::HEIGHT > 2) small_tile<S, BITS, UNIT, 4>(w, in, row, rows, tile, c, width);
+template <class S, int M = S::SHALLOW>
+void multiply_column_rows(const typename S::Element* weights, int64_t stride, const typename S::Element* x,
+                          int64_t features, float* c, int64_t width, int64_t rows, int64_t tiles) {
+  if (rows == M) {
+    constexpr int C = S::SPREAD;
+    int64_t t = 0;
+    for (; t + C <= tiles; t += C) {
+      multiply_columns<S, M, C>(weights + t * stride, stride, x, features, c + t * COLUMNS, width);
+    }
+    for (; t < tiles; ++t) multiply_columns<S, M, 1>(weights + t * stride, stride, x, features, c + t * COLUMNS, width);
+    return;
+  }
+  if constexpr (M > 1) multiply_column_rows<S, M - 1>(weights, stride, x, features, c, width, rows, tiles);
 }
 
 // --- many rows of x: a decoded tile is reused by all of them ----------------------------------------------------------
 
-// Decodes blocks [begin, end) of a tile to out[features / LANES, TILE, LANES].
-template <class S, int BITS, int UNIT>
+// Decodes blocks [begin, end) of a tile of rows to out[features / LANES, TILE, LANES].
+template <class S, int BITS, bool SCALED>
 void decode_tile(const Weight& w, int64_t tile, int64_t begin, int64_t end, typename S::Element* out) {
   constexpr int V = block_vectors(BITS);
-  constexpr int U = UNIT ? UNIT : V;
-  const int64_t blocks = w.k_padded / (V * VECTOR);
+  const int64_t blocks = w.k_padded / (V * VECTOR), per_group = w.group_padded / VECTOR;
   const float* entries[TILE];
   typename S::template Table<BITS> table[TILE];
+  float scaled[TILE][SCALED ? 1 << BITS : 1];
   for (int r = 0; r < TILE; ++r) {
     entries[r] = table_of(w, std::min(tile * TILE + r, w.n - 1));
     table[r].set(entries[r]);
   }
-  Groups groups(w, tile, UNIT ? UNIT : 1, begin * (V / U));
-  if constexpr (UNIT != 0 && S::SCALES_TABLE) {
-    for (int r = 0; r < TILE; ++r) table[r].set_scaled(entries[r], groups.scale[r], groups.offset[int(r)]);
-  }
   const uint8_t* codes = w.codes + (tile * blocks + begin) * TILE * block_bytes(BITS);
   for (int64_t b = begin; b < end; ++b, codes += TILE * block_bytes(BITS), out += TILE * V * VECTOR) {
-    unrolled<V / U>([&](auto u) INLINE {
-      if (UNIT != 0 && groups.step()) {
-        if constexpr (S::SCALES_TABLE) {
-          unrolled<TILE>([&](auto r) INLINE { table[r].set_scaled(entries[r], groups.scale[r], groups.offset[int(r)]); });
+    unrolled<V>([&](auto j) INLINE {
+      const int64_t vector = b * V + j, group = vector / per_group;
+      if (SCALED && group < w.groups && (vector == begin * V || vector % per_group == 0)) {
+        for (int r = 0; r < TILE; ++r) {
+          const int64_t at = (tile * w.groups + group) * TILE + r;
+          const float scale = load_float(w.scales, w.scale_type, at);
+          const float zero = w.zeros ? load_float(w.zeros, w.scale_type, at) : 0.0f;
+          for (int i = 0; i < 1 << BITS; ++i) scaled[r][i] = (entries[r][i] - zero) * scale;
+          table[r].set(scaled[r]);
         }
       }
+      prefetch_share<S, BITS, j>(codes);
       unrolled<TILE>([&](auto r) INLINE {
         const typename S::template Codes<BITS> code(codes + r * block_bytes(BITS));
-        unrolled<U * S::PARTS>([&](auto i) INLINE {
-          constexpr int j = u * U + i / S::PARTS, p = i % S::PARTS;
-          if constexpr (p == 0 && r == 0) prefetch_share<S, BITS, j>(codes);
-          auto weights = code.template get<j, p>(table[r]);
-          if constexpr (UNIT != 0 && !S::SCALES_TABLE) weights = S::affine(weights, groups.scale[r], groups.offset[int(r)]);
-          S::store(out + ((j * S::PARTS + p) * TILE + r) * S::LANES, weights);
+        unrolled<S::PARTS>([&](auto p) INLINE {
+          S::store(out + ((j * S::PARTS + p) * TILE + r) * S::LANES, code.template get<j, p>(table[r]));
         });
       });
     });
@@ -361,12 +446,19 @@ int64_t interleaved(int64_t i, int64_t r, int64_t rows) {
   return (i / S::LANES * rows + r) * S::LANES + i % S::LANES;
 }
 
+// Where input feature i of channel r of a decoded tile is.
+template <class S>
+int64_t decoded_at(const Weight& w, int64_t i, int64_t r) {
+  if (!w.columns) return interleaved<S>(S::position(i), r, TILE);
+  return i / 2 * VECTOR + (Columns<S>::FEATURES == 2 ? 2 * r + i % 2 : i % 2 * COLUMNS + r);
+}
+
 // Adds the sparse entries of input features [from, from + width) to a decoded tile.
 template <class S>
 bool add_sparse(const Weight& w, int64_t tile, int64_t from, int64_t width, typename S::Element* decoded) {
   bool fine = true;
-  for (int r = 0; r < TILE && tile * TILE + r < w.n; ++r) {
-    const int64_t channel = tile * TILE + r, begin = w.rows[channel], end = w.rows[channel + 1];
+  for (int r = 0; r < w.tile() && tile * w.tile() + r < w.n; ++r) {
+    const int64_t channel = tile * w.tile() + r, begin = w.rows[channel], end = w.rows[channel + 1];
     if (begin < 0 || end < begin || end > w.nnz) {
       fine = false;
       continue;
@@ -379,7 +471,7 @@ bool add_sparse(const Weight& w, int64_t tile, int64_t from, int64_t width, type
     // Columns rise within a row.
     int64_t i = std::lower_bound(w.cols + begin, w.cols + end, int32_t(from)) - w.cols;
     for (; i < end && w.cols[i] >= from && w.cols[i] < from + width; ++i) {
-      S::add(decoded + interleaved<S>(S::position(w.cols[i] - from), r, TILE), w.vals[i]);
+      S::add(decoded + decoded_at<S>(w, w.cols[i] - from, r), w.vals[i]);
     }
   }
   return fine;
@@ -414,39 +506,45 @@ template <class S>
 struct Gemm {
   using Element = typename S::Element;
 
-  static constexpr int64_t RUN = 64;      // tiles finished at once where weights go from registers into the products
+  static constexpr int64_t RUN = 256;     // channels finished at once where weights go from registers into the products
   static constexpr int64_t BROAD = 64;    // rows of x from which strips are broad, so that x is read less often
   static constexpr int64_t WIDE = 128;    // rows of x from which they are wide, and x comes from the third cache level
   static constexpr int64_t TASKS = 2;     // that a thread should get at least
   static constexpr int64_t DEPTH = 2048;  // input features decoded at once: a tile and a panel of x fit the L1 cache
 
   // Whether each panel of x decodes the weights anew: better than storing them up to some rows, fewer with a sparse
-  // part, which is then added to the stored weights once for all rows.
+  // part, which is then added to the stored weights once for all rows. Rows with scales are always stored.
   static bool direct(const Weight& w, int64_t m) {
-    return !w.stored && m <= (w.rows ? 2 : w.scales ? S::HEIGHT : S::DIRECT);
+    if (w.stored || (w.scales && !w.columns)) return false;
+    return m <= (w.rows ? 2 : w.columns ? S::COLUMN_DIRECT : S::DIRECT);
+  }
+
+  // Rows of x in a panel. Rows stay whole where they meet weights in registers: each is prepared as a panel of its own.
+  static int64_t height(const Weight& w, int64_t m) {
+    if (direct(w, m)) return w.columns ? S::TALL : 1;
+    return w.columns ? S::SHALLOW : S::ROWS;
   }
 
   // Where the strips are too few for the threads, the rows are divided, and then the strips. A part decodes its weights
   // anew, which BROAD rows make up for; a narrower strip reads x more often.
   static Plan plan(const Weight& w, int64_t m, int64_t threads) {
-    int64_t strip = direct(w, m) || m < BROAD ? TILE : m < WIDE ? 16 * TILE : 32 * TILE, parts = 1;
+    const int64_t tile = w.tile();
+    int64_t strip = direct(w, m) ? tile : m < BROAD ? (w.columns ? 4 * tile : tile) : m < WIDE ? 64 : 128, parts = 1;
     const auto strips = [&] { return (w.n + strip - 1) / strip; };
-    while (strip > TILE && strips() * parts < TASKS * threads) {
+    while (strip > tile && strips() * parts < TASKS * threads) {
       if (m >= 2 * parts * BROAD) parts *= 2;
       else strip /= 2;
     }
     return {strip, strips(), parts};
   }
 
-  static int64_t depth(const Weight& w) {
-    const int64_t block = block_vectors(w.bits) * VECTOR;
-    return std::min(w.k_padded, DEPTH / block * block);
-  }
+  static int64_t depth(const Weight& w) { return std::min(w.k_padded, DEPTH / w.block() * w.block()); }
 
   // Floats that a task's results take; of stored weights at most, as the parts of the panels differ by one.
   static int64_t results(const Weight& w, int64_t m, const Plan& plan) {
-    if (direct(w, m)) return RUN * TILE * m;
-    return plan.strip * S::ROWS * ((count_panels(m, S::ROWS) + plan.parts - 1) / plan.parts);
+    if (direct(w, m)) return RUN * m;
+    const int64_t height = Gemm::height(w, m);
+    return plan.strip * height * ((count_panels(m, height) + plan.parts - 1) / plan.parts);
   }
 
   static size_t scratch(const Weight& w, int64_t m, const Plan& plan) {
@@ -454,36 +552,44 @@ struct Gemm {
     return size_t(results(w, m, plan)) * sizeof(float) + decoded + 128;
   }
 
-  // Rows of x are handled in panels of nearly equal height. Prepared, the rows of a panel alternate, but for `direct` they
-  // stay whole: each is prepared as a panel of its own.
+  // Rows of x are handled in panels of nearly equal height. Prepared, the rows of a panel alternate.
   static int64_t count_panels(int64_t m, int64_t height) { return (m + height - 1) / height; }
-  static int64_t panels(const Weight& w, int64_t m) { return direct(w, m) ? m : count_panels(m, S::ROWS); }
+  static int64_t panels(const Weight& w, int64_t m) { return count_panels(m, height(w, m)); }
   static int64_t panel_begin(int64_t m, int64_t panel, int64_t count) { return m * panel / count; }
 
   static void prepare(const Weight& w, const Source& source, int64_t panel, void* out, float* sums, float* plain) {
     const int64_t count = panels(w, source.m), begin = panel_begin(source.m, panel, count);
-    const int64_t rows = panel_begin(source.m, panel + 1, count) - begin;
-    const int64_t vectors = w.k_padded / VECTOR, per_group = w.group_padded / VECTOR;
+    const int64_t rows = panel_begin(source.m, panel + 1, count) - begin, piece = w.columns ? 2 : S::LANES;
     for (int64_t r = 0; r < rows; ++r) {
-      auto* to = static_cast<Element*>(out) + begin * w.k_padded + r * S::LANES;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t g = v / per_group, offset = v % per_group * VECTOR;
-        const int64_t filled = g < w.groups ? std::clamp<int64_t>(w.group - offset, 0, VECTOR) : 0;
-        if (S::same(source.type) && filled == VECTOR && !sums && !plain) {
-          const auto* from = static_cast<const Element*>(source.x) + (begin + r) * w.k + g * w.group + offset;
-          std::memcpy(to, from, sizeof(Element) * VECTOR);
-          to += rows * VECTOR;
+      auto* to = static_cast<Element*>(out) + begin * w.k_padded + r * piece;
+      const auto put = [&](const Element* from, int64_t size) {
+        if (rows == 1) {
+          std::memcpy(to, from, sizeof(Element) * size);
+          to += size;
+          return;
+        }
+        for (int64_t i = 0; i < size; i += piece, to += rows * piece) std::memcpy(to, from + i, sizeof(Element) * piece);
+      };
+      for (int64_t at = 0, size; at < w.k_padded; at += size) {
+        const int64_t g = at / w.group_padded, offset = at % w.group_padded;
+        size = std::min<int64_t>(VECTOR, w.group_padded - offset);
+        const int64_t filled = g < w.groups ? std::clamp<int64_t>(w.group - offset, 0, size) : 0;
+        const int64_t from = (begin + r) * w.k + g * w.group + offset;
+        if (S::same(source.type) && filled == size && !sums && !plain) {
+          put(static_cast<const Element*>(source.x) + from, size);
           continue;
         }
-        float values[VECTOR];
-        if (filled < VECTOR) std::fill_n(values, VECTOR, 0.0f);
-        widen(source.x, source.type, (begin + r) * w.k + g * w.group + offset, filled, values);
+        float values[VECTOR] = {};
+        widen(source.x, source.type, from, filled, values);
         Element ordered[VECTOR];
-        S::order(values, ordered);
-        for (int p = 0; p < S::PARTS; ++p, to += rows * S::LANES) {
-          std::memcpy(to, ordered + p * S::LANES, sizeof(Element) * S::LANES);
+        if constexpr (sizeof(Element) == sizeof(float)) {
+          if (w.columns) std::memcpy(ordered, values, sizeof values);
+          else S::order(values, ordered);
+        } else {
+          S::order(values, ordered);
         }
-        if (plain) std::memcpy(plain + (begin + r) * w.k_padded + v * VECTOR, values, sizeof values);
+        put(ordered, size);
+        if (plain) std::memcpy(plain + (begin + r) * w.k_padded + at, values, sizeof(float) * size);
         if (sums && filled) {
           float& sum = sums[(begin + r) * w.groups + g];
           sum = total(values, VECTOR) + (offset ? sum : 0.0f);
@@ -505,35 +611,26 @@ struct Gemm {
   template <int BITS>
   static bool run_bits(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t begin,
                        int64_t end, char* scratch) {
-    // Vectors that share a scale: those of 128 input features where groups allow (64 with 8 bits), else each has its own.
-    constexpr int UNIT = BITS == 8 ? 2 : 4;
-    if (!w.scales) return run_unit<BITS, 0>(w, in, out, plan, begin, end, scratch);
-    if (w.group_padded / VECTOR % UNIT == 0) return run_unit<BITS, UNIT>(w, in, out, plan, begin, end, scratch);
-    return run_unit<BITS, 1>(w, in, out, plan, begin, end, scratch);
-  }
-
-  template <int BITS, int UNIT>
-  static bool run_unit(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t begin,
-                       int64_t end, char* scratch) {
     auto* c = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
     float* after = c + results(w, in.m, plan);
     auto* decoded = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(after) + 63) & ~uintptr_t(63));
     bool fine = true;
     if (direct(w, in.m)) {
-      for (int64_t tile = begin; tile < end; tile += RUN) {
-        fine &= direct_run<BITS, UNIT>(w, in, out, tile, std::min(tile + RUN, end), c);
+      const int64_t tiles = RUN / w.tile();
+      for (int64_t tile = begin; tile < end; tile += tiles) {
+        fine &= direct_run<BITS>(w, in, out, tile, std::min(tile + tiles, end), c);
       }
     } else {
-      for (int64_t task = begin; task < end; ++task) fine &= stored_task<BITS, UNIT>(w, in, out, plan, task, c, decoded);
+      for (int64_t task = begin; task < end; ++task) fine &= stored_task<BITS>(w, in, out, plan, task, c, decoded);
     }
     return fine;
   }
 
   // The tiles [begin, end), after the sparse part of all their channels: the two read memory in different ways.
-  template <int BITS, int UNIT>
+  template <int BITS>
   static bool direct_run(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, float* c) {
-    const int64_t first = begin * TILE, channels = std::min(end * TILE, w.n) - first, width = (end - begin) * TILE;
-    const int64_t panels = count_panels(in.m, S::HEIGHT);
+    const int64_t first = begin * w.tile(), channels = std::min(end * w.tile(), w.n) - first;
+    const int64_t width = (end - begin) * w.tile(), panels = count_panels(in.m, w.columns ? S::TALL : S::HEIGHT);
     bool fine = true;
     std::fill_n(c, in.m * width, 0.0f);
     for (int64_t m = 0; w.rows && m < in.m; ++m) {
@@ -551,45 +648,60 @@ struct Gemm {
       }
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t m = panel_begin(in.m, p, panels), rows = panel_begin(in.m, p + 1, panels) - m;
-        small_rows<S, BITS, UNIT>(w, in, m, rows, tile, c + m * width + (tile - begin) * TILE, width);
+        float* to = c + m * width + (tile - begin) * w.tile();
+        if (w.columns) {
+          const auto* x = static_cast<const Element*>(in.x) + m * w.k_padded;
+          column_rows<S, BITS>(w, x, w.zeros ? in.sums + m * w.groups : nullptr, rows, tile, to, width);
+        } else {
+          small_rows<S, BITS>(w, in, m, rows, tile, to, width);
+        }
       }
     }
     finish(w, out, 0, in.m, first, width, c);
     return fine;
   }
 
-  template <int BITS, int UNIT>
+  template <int BITS>
   static bool stored_task(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t task, float* c,
                           Element* decoded) {
-    constexpr int64_t BLOCK = block_vectors(BITS) * VECTOR;
+    const int64_t block = w.block(), height = Gemm::height(w, in.m), size = w.tile();
     const int64_t width = plan.strip, channel = task % plan.strips * width, part = task / plan.strips;
-    const int64_t tiles = std::min(width, w.n - channel + TILE - 1) / TILE;
-    const int64_t blocks = w.k_padded / BLOCK, rounds = (w.k_padded + depth(w) - 1) / depth(w);
-    const int64_t step = (blocks + rounds - 1) / rounds, panels = count_panels(in.m, S::ROWS);
+    const int64_t tiles = (std::min(width, w.n - channel) + size - 1) / size;
+    const int64_t blocks = w.k_padded / block, rounds = (w.k_padded + depth(w) - 1) / depth(w);
+    const int64_t step = (blocks + rounds - 1) / rounds, panels = count_panels(in.m, height);
     const int64_t first = panels * part / plan.parts, last = panels * (part + 1) / plan.parts;
     const int64_t row = panel_begin(in.m, first, panels), count = panel_begin(in.m, last, panels) - row;
     bool fine = true;
     std::fill_n(c, count * width, 0.0f);
     for (int64_t b = 0; b < blocks; b += step) {
-      const int64_t end = std::min(b + step, blocks), features = (end - b) * BLOCK;
+      const int64_t end = std::min(b + step, blocks), features = (end - b) * block;
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t tile = channel / TILE + t;
-        auto* to = decoded + t * TILE * features;
-        decode_tile<S, BITS, UNIT>(w, tile, b, end, to);
-        if (w.rows) fine &= add_sparse<S>(w, tile, b * BLOCK, features, to);
+        const int64_t tile = channel / size + t;
+        auto* to = decoded + t * size * features;
+        if (w.columns) decode_columns<S, BITS>(w, tile, b, end, to);
+        else if (w.scales) decode_tile<S, BITS, true>(w, tile, b, end, to);
+        else decode_tile<S, BITS, false>(w, tile, b, end, to);
+        if (w.rows) fine &= add_sparse<S>(w, tile, b * block, features, to);
       }
       for (int64_t p = first; p < last; ++p) {
         const int64_t m = panel_begin(in.m, p, panels), rows = panel_begin(in.m, p + 1, panels) - m;
-        const auto* x = static_cast<const Element*>(in.x) + m * w.k_padded + b * BLOCK * rows;
-        const int64_t share = features * rows / tiles;
-        for (int64_t t = 0; t < tiles; ++t) {
+        const auto* x = static_cast<const Element*>(in.x) + m * w.k_padded + b * block * rows;
+        float* to = c + (m - row) * width;
+        const int64_t group = w.columns ? S::SPREAD : 1;  // tiles multiplied at once
+        for (int64_t t = 0; t < tiles; t += group) {
           // A part of the next panel for every tile, while this one is multiplied.
-          const auto* next = x + rows * w.k_padded + t * share;
+          const int64_t share = features * rows * std::min(group, tiles - t) / tiles;
+          const auto* next = x + rows * w.k_padded + features * rows * t / tiles;
           for (int64_t i = 0; in.m >= WIDE && i < share; i += 64 / int64_t(sizeof(Element))) {
             __builtin_prefetch(next + i, 0, 2);
           }
-          float* to = c + (m - row) * width + t * TILE;
-          multiply_rows<S>(decoded + t * TILE * features, x, features, to, width, rows);
+          const auto* weights = decoded + t * size * features;
+          if (w.columns) {
+            multiply_column_rows<S>(weights, size * features, x, features, to + t * size, width, rows,
+                                    std::min(group, tiles - t));
+          } else {
+            multiply_rows<S>(weights, x, features, to + t * size, width, rows);
+          }
         }
       }
     }

@@ -12,7 +12,7 @@ struct Avx2 {
   using Acc = __m256;
   using Vec = __m256;
   static constexpr int PARTS = 4, LANES = 8, ROWS = 2, HEIGHT = 2, DIRECT = 2, AHEAD = 2048;
-  static constexpr bool SCALES_TABLE = false;
+  static constexpr int TALL = 4, SHALLOW = 4, SPREAD = 1, CHAINS = 8, COLUMN_DIRECT = 8;
 
   template <int BITS>
   struct Table {
@@ -34,6 +34,9 @@ struct Avx2 {
       return first;
     }
   };
+
+  template <int BITS>
+  using Wide = Table<BITS>;
 
   template <int BITS>
   struct Codes {
@@ -61,11 +64,10 @@ struct Avx2 {
   static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, __m256 value) { _mm256_storeu_ps(to, value); }
   static __m256 mac(__m256 acc, __m256 weights, __m256 x) { return _mm256_fmadd_ps(weights, x, acc); }
-  static __m256 affine(__m256 weights, float scale, float offset) {
-    return _mm256_fmadd_ps(weights, _mm256_set1_ps(scale), _mm256_set1_ps(offset));
-  }
-  static __m256 scale(__m256 part, float scale, __m256 acc) {
-    return _mm256_fmadd_ps(part, _mm256_set1_ps(scale), acc);
+  static __m256 spread(const float* feature) { return _mm256_set1_ps(*feature); }
+  template <int BITS, int J, int P>
+  static __m256 scaled(const Codes<BITS>& code, const Table<BITS>& table, __m256 scale, __m256 offset) {
+    return _mm256_fmadd_ps(code.template get<J, P>(table), scale, offset);
   }
   static void add_sums(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
     const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));

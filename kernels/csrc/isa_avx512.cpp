@@ -13,7 +13,7 @@ struct Avx512 {
   using Acc = __m512;
   using Vec = __m512;
   static constexpr int PARTS = 2, LANES = 16, ROWS = 6, HEIGHT = 4, DIRECT = 8, AHEAD = 4096;
-  static constexpr bool SCALES_TABLE = false;
+  static constexpr int TALL = 8, SHALLOW = 6, SPREAD = 4, CHAINS = 12, COLUMN_DIRECT = 16;
 
   template <int BITS>
   struct Table {
@@ -26,6 +26,9 @@ struct Avx512 {
     }
     __m512 operator[](__m512i index) const { return _mm512_permutexvar_ps(index, entries); }
   };
+
+  template <int BITS>
+  using Wide = Table<BITS>;
 
   template <int BITS>
   struct Codes {
@@ -52,11 +55,10 @@ struct Avx512 {
   static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
   static void store(float* to, __m512 value) { _mm512_storeu_ps(to, value); }
   static __m512 mac(__m512 acc, __m512 weights, __m512 x) { return _mm512_fmadd_ps(weights, x, acc); }
-  static __m512 affine(__m512 weights, float scale, float offset) {
-    return _mm512_fmadd_ps(weights, _mm512_set1_ps(scale), _mm512_set1_ps(offset));
-  }
-  static __m512 scale(__m512 part, float scale, __m512 acc) {
-    return _mm512_fmadd_ps(part, _mm512_set1_ps(scale), acc);
+  static __m512 spread(const float* feature) { return _mm512_set1_ps(*feature); }
+  template <int BITS, int J, int P>
+  static __m512 scaled(const Codes<BITS>& code, const Table<BITS>& table, __m512 scale, __m512 offset) {
+    return _mm512_fmadd_ps(code.template get<J, P>(table), scale, offset);
   }
   static void add_sums(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
     out[0] += _mm512_reduce_add_ps(a);

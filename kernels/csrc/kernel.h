@@ -2,8 +2,8 @@
 //
 // W[n, k] = (table[n or 0, code[n, k]] - zeros[n, group]) * scales[n, group] + sparse[n, k]
 //
-// Layout of the codes. A *vector* is 32 consecutive input features, a *block* the vectors that share one load: 64 bytes
-// seen as 32 words of 16 bits, where word i holds feature i of every vector of the block.
+// Layout of the codes. A *vector* is 32 weights, a *block* the vectors that share one load: 64 bytes seen as 32 words of
+// 16 bits, where word i holds weight i of every vector of the block.
 //
 //   bits  vectors  bytes  where vector j is
 //   2     8        64     bits 2j of each word
@@ -12,16 +12,24 @@
 //   8     2        64     bits 8j
 //
 // One shift brings a vector's codes down to bit 0. What stands above them needs no mask: a table of 32 entries is
-// indexed by 5 bits, and shorter tables repeat. Four output channels form a *tile* whose blocks alternate, so that a
-// thread reads one sequential stream: [n / 4, blocks, 4, bytes]; scales and zeros are [n / 4, groups, 4]. Where the group
-// size is no multiple of 32, every group is padded to one; x is spread the same way, with zeros in the gaps.
+// indexed by 5 bits, and shorter tables repeat. There are two ways to fill the vectors:
+//
+//   rows     Every channel has a table. A vector is 32 consecutive input features of a channel. Four channels form a
+//            tile, whose blocks alternate, so that a thread reads one sequential stream: [n / 4, blocks, 4, bytes].
+//   columns  All channels share one table. A vector is two consecutive input features of 16 channels, the tile: word
+//            2c + p holds feature p of channel c. [n / 16, blocks, bytes]. The lanes of a register are channels, so that
+//            their scales are a register too, and one multiplication scales the sums of a group.
+//
+// Scales and zeros are [n / tile, groups, tile]. A group is padded to whole vectors of rows, or to whole blocks of
+// columns: with 4 bits to 32 or 8 features. x is spread the same way, with zeros in the gaps.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace quantserve {
 
-constexpr int TILE = 4;
+constexpr int TILE = 4;      // channels of a tile of rows
+constexpr int COLUMNS = 16;  // channels of a tile of columns
 constexpr int VECTOR = 32;
 constexpr int block_vectors(int bits) { return bits == 2 ? 8 : bits == 3 ? 16 : bits == 4 ? 4 : 2; }
 constexpr int block_bytes(int bits) { return bits == 3 ? 192 : 64; }
@@ -34,9 +42,9 @@ struct Weight {
   int64_t n, k;      // out_features, in_features
   int64_t k_padded;  // in_features as stored: whole blocks
   int64_t group, group_padded, groups;
-  const float* table;  // [n or 1, 2^bits]
-  bool per_channel;
-  const void* scales;  // [n / 4, groups, 4] of scale_type, or null
+  bool columns;        // the layout
+  const float* table;  // [n, 2^bits]; of columns [1, 2^bits]
+  const void* scales;  // [n / tile, groups, tile] of scale_type, or null
   const void* zeros;   // the same, or null
   Float scale_type;
   const int32_t* rows;  // CSR [n, k_padded], columns rising within a row, or null
@@ -44,6 +52,9 @@ struct Weight {
   const float* vals;
   int64_t nnz;
   bool stored;  // weights are decoded to memory for few rows of x too
+
+  int tile() const { return columns ? COLUMNS : TILE; }
+  int64_t block() const { return block_vectors(bits) * (columns ? 2 : VECTOR); }  // input features of a block
 };
 
 struct Source {

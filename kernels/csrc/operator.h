@@ -43,7 +43,8 @@ char* scratch_of_this_thread(size_t bytes);
 
 bool finite(const float* values, int64_t count);  // also where values is null
 
-// Whether the kernel reads m rows of x in its own type from where they are: in whole blocks, with nothing beside them.
+// Whether the kernel reads m rows of x in its own type from where they are: in whole blocks, one after the other, with
+// nothing beside them.
 bool reads_as_is(const Kernel& kernel, const Weight& w, int64_t m);
 
 }  // namespace quantserve

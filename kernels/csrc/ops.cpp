@@ -94,7 +94,7 @@ void check(const Tensor& tensor, const std::string& name, at::IntArrayRef shape,
 namespace {
 
 // The part of a weight that follows from numbers alone.
-Weight shape_of(int64_t bits, int64_t n, int64_t k, int64_t group_size) {
+Weight shape_of(int64_t bits, int64_t n, int64_t k, int64_t group_size, bool columns) {
   TORCH_CHECK_VALUE(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits is ", bits, "; known: 2, 3, 4, 8");
   TORCH_CHECK_VALUE(n >= 1 && k >= 1 && n <= INT32_MAX && k <= INT32_MAX, "n ", n, " and k ", k,
                     " must be at least 1 and below 2^31");
@@ -106,38 +106,39 @@ Weight shape_of(int64_t bits, int64_t n, int64_t k, int64_t group_size) {
   w.k = k;
   w.group = group;
   w.groups = k / group;
-  w.group_padded = round_up(group, VECTOR);
-  w.k_padded = round_up(w.groups * w.group_padded, block_vectors(w.bits) * VECTOR);
+  w.columns = columns;
+  w.group_padded = round_up(group, columns ? w.block() : VECTOR);
+  w.k_padded = round_up(w.groups * w.group_padded, w.block());
   return w;
 }
 
 }  // namespace
 
-int64_t code_bytes(const Weight& w) { return round_up(w.n, TILE) * w.k_padded * w.bits / 8; }
+int64_t code_bytes(const Weight& w) { return round_up(w.n, w.tile()) * w.k_padded * w.bits / 8; }
 
 Weight weight_of(const Packed& p) {
   const auto named = [&](const char* name) { return std::string(p.owner) + name; };
-  const int64_t n = p.n, tiles = round_up(n, TILE) / TILE;
-  Weight w = shape_of(p.bits, n, p.k, p.group_size);
+  const int64_t n = p.n;
+  const int64_t channels = p.table.dim() == 2 ? p.table.size(0) : 0, entries = int64_t(1) << p.bits;
+  Weight w = shape_of(p.bits, n, p.k, p.group_size, channels == 1);
+  const int64_t tile = w.tile(), tiles = round_up(n, tile) / tile;
   TORCH_CHECK_VALUE(p.codes.scalar_type() != at::kInt, named("codes"), " are packed for GPUs (", p.codes.scalar_type(),
                     " ", p.codes.sizes(),
                     ") and x is on the CPU. Fix: move the checkpoint's tensors and pack them again there");
   check(p.codes, named("codes"), {code_bytes(w)}, at::kByte);
-  const int64_t channels = p.table.dim() == 2 ? p.table.size(0) : 0, entries = int64_t(1) << p.bits;
   TORCH_CHECK_VALUE(channels == n || channels == 1, named("table"), " has shape ", p.table.sizes(), ", expected [", n,
                     ", ", entries, "] (per channel) or [1, ", entries, "]");
   check(p.table, named("table"), {channels, entries}, at::kFloat);
   w.codes = p.codes.const_data_ptr<uint8_t>();
   w.table = p.table.const_data_ptr<float>();
-  w.per_channel = channels == n && n > 1;
   TORCH_CHECK_VALUE(p.scales.has_value() || !p.zeros.has_value(), named("zeros"), " need scales");
   if (p.scales) {
     w.scale_type = float_type(*p.scales, named("scales"));
-    check(*p.scales, named("scales"), {tiles, w.groups, TILE});
+    check(*p.scales, named("scales"), {tiles, w.groups, tile});
     w.scales = p.scales->const_data_ptr();
   }
   if (p.zeros) {
-    check(*p.zeros, named("zeros"), {tiles, w.groups, TILE}, p.scales->scalar_type());
+    check(*p.zeros, named("zeros"), {tiles, w.groups, tile}, p.scales->scalar_type());
     w.zeros = p.zeros->const_data_ptr();
   }
   if (p.rows) {
@@ -164,14 +165,15 @@ namespace {
 
 // --- packing ------------------------------------------------------------------------------------------------------
 
-Tensor pack_codes(const Tensor& codes, int64_t bits, int64_t group_size) {
+Tensor pack_codes(const Tensor& codes, int64_t bits, int64_t group_size, bool columns) {
   TORCH_CHECK_VALUE(codes.dim() == 2, "codes has shape ", codes.sizes(), ", expected [n, k]");
-  const Weight w = shape_of(bits, codes.size(0), codes.size(1), group_size);
+  const Weight w = shape_of(bits, codes.size(0), codes.size(1), group_size, columns);
   check(codes, "codes", {w.n, w.k}, at::kByte);
   Tensor packed = at::zeros({code_bytes(w)}, codes.options());
   const auto* from = codes.const_data_ptr<uint8_t>();
   auto* to = packed.mutable_data_ptr<uint8_t>();
-  const int64_t features = block_vectors(w.bits) * VECTOR, blocks = w.k_padded / features, bytes = block_bytes(w.bits);
+  const int64_t features = w.block(), blocks = w.k_padded / features, bytes = block_bytes(w.bits);
+  const int64_t span = columns ? 2 : VECTOR;  // words of a channel in a load
   std::atomic<int> largest{0};
   at::parallel_for(0, w.n, 16, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> row(w.k_padded, 0);
@@ -184,11 +186,12 @@ Tensor pack_codes(const Tensor& codes, int64_t bits, int64_t group_size) {
       for (const uint8_t code : row) seen = std::max(seen, code);
       for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t* code = row.data() + b * features;
-        uint8_t* out = to + ((n / TILE * blocks + b) * TILE + n % TILE) * bytes;
-        for (int64_t i = 0; i < VECTOR; ++i) {
+        uint8_t* out = columns ? to + (n / COLUMNS * blocks + b) * bytes + n % COLUMNS * 2 * span
+                               : to + ((n / TILE * blocks + b) * TILE + n % TILE) * bytes;
+        for (int64_t i = 0; i < span; ++i) {
           uint16_t words[3] = {0, 0, 0};
           for (int64_t j = 0; j < block_vectors(w.bits); ++j) {
-            const unsigned value = code[j * VECTOR + i] & ((1u << w.bits) - 1);
+            const unsigned value = code[j * span + i] & ((1u << w.bits) - 1);
             if (w.bits != 3) words[0] |= uint16_t(value << (w.bits * j));
             else if (j < 15) words[j / 5] |= uint16_t(value << (3 * (j % 5)));
             else for (int t = 0; t < 3; ++t) words[t] |= uint16_t((value >> t & 1) << 15);
@@ -255,7 +258,7 @@ bool finite(const float* values, int64_t count) {
 
 bool reads_as_is(const Kernel& kernel, const Weight& w, int64_t m) {
   return kernel.element == 2 && w.k_padded == w.k && w.group == w.group_padded && kernel.direct(w, m) && !w.zeros &&
-         !w.rows;
+         !w.rows && (m == 1 || !w.columns);
 }
 
 namespace {
@@ -289,7 +292,7 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
                        const optional<Tensor>& zeros, const optional<Tensor>& rows, const optional<Tensor>& cols,
                        const optional<Tensor>& vals, const optional<Tensor>& bias, int64_t bits, int64_t n, int64_t k,
                        int64_t group_size) {
-  shape_of(bits, n, k, group_size);
+  shape_of(bits, n, k, group_size, false);
   const Float type = float_type(x, "x");
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == k, "x has shape ", x.sizes(), ", expected [..., ", k, "] (k)");
   TORCH_CHECK_VALUE(x.device().is_cpu(), "x is on ", x.device(), ", expected the CPU");
@@ -328,20 +331,20 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
   return y;
 }
 
-// Tasks of the product of m rows with a codebook per channel on so many threads.
-int64_t tasks(int64_t bits, int64_t n, int64_t k, int64_t m, int64_t threads) {
+// Tasks of the product of m rows on so many threads.
+int64_t tasks(int64_t bits, int64_t n, int64_t k, int64_t m, int64_t threads, bool columns) {
   TORCH_CHECK_VALUE(m >= 1 && threads >= 1, "m ", m, " and threads ", threads, " must be at least 1");
-  return chosen().load()->plan(shape_of(bits, n, k, -1), m, threads).tasks();
+  return chosen().load()->plan(shape_of(bits, n, k, -1, columns), m, threads).tasks();
 }
 
 TORCH_LIBRARY(quantserve_kernels, library) {
   library.def(
       "codebook_linear(Tensor x, Tensor codes, Tensor table, Tensor? scales, Tensor? zeros, Tensor? rows, Tensor? cols, "
       "Tensor? vals, Tensor? bias, int bits, int n, int k, int group_size) -> Tensor");
-  library.def("pack_codes(Tensor codes, int bits, int group_size) -> Tensor");
+  library.def("pack_codes(Tensor codes, int bits, int group_size, bool columns=False) -> Tensor");
   library.def("allocate_codes(int bytes) -> Tensor", allocate_codes);
   library.def("isa(str name) -> str[]", isa);
-  library.def("tasks(int bits, int n, int k, int m, int threads) -> int", tasks);
+  library.def("tasks(int bits, int n, int k, int m, int threads, bool columns=False) -> int", tasks);
 }
 
 TORCH_LIBRARY_IMPL(quantserve_kernels, CPU, library) {

@@ -55,6 +55,32 @@ def affine(n: int, k: int, bits: int, group: int, *, zeros: bool = True, sparse:
     return Case(f"affine{bits}-g{group}", weight, matrix)
 
 
+def grouped_codebook(n: int, k: int, bits: int, group: int, seed: int = 3) -> Case:
+    """A codebook per output channel, and a scale and a zero point per group."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
+    table = torch.randn(n, 2**bits, generator=g)
+    scales, zeros = (torch.rand(n, k // group, generator=g).half() + 0.5 for _ in range(2))
+    entries = torch.gather(table.double(), 1, codes.long()).view(n, -1, group)
+    matrix = ((entries - zeros.double()[:, :, None]) * scales.double()[:, :, None]).reshape(n, k)
+    weight = kernels.pack(codes, table, bits=bits, scales=scales, zeros=zeros, group_size=group)
+    return Case(f"codebook{bits}-g{group}", weight, matrix)
+
+
+def fp8(n: int, k: int, dtype: torch.dtype, group: int, seed: int = 4) -> Case:
+    """Eight-bit floats that are finite, decoded by a table of all 256, with a float32 scale per group."""
+    g = torch.Generator().manual_seed(seed)
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    finite = values.isfinite().nonzero().flatten().to(torch.uint8)
+    codes = finite[torch.randint(0, finite.numel(), (n, k), generator=g)]
+    scales = torch.rand(n, k // group, generator=g) * 0.01 + 0.005
+    matrix = (codes.view(dtype).double().view(n, -1, group) * scales.double()[:, :, None]).reshape(n, k)
+    table = values.nan_to_num(0.0, 0.0, 0.0)[None]
+    name = str(dtype).removeprefix("torch.")
+    weight = kernels.pack(codes, table, bits=8, scales=scales, group_size=group)
+    return Case(f"{name}-g{group}", weight, matrix)
+
+
 def nf4(n: int, k: int, block: int, seed: int = 2) -> Case:
     """A global codebook that bfloat16 does not hold exactly, with a float32 scale per block."""
     g = torch.Generator().manual_seed(seed)

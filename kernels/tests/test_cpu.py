@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import quantserve_kernels as kernels
-from kernel_cases import Case, affine, codebook, nf4, relative_error
+from kernel_cases import Case, affine, codebook, fp8, grouped_codebook, nf4, relative_error
 from quantserve_kernels import _fallback, _ops
 
 ISAS = _ops.instruction_sets()
-ROWS = (0, 1, 2, 3, 7, 33)
+ROWS = (0, 1, 2, 3, 5, 7, 8, 18, 33)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What a result may be off by: in bfloat16 the weight, its sparse addition and the result are each rounded by 2^-8.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3 * 2**-8, torch.float16: 2**-10}
@@ -45,6 +45,10 @@ def _odd(bits: int) -> list[Case]:
         affine(6, 80, bits, 16, sparse=0.1),
         affine(5, 70, bits, 7),
         affine(4, 256, bits, 32, zeros=False),
+        affine(17, 48, bits, 16),
+        affine(35, 160, bits, 32, zeros=False),
+        grouped_codebook(5, 96, bits, 48),
+        grouped_codebook(9, 128, bits, 32),
     ]
 
 
@@ -73,7 +77,15 @@ def test_every_format_and_odd_shape(isa: str, bits: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_by_table(isa: str, kind: torch.dtype, dtype: torch.dtype) -> None:
+    for case in (fp8(35, 256, kind, 128), fp8(16, 96, kind, 96)):
+        for m in ROWS:
+            _check(case, torch.randn(m, case.weight.k, generator=torch.Generator().manual_seed(m)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_a_global_codebook_with_block_scales(isa: str, block: int, dtype: torch.dtype) -> None:
     case = nf4(70, 384, block)
     for m in ROWS:
@@ -91,6 +103,11 @@ def test_a_global_codebook_with_block_scales(isa: str, block: int, dtype: torch.
         affine(512, 2560, 4, 128),
         affine(512, 2560, 3, 128),
         affine(512, 2560, 8, 32),
+        affine(512, 2560, 4, 16),
+        affine(512, 2560, 4, 32, zeros=False),
+        grouped_codebook(512, 2560, 4, 64),
+        fp8(512, 2560, torch.float8_e4m3fn, 128),
+        fp8(512, 2560, torch.float8_e5m2, 2560),
         nf4(512, 2560, 64),
     ],
     ids=lambda case: case.name,
@@ -180,22 +197,36 @@ def test_strided_and_broadcast_inputs_are_taken_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bits", kernels.BITS)
-@pytest.mark.parametrize("group", [-1, 32, 48, 7])
-def test_the_compiled_packer_and_the_plain_one_agree(bits: int, group: int) -> None:
+@pytest.mark.parametrize("group", [-1, 16, 32, 48, 7])
+@pytest.mark.parametrize("columns", [False, True])
+def test_the_compiled_packer_and_the_plain_one_agree(bits: int, group: int, columns: bool) -> None:
     k = 336
     codes = torch.randint(0, 2**bits, (37, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
-    if group in (32, 48):
+    if k % max(group, 1):
         codes = codes[:, : k // group * group].contiguous()
-    packed = torch.ops.quantserve_kernels.pack_codes(codes, bits, group)
-    assert torch.equal(packed, _fallback.pack_codes(codes, bits, group))
-    assert torch.equal(_fallback.unpack_codes(packed, bits, *codes.shape, group), codes)
-    if bits == 3 and group == -1:
+    packed = torch.ops.quantserve_kernels.pack_codes(codes, bits, group, columns)
+    assert torch.equal(packed, _fallback.pack_codes(codes, bits, group, columns))
+    assert torch.equal(_fallback.unpack_codes(packed, bits, *codes.shape, group, columns), codes)
+    if bits == 3 and group == -1 and not columns:
         assert packed.numel() == 40 * 512 * 3 // 8  # three bits per stored weight, not four
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group", [16, 32])
+def test_small_groups_are_stored_without_padding(bits: int, group: int) -> None:
+    weight = affine(32, 192, bits, group).weight
+    assert weight.codes.numel() == 32 * 192 * bits // 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_plain_torch_operator_agrees(dtype: torch.dtype) -> None:
-    for case in (codebook(600, 331, 3, sparse=0.02), affine(66, 384, 4, 48, sparse=0.02), nf4(20, 128, 64)):
+    for case in (
+        codebook(600, 331, 3, sparse=0.02),
+        affine(66, 384, 4, 48, sparse=0.02),
+        nf4(20, 128, 64),
+        affine(530, 80, 8, 16),
+        grouped_codebook(9, 96, 4, 48),
+    ):
         w = case.weight
         x = torch.randn(3, w.k, generator=torch.Generator().manual_seed(10)).to(dtype)
         bias = torch.randn(w.n, generator=torch.Generator().manual_seed(11)).to(dtype)

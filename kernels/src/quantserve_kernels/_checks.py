@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantserve_kernels._fallback import ACTIVATIONS, TILE, shape_of
+from quantserve_kernels._fallback import ACTIVATIONS, columns_of, shape_of, tile_of
 
 Layout = Literal["cpu", "tensor cores", "words"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,10 +34,11 @@ def layout_of(codes: Tensor) -> Layout:
     return layout
 
 
-def codes_shape(layout: Layout, bits: int, n: int, k: int, group_size: int) -> tuple[int, ...]:
+def codes_shape(layout: Layout, table: Tensor, bits: int, n: int, k: int, group_size: int) -> tuple[int, ...]:
     """The shape that `pack` gives the codes of W [n, k]."""
     if layout == "cpu":
-        return (-(-n // TILE) * TILE * shape_of(bits, k, group_size).k_padded * bits // 8,)
+        tile, shape = tile_of(table), shape_of(bits, k, group_size, columns_of(table))
+        return (-(-n // tile) * tile * shape.k_padded * bits // 8,)
     if layout == "tensor cores":
         return (-(-n // 16), -(-k // 64), 32 * bits)
     chunks = -(-k * (2 if bits == 3 else bits) // 1024)
@@ -64,7 +65,7 @@ def check_linear(
     Raises:
         ValueError, TypeError: with the numbers and the fix.
     """
-    shape_of(bits, k, group_size)
+    shape_of(bits, k, group_size, columns=False)
     if not (1 <= n < MOST and 1 <= k < MOST):
         raise ValueError(f"n {n} and k {k} must be at least 1 and below 2^31")
     if x.dtype not in FLOATS:
@@ -100,8 +101,11 @@ def check_experts(
     _check_weight("w13_", x.device, *w13, *w13_numbers)
     _check_weight("w2_", x.device, *w2, *w2_numbers)
     (_, n13, hidden, _), (_, n2, width, _) = w13_numbers, w2_numbers
-    if hidden % TILE or width % 2:
-        raise ValueError(f"w13_k {hidden} must be a multiple of {TILE} and w2_k {width} one of 2")
+    tiles = tile_of(w13[1]), tile_of(w2[1])
+    if 2 * width % tiles[0] or hidden % tiles[1]:
+        raise ValueError(
+            f"2 * w2_k, {2 * width}, must be a multiple of {tiles[0]} and w13_k {hidden} one of {tiles[1]}"
+        )
     count = n2 // hidden
     if n2 != count * hidden or n13 != count * 2 * width:
         raise ValueError(
@@ -138,14 +142,14 @@ def _check_weight(
     group_size: int,
 ) -> Layout:
     """The fields of a PackedWeight; `owner` goes before their names."""
-    groups = shape_of(bits, k, group_size).groups
+    groups = shape_of(bits, k, group_size, columns_of(table)).groups
     layout = layout_of(codes)
     if (codes.device.type == "cpu") != (layout == "cpu"):
         raise ValueError(
             f"{owner}codes are packed for {'CPUs' if layout == 'cpu' else 'GPUs'} and are on {codes.device}. "
             "Fix: move the checkpoint's tensors and pack them again on that device"
         )
-    _expect(codes, f"{owner}codes", codes_shape(layout, bits, n, k, group_size), (codes.dtype,), device)
+    _expect(codes, f"{owner}codes", codes_shape(layout, table, bits, n, k, group_size), (codes.dtype,), device)
     _expect(table, f"{owner}table", (1 if table.shape[:1] == (1,) else n, 2**bits), (torch.float32,), device)
     if layout == "tensor cores" and (bits == 8 or k % 8 or scales is not None):
         raise ValueError(
@@ -154,7 +158,7 @@ def _check_weight(
         )
     if zeros is not None and scales is None:
         raise ValueError(f"{owner}zeros need scales")
-    side = (-(-n // TILE), groups, TILE) if layout == "cpu" else (n, groups)
+    side = (-(-n // tile_of(table)), groups, tile_of(table)) if layout == "cpu" else (n, groups)
     if scales is not None:
         _expect(scales, f"{owner}scales", side, FLOATS, device)
         if zeros is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantserve_kernels._fallback import ACTIVATIONS, TILE
+from quantserve_kernels._fallback import ACTIVATIONS, tile_of
 from quantserve_kernels._ops import allocate_codes
 from quantserve_kernels._weight import PackedWeight
 
@@ -75,7 +75,7 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
 
     Args:
         weights: at least one, alike in k, bits, group size and which tensors they have (a sparse part may be missing),
-            each with n a multiple of 4.
+            each with n a multiple of 16 where its channels share a table, which is then the same in all, else of 4.
 
     Raises:
         ValueError: they are not; says which and how.
@@ -86,14 +86,14 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
     for at, weight in enumerate(weights):
         if _kind(weight) != _kind(first):
             raise ValueError(f"weight {at} has {_kind(weight)} and weight 0 {_kind(first)}; they must be alike")
-        if weight.layout != "cpu" or weight.n % TILE:
+        if weight.layout != "cpu" or weight.n % tile_of(weight.table):
             raise ValueError(
                 f"weight {at} is [{weight.n}, {weight.k}] in the layout {weight.layout}, expected the CPU's and n a "
-                f"multiple of {TILE}"
+                f"multiple of {tile_of(weight.table)}"
             )
-    table = first.table
-    if any(weight.table.shape[0] > 1 or not torch.equal(weight.table, table) for weight in weights):
-        table = torch.cat([weight.table.expand(weight.n, -1) for weight in weights])
+        if weight.table.shape[0] == 1 and not torch.equal(weight.table, first.table):
+            raise ValueError(f"weight {at} has another table than weight 0. Fix: pack each with a table per channel")
+    table = first.table if first.table.shape[0] == 1 else torch.cat([weight.table for weight in weights])
     codes = [weight.codes for weight in weights]
     rows, cols, vals = _concatenated_csr(weights)
     return PackedWeight(
@@ -125,7 +125,8 @@ def _kind(weight: PackedWeight) -> str:
         f"no {name}" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {name}"
         for name, tensor in (("scales", weight.scales), ("zeros", weight.zeros))
     )
-    return f"k {weight.k}, {weight.bits} bits, group size {weight.group_size}, {scales}, {zeros}"
+    table = "one table" if weight.table.shape[0] == 1 else "a table per channel"
+    return f"{table}, k {weight.k}, {weight.bits} bits, group size {weight.group_size}, {scales}, {zeros}"
 
 
 def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:

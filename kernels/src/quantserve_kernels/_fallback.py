@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 TILE = 4
+COLUMNS = 16  # channels of a tile where all share a table
 VECTOR = 32
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
 VECTORS = {2: 8, 3: 16, 4: 4, 8: 2}  # bits -> vectors in a block
@@ -27,8 +28,18 @@ class Shape(NamedTuple):
     k_padded: int
 
 
-def shape_of(bits: int, k: int, group_size: int) -> Shape:
-    """Group sizes become multiples of 32, and the whole a multiple of a block.
+def columns_of(table: Tensor) -> bool:
+    """Whether codes are laid out in columns: where all channels share one table."""
+    return table.shape[0] == 1
+
+
+def tile_of(table: Tensor) -> int:
+    """Output channels of a tile."""
+    return COLUMNS if columns_of(table) else TILE
+
+
+def shape_of(bits: int, k: int, group_size: int, columns: bool) -> Shape:
+    """Group sizes become multiples of 32, of a block in columns, and the whole a multiple of a block.
 
     Raises:
         ValueError: unknown bits, or a group size that does not divide k.
@@ -38,12 +49,13 @@ def shape_of(bits: int, k: int, group_size: int) -> Shape:
     group = k if group_size == -1 else group_size
     if group < 1 or k % group:
         raise ValueError(f"group_size {group_size} does not divide k {k}")
-    padded = -(-group // VECTOR) * VECTOR
-    block = VECTORS[bits] * VECTOR
+    block = VECTORS[bits] * (2 if columns else VECTOR)
+    step = block if columns else VECTOR
+    padded = -(-group // step) * step
     return Shape(group, padded, k // group, -(-(k // group * padded) // block) * block)
 
 
-def pack_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int, group_size: int, columns: bool = False) -> Tensor:
     """Codes uint8 [n, k] to the kernel's layout, uint8 [bytes].
 
     Raises:
@@ -52,46 +64,52 @@ def pack_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     if codes.ndim != 2 or codes.dtype != torch.uint8:
         raise ValueError(f"codes is {codes.dtype} {list(codes.shape)}, expected uint8 [n, k]")
     n, k = codes.shape
-    shape = shape_of(bits, k, group_size)
+    shape = shape_of(bits, k, group_size, columns)
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"codes go up to {int(codes.max())}, which does not fit {bits} bits (0..{2**bits - 1})")
-    rows = -(-n // TILE) * TILE
+    tile = COLUMNS if columns else TILE
+    rows = -(-n // tile) * tile
     spread = codes.new_zeros(rows, shape.k_padded)
     groups = spread[:n, : shape.groups * shape.group_padded].unflatten(1, (shape.groups, shape.group_padded))
     groups[:, :, : shape.group] = codes.view(n, shape.groups, shape.group)
-    vectors = spread.view(rows // TILE, TILE, -1, VECTORS[bits], VECTOR).to(torch.int32).unbind(3)
+    # [tiles, tile, blocks, vectors, words of a channel in a load]
+    vectors = spread.view(rows // tile, tile, -1, VECTORS[bits], 2 if columns else VECTOR).to(torch.int32).unbind(3)
     if bits == 3:
         last = vectors[15]
         words = [sum(vectors[5 * i + j] << 3 * j for j in range(5)) | (last >> i & 1) << 15 for i in range(3)]
     else:
         words = [sum(vector << bits * j for j, vector in enumerate(vectors))]
-    # [tiles, 4, blocks, loads, 32] -> [tiles, blocks, 4, loads, 32]
-    stacked = torch.stack(words, dim=3).transpose(1, 2).to(torch.int16)
+    # [tiles, tile, blocks, words] -> [tiles, blocks, loads, tile, words], or [tiles, blocks, tile, loads, words]
+    stacked = torch.stack(words, dim=3).permute((0, 2, 3, 1, 4) if columns else (0, 2, 1, 3, 4)).to(torch.int16)
     return stacked.contiguous().view(torch.uint8).flatten()
 
 
-def unpack_codes(packed: Tensor, bits: int, n: int, k: int, group_size: int) -> Tensor:
+def unpack_codes(packed: Tensor, bits: int, n: int, k: int, group_size: int, columns: bool = False) -> Tensor:
     """Undo `pack_codes`: uint8 [n, k]."""
-    shape = shape_of(bits, k, group_size)
+    shape = shape_of(bits, k, group_size, columns)
     loads = 3 if bits == 3 else 1
-    blocks = shape.k_padded // (VECTORS[bits] * VECTOR)
-    words = packed.view(torch.int16).view(-1, blocks, TILE, loads, VECTOR).transpose(1, 2).to(torch.int32) & 0xFFFF
-    word = words.unbind(3)
+    blocks = shape.k_padded // (VECTORS[bits] * (2 if columns else VECTOR))
+    words = packed.view(torch.int16)
+    if columns:
+        words = words.view(-1, blocks, loads, COLUMNS, 2).permute(0, 3, 1, 2, 4)
+    else:
+        words = words.view(-1, blocks, TILE, loads, VECTOR).transpose(1, 2)
+    word = (words.to(torch.int32) & 0xFFFF).unbind(3)
     if bits == 3:
         vectors = [word[j // 5] >> 3 * (j % 5) & 7 for j in range(15)]
         vectors.append(word[0] >> 15 | (word[1] >> 15) << 1 | (word[2] >> 15) << 2)
     else:
         vectors = [word[0] >> bits * j & (2**bits - 1) for j in range(VECTORS[bits])]
-    spread = torch.stack(vectors, dim=3).to(torch.uint8).view(-1, shape.k_padded)[:n]
+    spread = torch.stack(vectors, dim=3).to(torch.uint8).reshape(-1, shape.k_padded)[:n]
     groups = spread[:, : shape.groups * shape.group_padded].unflatten(1, (shape.groups, shape.group_padded))
     return groups[:, :, : shape.group].reshape(n, k)
 
 
-def interleave(values: Tensor) -> Tensor:
-    """Scales or zeros [n, groups] in the order of the CPU kernels: [n/4, groups, 4], the last channel repeated."""
+def interleave(values: Tensor, tile: int) -> Tensor:
+    """Scales or zeros [n, groups] as the CPU kernels read them: [n/tile, groups, tile], the last channel repeated."""
     n, groups = values.shape
-    padded = torch.cat([values, values[-1:].expand(-n % TILE, groups)]) if n % TILE else values
-    return padded.view(-1, TILE, groups).transpose(1, 2).contiguous()
+    padded = torch.cat([values, values[-1:].expand(-n % tile, groups)]) if n % tile else values
+    return padded.view(-1, tile, groups).transpose(1, 2).contiguous()
 
 
 def plain(values: Tensor, n: int) -> Tensor:
@@ -114,9 +132,8 @@ def decode(
     return (groups * scales.to(dtype).unsqueeze(2)).view(n, k)
 
 
-def sparse_of(rows: Tensor, cols: Tensor, vals: Tensor, k: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_of(rows: Tensor, cols: Tensor, vals: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Output channels, input features and values of the sparse part; its columns count the padding of groups."""
-    shape = shape_of(4, k, group_size)
     channel = torch.repeat_interleave(torch.arange(rows.numel() - 1, device=rows.device), rows.diff().to(torch.int64))
     stored = cols.to(torch.int64)
     return channel, stored // shape.group_padded * shape.group + stored % shape.group_padded, vals
@@ -140,16 +157,17 @@ def codebook_linear(
     """`x` [..., k] times the decoded weight, in float32, some channels at a time; returns [..., n] in x's dtype."""
     if x.shape[-1] != k:
         raise ValueError(f"x has shape {list(x.shape)}, expected [..., {k}] (k)")
-    size = shape_of(bits, k, group_size).k_padded * bits // 8 * TILE  # of one tile
+    shape, columns, tile = shape_of(bits, k, group_size, columns_of(table)), columns_of(table), tile_of(table)
+    size = shape.k_padded * bits // 8 * tile
     flat = x.reshape(-1, k).to(torch.float32)
     out = flat.new_empty(flat.shape[0], n)
     for first in range(0, n, CHANNELS):
         last = min(first + CHANNELS, n)
         part = slice(first, last)
-        tiles = codes[first // TILE * size : -(-last // TILE) * size]
+        tiles = codes[first // tile * size : -(-last // tile) * size]
         weight = decode(
-            unpack_codes(tiles, bits, last - first, k, group_size),
-            table if table.shape[0] == 1 else table[part],
+            unpack_codes(tiles, bits, last - first, k, group_size, columns),
+            table if columns else table[part],
             None if scales is None else plain(scales, n)[part],
             None if zeros is None else plain(zeros, n)[part],
             group_size,
@@ -157,7 +175,7 @@ def codebook_linear(
         )
         out[:, part] = flat @ weight.t()
     if rows is not None and cols is not None and vals is not None:
-        channel, feature, values = sparse_of(rows, cols, vals, k, group_size)
+        channel, feature, values = sparse_of(rows, cols, vals, shape)
         out.index_add_(1, channel, flat[:, feature] * values)
     if bias is not None:
         out += bias

@@ -3,7 +3,7 @@
     codebook_linear(x [..., k], codes, table, scales, zeros, rows, cols, vals, bias, bits, n, k, group_size) -> [..., n]
     codebook_experts(x [t, k], topk_ids, topk_weights, activation, w13, w13_bias, w2, w2_bias) -> [t, k]; CPU only, each
         weight as its seven tensors, and their numbers at the end
-    pack_codes(codes uint8 [n, k], bits, group_size) -> uint8, in the layout of csrc/kernel.h; CPU only
+    pack_codes(codes uint8 [n, k], bits, group_size, columns) -> uint8, in the layout of csrc/kernel.h; CPU only
 
 Each has a fake implementation, so torch.compile and CUDA graphs see one opaque node; which kernel runs for how many
 rows is decided inside, at run time.
@@ -36,7 +36,7 @@ EXPERTS = (
     "codebook_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, str activation, "
     f"{_WEIGHT.format('w13')}, {_WEIGHT.format('w2')}, {_NUMBERS.format('w13')}, {_NUMBERS.format('w2')}) -> Tensor"
 )
-PACK = "pack_codes(Tensor codes, int bits, int group_size) -> Tensor"
+PACK = "pack_codes(Tensor codes, int bits, int group_size, bool columns=False) -> Tensor"
 
 
 @cache

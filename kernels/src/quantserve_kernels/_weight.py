@@ -10,7 +10,6 @@ from torch import Tensor
 
 from quantserve_kernels import _fallback
 from quantserve_kernels._checks import MOST, Layout, layout_of
-from quantserve_kernels._fallback import TILE
 from quantserve_kernels._ops import allocate_codes, load
 
 BITS = (2, 3, 4, 8)
@@ -29,7 +28,8 @@ class PackedWeight:
     Attributes:
         codes: uint8 (CPU) or int32 (GPU), in the layout of the device's kernel: see `layout`.
         table: float32 [n, 2**bits], a codebook per channel, or [1, 2**bits].
-        scales: float16, bfloat16 or float32; [n/4, k/group_size, 4] (CPU) or [n, k/group_size] (GPU); None for none.
+        scales: float16, bfloat16 or float32; [n/tile, k/group_size, tile] (CPU; tile is 16 where
+            all channels share a table, else 4) or [n, k/group_size] (GPU); None for none.
         zeros: the same shape and dtype; None for none.
         rows, cols, vals: int32 [n + 1], int32 [nnz], float32 [nnz]; a CSR matrix, columns rising in each row; or None.
         bits: 2, 3, 4 or 8.
@@ -63,6 +63,10 @@ class PackedWeight:
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in pairs if isinstance(value, Tensor)}
 
+    @property
+    def _shape(self) -> _fallback.Shape:
+        return _fallback.shape_of(self.bits, self.k, self.group_size, _fallback.columns_of(self.table))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [n, k]: what the kernels multiply with, before any rounding of theirs.
 
@@ -71,11 +75,12 @@ class PackedWeight:
         """
         if self.layout != "cpu":
             raise ValueError("packed for a GPU, and only CPU weights can be dequantized. Fix: pack CPU tensors")
-        codes = _fallback.unpack_codes(self.codes, self.bits, self.n, self.k, self.group_size)
+        columns = _fallback.columns_of(self.table)
+        codes = _fallback.unpack_codes(self.codes, self.bits, self.n, self.k, self.group_size, columns)
         scales, zeros = (None if t is None else _fallback.plain(t, self.n) for t in (self.scales, self.zeros))
         weight = _fallback.decode(codes, self.table, scales, zeros, self.group_size, dtype)
         if self.rows is not None and self.cols is not None and self.vals is not None:
-            channel, feature, values = _fallback.sparse_of(self.rows, self.cols, self.vals, self.k, self.group_size)
+            channel, feature, values = _fallback.sparse_of(self.rows, self.cols, self.vals, self._shape)
             weight.index_put_((channel, feature), values.to(dtype), accumulate=True)
         return weight
 
@@ -211,9 +216,11 @@ def pack(
         (n, k), channels = shape, codes
     if not (1 <= n < MOST and 1 <= k < MOST):
         raise ValueError(f"a weight [{n}, {k}] has nothing to multiply, or 2^31 rows or columns")
-    numbers = _fallback.shape_of(bits, k, group_size)
+    _fallback.shape_of(bits, k, group_size, columns=False)  # refuses first what `bits` the table has to have
     layout = _layout_for(table.device, bits, k, group_size)
     table = _checked(table, "table", [(n, 2**bits), (1, 2**bits)], torch.float32, table.device)
+    columns, tile = _fallback.columns_of(table), _fallback.tile_of(table)
+    numbers = _fallback.shape_of(bits, k, group_size, columns)
     if zeros is not None and scales is None:
         raise ValueError("zeros without scales; pass scales of 1")
     if scales is not None:
@@ -221,18 +228,18 @@ def pack(
         scales = _checked(scales, "scales", [(n, numbers.groups)], dtype, table.device)
         if zeros is not None:
             zeros = _checked(zeros, "zeros", [(n, numbers.groups)], dtype, table.device)
-        if table.shape[0] == 1:
+        if columns:
             table, scales, zeros = _suited_to_bfloat16(table, scales, zeros)
     rows, cols, vals = (None, None, None) if sparse is None else _checked_csr(*sparse, table, n, k, numbers, layout)
     _refuse_infinity(table, scales, zeros, vals, layout)
     if scales is not None:
         if layout == "cpu":
-            scales = _fallback.interleave(scales)
-            zeros = None if zeros is None else _fallback.interleave(zeros)
+            scales = _fallback.interleave(scales, tile)
+            zeros = None if zeros is None else _fallback.interleave(zeros, tile)
         elif layout == "tensor cores":  # which take no scales: one a channel makes a codebook a channel
             table = ((table if zeros is None else table - zeros) * scales).contiguous()
             scales = zeros = None
-    packed = _packed(_strips(channels, bits, n, k, table.device), bits, n, group_size, layout)
+    packed = _packed(_strips(channels, bits, n, k, table.device), bits, n, group_size, layout, columns)
     return PackedWeight(packed, table, scales, zeros, rows, cols, vals, bits, n, k, group_size)
 
 
@@ -280,7 +287,9 @@ def _strips(
     return strip
 
 
-def _packed(strip: Callable[[int], Tensor], bits: int, n: int, group_size: int, layout: Layout) -> Tensor:
+def _packed(
+    strip: Callable[[int], Tensor], bits: int, n: int, group_size: int, layout: Layout, columns: bool
+) -> Tensor:
     """The codes of all strips in one tensor; on a CPU it is filled strip by strip, so nothing exists twice."""
     if layout == "tensor cores":
         from quantserve_kernels import _cuda
@@ -290,15 +299,15 @@ def _packed(strip: Callable[[int], Tensor], bits: int, n: int, group_size: int, 
         from quantserve_kernels import _triton
 
         return torch.cat([_triton.pack_codes(strip(first), bits) for first in range(0, n, STRIP)])
-    part = torch.ops.quantserve_kernels.pack_codes(strip(0), bits, group_size)
+    part = torch.ops.quantserve_kernels.pack_codes(strip(0), bits, group_size, columns)
     if n <= STRIP:
         return part
-    tile = part.numel() * TILE // STRIP
-    whole = allocate_codes(-(-n // TILE) * tile)
-    whole[: part.numel()] = part
+    size, tile = part.numel(), _fallback.COLUMNS if columns else _fallback.TILE
+    whole = allocate_codes(-(-n // tile) * tile * size // STRIP)
+    whole[:size] = part
     for first in range(STRIP, n, STRIP):
-        part = torch.ops.quantserve_kernels.pack_codes(strip(first), bits, group_size)
-        at = first // TILE * tile
+        part = torch.ops.quantserve_kernels.pack_codes(strip(first), bits, group_size, columns)
+        at = first // STRIP * size
         whole[at : at + part.numel()] = part
     return whole
 

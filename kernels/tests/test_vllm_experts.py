@@ -19,13 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from vllm.config import LoadConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-from vllm.model_executor import parameter
-from vllm.model_executor.layers import linear
+from vllm.config import LoadConfig, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe import config as moe_config
 
+from helpers.vllm_layers import become, surroundings
 from mixtures import BOOK, GROUP, Nibbles, Parts, nibbles
 from quantserve_kernels.vllm import Format, experts, linear_kernels, register
 from quantserve_kernels.vllm.expert_kernels import RoutedExperts
@@ -51,14 +49,9 @@ def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     linear_kernels.register()
     linear_kernels.keep_scales()
     register(Nibbles)
-    with pytest.MonkeyPatch.context() as environment, set_current_vllm_config(VllmConfig()):
-        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        environment.setenv("VLLM_DISABLED_KERNELS", "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel")
-        store = tmp_path_factory.mktemp("group") / "store"
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1)
+    folder = tmp_path_factory.mktemp("group")
+    with surroundings(folder, VLLM_DISABLED_KERNELS="CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"):
         yield
-        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(autouse=True)
@@ -70,14 +63,13 @@ def _no_layers_yet() -> None:
 def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Let layers made from now on believe they are one rank of several."""
 
-    def become(rank: int, ranks: int) -> None:
+    def rank_of(rank: int, ranks: int) -> None:
         get_current_vllm_config().compilation_config.static_forward_context.clear()
-        for module in (linear, parameter, moe_config):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-        for module in (linear, parameter, experts):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: ranks)
+        become(monkeypatch, rank, ranks)
+        monkeypatch.setattr(moe_config, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(experts, "get_tensor_model_parallel_world_size", lambda: ranks)
 
-    return become
+    return rank_of
 
 
 def mixture(config: Any, **options: Any) -> Any:
@@ -189,6 +181,15 @@ def test_dtypes_and_numbers_of_tokens(dtype: torch.dtype, count: int) -> None:
     routed = loaded(mixture(config_of("awq", GROUP), params_dtype=dtype), tensors)
     x, ids, weights = tokens(count, dtype)
     close(result(routed, x, ids, weights), expected(x, ids, weights, matrices), x)
+
+
+def test_the_graph_is_whole() -> None:
+    """vLLM compiles its models without a break."""
+    tensors, _ = made(lambda n, k, seed: awq(n, GROUP, seed, k=k))
+    routed = loaded(mixture(config_of("awq", GROUP)), tensors)
+    compiled = torch.compile(result, fullgraph=True, backend="aot_eager", dynamic=True)
+    for count in (1, 7):
+        assert torch.equal(compiled(routed, *tokens(count)), result(routed, *tokens(count)))
 
 
 @pytest.mark.parametrize(("method", "make"), [("awq", awq), ("gptq", gptq), ("compressed-tensors", compressed)])
@@ -327,9 +328,9 @@ def test_ranks_with_whole_experts_add_up(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_codebooks_of_their_own() -> None:
     """A table for each linear becomes one for each output channel."""
     tensors, matrices = listed()
-    for expert in range(EXPERTS):
-        tensors[f"{expert}.{UP}.weight_book"] = BOOK * (expert + 1)
-        matrices[expert, UP] *= expert + 1
+    for factor, (expert, name) in enumerate(matrices, start=1):
+        tensors[f"{expert}.{name}.weight_book"] = BOOK * factor
+        matrices[expert, name] *= factor
     format = Nibbles.from_config({})
     x, ids, weights = tokens()
     routed = loaded(mixture(format), tensors)

@@ -21,7 +21,7 @@ FLAGS = (
     "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,object-size,vptr "
     "-fno-sanitize-recover=undefined --param asan-instrumentation-with-call-threshold=0"  # calls: half the compile time
 )
-TESTS = ("test_cpu.py", "test_misuse.py", "test_formats.py", "test_fuzz.py")
+TESTS = ("test_cpu.py", "test_experts.py", "test_misuse.py", "test_formats.py", "test_fuzz.py")
 
 
 def build() -> Path:

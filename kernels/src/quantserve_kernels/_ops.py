@@ -63,12 +63,11 @@ def load() -> torch.library.Library:
             torch.ops.quantserve_kernels.isa(forced)
     else:
         definitions.define(LINEAR)
+        definitions.define(EXPERTS)
         definitions.define(PACK)
         definitions.impl("codebook_linear", _plain_linear, "CPU")
-        definitions.impl("pack_codes", _fallback.pack_codes, "CPU")
-    if not hasattr(torch.ops.quantserve_kernels, "codebook_experts"):
-        definitions.define(EXPERTS)
         definitions.impl("codebook_experts", _plain_experts, "CPU")
+        definitions.impl("pack_codes", _fallback.pack_codes, "CPU")
     definitions.impl("codebook_linear", _cuda_linear, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::codebook_linear", _fake_linear, lib=definitions)
     torch.library.register_fake(f"{NAMESPACE}::codebook_experts", _fake_experts, lib=definitions)

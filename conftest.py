@@ -19,7 +19,8 @@ for name in [name for name in os.environ if name.startswith("VLLM_")]:
     del os.environ[name]
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
 os.environ["QUANTSERVE_CALIBRATION"] = "/nonexistent/calibration.json"
-for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS"):
+# Readline of a process without a terminal says COLUMNS=80, which output would follow.
+for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS", "COLUMNS", "LINES"):
     os.environ.pop(name, None)
 
 # A package that vLLM's server imports silences the warnings of all others; where a replica undoes that, so do tests.

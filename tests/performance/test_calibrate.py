@@ -74,6 +74,7 @@ def test_every_installed_method_names_a_kernel_of_this_cpu() -> None:
     }
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_calibrate_writes_what_predictions_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ from quantserve.serve.cpus import NICEST, STEP_BACK
 
 from .server import Server, gateway, gone, model, serve, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

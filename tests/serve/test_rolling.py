@@ -18,7 +18,7 @@ import yaml
 from .load import Asked, Clients
 from .server import BIN, Server, free_port, model, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.alone, pytest.mark.timeout(500)]
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 40}
 """Ray's dashboard, to which `serve deploy` talks, wants one."""

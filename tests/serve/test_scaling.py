@@ -16,7 +16,7 @@ import yaml
 from .load import ASK, Asked, Clients
 from .server import Server, gone, model, replicas, serve, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.alone, pytest.mark.timeout(400)]
 
 QUICK = {
     "max_replicas": 2,

@@ -19,7 +19,7 @@ import yaml
 
 from .server import BIN, Server, gone, metric, model, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.alone, pytest.mark.timeout(400)]
 
 
 class Stream:

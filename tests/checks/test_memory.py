@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.checkpoints import LLAMA_7B, LLAMA_70B, llama_tensors
+from helpers.checkpoints import LLAMA_7B, LLAMA_70B, llama_tensors, make_llama
 from quantserve.checkpoint import Checkpoint
 from quantserve.checks.memory import MemoryEstimate, estimate, weights_per_rank
-from quantserve.config import ModelConfig
+from quantserve.config import ModelConfig, load_object
 from quantserve.finding import Finding, Severity
+from quantserve.planning.compose import compose
+from quantserve.plugins.registry import Registry
 from quantserve.target import GIB, Target, find_target
 
 KIB = 1024
@@ -298,3 +301,18 @@ def test_the_lm_head_of_a_tied_model_and_prediction_layers_are_not_counted() -> 
         for name, more in (("without", {}), ("with", extra))
     }
     assert weights["with"] == weights["without"]
+
+
+@pytest.mark.vllm
+def test_a_rank_has_the_parameters_that_vllm_makes(tmp_path: Path) -> None:
+    """Codes, zeros and scales of groups are cut along K in row-parallel linears, as the scheme says."""
+    from corpus import truth
+
+    folder = make_llama(tmp_path / "m", "awq")
+    engine = {"model_id": "m", "hf_model_id": str(folder)}
+    app = load_object({"models": [{"engine_config": engine, "scaling_config": {"num_workers": 2}}]}, "test")
+    composition = compose(app.models[0], Registry.load(), find_target("a100-80g"))
+    model, _ = truth.make(folder, 2)
+    assert composition.memory is not None
+    made = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert composition.memory.weights_bytes == made

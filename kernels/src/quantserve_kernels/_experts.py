@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantserve_kernels import _fallback
 from quantserve_kernels._fallback import ACTIVATIONS, tile_of
 from quantserve_kernels._ops import allocate_codes
-from quantserve_kernels._weight import PackedWeight
+from quantserve_kernels._weight import PackedWeight, pack
 
 __all__ = ["ACTIVATIONS", "concatenate", "experts"]
 
@@ -75,7 +76,8 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
 
     Args:
         weights: at least one, alike in k, bits, group size and which tensors they have (a sparse part may be missing),
-            each with n a multiple of 16 where its channels share a table, which is then the same in all, else of 4.
+            each with n a multiple of 16 where its channels share a table, else of 4. Where weights have different
+            tables, each channel of the result has one of its own.
 
     Raises:
         ValueError: they are not; says which and how.
@@ -91,9 +93,10 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
                 f"weight {at} is [{weight.n}, {weight.k}] in the layout {weight.layout}, expected the CPU's and n a "
                 f"multiple of {tile_of(weight.table)}"
             )
-        if weight.table.shape[0] == 1 and not torch.equal(weight.table, first.table):
-            raise ValueError(f"weight {at} has another table than weight 0. Fix: pack each with a table per channel")
-    table = first.table if first.table.shape[0] == 1 else torch.cat([weight.table for weight in weights])
+    table = first.table
+    if any(weight.table.shape[0] > 1 or not torch.equal(weight.table, table) for weight in weights):
+        weights = [_with_a_table_per_channel(weight) for weight in weights]
+        table = torch.cat([weight.table for weight in weights])
     codes = [weight.codes for weight in weights]
     rows, cols, vals = _concatenated_csr(weights)
     return PackedWeight(
@@ -125,8 +128,23 @@ def _kind(weight: PackedWeight) -> str:
         f"no {name}" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {name}"
         for name, tensor in (("scales", weight.scales), ("zeros", weight.zeros))
     )
-    table = "one table" if weight.table.shape[0] == 1 else "a table per channel"
-    return f"{table}, k {weight.k}, {weight.bits} bits, group size {weight.group_size}, {scales}, {zeros}"
+    return f"k {weight.k}, {weight.bits} bits, group size {weight.group_size}, {scales}, {zeros}"
+
+
+def _with_a_table_per_channel(weight: PackedWeight) -> PackedWeight:
+    if weight.table.shape[0] > 1:
+        return weight
+    codes = _fallback.unpack_codes(weight.codes, weight.bits, weight.n, weight.k, weight.group_size, columns=True)
+    scales, zeros = (None if t is None else _fallback.plain(t, weight.n) for t in (weight.scales, weight.zeros))
+    return pack(
+        codes,
+        weight.table.expand(weight.n, -1),
+        bits=weight.bits,
+        scales=scales,
+        zeros=zeros,
+        group_size=weight.group_size,
+        sparse=weight.sparse(),
+    )
 
 
 def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -132,11 +132,15 @@ def decode(
     return (groups * scales.to(dtype).unsqueeze(2)).view(n, k)
 
 
-def sparse_of(rows: Tensor, cols: Tensor, vals: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Output channels, input features and values of the sparse part; its columns count the padding of groups."""
-    channel = torch.repeat_interleave(torch.arange(rows.numel() - 1, device=rows.device), rows.diff().to(torch.int64))
+def channels_of(rows: Tensor) -> Tensor:
+    """The output channel of each entry of a CSR matrix."""
+    return torch.repeat_interleave(torch.arange(rows.numel() - 1, device=rows.device), rows.diff().to(torch.int64))
+
+
+def features_of(cols: Tensor, shape: Shape) -> Tensor:
+    """The input feature of each entry of a sparse part, whose columns count the padding of groups."""
     stored = cols.to(torch.int64)
-    return channel, stored // shape.group_padded * shape.group + stored % shape.group_padded, vals
+    return stored // shape.group_padded * shape.group + stored % shape.group_padded
 
 
 def codebook_linear(
@@ -175,8 +179,7 @@ def codebook_linear(
         )
         out[:, part] = flat @ weight.t()
     if rows is not None and cols is not None and vals is not None:
-        channel, feature, values = sparse_of(rows, cols, vals, shape)
-        out.index_add_(1, channel, flat[:, feature] * values)
+        out.index_add_(1, channels_of(rows), flat[:, features_of(cols, shape)] * vals)
     if bias is not None:
         out += bias
     return out.to(x.dtype).view(*x.shape[:-1], n)

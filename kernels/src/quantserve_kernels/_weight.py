@@ -63,9 +63,12 @@ class PackedWeight:
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in pairs if isinstance(value, Tensor)}
 
-    @property
-    def _shape(self) -> _fallback.Shape:
-        return _fallback.shape_of(self.bits, self.k, self.group_size, _fallback.columns_of(self.table))
+    def sparse(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """rows, cols and vals of the sparse part [n, k] of a CPU weight, as `pack` takes them; None for none."""
+        if self.rows is None or self.cols is None or self.vals is None:
+            return None
+        shape = _fallback.shape_of(self.bits, self.k, self.group_size, _fallback.columns_of(self.table))
+        return self.rows, _fallback.features_of(self.cols, shape), self.vals
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [n, k]: what the kernels multiply with, before any rounding of theirs.
@@ -79,9 +82,9 @@ class PackedWeight:
         codes = _fallback.unpack_codes(self.codes, self.bits, self.n, self.k, self.group_size, columns)
         scales, zeros = (None if t is None else _fallback.plain(t, self.n) for t in (self.scales, self.zeros))
         weight = _fallback.decode(codes, self.table, scales, zeros, self.group_size, dtype)
-        if self.rows is not None and self.cols is not None and self.vals is not None:
-            channel, feature, values = _fallback.sparse_of(self.rows, self.cols, self.vals, self._shape)
-            weight.index_put_((channel, feature), values.to(dtype), accumulate=True)
+        if (sparse := self.sparse()) is not None:
+            rows, feature, values = sparse
+            weight.index_put_((_fallback.channels_of(rows), feature), values.to(dtype), accumulate=True)
         return weight
 
 

@@ -86,10 +86,10 @@ def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
     Fires in ``quantserve check`` and before every deploy, for the method plugin only, for every linear of the model, so
     that widths, groups and targets may differ from one to the next. The experts of a layer that are alike are one
     linear (``linear.experts``); the scheme is that of one expert, also where a tensor stacks them. From the answers
-    the core derives the findings of missing, misshapen, mistyped and unexpected tensors, of fused layers that are quantized in part, and of words and
-    groups that tensor parallelism would cut; their codes begin with the method's name. None means that the linear is
-    stored as a plain ``weight``. Where all are None nothing is derived: say so of files that are in no scheme of
-    yours, and give the reason in ``quantserve_validate``.
+    the core derives the findings of missing, misshapen, mistyped and unexpected tensors, of fused layers that are
+    quantized in part, and of words and groups that tensor parallelism would cut; their codes begin with the method's
+    name. None means that the linear is stored as a plain ``weight``. Where all are None nothing is derived: say so of
+    files that are in no scheme of yours, and give the reason in ``quantserve_validate``.
 
     ``linear.n`` and ``linear.k`` are 0 where config.json does not tell them, as of lm_head and in unknown families; the
     core then solves the stored shapes for them. What the engine keeps (``Scheme.kept``, else the stored bytes) counts

@@ -105,6 +105,10 @@ def check(checkpoint: Checkpoint, scheme: Scheme, **options: Any) -> list[Findin
     return check_schemes(checkpoint, stored_linears(checkpoint, of_experts), code="x", **options)
 
 
+def always(scheme: Scheme) -> Callable[[Linear], Scheme]:
+    return lambda linear: scheme
+
+
 def only(findings: list[Finding]) -> Finding:
     (finding,) = findings
     return finding
@@ -264,7 +268,7 @@ def test_ranks_keep_what_the_scheme_says_of_experts() -> None:
     for tensors, config, scheme in ((listed(INT4), DEEPSEEK, INT4), (stacked(MXFP4), GPT_OSS, MXFP4)):
         experts = {name: spec for name, spec in tensors.items() if ".experts." in name and "bias" not in name}
         checkpoint = of(experts, config)
-        made = stored_linears(checkpoint, lambda linear, scheme=scheme: scheme)
+        made = stored_linears(checkpoint, always(scheme))
         whole = weights_per_rank(checkpoint, 1, 2, made)
         assert whole == checkpoint.weight_bytes
         assert weights_per_rank(checkpoint, 2, 2, made) == whole // 2

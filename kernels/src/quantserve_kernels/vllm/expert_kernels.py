@@ -29,8 +29,14 @@ class RoutedExperts(fused_moe.RoutedExperts):
         self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
         method = None
-        if isinstance(quant_config, CONFIGS):
-            method = experts_method(self, prefix, quant_config, serves)
+        try:
+            if isinstance(quant_config, CONFIGS):
+                method = experts_method(self, prefix, quant_config, serves)
+        except (ValueError, NotImplementedError):
+            if not isinstance(quant_config, CompressedTensorsConfig):
+                raise
+            # It has schemes that vLLM knows for experts and not for linears. If this is none, vLLM raises, too.
+            return super()._get_quant_method(prefix, quant_config, moe_config)
         return method or super()._get_quant_method(prefix, quant_config, moe_config)
 
 

@@ -14,6 +14,7 @@ from quantserve.api import Checkpoint, E, Finding, K, Linear, N, Part, Scheme, S
 from quantserve.checks.memory import weights_per_rank
 from quantserve.checks.scheme import check_schemes
 from quantserve.checks.stored import stored_linears
+from quantserve.checks.tensors import check_tensors
 from quantserve.model.linear import shard_k, shard_n
 from quantserve.model.modules import modules, undescribed
 
@@ -229,6 +230,18 @@ def test_plain_stacked_experts_may_be_stored_either_way() -> None:
         checkpoint = of(stacked(None, transposed), GPT_OSS)
         scheme = Scheme({"weight": Part((N(), K()), ("BF16",))}, bits=16, scales="none")
         assert check(checkpoint, scheme) == []
+
+
+def test_stacked_experts_of_a_described_family() -> None:
+    """vLLM loads Qwen3-MoE either way."""
+    tensors = {name: spec for name, spec in qwen(INT4).items() if ".experts." not in name}
+    tensors |= {f"{LAYER}.experts.{leaf}": ("BF16", (EXPERTS, n, k)) for leaf, (n, k) in STACKS.items()}
+    checkpoint = of(tensors, QWEN)
+    experts = {one.name: (one.n, one.k, one.experts) for one in linears(checkpoint) if one.fused == "experts"}
+    assert experts == {f"{LAYER}.experts.{leaf}": (*size, EXPERTS) for leaf, size in STACKS.items()}
+    plain = Scheme({"weight": Part((N(), K()), ("BF16",))}, bits=16, scales="none")
+    assert check(checkpoint, plain) == []
+    assert "unknown-tensors" not in {finding.code for finding in check_tensors(checkpoint)}
 
 
 def test_a_scheme_may_place_the_experts_itself() -> None:

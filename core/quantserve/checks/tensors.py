@@ -123,7 +123,7 @@ def _check_unknown(
     biases: list[str] = []
     for name, tensor in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
-        if name in known or name.endswith(_IGNORED_SUFFIXES) or suffix in CACHE_SCALES:
+        if name in known or name in paths or name.endswith(_IGNORED_SUFFIXES) or suffix in CACHE_SCALES:
             continue
         if suffix == "bias":
             biases.append(shown(tensor))

@@ -32,6 +32,7 @@ class Family:
     experts: tuple[str, int, str] | None = None  # config key, its default, name of the block's expert module
     expert_width: str = "intermediate_size"
     expert_linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    stacks: bool = False  # whether vLLM loads experts.gate_up_proj and experts.down_proj, which stack all experts, too
 
 
 _GEMMA2_NORMS = (
@@ -48,7 +49,9 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
-    "qwen3_moe": Family(qk_norm=True, experts=("num_experts", 128, "mlp"), expert_width="moe_intermediate_size"),
+    "qwen3_moe": Family(
+        qk_norm=True, experts=("num_experts", 128, "mlp"), expert_width="moe_intermediate_size", stacks=True
+    ),
     "mixtral": Family(experts=("num_local_experts", 8, "block_sparse_moe"), expert_linears=("w1", "w3", "w2")),
     "phi3": Family(fused=True),
     "gemma": Family(),

@@ -18,7 +18,7 @@ from quantserve.model.linear import Linear, expert_of, grouped, stack_of
 from quantserve.once import once
 
 if TYPE_CHECKING:
-    from quantserve.checkpoint import Checkpoint
+    from quantserve.checkpoint import Checkpoint, Tensor
 
 _BLOCK = re.compile(r"^((.*?)\b(?:layers|h|blocks)\.)(\d+)\.")
 _LLAMA_BLOCK = re.compile(r"^(.*?)layers\.\d+\.(?:self_attn|mlp|block_sparse_moe)\.")
@@ -58,7 +58,7 @@ def linears(checkpoint: Checkpoint) -> tuple[Linear, ...]:
     """
     architecture, problems = read_architecture(checkpoint)
     if architecture is not None:
-        return tuple(_decoder_linears(architecture, block_prefix(checkpoint)))
+        return tuple(_decoder_linears(architecture, block_prefix(checkpoint), checkpoint.tensors))
     return () if problems else tuple(grouped(_derived(checkpoint)))
 
 
@@ -120,7 +120,7 @@ def split_block(name: str) -> tuple[str, int, str] | None:
     return (match[1], int(match[3][:9]), name[match.end() :]) if match else None
 
 
-def _decoder_linears(arch: Architecture, prefix: str) -> Iterator[Linear]:
+def _decoder_linears(arch: Architecture, prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[Linear]:
     q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     for index in range(arch.layers):
         block = f"{prefix}layers.{index}."
@@ -133,7 +133,7 @@ def _decoder_linears(arch: Architecture, prefix: str) -> Iterator[Linear]:
             yield Linear(attention + "v_proj", kv, arch.hidden, "column", "qkv_proj", arch.kv_heads)
         yield Linear(attention + "o_proj", arch.hidden, q, "row")
         if index in arch.expert_layers:
-            yield from _expert_linears(arch, block)
+            yield from _expert_linears(arch, block, tensors)
         elif arch.family.fused:
             yield Linear(block + "mlp.gate_up_proj", 2 * arch.intermediate, arch.hidden, "column")
             yield Linear(block + "mlp.down_proj", arch.hidden, arch.intermediate, "row")
@@ -143,10 +143,14 @@ def _decoder_linears(arch: Architecture, prefix: str) -> Iterator[Linear]:
             yield Linear(block + "mlp.down_proj", arch.hidden, arch.intermediate, "row")
 
 
-def _expert_linears(arch: Architecture, block: str) -> Iterator[Linear]:
+def _expert_linears(arch: Architecture, block: str, tensors: Mapping[str, Tensor]) -> Iterator[Linear]:
     assert arch.family.experts is not None
     gate, up, down = arch.family.expert_linears
     path = f"{block}{arch.family.experts[2]}.experts"
+    if arch.family.stacks and f"{path}.gate_up_proj" in tensors:
+        yield Linear(f"{path}.gate_up_proj", 2 * arch.expert_width, arch.hidden, "column", "experts", 0, arch.experts)
+        yield Linear(f"{path}.down_proj", arch.hidden, arch.expert_width, "row", "experts", 0, arch.experts)
+        return
     yield _experts(path, gate, arch.experts, arch.expert_width, arch.hidden, "column")
     yield _experts(path, up, arch.experts, arch.expert_width, arch.hidden, "column")
     yield _experts(path, down, arch.experts, arch.hidden, arch.expert_width, "row")

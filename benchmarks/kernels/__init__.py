@@ -4,5 +4,5 @@
 
 Everything that is compared runs in one process and alternates call by call, each call on the next of its own copies of
 the weight, which together exceed the cache. Reported are medians over the rounds, and medians of the ratios within a
-round.
+round. `python -m benchmarks.kernels.experts` does the same for the experts of a mixture.
 """

@@ -16,16 +16,19 @@ import quantserve_kernels as kernels
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_example_gives_what_its_format_means() -> None:
-    code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_examples_give_what_their_format_means() -> None:
+    linear, experts, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, object] = {}
-    exec(code, names)
+    exec(linear, names)
     weight, x, y = names["weight"], names["x"], names["y"]
     assert isinstance(weight, kernels.PackedWeight)
     assert isinstance(x, torch.Tensor)
     assert isinstance(y, torch.Tensor)
     assert y.dtype == x.dtype
     torch.testing.assert_close(y.float(), x.float() @ weight.dequantize().t() + 1, rtol=0.02, atol=0.5)
+    exec(experts, names)
+    assert isinstance(names["y"], torch.Tensor)
+    assert names["y"].shape == (3, 64)
 
 
 def test_every_format_is_listed_with_its_parameters() -> None:

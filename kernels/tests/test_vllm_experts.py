@@ -216,6 +216,15 @@ def made_method(method: str) -> Any:
     return mixture(config_of(method, GROUP)).routed_experts.quant_method
 
 
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="vLLM has a kernel for these experts")
+def test_what_compressed_tensors_cannot_build_as_linears_is_left_to_vllm() -> None:
+    with pytest.raises(NotImplementedError, match="No WNA16 MoE backend") as raised:
+        mixture(config_of("compressed-tensors", 48))
+    assert isinstance(raised.value.__context__, ValueError)
+    with pytest.raises(ValueError, match="groups of 48 do not divide K 128"):
+        mixture(config_of("awq", 48))
+
+
 def test_unquantized_experts_stay_vllms() -> None:
     config = config_of("awq", GROUP, modules_to_not_convert=["experts"])
     assert isinstance(mixture(config).routed_experts.quant_method, UnquantizedFusedMoEMethod)

@@ -45,6 +45,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "csrc/isa_avx2.cpp": [*KERNEL, "-mavx2", "-mfma", "-mf16c"],
         "csrc/isa_avx512.cpp": [*KERNEL, *AVX512],
         "csrc/isa_avx512bf16.cpp": [*KERNEL, *AVX512, "-mavx512bf16"],
+        "csrc/isa_amx.cpp": [*KERNEL, *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     }
 
 

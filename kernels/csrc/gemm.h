@@ -404,8 +404,8 @@ void multiply_column_rows(const typename S::Element* weights, int64_t stride, co
 
 // --- many rows of x: a decoded tile is reused by all of them ----------------------------------------------------------
 
-// Decodes blocks [begin, end) of a tile of rows to out[features / LANES, TILE, LANES].
-template <class S, int BITS, bool SCALED>
+// Decodes blocks [begin, end) of a tile of rows to its place among ROWS channels: out[features / LANES, ROWS, LANES].
+template <class S, int BITS, bool SCALED, int ROWS = TILE>
 void decode_tile(const Weight& w, int64_t tile, int64_t begin, int64_t end, typename S::Element* out) {
   constexpr int V = block_vectors(BITS);
   const int64_t blocks = w.k_padded / (V * VECTOR), per_group = w.group_padded / VECTOR;
@@ -417,7 +417,7 @@ void decode_tile(const Weight& w, int64_t tile, int64_t begin, int64_t end, type
     table[r].set(entries[r]);
   }
   const uint8_t* codes = w.codes + (tile * blocks + begin) * TILE * block_bytes(BITS);
-  for (int64_t b = begin; b < end; ++b, codes += TILE * block_bytes(BITS), out += TILE * V * VECTOR) {
+  for (int64_t b = begin; b < end; ++b, codes += TILE * block_bytes(BITS), out += ROWS * V * VECTOR) {
     unrolled<V>([&](auto j) INLINE {
       const int64_t vector = b * V + j, group = vector / per_group;
       if (SCALED && group < w.groups && (vector == begin * V || vector % per_group == 0)) {
@@ -433,7 +433,7 @@ void decode_tile(const Weight& w, int64_t tile, int64_t begin, int64_t end, type
       unrolled<TILE>([&](auto r) INLINE {
         const typename S::template Codes<BITS> code(codes + r * block_bytes(BITS));
         unrolled<S::PARTS>([&](auto p) INLINE {
-          S::store(out + ((j * S::PARTS + p) * TILE + r) * S::LANES, code.template get<j, p>(table[r]));
+          S::store(out + ((j * S::PARTS + p) * ROWS + r) * S::LANES, code.template get<j, p>(table[r]));
         });
       });
     });
@@ -446,15 +446,15 @@ int64_t interleaved(int64_t i, int64_t r, int64_t rows) {
   return (i / S::LANES * rows + r) * S::LANES + i % S::LANES;
 }
 
-// Where input feature i of channel r of a decoded tile is.
-template <class S>
+// Where input feature i of channel r of a decoded tile is; one of rows has its place among ROWS channels.
+template <class S, int ROWS>
 int64_t decoded_at(const Weight& w, int64_t i, int64_t r) {
-  if (!w.columns) return interleaved<S>(S::position(i), r, TILE);
+  if (!w.columns) return interleaved<S>(S::position(i), r, ROWS);
   return i / 2 * VECTOR + (Columns<S>::FEATURES == 2 ? 2 * r + i % 2 : i % 2 * COLUMNS + r);
 }
 
 // Adds the sparse entries of input features [from, from + width) to a decoded tile.
-template <class S>
+template <class S, int ROWS = TILE>
 bool add_sparse(const Weight& w, int64_t tile, int64_t from, int64_t width, typename S::Element* decoded) {
   bool fine = true;
   for (int r = 0; r < w.tile() && tile * w.tile() + r < w.n; ++r) {
@@ -471,7 +471,7 @@ bool add_sparse(const Weight& w, int64_t tile, int64_t from, int64_t width, type
     // Columns rise within a row.
     int64_t i = std::lower_bound(w.cols + begin, w.cols + end, int32_t(from)) - w.cols;
     for (; i < end && w.cols[i] >= from && w.cols[i] < from + width; ++i) {
-      S::add(decoded + decoded_at<S>(w, w.cols[i] - from, r), w.vals[i]);
+      S::add(decoded + decoded_at<S, ROWS>(w, w.cols[i] - from, r), w.vals[i]);
     }
   }
   return fine;

@@ -104,7 +104,8 @@ struct Kernel {
 
 extern const Kernel portable;
 #if defined(__x86_64__)
-extern const Kernel avx2, avx512, avx512bf16;
+extern const Kernel avx2, avx512, avx512bf16, amx;
+bool may_use_amx();  // asks the processor, and the system for the permission, which this process then has
 #endif
 
 }  // namespace quantserve

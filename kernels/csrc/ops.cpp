@@ -34,7 +34,10 @@ std::vector<const Kernel*> available() {  // best last
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
     kernels.push_back(&avx512);
-    if (__builtin_cpu_supports("avx512bf16")) kernels.push_back(&avx512bf16);
+    if (__builtin_cpu_supports("avx512bf16")) {
+      kernels.push_back(&avx512bf16);
+      if (may_use_amx()) kernels.push_back(&amx);
+    }
   }
 #endif
   return kernels;
@@ -64,7 +67,7 @@ std::vector<std::string> isa(const std::string& name) {
 const Kernel& kernel_for(at::ScalarType type) {
 #if defined(__x86_64__)
   // float32 and float16 activations keep their precision.
-  if (chosen() == &avx512bf16 && type != at::kBFloat16) return avx512;
+  if ((chosen() == &avx512bf16 || chosen() == &amx) && type != at::kBFloat16) return avx512;
 #endif
   return *chosen();
 }

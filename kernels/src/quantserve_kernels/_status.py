@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -11,10 +12,17 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 # Best first: name and the processor flags it needs.
 INSTRUCTION_SETS = (
+    ("amx", ("avx512f", "avx512bw", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16")),
     ("avx512bf16", ("avx512f", "avx512bw", "avx512dq", "avx512_bf16")),
     ("avx512", ("avx512f", "avx512bw", "avx512dq")),
     ("avx2", ("avx2", "fma")),
 )
+# What an instruction set computes with another one, for `doctor` and `plan`.
+REGIMES = {
+    "amx": "amx for bfloat16 with more than 4 rows of x, avx512bf16 below, avx512 for float32 and float16",
+    "avx512bf16": "avx512bf16 for bfloat16, avx512 for float32 and float16",
+}
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +31,20 @@ class Status:
 
     Attributes:
         native: whether the compiled operators are installed; without them every call is plain torch.
-        instruction_set: what they use here (``avx512bf16``, ``avx512``, ``avx2``, ``portable``), or ``torch``.
+        instruction_set: what they use here (``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``portable``), or ``torch``.
         reason: why they are not installed; empty when they are.
+        note: why a better instruction set of this processor is not used; empty when the best one is.
     """
 
     native: bool
     instruction_set: str
     reason: str = ""
+    note: str = ""
+
+    @property
+    def regimes(self) -> str:
+        """Which instruction set computes what, in words."""
+        return REGIMES.get(self.instruction_set, self.instruction_set)
 
 
 def library() -> Path | None:
@@ -39,20 +54,38 @@ def library() -> Path | None:
 
 @cache
 def status() -> Status:
-    """What this machine will use; reads the package's folder and ``/proc/cpuinfo``, imports nothing."""
+    """What this machine will use; reads the package's folder and ``/proc/cpuinfo``, imports no torch.
+
+    Where the processor has AMX, the system is asked for the permission to use its tiles, as the kernels ask for it.
+    """
     if library() is None:
         note = PACKAGE / "build-failure.txt"
         reason = note.read_text().strip().splitlines()[0] if note.exists() else "built without a compiler"
         return Status(False, "torch", reason)
     forced = os.environ.get("QUANTSERVE_KERNELS_ISA")
-    return Status(True, forced or _best())
-
-
-def _best() -> str:
+    if forced:
+        return Status(True, forced, note=f"QUANTSERVE_KERNELS_ISA asks for {forced}")
     if platform.machine() not in ("x86_64", "AMD64"):
-        return "portable"
+        return Status(True, "portable")
     flags = _flags()
-    return next((name for name, needed in INSTRUCTION_SETS if flags.issuperset(needed)), "portable")
+    names = [*(name for name, needed in INSTRUCTION_SETS if flags.issuperset(needed)), "portable"]
+    refusal = amx_refusal() if names[0] == "amx" else ""
+    return Status(True, names[1], note=refusal) if refusal else Status(True, names[0])
+
+
+def amx_refusal() -> str:
+    """Asks Linux for the permission to use AMX tiles; returns why it refuses, "" when this process may use them."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0:
+            return ""
+        why = os.strerror(ctypes.get_errno())
+    except (OSError, AttributeError) as error:
+        why = str(error)
+    return (
+        "this processor has AMX, but arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) is refused here "
+        f"({why}); AMX needs Linux 5.16 and a container whose seccomp profile allows the call"
+    )
 
 
 def _flags() -> set[str]:

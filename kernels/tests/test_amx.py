@@ -1,4 +1,4 @@
-"""The AMX kernel against float64: with emulated tile registers on every processor, with real ones where there is AMX."""
+"""The AMX kernel against float64: with emulated tile registers everywhere, with real ones where there is AMX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,13 @@ from torch import Tensor
 
 import quantserve_kernels as kernels
 from kernel_cases import Case, affine, codebook, nf4, relative_error
-from quantserve_kernels import _ops, _status
+from quantserve_kernels import _fallback, _ops, _status
 
 HERE = Path(__file__).parent
-FLAGS = (
-    "-std=c++20 -O2 -shared -fPIC -Wno-uninitialized -Wno-maybe-uninitialized -mavx512f -mavx512bw -mavx512dq -mavx512vl "
-    "-mfma -mf16c -mavx512bf16 -mamx-tile -mamx-bf16"
-).split()
+FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c", "avx512bf16", "amx-tile", "amx-bf16")
+WARNINGS = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
+FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", *WARNINGS, *(f"-m{name}" for name in FEATURES))
+pytestmark = pytest.mark.slow  # compiles for half a minute
 HAS_BF16 = "avx512bf16" in _ops.instruction_sets()
 HAS_AMX = "amx" in _ops.instruction_sets()
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -36,8 +35,8 @@ class _Weight(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("bits", ctypes.c_int),
         *((name, ctypes.c_int64) for name in ("n", "k", "k_padded", "group", "group_padded", "groups")),
+        ("columns", ctypes.c_bool),
         ("table", ctypes.c_void_p),
-        ("per_channel", ctypes.c_bool),
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("scale_type", ctypes.c_int),
@@ -63,9 +62,9 @@ class Amx:
         self.library.allowed.restype = ctypes.c_bool
         self.library.tasks.restype = ctypes.c_int64
 
-    def tasks(self, bits: int, n: int, k: int, m: int, threads: int) -> int:
+    def tasks(self, bits: int, n: int, k: int, m: int, threads: int, columns: bool) -> int:
         numbers = (ctypes.c_int64(value) for value in (n, k, m, threads))
-        return self.library.tasks(bits, *numbers)
+        return self.library.tasks(bits, *numbers, ctypes.c_bool(columns))
 
     def linear(
         self,
@@ -86,8 +85,8 @@ class Amx:
             n=weight.n,
             k=weight.k,
             group=group,
+            columns=_fallback.columns_of(weight.table),
             table=weight.table.data_ptr(),
-            per_channel=weight.table.shape[0] == weight.n and weight.n > 1,
             scales=_pointer(weight.scales),
             zeros=_pointer(weight.zeros),
             scale_type=0 if weight.scales is None else FLOATS[weight.scales.dtype],
@@ -123,10 +122,10 @@ def _built(folder: Path, *flags: str) -> Amx:
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Amx]:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Amx:
     if not HAS_BF16:
         pytest.skip("this processor lacks AVX-512-BF16, which decodes the weights of the AMX kernel")
-    yield _built(tmp_path_factory.mktemp("emulated"), "-DQUANTSERVE_EMULATED_TILES")
+    return _built(tmp_path_factory.mktemp("emulated"), "-DQUANTSERVE_EMULATED_TILES")
 
 
 def _check(case: Case, x: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
@@ -138,8 +137,17 @@ def _check(case: Case, x: Tensor, y: Tensor, bias: Tensor | None = None) -> None
     assert worst < 1.01 * ROUNDING[x.dtype], f"{case.name} {list(x.shape)}: {worst:.2e}"
 
 
+def _scaled(n: int, k: int, bits: int, group: int) -> Case:
+    """A codebook per output channel and a scale per group: rows whose decoded weights are scaled."""
+    g = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
+    table, scales = torch.randn(n, 2**bits, generator=g), torch.rand(n, k // group, generator=g) + 0.5
+    matrix = torch.gather(table.double(), 1, codes.long()) * scales.double().repeat_interleave(group, 1)
+    return Case("scaled rows", kernels.pack(codes, table, bits=bits, scales=scales, group_size=group), matrix)
+
+
 def _shapes(bits: int) -> list[Case]:
-    """Every regime of scales and zeros, with one channel, tails of tiles, strips, rounds, blocks and groups."""
+    """Both layouts, scales and zeros, with one channel, tails of tiles, strips, rounds, blocks and groups."""
     return [
         codebook(1, 1, bits),
         codebook(5, 40, bits, sparse=0.1),
@@ -154,6 +162,8 @@ def _shapes(bits: int) -> list[Case]:
         affine(5, 70, bits, 7),
         affine(36, 256, bits, 32, zeros=False),
         affine(130, 1152, bits, 128),
+        affine(20, 540, bits, 20, sparse=0.01),
+        _scaled(67, 384, bits, 64),
     ]
 
 
@@ -233,14 +243,15 @@ def test_sparse_indices_are_checked(emulated: Amx) -> None:
 def test_threads_get_two_tasks_each_where_there_are_so_many_tiles(emulated: Amx, n: int, threads: int) -> None:
     for bits, m in ((4, 17), (3, 64), (4, 100), (8, 128), (4, 512), (2, 1024)):
         tiles = n // 16 * -(-m // 16)
-        assert emulated.tasks(bits, n, 4096, m, threads) >= min(2 * threads, tiles)
+        for columns in (False, True):
+            assert emulated.tasks(bits, n, 4096, m, threads, columns) >= min(2 * threads, tiles)
 
 
 @pytest.mark.skipif(not kernels.status().native or shutil.which("objdump") is None, reason="no library, or no objdump")
 def test_the_installed_library_has_the_instructions_and_no_emulation() -> None:
     library = str(_status.library())
     text = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
-    assert len(re.findall(r"\btdpbf16ps\b", text)) == 16  # one for each result tile of the six register blocks
+    assert len(re.findall(r"\btdpbf16ps\b", text)) == 32  # for each result of six register blocks, in both layouts
     assert re.search(r"\bldtilecfg\b", text)
     assert re.search(r"\btilerelease\b", text)
 

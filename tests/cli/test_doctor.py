@@ -65,7 +65,23 @@ def test_the_installed_kernels_are_named_with_their_instruction_set() -> None:
     if not found.native or found.instruction_set == "portable":
         pytest.skip("the kernels of this machine are not fast")
     row = elsewhere()
-    assert (row["status"], row["detail"], row["fix"]) == ("ok", f"{NAME}, {found.instruction_set}", "")
+    assert (row["status"], row["detail"], row["fix"]) == ("ok", f"{NAME}, {found.regimes}", "")
+
+
+REFUSED = """
+from quantserve_kernels import _status
+_status._flags = lambda: {flag for _, flags in _status.INSTRUCTION_SETS for flag in flags}
+_status._TILE_DATA = 63  # no feature of any processor: refused everywhere
+"""
+
+
+@pytest.mark.skipif(not quantserve_kernels.status().native, reason="the operators are not compiled here")
+def test_amx_that_the_system_refuses_is_a_warning_with_the_reason() -> None:
+    row = elsewhere(REFUSED)
+    assert row["status"] == "warning"
+    assert row["detail"].startswith(f"{NAME}, avx512bf16, avx512 for float16 and float32: this processor has AMX, but ")
+    assert "arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) is refused here (" in row["detail"]
+    assert "seccomp" in row["fix"]
 
 
 def test_missing_kernels_are_a_warning() -> None:

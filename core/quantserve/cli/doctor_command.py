@@ -201,7 +201,10 @@ def _kernels(target: Target) -> Row:
     if found.instruction_set == "portable":
         detail = f"{name}, portable: many times slower than with AVX2 or AVX-512"
         return Row("kernels", "warning", detail, "use a CPU with AVX2, and leave QUANTSERVE_KERNELS_ISA unset")
-    return Row("kernels", "ok", f"{name}, {found.instruction_set}")
+    if found.note:
+        fix = "allow arch_prctl in the container's seccomp profile, or go on without AMX"
+        return Row("kernels", "warning", f"{name}, {found.regimes}: {found.note}", fix)
+    return Row("kernels", "ok", f"{name}, {found.regimes}")
 
 
 def _ray() -> Iterator[Row]:

@@ -17,10 +17,10 @@ INSTRUCTION_SETS = (
     ("avx512", ("avx512f", "avx512bw", "avx512dq")),
     ("avx2", ("avx2", "fma")),
 )
-# What an instruction set computes with another one, for `doctor` and `plan`.
+# What computes in which case, where an instruction set leaves a part to another one.
 REGIMES = {
-    "amx": "amx for bfloat16 with more than 4 rows of x, avx512bf16 below, avx512 for float32 and float16",
-    "avx512bf16": "avx512bf16 for bfloat16, avx512 for float32 and float16",
+    "amx": "amx from 5 rows of x, avx512bf16 below, avx512 for float16 and float32",
+    "avx512bf16": "avx512bf16, avx512 for float16 and float32",
 }
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
@@ -64,7 +64,7 @@ def status() -> Status:
         return Status(False, "torch", reason)
     forced = os.environ.get("QUANTSERVE_KERNELS_ISA")
     if forced:
-        return Status(True, forced, note=f"QUANTSERVE_KERNELS_ISA asks for {forced}")
+        return Status(True, forced)
     if platform.machine() not in ("x86_64", "AMD64"):
         return Status(True, "portable")
     flags = _flags()

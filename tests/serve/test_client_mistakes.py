@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from .server import START_S, model
+
 MODEL = Path(__file__).parents[2] / "examples" / "demo-model" / "checkpoint"
 ROWS = 4096
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
@@ -29,10 +31,10 @@ class Replica:
     def __init__(self, folder: Path) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.engine = self._run(self._start(folder))
+        self.engine = self._run(self._start(folder), START_S)
 
-    def _run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(ANSWER_S)
+    def _run(self, work: Any, seconds: float = ANSWER_S) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
 
     @staticmethod
     async def _start(folder: Path) -> Any:
@@ -40,8 +42,6 @@ class Replica:
         from quantserve.serve.app import plan_all
         from quantserve.serve.replica.vllm import server as vllm_app
         from quantserve.target import find_target
-
-        from .server import model
 
         frontend = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
         config = load_object({"models": [model("m", folder, frontend_kwargs=frontend)]}, "test")

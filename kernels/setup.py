@@ -38,7 +38,8 @@ SOURCES = {
     # Plain loops in many variants: what -O3 unrolls here only takes time to compile. It takes longest, so it is first.
     "csrc/isa_portable.cpp": [*KERNEL, "-O2"],
     "csrc/ops.cpp": [*COMMON, "-fopenmp"],
-    "csrc/experts.cpp": [*COMMON, "-fopenmp"],
+    # Without traps, loops with comparisons become vectors.
+    "csrc/experts.cpp": [*COMMON, "-fopenmp", "-fno-trapping-math"],
 }
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {

@@ -24,6 +24,7 @@ using std::optional;
 
 constexpr int64_t PAIRS_AT_ONCE = 8192;      // bounds the memory beside the result
 constexpr int64_t PIECES_PER_THREAD = 8;     // so that threads end at nearly the same time
+constexpr int64_t CHUNK = 256;               // values that a loop has at once
 constexpr int64_t VALUES_PER_TASK = 1 << 13;  // of element-wise work; less is not worth another thread
 
 // body(a value of the type): calls what is written for each.
@@ -240,15 +241,14 @@ void activate(const Tensor& h, Tensor& out) {
   const float* from = h.const_data_ptr<float>();
   T* to = out.mutable_data_ptr<T>();
   at::parallel_for(0, out.numel(), VALUES_PER_TASK, [&](int64_t begin, int64_t end) {
+    constexpr int64_t STEP = Act::ALTERNATE ? 2 : 1;
+    float values[CHUNK];
     while (begin < end) {
-      const int64_t row = begin / width, last = std::min(end, (row + 1) * width);
-      const float *gate = from + 2 * row * width, *up = gate + (Act::ALTERNATE ? 1 : width);
-      T* row_to = to + row * width;
-      constexpr int64_t STEP = Act::ALTERNATE ? 2 : 1;
-      for (int64_t i = begin - row * width; i < last - row * width; ++i) {
-        row_to[i] = T(Act::apply(gate[STEP * i], up[STEP * i]));
-      }
-      begin = last;
+      const int64_t row = begin / width, i = begin - row * width, count = std::min({CHUNK, end - begin, width - i});
+      const float *gate = from + 2 * row * width + STEP * i, *up = gate + (Act::ALTERNATE ? 1 : width);
+      for (int64_t j = 0; j < count; ++j) values[j] = Act::apply(gate[STEP * j], up[STEP * j]);
+      for (int64_t j = 0; j < count; ++j) to[begin + j] = T(values[j]);
+      begin += count;
     }
   });
 }
@@ -267,7 +267,6 @@ template <class T>
 void combine(const float* y, const Sorted& sorted, const float* weights, int64_t tokens, int64_t choices, int64_t n,
              T* out) {
   at::parallel_for(0, tokens * n, VALUES_PER_TASK, [&](int64_t begin, int64_t end) {
-    constexpr int64_t CHUNK = 256;
     float sum[CHUNK];
     while (begin < end) {
       const int64_t token = begin / n, first = begin - token * n, count = std::min({CHUNK, end - begin, n - first});

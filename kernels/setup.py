@@ -45,8 +45,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {
         "csrc/isa_avx2.cpp": [*KERNEL, "-mavx2", "-mfma", "-mf16c"],
         "csrc/isa_avx512.cpp": [*KERNEL, *AVX512],
-        "csrc/isa_avx512bf16.cpp": [*KERNEL, *AVX512, "-mavx512bf16"],
-        "csrc/isa_amx.cpp": [*KERNEL, *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+        "csrc/isa_avx512bf16.cpp": [*KERNEL, *AVX512, "-mavx512bf16", "-mavx512vbmi"],
+        "csrc/isa_amx.cpp": [*KERNEL, *AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
     }
 
 

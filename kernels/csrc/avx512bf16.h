@@ -60,16 +60,26 @@ struct Avx512Bf16 {
     }
     template <int J, int P>
     __m512i get(const Table<BITS>& table) const {
-      return table[index<J>()];
+      if constexpr (BITS == 8) return table.template at<J>(words[0]);
+      else return table[index<J>()];
     }
   };
 
   // Vector J of columns, scaled in float32.
   template <int BITS, int J, int P>
   static __m512i scaled(const Codes<BITS>& code, const Wide<BITS>& table, __m512 scale, __m512 offset) {
-    const __m512i index = code.template index<J>();
-    const __m512 even = _mm512_fmadd_ps(table.even(index), scale, offset);
-    const __m512 odd = _mm512_fmadd_ps(table.odd(index), scale, offset);
+    __m512 even, odd;
+    if constexpr (BITS == 8) {
+      const __m512i both = table.template at<J>(code.words[0]);
+      even = (__m512)_mm512_slli_epi32(both, 16);
+      odd = (__m512)_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000)));
+    } else {
+      const __m512i index = code.template index<J>();
+      even = table.even(index);
+      odd = table.odd(index);
+    }
+    even = _mm512_fmadd_ps(even, scale, offset);
+    odd = _mm512_fmadd_ps(odd, scale, offset);
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
@@ -102,38 +112,42 @@ struct Avx512Bf16 {
   static void add(uint16_t* to, float value) { *to = float_to_bf16(bf16_to_float(*to) + value); }
 };
 
-// 256 entries are eight registers: four two-register permutations by the low six bits, two bits choose among them.
+// 256 entries are eight registers: the low bytes of all entries, and the high ones. Four two-register permutations of
+// bytes look up the low seven bits of 64 codes, the top bit chooses among them. Both vectors of a block share that.
 template <>
 struct Avx512Bf16::Table<8> {
-  __m512i entries[8];
+  __m512i low[4], high[4];
 
   void set(const float* from) {
-    for (int i = 0; i < 8; ++i) {
-      const __m512 low = _mm512_loadu_ps(from + 32 * i), high = _mm512_loadu_ps(from + 32 * i + 16);
-      entries[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    for (int i = 0; i < 4; ++i) {
+      const __m512i first = words(from + 64 * i), second = words(from + 64 * i + 32);
+      low[i] = bytes(first, second);
+      high[i] = bytes(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8));
     }
   }
-  __m512i operator[](__m512i index) const {
-    const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
-    const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
-    __m512i quarter[4];
-    for (int i = 0; i < 4; ++i) quarter[i] = _mm512_permutex2var_epi16(entries[2 * i], index, entries[2 * i + 1]);
-    return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, quarter[0], quarter[1]),
-                                   _mm512_mask_blend_epi16(bit6, quarter[2], quarter[3]));
+  template <int J>
+  __m512i at(__m512i codes) const {
+    const __m512i below = look_up(low, codes), above = look_up(high, codes);
+    const __m512i even = J ? _mm512_srli_epi16(below, 8) : below, odd = J ? above : _mm512_slli_epi16(above, 8);
+    return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, even, odd);
+  }
+
+ private:
+  static __m512i words(const float* from) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+  }
+  static __m512i bytes(__m512i first, __m512i second) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(first)), _mm512_cvtepi16_epi8(second), 1);
+  }
+  static __m512i look_up(const __m512i* table, __m512i codes) {
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), _mm512_permutex2var_epi8(table[0], codes, table[1]),
+                                  _mm512_permutex2var_epi8(table[2], codes, table[3]));
   }
 };
 
+// Of eight bits, tables in use are exact in bfloat16: integers and 8-bit floats.
 template <>
-struct Avx512Bf16::Wide<8> {
-  const float* entries;
-
-  void set(const float* from) { entries = from; }
-  __m512 even(__m512i index) const { return gather(_mm512_and_si512(index, _mm512_set1_epi32(255))); }
-  __m512 odd(__m512i index) const {
-    return gather(_mm512_and_si512(_mm512_srli_epi32(index, 16), _mm512_set1_epi32(255)));
-  }
-  __m512 gather(__m512i index) const { return _mm512_i32gather_ps(index, entries, 4); }
-};
+struct Avx512Bf16::Wide<8> : Table<8> {};
 
 }  // namespace
 }  // namespace quantserve

@@ -179,6 +179,7 @@ bool product(const Kernel& kernel, const Weight& stack, int64_t n, const Tensor&
   for (Part& part : parts) {
     const int64_t m = part.share.count;
     part.plan = kernel.plan(part.w, m, (threads * m + rows - 1) / rows);
+    part.plan.slices = 1;  // experts and strips are tasks enough
     scratch = std::max(scratch, kernel.scratch(part.w, m, part.plan));
     const int64_t tasks = part.plan.tasks(), cost = n * k * (m + DECODING);
     const int64_t count = std::clamp<int64_t>(cost / wanted, 1, tasks);

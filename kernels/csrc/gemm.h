@@ -205,9 +205,15 @@ inline INLINE void prefetch_share(const uint8_t* codes) {
   });
 }
 
+// Blocks of codes, which a slice of the input features consists of.
+struct Blocks {
+  int64_t begin, end;
+};
+
 // c[m * width + r] += x[m] . W[tile * TILE + r] for `rows` <= M rows of x, without scales and sparse part.
 template <class S, int BITS, int M>
-void small_tile(const Weight& w, const Input& in, int64_t row, int64_t rows, int64_t tile, float* c, int64_t width) {
+void small_tile(const Weight& w, const Input& in, int64_t row, int64_t rows, int64_t tile, Blocks slice, float* c,
+                int64_t width) {
   using Acc = typename S::Acc;
   constexpr int V = block_vectors(BITS);
   const int64_t blocks = w.k_padded / (V * VECTOR);
@@ -217,10 +223,10 @@ void small_tile(const Weight& w, const Input& in, int64_t row, int64_t rows, int
   for (int m = 0; m < M; ++m) {
     x[m] = static_cast<const typename S::Element*>(in.x) + (row + std::min<int64_t>(m, rows - 1)) * w.k_padded;
   }
-  const uint8_t* codes = w.codes + tile * TILE * blocks * block_bytes(BITS);
+  const uint8_t* codes = w.codes + (tile * blocks + slice.begin) * TILE * block_bytes(BITS);
   Acc acc[TILE][M];
   unrolled<TILE * M>([&](auto i) INLINE { acc[i / M][i % M] = S::zero(); });
-  for (int64_t b = 0; b < blocks; ++b, codes += TILE * block_bytes(BITS)) {
+  for (int64_t b = slice.begin; b < slice.end; ++b, codes += TILE * block_bytes(BITS)) {
     using Codes = typename S::template Codes<BITS>;
     constexpr int64_t NEXT = block_bytes(BITS);
     const int64_t at = b * V * VECTOR;
@@ -244,10 +250,11 @@ void small_tile(const Weight& w, const Input& in, int64_t row, int64_t rows, int
 
 // A panel of three rows is computed as one of four.
 template <class S, int BITS>
-void small_rows(const Weight& w, const Input& in, int64_t row, int64_t rows, int64_t tile, float* c, int64_t width) {
-  if (rows == 1) return small_tile<S, BITS, 1>(w, in, row, rows, tile, c, width);
-  if (rows == 2) return small_tile<S, BITS, 2>(w, in, row, rows, tile, c, width);
-  if constexpr (S::HEIGHT > 2) small_tile<S, BITS, 4>(w, in, row, rows, tile, c, width);
+void small_rows(const Weight& w, const Input& in, int64_t row, int64_t rows, int64_t tile, Blocks slice, float* c,
+                int64_t width) {
+  if (rows == 1) return small_tile<S, BITS, 1>(w, in, row, rows, tile, slice, c, width);
+  if (rows == 2) return small_tile<S, BITS, 2>(w, in, row, rows, tile, slice, c, width);
+  if constexpr (S::HEIGHT > 2) small_tile<S, BITS, 4>(w, in, row, rows, tile, slice, c, width);
 }
 
 // --- columns: the lanes of an accumulator are channels -----------------------------------------------------------------
@@ -270,7 +277,7 @@ struct Columns {
 // [features / 2, M, 2]. The sums over a group are scaled, not the weights, and zero points are taken off with the sums of
 // x: nothing is rounded.
 template <class S, int BITS, int M>
-void column_tile(const Weight& w, const typename S::Element* x, const float* sums, int64_t tile, float* c,
+void column_tile(const Weight& w, const typename S::Element* x, const float* sums, int64_t tile, Blocks slice, float* c,
                  int64_t width) {
   using Acc = typename S::Acc;
   using Shape = Columns<S>;
@@ -278,13 +285,16 @@ void column_tile(const Weight& w, const typename S::Element* x, const float* sum
   const int64_t per_group = w.group_padded / (2 * V);
   typename S::template Table<BITS> table;
   table.set(w.table);
-  const uint8_t* codes = w.codes + tile * w.groups * per_group * BYTES;
+  const uint8_t* codes = w.codes + (tile * w.groups * per_group + slice.begin) * BYTES;
+  x += slice.begin * 2 * V * M;
   Acc total[H][M];
   unrolled<H * M>([&](auto i) INLINE { total[i / M][i % M] = S::zero(); });
-  for (int64_t g = 0; g < w.groups; ++g) {
+  for (int64_t b = slice.begin; b < slice.end;) {
+    const int64_t g = b / per_group, last = std::min((g + 1) * per_group, slice.end);
+    const bool whole = b == g * per_group;  // else zero points are taken off where the group begins
     Acc part[CHAINS][H][M];
     unrolled<CHAINS * H * M>([&](auto i) INLINE { part[i / (H * M)][i / M % H][i % M] = S::zero(); });
-    for (int64_t b = 0; b < per_group; ++b, codes += BYTES, x += 2 * V * M) {
+    for (; b < last; ++b, codes += BYTES, x += 2 * V * M) {
       unrolled<BYTES / 64>([&](auto line) INLINE { S::prefetch(codes + S::AHEAD / 2 + 64 * line); });
       const typename S::template Codes<BITS> code(codes);
       unrolled<V * S::PARTS>([&](auto i) INLINE {
@@ -303,7 +313,7 @@ void column_tile(const Weight& w, const typename S::Element* x, const float* sum
       }
       const int64_t at = (tile * w.groups + g) * COLUMNS + h * Shape::LANES;
       const Acc scale = lanes_of<Acc>(w.scales, w.scale_type, at);
-      if (w.zeros) {
+      if (w.zeros && whole) {
         const Acc zero = lanes_of<Acc>(w.zeros, w.scale_type, at);
         unrolled<M>([&](auto m) INLINE { part[0][h][m] -= zero * sums[m * w.groups + g]; });
       }
@@ -322,10 +332,10 @@ void column_tile(const Weight& w, const typename S::Element* x, const float* sum
 }
 
 template <class S, int BITS, int M = S::TALL>
-void column_rows(const Weight& w, const typename S::Element* x, const float* sums, int64_t rows, int64_t tile, float* c,
-                 int64_t width) {
-  if (rows == M) return column_tile<S, BITS, M>(w, x, sums, tile, c, width);
-  if constexpr (M > 1) column_rows<S, BITS, M - 1>(w, x, sums, rows, tile, c, width);
+void column_rows(const Weight& w, const typename S::Element* x, const float* sums, int64_t rows, int64_t tile,
+                 Blocks slice, float* c, int64_t width) {
+  if (rows == M) return column_tile<S, BITS, M>(w, x, sums, tile, slice, c, width);
+  if constexpr (M > 1) column_rows<S, BITS, M - 1>(w, x, sums, rows, tile, slice, c, width);
 }
 
 // Decodes blocks [begin, end) of a tile, scaled, to out[features / 2, 16, 2]; in float32 each part keeps its own order.
@@ -510,7 +520,7 @@ struct Gemm {
   static constexpr int64_t BROAD = 64;    // rows of x from which strips are broad, so that x is read less often
   static constexpr int64_t WIDE = 128;    // rows of x from which they are wide, and x comes from the third cache level
   static constexpr int64_t TASKS = 2;     // that a thread should get at least
-  static constexpr int64_t DEPTH = 2048;  // input features decoded at once: a tile and a panel of x fit the L1 cache
+  static constexpr int64_t DEPTH = 2048;  // input features of a slice: decoded, a tile and a panel of x fit the L1 cache
 
   // Whether each panel of x decodes the weights anew: better than storing them up to some rows, fewer with a sparse
   // part, which is then added to the stored weights once for all rows. Rows with scales are always stored.
@@ -525,8 +535,16 @@ struct Gemm {
     return w.columns ? S::SHALLOW : S::ROWS;
   }
 
-  // Where the strips are too few for the threads, the rows are divided, and then the strips. A part decodes its weights
-  // anew, which BROAD rows make up for; a narrower strip reads x more often.
+  // Input features are added up in slices, whole blocks each.
+  static int64_t depth(const Weight& w) { return std::min(w.k_padded, DEPTH / w.block() * w.block()); }
+  static int64_t count_slices(const Weight& w) { return (w.k_padded + depth(w) - 1) / depth(w); }
+  static Blocks blocks_of(const Weight& w, int64_t slice) {
+    const int64_t blocks = w.k_padded / w.block(), count = count_slices(w), step = (blocks + count - 1) / count;
+    return {std::min(slice * step, blocks), std::min((slice + 1) * step, blocks)};
+  }
+
+  // Where the strips are too few for the threads, the rows are divided, then the strips, and at last the input features.
+  // A part decodes its weights anew, which BROAD rows make up for; a narrower strip reads x more often; slices are joined.
   static Plan plan(const Weight& w, int64_t m, int64_t threads) {
     const int64_t tile = w.tile();
     int64_t strip = direct(w, m) ? tile : m < BROAD ? (w.columns ? 4 * tile : tile) : m < WIDE ? 64 : 128, parts = 1;
@@ -535,10 +553,8 @@ struct Gemm {
       if (m >= 2 * parts * BROAD) parts *= 2;
       else strip /= 2;
     }
-    return {strip, strips(), parts};
+    return {strip, strips(), parts, strips() * parts < TASKS * threads ? count_slices(w) : 1};
   }
-
-  static int64_t depth(const Weight& w) { return std::min(w.k_padded, DEPTH / w.block() * w.block()); }
 
   // Floats that a task's results take; of stored weights at most, as the parts of the panels differ by one.
   static int64_t results(const Weight& w, int64_t m, const Plan& plan) {
@@ -617,8 +633,10 @@ struct Gemm {
     bool fine = true;
     if (direct(w, in.m)) {
       const int64_t tiles = RUN / w.tile();
-      for (int64_t tile = begin; tile < end; tile += tiles) {
-        fine &= direct_run<BITS>(w, in, out, tile, std::min(tile + tiles, end), c);
+      for (int64_t task = begin, last; task < end; task = last) {
+        const int64_t i = task / plan.strips, tile = task % plan.strips;
+        last = std::min({task + tiles, end, (i + 1) * plan.strips});
+        fine &= direct_run<BITS>(w, in, out, plan, i, tile, tile + last - task, c);
       }
     } else {
       for (int64_t task = begin; task < end; ++task) fine &= stored_task<BITS>(w, in, out, plan, task, c, decoded);
@@ -626,14 +644,17 @@ struct Gemm {
     return fine;
   }
 
-  // The tiles [begin, end), after the sparse part of all their channels: the two read memory in different ways.
+  // The tiles [begin, end), after the sparse part of all their channels: the two read memory in different ways. Of all
+  // slices, or where they are tasks of their own, of slice `alone`, the first of which has the sparse part.
   template <int BITS>
-  static bool direct_run(const Weight& w, const Input& in, const Output& out, int64_t begin, int64_t end, float* c) {
+  static bool direct_run(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t alone,
+                         int64_t begin, int64_t end, float* c) {
     const int64_t first = begin * w.tile(), channels = std::min(end * w.tile(), w.n) - first;
     const int64_t width = (end - begin) * w.tile(), panels = count_panels(in.m, w.columns ? S::TALL : S::HEIGHT);
     bool fine = true;
     std::fill_n(c, in.m * width, 0.0f);
-    for (int64_t m = 0; w.rows && m < in.m; ++m) {
+    const int64_t slices = plan.slices > 1 ? alone + 1 : count_slices(w);
+    for (int64_t m = 0; w.rows && alone == 0 && m < in.m; ++m) {
       fine &= sparse_rows(w, first, channels, in.plain + m * w.k_padded, c + m * width);
     }
     // While the codes are read, what the next run needs of the sparse part is fetched a little with every tile.
@@ -649,15 +670,18 @@ struct Gemm {
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t m = panel_begin(in.m, p, panels), rows = panel_begin(in.m, p + 1, panels) - m;
         float* to = c + m * width + (tile - begin) * w.tile();
-        if (w.columns) {
-          const auto* x = static_cast<const Element*>(in.x) + m * w.k_padded;
-          column_rows<S, BITS>(w, x, w.zeros ? in.sums + m * w.groups : nullptr, rows, tile, to, width);
-        } else {
-          small_rows<S, BITS>(w, in, m, rows, tile, to, width);
+        for (int64_t i = alone; i < slices; ++i) {
+          if (w.columns) {
+            const auto* x = static_cast<const Element*>(in.x) + m * w.k_padded;
+            const float* sums = w.zeros ? in.sums + m * w.groups : nullptr;
+            column_rows<S, BITS>(w, x, sums, rows, tile, blocks_of(w, i), to, width);
+          } else {
+            small_rows<S, BITS>(w, in, m, rows, tile, blocks_of(w, i), to, width);
+          }
         }
       }
     }
-    finish(w, out, 0, in.m, first, width, c);
+    finish(w, out, alone * in.m, 0, in.m, first, width, c);
     return fine;
   }
 
@@ -665,16 +689,17 @@ struct Gemm {
   static bool stored_task(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t task, float* c,
                           Element* decoded) {
     const int64_t block = w.block(), height = Gemm::height(w, in.m), size = w.tile();
-    const int64_t width = plan.strip, channel = task % plan.strips * width, part = task / plan.strips;
+    const int64_t width = plan.strip, channel = task % plan.strips * width, part = task / plan.strips % plan.parts;
+    const int64_t alone = task / plan.strips / plan.parts, slices = plan.slices > 1 ? alone + 1 : count_slices(w);
     const int64_t tiles = (std::min(width, w.n - channel) + size - 1) / size;
-    const int64_t blocks = w.k_padded / block, rounds = (w.k_padded + depth(w) - 1) / depth(w);
-    const int64_t step = (blocks + rounds - 1) / rounds, panels = count_panels(in.m, height);
+    const int64_t panels = count_panels(in.m, height);
     const int64_t first = panels * part / plan.parts, last = panels * (part + 1) / plan.parts;
     const int64_t row = panel_begin(in.m, first, panels), count = panel_begin(in.m, last, panels) - row;
     bool fine = true;
     std::fill_n(c, count * width, 0.0f);
-    for (int64_t b = 0; b < blocks; b += step) {
-      const int64_t end = std::min(b + step, blocks), features = (end - b) * block;
+    for (int64_t i = alone; i < slices; ++i) {
+      const auto [b, end] = blocks_of(w, i);
+      const int64_t features = (end - b) * block;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t tile = channel / size + t;
         auto* to = decoded + t * size * features;
@@ -705,7 +730,7 @@ struct Gemm {
         }
       }
     }
-    finish(w, out, row, count, channel, width, c);
+    finish(w, out, alone * in.m, row, count, channel, width, c);
     return fine;
   }
 
@@ -739,17 +764,33 @@ struct Gemm {
     return true;
   }
 
-  static void finish(const Weight& w, const Output& out, int64_t row, int64_t rows, int64_t first, int64_t width,
-                     float* c) {
+  // `above` rows of the results belong to slices before this one.
+  static void finish(const Weight& w, const Output& out, int64_t above, int64_t row, int64_t rows, int64_t first,
+                     int64_t width, float* c) {
     const int64_t count = std::min(width, w.n - first);
     for (int64_t m = row; m < row + rows; ++m, c += width) {
       for (int64_t i = 0; out.bias && i < count; ++i) c[i] += out.bias[first + i];
-      narrow(c, count, out.type, out.y, m * w.n + first);
+      narrow(c, count, out.type, out.y, (above + m) * w.n + first);
+    }
+  }
+
+  static void join(const float* sums, const Output& out, const Plan& plan, int64_t m, int64_t n, int64_t begin,
+                   int64_t end) {
+    constexpr int64_t PIECE = 256;
+    float c[PIECE];
+    for (int64_t at = begin, count; at < end; at += count) {
+      count = std::min(PIECE, end - at);
+      std::copy_n(sums + at, count, c);
+      for (int64_t s = 1; s < plan.slices; ++s) {
+        for (int64_t i = 0; i < count; ++i) c[i] += sums[s * m * n + at + i];
+      }
+      for (int64_t i = 0; out.bias && i < count; ++i) c[i] += out.bias[(at + i) % n];
+      narrow(c, count, out.type, out.y, at);
     }
   }
 
   static constexpr Kernel kernel(const char* name) {
-    return {name, sizeof(Element), direct, panels, prepare, plan, scratch, run};
+    return {name, sizeof(Element), direct, panels, prepare, plan, scratch, run, join};
   }
 };
 

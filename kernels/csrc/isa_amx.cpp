@@ -288,7 +288,7 @@ bool run(const Weight& w, const Input& in, const Output& out, const Plan& plan, 
 
 }  // namespace
 
-const Kernel amx = {"amx", sizeof(uint16_t), direct, panels, prepare, plan, scratch, run};
+const Kernel amx = {"amx", sizeof(uint16_t), direct, panels, prepare, plan, scratch, run, Gemm<S>::join};
 
 bool may_use_amx() {
 #if defined(__linux__)

@@ -77,12 +77,14 @@ struct Output {
 };
 
 // How the product of m rows is cut into tasks. Task i computes strip i % strips of the output channels for part
-// i / strips of the rows. How it is cut changes no result.
+// i / strips % parts of the rows, over slice i / strips / parts of the input features. How it is cut changes no result:
+// sums over the slices are added up in their order, whoever computes them.
 struct Plan {
-  int64_t strip;   // output channels of a task
-  int64_t strips;  // n / strip, rounded up
-  int64_t parts;   // of the panels of x
-  int64_t tasks() const { return strips * parts; }
+  int64_t strip;       // output channels of a task
+  int64_t strips;      // n / strip, rounded up
+  int64_t parts;       // of the panels of x
+  int64_t slices = 1;  // where there are more, `run` writes float32 [slices, m, n] without a bias, and `join` follows
+  int64_t tasks() const { return strips * parts * slices; }
 };
 
 // One instruction set. All functions are safe to call from several threads.
@@ -100,6 +102,8 @@ struct Kernel {
   // Compute tasks begin to end. False: a sparse index was out of range (nothing outside was read).
   bool (*run)(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t begin, int64_t end,
               char* scratch);
+  // The sums of the slices, for elements begin to end of [m, n], with bias, converted. Null where plans have one slice.
+  void (*join)(const float* sums, const Output& out, const Plan& plan, int64_t m, int64_t n, int64_t begin, int64_t end);
 };
 
 extern const Kernel portable;

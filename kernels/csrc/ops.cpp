@@ -34,7 +34,8 @@ std::vector<const Kernel*> available() {  // best last
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
     kernels.push_back(&avx512);
-    if (__builtin_cpu_supports("avx512bf16")) {
+    // Cooper Lake has the first and not the second, and is rare.
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) {
       kernels.push_back(&avx512bf16);
       if (may_use_amx()) kernels.push_back(&amx);
     }
@@ -238,6 +239,12 @@ Tensor allocate_codes(int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   madvise(memory, size_t(bytes), MADV_HUGEPAGE);  // advice: nothing is lost where it is not taken
 #endif
+  // Where memory has nodes, a page lies near the thread that writes it first. The thread that will read it does: products
+  // divide the codes among the threads in the same way.
+  constexpr int64_t PAGE = 4096;
+  at::parallel_for(0, (bytes + PAGE - 1) / PAGE, int64_t(HUGE_PAGE) / PAGE, [&](int64_t begin, int64_t end) {
+    for (int64_t page = begin; page < end; ++page) static_cast<volatile char*>(memory)[page * PAGE] = 0;
+  });
   return at::from_blob(memory, {bytes}, [](void* data) { free(data); }, options);
 }
 
@@ -291,6 +298,11 @@ Prepared prepare(const Kernel& kernel, const Weight& w, const Source& source, co
   return out;
 }
 
+// Tasks that a thread takes at least.
+int64_t grain_of(const Weight& w, int64_t m, const Plan& plan) {
+  return std::max<int64_t>(1, PRODUCTS_PER_TASK * plan.parts * plan.slices / (plan.strip * w.k * m));
+}
+
 Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table, const optional<Tensor>& scales,
                        const optional<Tensor>& zeros, const optional<Tensor>& rows, const optional<Tensor>& cols,
                        const optional<Tensor>& vals, const optional<Tensor>& bias, int64_t bits, int64_t n, int64_t k,
@@ -324,20 +336,37 @@ Tensor codebook_linear(const Tensor& x, const Tensor& codes, const Tensor& table
     const Output out{static_cast<char*>(y.mutable_data_ptr()) + first * n * width, type,
                      bias32.defined() ? bias32.const_data_ptr<float>() : nullptr};
     const Plan plan = kernel.plan(w, m, at::get_num_threads());
-    const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_TASK * plan.parts / (plan.strip * k * m));
-    at::parallel_for(0, plan.tasks(), grain, [&](int64_t begin, int64_t end) {
+    const Tensor sums = plan.slices > 1 ? at::empty({plan.slices, m, n}, codes.options().dtype(at::kFloat)) : Tensor();
+    const Output sliced{sums.defined() ? sums.mutable_data_ptr() : nullptr, Float::f32, nullptr};
+    at::parallel_for(0, plan.tasks(), grain_of(w, m, plan), [&](int64_t begin, int64_t end) {
       char* scratch = scratch_of_this_thread(kernel.scratch(w, m, plan));
-      if (!kernel.run(w, prepared.in, out, plan, begin, end, scratch)) fine = false;
+      if (!kernel.run(w, prepared.in, plan.slices > 1 ? sliced : out, plan, begin, end, scratch)) fine = false;
     });
+    if (plan.slices > 1) {
+      at::parallel_for(0, m * n, PRODUCTS_PER_TASK / 16, [&](int64_t begin, int64_t end) {
+        kernel.join(sums.const_data_ptr<float>(), out, plan, m, n, begin, end);
+      });
+    }
   }
   TORCH_CHECK_VALUE(fine, "the sparse part is no CSR matrix of ", n, " rows and ", w.k_padded, " columns");
   return y;
 }
 
-// Tasks of the product of m rows on so many threads.
-int64_t tasks(int64_t bits, int64_t n, int64_t k, int64_t m, int64_t threads, bool columns) {
+// The tasks of a product of m rows on so many threads, then the bytes of codes that each thread reads.
+std::vector<int64_t> shares(int64_t bits, int64_t n, int64_t k, int64_t group_size, int64_t m, int64_t threads,
+                            bool columns) {
   TORCH_CHECK_VALUE(m >= 1 && threads >= 1, "m ", m, " and threads ", threads, " must be at least 1");
-  return chosen().load()->plan(shape_of(bits, n, k, -1, columns), m, threads).tasks();
+  const Weight w = shape_of(bits, n, k, group_size, columns);
+  const Plan plan = chosen().load()->plan(w, m, threads);
+  const int64_t tasks = plan.tasks(), grain = grain_of(w, m, plan);
+  const int64_t used = std::min(threads, (tasks + grain - 1) / grain), each = (tasks + used - 1) / used;  // parallel_for
+  std::vector<int64_t> found(1 + threads, 0);
+  found[0] = tasks;
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t channels = std::min(plan.strip, w.n - task % plan.strips * plan.strip);
+    found[1 + task / each] += round_up(channels, w.tile()) * w.k_padded * w.bits / 8 / plan.slices;
+  }
+  return found;
 }
 
 TORCH_LIBRARY(quantserve_kernels, library) {
@@ -347,7 +376,7 @@ TORCH_LIBRARY(quantserve_kernels, library) {
   library.def("pack_codes(Tensor codes, int bits, int group_size, bool columns=False) -> Tensor");
   library.def("allocate_codes(int bytes) -> Tensor", allocate_codes);
   library.def("isa(str name) -> str[]", isa);
-  library.def("tasks(int bits, int n, int k, int m, int threads, bool columns=False) -> int", tasks);
+  library.def("shares(int bits, int n, int k, int group_size, int m, int threads, bool columns) -> int[]", shares);
 }
 
 TORCH_LIBRARY_IMPL(quantserve_kernels, CPU, library) {

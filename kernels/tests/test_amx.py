@@ -17,7 +17,18 @@ from kernel_cases import Case, affine, codebook, nf4, relative_error
 from quantserve_kernels import _fallback, _ops, _status
 
 HERE = Path(__file__).parent
-FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c", "avx512bf16", "amx-tile", "amx-bf16")
+FEATURES = (
+    "avx512f",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "fma",
+    "f16c",
+    "avx512bf16",
+    "avx512vbmi",
+    "amx-tile",
+    "amx-bf16",
+)
 WARNINGS = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", *WARNINGS, *(f"-m{name}" for name in FEATURES))
 pytestmark = pytest.mark.slow  # compiles for half a minute

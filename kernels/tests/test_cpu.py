@@ -140,12 +140,37 @@ def test_two_threads_give_the_result_of_one(isa: str) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("threads", [8, 32, 64, 128])
+@pytest.mark.parametrize("threads", [8, 32, 48, 64, 128])
 @pytest.mark.parametrize("n", [1024, 4096])
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.skipif(not kernels.status().native, reason="the operators are not compiled here")
-def test_there_are_two_tasks_for_each_thread(isa: str, n: int, threads: int) -> None:
-    for bits, m in ((4, 1), (4, 17), (3, 64), (4, 100), (8, 128), (4, 512), (2, 1024)):
-        assert torch.ops.quantserve_kernels.tasks(bits, n, 4096, m, threads) >= 2 * threads
+def test_many_threads_have_work_and_about_the_same(isa: str, columns: bool, n: int, threads: int) -> None:
+    """From four rows on there is work for all: no thread reads more than 1.5 times its share of the codes."""
+    for bits, m in ((4, 4), (4, 17), (3, 64), (4, 100), (8, 128), (4, 512), (2, 1024)):
+        tasks, *read = torch.ops.quantserve_kernels.shares(bits, n, 4096, 128, m, threads, columns)
+        assert tasks >= threads
+        assert max(read) <= 1.5 * sum(read) / threads, f"{bits} bits, batch {m}: {read}"
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 20, 40])
+@pytest.mark.parametrize(
+    "case",
+    [codebook(37, 4096, 4, sparse=0.02), affine(37, 4096, 4, 128), affine(37, 4096, 8, -1), affine(20, 3104, 3, 97)],
+    ids=lambda case: case.name,
+)
+def test_slices_of_the_input_features_give_the_result_of_one_thread(isa: str, case: Case, m: int) -> None:
+    """So few channels that nine threads divide the input features too."""
+    threads = torch.get_num_threads()
+    x = torch.randn(m, case.weight.k, generator=torch.Generator().manual_seed(m)).bfloat16()
+    bias = torch.randn(case.weight.n, generator=torch.Generator().manual_seed(1)).bfloat16()
+    try:
+        torch.set_num_threads(1)
+        one = kernels.linear(x, case.weight, bias)
+        torch.set_num_threads(9)
+        assert torch.equal(kernels.linear(x, case.weight, bias), one)
+    finally:
+        torch.set_num_threads(threads)
+    _check(case, x, bias)
 
 
 @pytest.mark.parametrize("m", [64, 130, 700])

@@ -37,7 +37,7 @@ def _call(arguments: dict[str, Any]) -> torch.Tensor:
         ({"table": torch.zeros(5, 16)}, r"table has shape \[5, 16\]"),
         ({"table": torch.zeros(1, 16).half()}, r"table is Half, expected Float"),
         ({"table": torch.zeros(16, 6).t()}, r"table is not contiguous"),
-        ({"scales": torch.zeros(6, 3).half()}, r"scales has shape \[6, 3\], expected \[2, 2, 4\]"),
+        ({"scales": torch.zeros(6, 3).half()}, r"scales has shape \[6, 3\], expected \[1, 2, 16\]"),
         ({"scales": torch.zeros(2, 2, 4, dtype=torch.int32)}, r"scales is Int"),
         ({"scales": None}, r"zeros need scales"),
         ({"zeros": torch.zeros(2, 2, 4)}, r"zeros is Float, expected Half"),

@@ -12,8 +12,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 # Best first: name and the processor flags it needs.
 INSTRUCTION_SETS = (
-    ("amx", ("avx512f", "avx512bw", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16")),
-    ("avx512bf16", ("avx512f", "avx512bw", "avx512dq", "avx512_bf16")),
+    ("amx", ("avx512f", "avx512bw", "avx512dq", "avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16")),
+    ("avx512bf16", ("avx512f", "avx512bw", "avx512dq", "avx512_bf16", "avx512vbmi")),
     ("avx512", ("avx512f", "avx512bw", "avx512dq")),
     ("avx2", ("avx2", "fma")),
 )

@@ -90,6 +90,35 @@ def gptq8(n: int, k: int) -> PackedWeight:
     return pack(random_codes(k, 8), table, bits=8, shape=(n, k), scales=scales, zeros=zeros, group_size=GROUP)
 
 
+def fp4(block: int, scales: str) -> Callable[[int, int], PackedWeight]:
+    """E2M1 in blocks, as MXFP4 (32) and NVFP4 (16) have it, with scales of a torch dtype that holds theirs."""
+
+    def make(n: int, k: int) -> PackedWeight:
+        import torch
+
+        from quantserve_kernels import pack
+
+        positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        table = torch.cat([positive, -positive])[None]
+        scale = 2.0 ** torch.randint(-9, -5, (n, k // block), generator=generator())
+        return pack(
+            random_codes(k, 4), table, bits=4, shape=(n, k), scales=scale.to(getattr(torch, scales)), group_size=block
+        )
+
+    return make
+
+
+def fp8(n: int, k: int) -> PackedWeight:
+    """E4M3 with a scale per channel."""
+    import torch
+
+    from quantserve_kernels import pack
+
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0)[None]
+    scale = 0.0003 * (0.5 + torch.rand(n, 1, generator=generator()))
+    return pack(random_codes(k, 8), table, bits=8, shape=(n, k), scales=scale)
+
+
 def nf4(n: int, k: int) -> PackedWeight:
     """bitsandbytes' NF4 in blocks of 64."""
     import torch
@@ -138,6 +167,9 @@ FORMATS = {
         Format("squeezellm-4-sparse", f"SqueezeLLM, 4 bits and {SPARSE:.2%} sparse", 4, squeezellm(4, SPARSE)),
         Format("awq", f"AWQ, 4 bits, groups of {GROUP}, float16 scales", 4, awq),
         Format("nf4", f"NF4, blocks of {NF4_BLOCK}", 4, nf4, default=False),
+        Format("mxfp4", "MXFP4, blocks of 32", 4, fp4(32, "bfloat16"), default=False),
+        Format("nvfp4", "NVFP4, blocks of 16, float16 scales", 4, fp4(16, "float16"), default=False),
+        Format("fp8", "FP8 (E4M3), a scale per channel", 8, fp8, default=False),
         Format("gptq-8", f"8 bits with zero points, groups of {GROUP}", 8, gptq8, default=False),
         Format("squeezellm-2", "SqueezeLLM, 2 bits", 2, squeezellm(2), default=False),
     )

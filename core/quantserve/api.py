@@ -43,26 +43,32 @@ from quantserve.model.modules import modules
 from quantserve.model.quantizable import quantizable
 from quantserve.once import once
 from quantserve.predict.calibration import Fastest, fastest_kernel
+from quantserve.predict.cpu_kernels import OUR_KERNEL, VLLM_KERNEL, CpuKernels, KernelChoice, missing_kernels
 from quantserve.predict.published import PublishedRun, published_profile, rayllm_profile
 from quantserve.scheme import NK, Dim, E, K, N, Part, Scheme
-from quantserve.system.environment import disabled_kernels, engine_environment
+from quantserve.system.environment import DISABLED_KERNELS, disabled_kernels, engine_environment
 from quantserve.target import Target
 
 if TYPE_CHECKING:
     from quantserve.config import ModelConfig
 
 __all__ = [
+    "DISABLED_KERNELS",
     "NK",
+    "OUR_KERNEL",
     "VERSION",
+    "VLLM_KERNEL",
     "BadContainer",
     "Checkpoint",
     "Contents",
+    "CpuKernels",
     "Dim",
     "E",
     "Expected",
     "Fastest",
     "Finding",
     "K",
+    "KernelChoice",
     "KernelProfile",
     "Linear",
     "Method",
@@ -88,6 +94,7 @@ __all__ = [
     "hookimpl",
     "linears",
     "method_dtype",
+    "missing_kernels",
     "modules",
     "once",
     "other_tensors",

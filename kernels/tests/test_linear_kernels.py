@@ -30,6 +30,7 @@ from helpers.vllm_layers import FUSED, load, surroundings
 from quantserve_kernels import Status, instruction_set
 from quantserve_kernels._ops import instruction_sets
 from quantserve_kernels.vllm import linear_kernels
+from quantserve_kernels.vllm.asked import asked_for
 from quantserve_kernels.vllm.linear_kernels import CodebookLinearKernel, keep_scales, register, serves
 
 pytestmark = [
@@ -391,3 +392,17 @@ def test_the_layers_of_a_model_are_counted_once() -> None:
         linear_kernels.logger.setLevel(before)
     (counted,) = [line for line in said if line.startswith("Quantized linear layers")]
     assert "3 on CodebookLinearKernel" in counted
+
+
+@pytest.mark.parametrize(
+    ("variables", "registers"),
+    [
+        ({}, False),  # a plain `vllm serve` loads every plugin
+        ({"VLLM_PLUGINS": ""}, False),
+        ({"VLLM_PLUGINS": "other,awq"}, True),
+        ({"VLLM_PLUGINS": "quantserve", "QUANTSERVE_ENGINE_PLUGINS": "quantserve-squeezellm:squeezellm"}, False),
+        ({"VLLM_PLUGINS": "quantserve", "QUANTSERVE_ENGINE_PLUGINS": "a:b,quantserve-awq:awq"}, True),
+    ],
+)
+def test_who_asks_for_the_kernel(variables: dict[str, str], registers: bool) -> None:
+    assert asked_for("quantserve-awq:awq", variables) == registers

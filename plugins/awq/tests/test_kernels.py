@@ -10,22 +10,22 @@ from typing import Any
 
 import pytest
 
-import quantserve_awq
 import quantserve_kernels
 from helpers.checkpoints import REMOVE, make_llama, quantized_linear
 from helpers.composed import composed, errors, findings, text
 from helpers.predicted import LLAMA_7B, expected, model
-from quantserve.api import Checkpoint, Finding, ModelConfig, Target
+from quantserve.api import DISABLED_KERNELS, OUR_KERNEL, VLLM_KERNEL, Checkpoint, Finding, ModelConfig, Target
 from quantserve.predict.calibration import Calibration, fastest_kernel, fingerprint, save
+from quantserve.predict.cpu_kernels import BY_INSTRUCTION_SET
 from quantserve.predict.workload import WORKLOADS
 from quantserve.system.environment import with_environment
 from quantserve.target import GIB, find_target
-from quantserve_awq import kernel, plugin, speed
+from quantserve_awq import plugin, speed
 from quantserve_kernels import Status
 
 EPYC = Target("cpu", "cpu", 64 * GIB, count=1, cores=2, features=("avx2", "avx512f", "avx512_bf16"))
 XEON = replace(EPYC, features=(*EPYC.features, "amx_bf16", "amx_int8"))
-OURS, THEIRS, DISABLED = kernel.OURS, kernel.THEIRS, kernel.DISABLED
+OURS, THEIRS, DISABLED = OUR_KERNEL, VLLM_KERNEL, DISABLED_KERNELS
 AVX2 = replace(EPYC, features=("avx2",))
 
 
@@ -88,8 +88,8 @@ def test_amx_gets_vllms_kernel_unless_a_person_leaves_it_out(
 
 
 def test_every_instruction_set_has_a_kernel() -> None:
-    assert kernel.BY_INSTRUCTION_SET[-1][0] == ""
-    assert {name for _, name in kernel.BY_INSTRUCTION_SET} <= {OURS, THEIRS}
+    assert BY_INSTRUCTION_SET[-1][0] == ""
+    assert {name for _, name in BY_INSTRUCTION_SET} <= {OURS, THEIRS}
 
 
 def calibrated(
@@ -97,7 +97,7 @@ def calibrated(
 ) -> None:
     """A calibration of this target: picoseconds per weight at 1, 4, 16 and 512 rows by kernel."""
     kernels = {
-        f"{kernel.KEYS.get(name, name)}-4": tuple(
+        f"{speed.KERNELS.keys.get(name, name)}-4": tuple(
             (rows, 1e-12 * value) for rows, value in zip((1, 4, 16, 512), values, strict=True)
         )
         for name, values in tables.items()
@@ -192,20 +192,6 @@ def test_the_shells_variable_counts_on_this_machine(small: Checkpoint, monkeypat
     here = find_target("cpu")
     assert plugin.quantserve_environment(small, asked(), here) == {DISABLED: OURS}
     assert plugin.quantserve_environment(small, asked(), find_target("a100-80g")) == {}
-
-
-@pytest.mark.parametrize(
-    ("variables", "registers"),
-    [
-        ({}, False),  # a plain `vllm serve` loads every plugin
-        ({"VLLM_PLUGINS": ""}, False),
-        ({"VLLM_PLUGINS": "other,awq"}, True),
-        ({"VLLM_PLUGINS": "quantserve", "QUANTSERVE_ENGINE_PLUGINS": "quantserve-squeezellm:squeezellm"}, False),
-        ({"VLLM_PLUGINS": "quantserve", "QUANTSERVE_ENGINE_PLUGINS": "a:b,quantserve-awq:awq"}, True),
-    ],
-)
-def test_who_asks_for_the_kernel(variables: dict[str, str], registers: bool) -> None:
-    assert quantserve_awq.asked_for(variables) == registers
 
 
 # --- prediction with AMX --------------------------------------------------------------------------------
@@ -334,7 +320,7 @@ def test_profiles_of_cpus_say_whether_they_serve_experts() -> None:
     for target, serves in ((EPYC, {OURS: True, THEIRS: False}), (XEON, {OURS: True, THEIRS: True})):
         profile = speed.kernel(target, 4, "vllm-0.32")
         assert profile is not None
-        keys = {kernel.KEYS[name]: value for name, value in serves.items()}
+        keys = {speed.KERNELS.keys[name]: value for name, value in serves.items()}
         assert {one.key: one.experts for one in (profile, *profile.alternatives)} == keys
 
 

@@ -16,7 +16,8 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 
 import quantserve_awq
 from helpers.vllm_layers import load, surroundings
-from quantserve_awq import kernel
+from quantserve.api import DISABLED_KERNELS, OUR_KERNEL, VLLM_KERNEL
+from quantserve.predict.cpu_kernels import WITHOUT_THEIRS
 from quantserve_awq._format import dequantize_linear, quantize_linear
 
 pytestmark = [
@@ -42,7 +43,7 @@ def config_of(group: int = 128, **changes: Any) -> Any:
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 def test_what_the_plugin_exports(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "awq")
-    for name, value in kernel.WITHOUT_THEIRS.items():
+    for name, value in WITHOUT_THEIRS.items():
         monkeypatch.setenv(name, value)
     quantserve_awq.register()
     quantserve_awq.register()
@@ -50,7 +51,7 @@ def test_what_the_plugin_exports(group: int, monkeypatch: pytest.MonkeyPatch) ->
     weight = torch.randn(64, K, generator=torch.Generator().manual_seed(1)) * K**-0.5
     parts = quantize_linear(weight, group)._asdict()
     load(layer, {None: parts})
-    assert type(layer.quant_method.kernel).__name__ == kernel.OURS
+    assert type(layer.quant_method.kernel).__name__ == OUR_KERNEL
     x = torch.randn(3, K)
     assert torch.allclose(layer.quant_method.apply(layer, x), x @ dequantize_linear(**parts).t(), atol=1e-4)
 
@@ -58,14 +59,14 @@ def test_what_the_plugin_exports(group: int, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("variables", [{}, {"VLLM_PLUGINS": ""}, {"VLLM_PLUGINS": "other"}])
 def test_other_engines_keep_vllms_kernel(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain `vllm serve` loads every installed plugin."""
-    for name in ("VLLM_PLUGINS", "QUANTSERVE_ENGINE_PLUGINS", kernel.DISABLED):
+    for name in ("VLLM_PLUGINS", "QUANTSERVE_ENGINE_PLUGINS", DISABLED_KERNELS):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("quantserve_kernels.vllm.linear_kernels.register", pytest.fail)
     quantserve_awq.register()
     layer = linear.RowParallelLinear(K, 64, bias=False, quant_config=config_of(), prefix=PREFIX)
-    assert type(layer.quant_method.kernel).__name__ == kernel.THEIRS
+    assert type(layer.quant_method.kernel).__name__ == VLLM_KERNEL
 
 
 def test_layers_that_are_not_quantized_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:

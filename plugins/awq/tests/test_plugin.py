@@ -13,9 +13,10 @@ import pytest
 import quantserve_kernels
 from helpers.checkpoints import LLAMA_7B, LLAMA_70B, REMOVE, make_llama
 from helpers.composed import composed, errors, findings, text
-from quantserve.api import Target
+from quantserve.api import DISABLED_KERNELS, OUR_KERNEL, VLLM_KERNEL, Target
 from quantserve.planning.plan import make_plan
-from quantserve_awq import kernel, plugin
+from quantserve.predict import cpu_kernels
+from quantserve_awq import plugin
 from quantserve_kernels import Status
 
 CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
@@ -281,14 +282,14 @@ def test_word_that_splits_ranks(tmp_path: Path) -> None:
 def test_cpu_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str) -> None:
     folder = make_llama(tmp_path / "m", "awq", **options)
     assert "awq-cpu-alignment" not in errors(composed(folder, "cpu"))
-    monkeypatch.setenv(kernel.DISABLED, kernel.OURS)
+    monkeypatch.setenv(DISABLED_KERNELS, OUR_KERNEL)
     assert words in text(errors(composed(folder, "cpu"))["awq-cpu-alignment"])
 
 
 def test_odd_group_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_llama(tmp_path / "m", "awq", hidden=224, heads=7, kv_heads=7, intermediate=448, group_size=7)
     assert "awq-cpu-group-size" not in errors(composed(folder, "cpu"))
-    monkeypatch.setenv(kernel.DISABLED, kernel.OURS)
+    monkeypatch.setenv(DISABLED_KERNELS, OUR_KERNEL)
     assert "group_size 7 is odd" in errors(composed(folder, "cpu"))["awq-cpu-group-size"].message
 
 
@@ -358,22 +359,22 @@ def test_the_users_dtype_stays(tmp_path: Path, dtype: str) -> None:
     ("left_out", "target", "name"),
     [
         (None, "a100-80g", "Marlin (vLLM)"),
-        (kernel.OURS, "a100-80g", "Marlin (vLLM)"),
-        (kernel.OURS, "cpu", "vLLM's AWQ for CPUs"),
-        (kernel.THEIRS, "cpu", "quantserve-kernels"),
+        (OUR_KERNEL, "a100-80g", "Marlin (vLLM)"),
+        (OUR_KERNEL, "cpu", "vLLM's AWQ for CPUs"),
+        (VLLM_KERNEL, "cpu", "quantserve-kernels"),
     ],
 )
 def test_the_kernel_of_a_cpu_can_be_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_out: str | None, target: str, name: str
 ) -> None:
     if left_out:
-        monkeypatch.setenv(kernel.DISABLED, left_out)
+        monkeypatch.setenv(DISABLED_KERNELS, left_out)
     composition = composed(make_llama(tmp_path / "m", "awq"), target)
     assert not errors(composition)
     assert composition.engine_environment["QUANTSERVE_ENGINE_PLUGINS"] == "quantserve-awq:awq"
     plan = make_plan(composition)
     assert plan.kernel.startswith(name)
-    assert plan.runtime_env["env_vars"].get(kernel.DISABLED) == (left_out if target == "cpu" else None)
+    assert plan.runtime_env["env_vars"].get(DISABLED_KERNELS) == (left_out if target == "cpu" else None)
 
 
 @pytest.mark.parametrize(
@@ -387,12 +388,12 @@ def test_without_compiled_kernels_vllms_own_is_used_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Status | None, words: str
 ) -> None:
     if found is None:
-        monkeypatch.setattr(kernel, "find_spec", lambda name: None)
+        monkeypatch.setattr(cpu_kernels, "find_spec", lambda name: None)
     else:
         monkeypatch.setattr(quantserve_kernels, "status", lambda: found)
     composition = composed(make_llama(tmp_path / "m", "awq"))
     arguments = composition.checkpoint, composition.model, cpu()
-    assert plugin.quantserve_environment(*arguments) == {kernel.DISABLED: kernel.OURS}
+    assert plugin.quantserve_environment(*arguments) == {}
     said = {finding.code: finding for finding in plugin.quantserve_validate(*arguments)}
     assert words in said["awq-slow-kernel"].message
     assert not {"awq-slow-kernel"} & findings(composition).keys()  # a GPU does not care

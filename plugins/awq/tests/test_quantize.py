@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.composed import composed, errors
+from quantserve.api import DISABLED_KERNELS, OUR_KERNEL, VLLM_KERNEL
 from quantserve.errors import UserError
 from quantserve_awq import _quantize
 from quantserve_awq._quantize import dequantize_checkpoint, quantize
-from quantserve_awq.kernel import DISABLED, OURS, THEIRS
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -173,10 +173,10 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("kernel", "options", "sure"),
     [
-        (OURS, {"dtype": "float16", "enforce_eager": True}, 0.05),
-        (OURS, {}, 0.3),  # as planned: compiled, and in bfloat16 where the CPU multiplies that itself
-        (OURS, {"dtype": "float16", "enforce_eager": True, "tensor_parallel_size": 2}, 0.05),
-        (THEIRS, {"dtype": "float16", "enforce_eager": True}, 0.05),
+        (OUR_KERNEL, {"dtype": "float16", "enforce_eager": True}, 0.05),
+        (OUR_KERNEL, {}, 0.3),  # as planned: compiled, and in bfloat16 where the CPU multiplies that itself
+        (OUR_KERNEL, {"dtype": "float16", "enforce_eager": True, "tensor_parallel_size": 2}, 0.05),
+        (VLLM_KERNEL, {"dtype": "float16", "enforce_eager": True}, 0.05),
     ],
     ids=["ours", "ours-compiled", "ours-two-ranks", "vllms"],
 )
@@ -194,7 +194,9 @@ def test_vllm_answers_like_transformers_in_float32(
     assert kwargs["quantization"] == "awq"
     kwargs["model"] = str(exported)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment |= composition.engine_environment | {DISABLED: OURS if kernel == THEIRS else THEIRS}
+    environment |= composition.engine_environment | {
+        DISABLED_KERNELS: OUR_KERNEL if kernel == VLLM_KERNEL else VLLM_KERNEL
+    }
     if ranks := options.get("tensor_parallel_size"):
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))] * int(str(ranks))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores[: int(str(ranks))])
@@ -207,7 +209,7 @@ def test_vllm_answers_like_transformers_in_float32(
     )
     assert run.returncode == 0, (run.stdout + run.stderr)[-8000:]
     assert f"Using {kernel} for mixed-precision linear" in run.stdout + run.stderr
-    if kernel == OURS:
+    if kernel == OUR_KERNEL:
         assert "Quantized linear layers: " in run.stdout + run.stderr
     answers = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("TOKENS")).split(" ", 1)[1])
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from quantserve.api import Checkpoint, Finding, Linear, Target
+from quantserve.api import DISABLED_KERNELS, Checkpoint, Finding, Linear, Target
 from quantserve_awq.config import Written
-from quantserve_awq.kernel import DISABLED
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -141,7 +140,7 @@ def _cpu_finding(why: str, count: int, names: list[str]) -> Finding:
         f"{count} quantized linears are experts of a mixture; vLLM serves 4-bit experts {why}",
         names,
         "let quantserve's kernel serve them: install a C++ compiler and then 'quantserve-awq[engine]', and leave "
-        f"{DISABLED} out",
+        f"{DISABLED_KERNELS} out",
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from quantserve.api import (
     Checkpoint,
     Finding,
+    KernelChoice,
     KernelProfile,
     Linear,
     Method,
@@ -27,7 +28,6 @@ from quantserve.api import (
 )
 from quantserve_awq import speed
 from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
-from quantserve_awq.kernel import Choice, choose
 from quantserve_awq.limits import limit_findings, uses_plain_kernel, vllm_cpu_problems
 from quantserve_awq.reference import CAVEAT, RUNS
 from quantserve_awq.tensors import (
@@ -144,12 +144,12 @@ def quantserve_quantizer() -> str:
     return "quantserve_awq._quantize:quantize"
 
 
-def kernel_choice(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Choice:
+def kernel_choice(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> KernelChoice:
     """quantserve's kernel or vLLM's for this model."""
     written = written_config(checkpoint, model)
     if written is None or target.device != "cpu":
-        return choose(model, target)
-    return choose(model, target, *vllm_cpu_problems(checkpoint, written, target, model))
+        return speed.KERNELS.choose(model, target)
+    return speed.KERNELS.choose(model, target, *vllm_cpu_problems(checkpoint, written, target, model))
 
 
 def kernel_dtypes(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tuple[str, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantserve.api import KernelProfile, QualityNote, Target
-from quantserve_awq.kernel import DISABLED, KEYS, OURS, THEIRS, missing, no_vllm_kernel, usual
+from quantserve.api import CpuKernels, KernelProfile, QualityNote, Target
 
+KERNELS = CpuKernels("awq", "AWQ", "quantserve-awq[engine]")
 BITS_PER_WEIGHT = 4.16  # 4-bit codes; float16 scale and 4-bit zero point for each group of 128
 
 
@@ -21,7 +21,7 @@ def kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
             source="fitted to the 7B AWQ row of RayLLM's table; it unpacked weights again for every 16 rows",
         )
     if target.device == "cpu":
-        return _cpu(target)
+        return KERNELS.profile(target, CODEBOOK, VLLM_AMX if target.has_amx else VLLM)
     if target.device == "rocm":
         return KernelProfile(
             name="Triton AWQ (vLLM on ROCm)",
@@ -51,17 +51,6 @@ def kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
     )
 
 
-def _cpu(target: Target) -> KernelProfile:
-    """The kernel a model usually gets, and the other one beside it."""
-    theirs = VLLM_AMX if target.has_amx else VLLM
-    if missing():
-        return theirs
-    if no_vllm_kernel(target):
-        return CODEBOOK
-    first, second = (CODEBOOK, theirs) if usual(target) == OURS else (theirs, CODEBOOK)
-    return replace(first, alternatives=(second,))
-
-
 _MEASURED = "docs/performance.md: Llama-2 7B shapes, one thread of an AMD EPYC with AVX-512"
 CODEBOOK = KernelProfile(
     name="quantserve-kernels",
@@ -71,8 +60,6 @@ CODEBOOK = KernelProfile(
     source=_MEASURED,
     benchmark="quantserve_awq._benchmark:make",
     amx=False,
-    key=KEYS[OURS],
-    environment={DISABLED: THEIRS},
 )
 VLLM = KernelProfile(
     name="vLLM's AWQ for CPUs",
@@ -82,7 +69,6 @@ VLLM = KernelProfile(
     source=_MEASURED,
     benchmark="quantserve_awq._benchmark:make_vllm",
     experts=False,
-    key=KEYS[THEIRS],
 )
 VLLM_AMX = replace(
     VLLM,

@@ -53,6 +53,8 @@ EXPORT int linear(Weight* w, const Source* x, const Output* y, int64_t threads, 
   }
   const Input in{prepared.data(), to_sums, to_plain, x->m};
   const Plan plan = amx.plan(*w, x->m, threads);
+  std::vector<float> slices(plan.slices > 1 ? plan.slices * x->m * w->n : 0);
+  const Output out = plan.slices > 1 ? Output{slices.data(), Float::f32, nullptr} : *y;
   std::vector<int> failures(threads, 0);
   std::vector<std::thread> running;
   for (int64_t t = 0; t < threads; ++t) {
@@ -61,7 +63,7 @@ EXPORT int linear(Weight* w, const Source* x, const Output* y, int64_t threads, 
       if (configured) tiles::load_shapes(before);
       std::vector<char> scratch(amx.scratch(*w, x->m, plan), char(0xff));  // NaN wherever nothing was written
       const int64_t begin = plan.tasks() * t / threads, end = plan.tasks() * (t + 1) / threads;
-      if (!amx.run(*w, in, *y, plan, begin, end, scratch.data())) failures[t] = 1;
+      if (!amx.run(*w, in, out, plan, begin, end, scratch.data())) failures[t] = 1;
       tiles::Shapes after;
       tiles::store_shapes(after);
       if (std::memcmp(&after, &before, sizeof after) != 0) failures[t] = 2;
@@ -69,5 +71,6 @@ EXPORT int linear(Weight* w, const Source* x, const Output* y, int64_t threads, 
     });
   }
   for (auto& one : running) one.join();
+  if (plan.slices > 1) amx.join(slices.data(), *y, plan, x->m, w->n, 0, x->m * w->n);
   return *std::max_element(failures.begin(), failures.end());
 }

@@ -214,7 +214,7 @@ def test_the_error_is_that_of_a_bfloat16_linear(emulated: Amx, case: Case, m: in
     assert relative_error(emulated.linear(x, case.weight), expected) <= 1.05 * plain
 
 
-@pytest.mark.parametrize("m", [6, 64, 130, 600])
+@pytest.mark.parametrize("m", [1, 6, 64, 130, 600])
 def test_the_number_of_threads_changes_no_result(emulated: Amx, m: int) -> None:
     case = codebook(203, 160, 3, sparse=0.05)
     x = torch.randn(m, 160, generator=torch.Generator().manual_seed(m)).bfloat16()

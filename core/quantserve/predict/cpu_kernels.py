@@ -27,9 +27,10 @@ WITHOUT_THEIRS = {DISABLED_KERNELS: f"{VLLM_KERNEL},ZentorchWNA16LinearKernel"}
 """The variables that lead to quantserve's; the second of vLLM's kernels is one for AMD's package zentorch."""
 
 # The kernel of a CPU with an instruction set; the first that the CPU has decides, and a calibration of the machine goes
-# before. vLLM's has AMX, where one rough run on an Intel Xeon (one thread, 0.83 billion parameters) took 193 ms for 64
-# tokens and made 120 tokens/s in batches of 16; quantserve's has none and took 1210 ms and made 48 tokens/s. On an AMD
-# EPYC with AVX512-BF16 quantserve's is the faster (docs/performance.md).
+# before. With AMX vLLM's took 193 ms for 64 tokens and made 120 tokens/s in batches of 16 in one rough run on an Intel
+# Xeon (one thread, 0.83 billion parameters), quantserve's without AMX 1210 ms and 48 tokens/s; quantserve's with AMX
+# was never timed, so vLLM's stays until a calibration measures both. On an AMD EPYC with AVX512-BF16 quantserve's is
+# the faster (docs/performance.md).
 BY_INSTRUCTION_SET = (("amx_int8", VLLM_KERNEL), ("amx_bf16", VLLM_KERNEL), ("", OUR_KERNEL))
 _WHERE = "engine_config.runtime_env.env_vars"
 _VARIABLE = f"{_WHERE}.{DISABLED_KERNELS}"
@@ -139,8 +140,8 @@ class CpuKernels:
             fix = f"set {DISABLED_KERNELS} to {chosen} in {_WHERE} for the other kernel"
         elif chosen == VLLM_KERNEL:
             why = (
-                "this CPU has AMX, which quantserve's kernel does not use; in one rough run on an Intel Xeon vLLM's "
-                "took 193 ms for 64 tokens and quantserve's 1210 ms"
+                "this CPU has AMX, with which quantserve's kernel was never timed; in one rough run on an Intel Xeon "
+                "vLLM's took 193 ms for 64 tokens and quantserve's, without AMX, 1210 ms"
             )
             fix = (
                 f"run `quantserve calibrate`, which measures both here, or set {DISABLED_KERNELS} to {VLLM_KERNEL} in "

@@ -205,7 +205,32 @@ def seconds(target: Target, left_out: str, monkeypatch: pytest.MonkeyPatch) -> t
     return prediction.ttft_ms / 1e3, prediction.decode_step.linears
 
 
-def test_our_kernel_is_not_predicted_at_the_rate_of_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("made", ["amx", "avx512bf16"])
+def test_our_kernel_is_predicted_and_named_with_what_it_was_given(made: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with AMX, and a system that grants its tiles or not."""
+    from quantserve.predict.machine import linear_cost, machine_of
+
+    found = Status(True, made, note="" if made == "amx" else "refused")
+    monkeypatch.setattr(quantserve_kernels, "status", lambda: found)
+    first = speed.kernel(XEON, 4, "vllm-0.32")
+    assert first is not None
+    assert first.key == speed.KERNELS.keys[THEIRS]  # ours was not timed: vLLM's until a calibration
+    (ours,) = first.alternatives
+    assert ours.name == f"quantserve-kernels ({found.regimes})"
+    assert ours.amx == (made == "amx")
+    plain = linear_cost(machine_of(XEON), speed.CODEBOOK, "none")
+    cost = linear_cost(machine_of(XEON), ours, "none")
+    few, many = (cost.seconds(rows, 4096, 4096) / plain.seconds(rows, 4096, 4096) for rows in (2, 512))
+    assert few == pytest.approx(1, rel=0.15)
+    if made == "amx":
+        assert many < 0.3
+        assert ours.uncertainty == 1.0
+        assert "estimated" in ours.source
+    else:
+        assert many == 1
+
+
+def test_without_amx_our_kernel_is_not_predicted_at_the_rate_of_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rough run on a Xeon: about 10,257 ps a weight at 512 rows with ours, vLLM's several times faster."""
     from quantserve.predict.machine import linear_cost, machine_of
 

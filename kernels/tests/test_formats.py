@@ -168,3 +168,49 @@ def test_only_one_openmp_runtime_is_loaded() -> None:
         "print(len({l.split()[-1] for l in maps if 'libgomp' in l or 'libiomp' in l or 'libomp' in l}))"
     )
     assert int(_python(code)) == 1
+
+
+def _float8(dtype: torch.dtype, n: int, k: int, seed: int = 7) -> torch.Tensor:
+    values = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_scaled_as_a_whole_or_by_row(dtype: torch.dtype) -> None:
+    weight, rows = _float8(dtype, 600, 48), torch.rand(600) + 0.5
+    assert torch.equal(kernels.from_fp8(weight, rows[:, None]).dequantize(), weight.float() * rows[:, None])
+    assert torch.equal(kernels.from_fp8(weight, rows[0]).dequantize(), weight.float() * rows[0])
+
+
+@pytest.mark.parametrize(("n", "k"), [(256, 384), (130, 320), (7, 96), (300, 136)])
+def test_fp8_blocks_of_which_the_last_may_be_smaller(n: int, k: int) -> None:
+    weight, scales = _float8(torch.float8_e4m3fn, n, k), torch.rand(-(-n // 128), -(-k // 128)) + 0.5
+    row, column = torch.arange(n) // 128, torch.arange(k) // 128
+    expected = weight.float() * scales[row][:, column]
+    assert torch.equal(kernels.from_fp8(weight, scales, (128, 128)).dequantize(), expected)
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("float8_e4m3fn", 0xFF), ("float8_e5m2", 0x7C), ("float8_e5m2", 0xFE)])
+def test_fp8_that_is_not_finite_is_refused_with_its_rows(dtype: str, code: int) -> None:
+    weight = _float8(getattr(torch, dtype), 600, 32)
+    weight.view(torch.uint8)[550, 3] = code
+    with pytest.raises(ValueError, match="1 NaN or infinities in out_features 512 to 599"):
+        kernels.from_fp8(weight, torch.ones(1))
+
+
+def test_fp8_scales_of_another_shape() -> None:
+    weight = _float8(torch.float8_e4m3fn, 256, 128)
+    with pytest.raises(ValueError, match=r"\[2, 2\], expected \[2, 1\] of 128 x 128"):
+        kernels.from_fp8(weight, torch.ones(2, 2), (128, 128))
+    with pytest.raises(ValueError, match="one for each of 256 rows"):
+        kernels.from_fp8(weight, torch.ones(2))
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_fp4(group: int) -> None:
+    codes, scales = _random(40, 96, 4, 8).to(torch.uint8), torch.rand(40, 96 // group) + 0.5
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = magnitudes[(codes & 7).long()] * torch.where(codes >= 8, -1.0, 1.0)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    expected = (values.view(40, -1, group) * scales[:, :, None]).view(40, 96)
+    assert torch.equal(kernels.from_fp4(packed, scales).dequantize(), expected)

@@ -1,6 +1,6 @@
 """One codebook GEMM for weight-only quantized linears: `y = x @ W.T`, with W decoded from its codes on the fly.
 
-    weight = from_awq(qweight, qzeros, scales)       # or from_squeezellm, from_gptq, from_nf4, pack
+    weight = from_awq(qweight, qzeros, scales)       # or from_squeezellm, from_gptq, from_nf4, from_fp8, from_fp4, pack
     y = linear(x, weight)
 
 Importing this package imports no torch: `status` answers from files, so that `quantserve check` stays fast. Everything
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from quantserve_kernels._experts import ACTIVATIONS, concatenate, experts
     from quantserve_kernels._formats import (
         from_awq,
+        from_fp4,
+        from_fp8,
         from_gptq,
         from_nf4,
         from_squeezellm,
@@ -36,6 +38,8 @@ __all__ = [
     "concatenate",
     "experts",
     "from_awq",
+    "from_fp4",
+    "from_fp8",
     "from_gptq",
     "from_nf4",
     "from_squeezellm",
@@ -49,7 +53,7 @@ __all__ = [
 
 _HOMES = {
     "_experts": ("ACTIVATIONS", "concatenate", "experts"),
-    "_formats": ("from_awq", "from_gptq", "from_nf4", "from_squeezellm", "unpack_stream"),
+    "_formats": ("from_awq", "from_fp4", "from_fp8", "from_gptq", "from_nf4", "from_squeezellm", "unpack_stream"),
     "_ops": ("instruction_set", "load"),
     "_weight": ("BITS", "Linear", "PackedWeight", "check_bias", "linear", "pack"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+# FP4 E2M1 (OCP Microscaling Formats 1.0, table 5): bit 3 is the sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def unpack_stream(words: Tensor, bits: int) -> Tensor:
@@ -184,6 +188,69 @@ def from_nf4(packed: Tensor, absmax: Tensor, shape: tuple[int, int], table: Tens
         scales=absmax.reshape(n, -1),
         group_size=n * k // absmax.numel(),
     )
+
+
+def from_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = None) -> PackedWeight:
+    """FP8 E4M3 or E5M2 (arXiv 2209.05433), each value a code of a table of all 256.
+
+    Args:
+        weight: float8_e4m3fn or float8_e5m2 [n, k].
+        scales: float [1] or [n] (a scale for all, or for each out_feature, in any shape); with `block`
+            [ceil(n/rows), ceil(k/columns)].
+        block: (rows, columns) that share a scale; None for whole rows.
+
+    Raises:
+        ValueError: the tensors do not fit each other, or the weight holds NaN or infinity.
+    """
+    if weight.ndim != 2 or weight.dtype not in FP8:
+        raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, expected float8_e4m3fn or _e5m2 [n, k]")
+    n, k = weight.shape
+    values = torch.arange(256, dtype=torch.uint8, device=weight.device).view(weight.dtype).float()
+    first_not_finite = int((~values.isfinite()).nonzero()[0])  # magnitudes from it on are infinity and NaN
+    octets = weight.view(torch.uint8)
+
+    def channels(first: int, last: int) -> Tensor:
+        codes = octets[first:last]
+        if lost := int(((codes & 127) >= first_not_finite).sum()):
+            raise ValueError(f"weight holds {lost} NaN or infinities in out_features {first} to {last - 1}")
+        return codes
+
+    if block is None:
+        if scales.numel() not in (1, n):
+            raise ValueError(f"scales has shape {list(scales.shape)}, expected one, or one for each of {n} rows")
+        group, scales = k, scales.reshape(-1, 1).expand(n, 1)
+    else:
+        rows, columns = block
+        expected = [-(-n // rows), -(-k // columns)]
+        if list(scales.shape) != expected:
+            raise ValueError(f"scales has shape {list(scales.shape)}, expected {expected} of {rows} x {columns} blocks")
+        group = gcd(k, columns)  # the last block may be narrower
+        scales = scales.repeat_interleave(columns // group, 1)[:, : k // group].repeat_interleave(rows, 0)[:n]
+    table = values.nan_to_num(0.0, 0.0, 0.0)[None]
+    return pack(channels, table, bits=8, shape=(n, k), scales=scales.float(), group_size=group)
+
+
+def from_fp4(packed: Tensor, scales: Tensor) -> PackedWeight:
+    """FP4 E2M1 with a scale for each group along K, as in MXFP4 (groups of 32) and NVFP4 (groups of 16).
+
+    Args:
+        packed: uint8 [n, k/2], the first of two inputs in the low nibble.
+        scales: float [n, k/group], global scales multiplied in.
+
+    Raises:
+        ValueError: the tensors do not fit each other.
+    """
+    if packed.ndim != 2 or packed.dtype != torch.uint8:
+        raise ValueError(f"packed is {packed.dtype} {list(packed.shape)}, expected uint8 [n, k/2]")
+    n, k = packed.shape[0], packed.shape[1] * 2
+    group = _group(scales.t(), k, n)
+
+    def channels(first: int, last: int) -> Tensor:
+        part = packed[first:last]
+        return torch.stack((part & 15, part >> 4), dim=-1).reshape(last - first, k)
+
+    table = torch.tensor(E2M1, device=packed.device)[None]
+    return pack(channels, table, bits=4, shape=(n, k), scales=scales, group_size=group)
 
 
 def _stream(words: Tensor, bits: int) -> Callable[[int, int], Tensor]:

@@ -43,6 +43,7 @@ from quantserve.model.modules import modules
 from quantserve.model.quantizable import quantizable
 from quantserve.once import once
 from quantserve.predict.calibration import Fastest, fastest_kernel
+from quantserve.predict.codebook import codebook_kernel, kernel_findings
 from quantserve.predict.cpu_kernels import OUR_KERNEL, VLLM_KERNEL, CpuKernels, KernelChoice, missing_kernels
 from quantserve.predict.published import PublishedRun, published_profile, rayllm_profile
 from quantserve.scheme import NK, Dim, E, K, N, Part, Scheme
@@ -88,10 +89,12 @@ __all__ = [
     "check_fused_groups",
     "check_linears",
     "check_shards",
+    "codebook_kernel",
     "disabled_kernels",
     "engine_environment",
     "fastest_kernel",
     "hookimpl",
+    "kernel_findings",
     "linears",
     "method_dtype",
     "missing_kernels",

@@ -31,12 +31,15 @@ class Dim:
         partial: whether the last index may stand for fewer elements, as in 128 x 128 blocks.
         block: elements that are stored together though each has its index, as in GGUF's block formats: Q4_K keeps 256
             elements of a row in 144 bytes, and its reader gives the shape in elements.
+        free: whether ranks may cut between the elements of an index, since the engine's side takes the words of the
+            file apart before (HQQ, whose bytes hold codes of distant channels).
     """
 
     axis: Axis
     per: Fraction = Fraction(1)
     partial: bool = False
     block: int = 1
+    free: bool = False
 
     def size(self, n: int, k: int, experts: int = 0) -> int | None:
         """Length for a linear of [n, k]; None where the axis is no multiple of what one index stands for."""
@@ -60,19 +63,19 @@ class Dim:
         return lcm(self.per.numerator, self.block)
 
 
-def N(per: int | Fraction = 1, *, partial: bool = False, block: int = 1) -> Dim:
+def N(per: int | Fraction = 1, *, partial: bool = False, block: int = 1, free: bool = False) -> Dim:
     """Out_features, `per` of them for each index; see `Dim`."""
-    return Dim("n", Fraction(per), partial, block)
+    return Dim("n", Fraction(per), partial, block, free)
 
 
-def K(per: int | Fraction = 1, *, partial: bool = False, block: int = 1) -> Dim:
+def K(per: int | Fraction = 1, *, partial: bool = False, block: int = 1, free: bool = False) -> Dim:
     """In_features, `per` of them for each index; see `Dim`."""
-    return Dim("k", Fraction(per), partial, block)
+    return Dim("k", Fraction(per), partial, block, free)
 
 
-def NK(per: int | Fraction = 1, *, partial: bool = False, block: int = 1) -> Dim:
+def NK(per: int | Fraction = 1, *, partial: bool = False, block: int = 1, free: bool = False) -> Dim:
     """All n x k elements of a flattened weight, `per` of them for each index; see `Dim`."""
-    return Dim("nk", Fraction(per), partial, block)
+    return Dim("nk", Fraction(per), partial, block, free)
 
 
 def E() -> Dim:
@@ -154,7 +157,7 @@ class Scheme:
 
     def is_group(self, dim: Dim) -> bool:
         """Whether an index of a dimension stands for the elements that share a scale, and not for a word of codes."""
-        return dim.partial or (dim.axis == "k" and dim.per == self.group_size)
+        return dim.partial or (dim.axis in ("k", "nk") and dim.per == self.group_size)
 
     def fits(self, tensors: Mapping[str, Tensor], n: int, k: int) -> bool:
         """Whether stored tensors, by suffix, are those of a linear of [n, k]: complete, of these shapes and dtypes."""

@@ -187,7 +187,8 @@ class _Comparison:
         key = (id(scheme), linear.parallel == "row", linear.k, *map(id, parts))
         if key not in self._multiples:
             axis = "k" if linear.parallel == "row" else "n"
-            dims = {one for part in parts for one in part.shape if isinstance(one, Dim) and one.axis in (axis, "nk")}
+            every = {one for part in parts for one in part.shape if isinstance(one, Dim) and not one.free}
+            dims = [one for one in every if one.axis in (axis, "nk")]
             words, groups = ([one for one in dims if scheme.is_group(one) is group] for group in (False, True))
             self._multiples[key] = (_along(words, linear), _along(groups, linear))
         return self._multiples[key]

@@ -253,7 +253,9 @@ def _part_of(part: object, suffix: str) -> Part:
     where = f"Scheme.parts[{suffix!r}]"
     if not isinstance(part, Part) or not isinstance(part.shape, tuple) or not isinstance(part.optional, bool):
         raise Breach(f"{where} must be a Part with a tuple as its shape: {part!r:.80}")
-    shape = tuple(Dim(one.axis, one.per, one.partial, one.block) if isinstance(one, Dim) else one for one in part.shape)
+    shape = tuple(
+        Dim(one.axis, one.per, one.partial, one.block, one.free) if isinstance(one, Dim) else one for one in part.shape
+    )
     for one in shape:
         if isinstance(one, Dim):
             right = one.axis in get_args(Axis) and type(one.per) is Fraction and 0 < one.per < 1 << 31

@@ -83,7 +83,6 @@ class Format(QuantizationConfig):
         ``...experts.gate_up_proj`` and ``...experts.down_proj``, whose parts have the experts, `E`, in front.
         """
 
-    @abstractmethod
     def pack(self, tensors: Tensors, sparse: CSR | None) -> PackedWeight:
         """Pack one layer for the kernels, with a function of `quantserve_kernels`.
 
@@ -97,10 +96,22 @@ class Format(QuantizationConfig):
         Raises:
             ValueError: the tensors hold what no weight can be; the layer's name is added.
         """
+        raise NotImplementedError(f"{type(self).__name__} implements neither pack() nor pack_as()")
+
+    def pack_as(self, scheme: Scheme, tensors: Tensors, sparse: CSR | None) -> PackedWeight:
+        """As `pack`, for formats whose schemes differ by linear; `scheme` is the layer's."""
+        return self.pack(tensors, sparse)
 
     def entries(self, tensors: Tensors, shape: tuple[int, int]) -> Entries:
         """Read one complete set of ragged tensors of a linear [n, k]; ValueError where they do not fit it."""
         raise NotImplementedError(f"{type(self).__name__} names ragged tensors, but does not implement entries()")
+
+    def arrange(self, suffix: str, tensor: torch.Tensor, scheme: Scheme, shape: tuple[int, int]) -> torch.Tensor:
+        """Bring a file's tensor of a linear [n, k] into its shape in `scheme`, before ranks cut it; itself by default.
+
+        For formats whose files mix what ranks have to cut. ValueError where the tensor does not fit the linear.
+        """
+        return tensor
 
     def promised(self, module: str) -> Iterable[str]:
         """The optional tensors that the config says `module` has."""

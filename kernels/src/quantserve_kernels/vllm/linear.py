@@ -96,7 +96,7 @@ class FormatLinearMethod(LinearMethodBase):
         loading: LayerLoading = layer.format_loading
         tensors, sparse = loading.finish(verify=not dummy)
         with blaming(layer, "convert the checkpoint again"):
-            weight = self.format.pack(tensors, sparse)
+            weight = self.format.pack_as(self.scheme, tensors, sparse)
             if (weight.n, weight.k) != (loading.n, loading.k):
                 raise ValueError(f"packed [{weight.n}, {weight.k}], but the layer is [{loading.n}, {loading.k}]")
         del layer.format_loading

@@ -131,10 +131,15 @@ class LayerLoading:
         """The tensor in the shape of its part's first alternative, with flattened n x k elements as a matrix."""
         name, parts = f"{self.shards.module(shard)}.{suffix}", self.scheme.alternatives(suffix)
         known = dtypes(self.scheme, suffix)
+        n, k = self.shards.n(shard), self.shards.k
+        if n is not None:
+            try:
+                tensor = self.format.arrange(suffix, tensor, self.scheme, (n, k))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}. Fix: the quantization config must be that of these files") from None
         if tensor.dtype not in known:
             expected = " or ".join(map(str, known))
             raise ValueError(f"{name} is {tensor.dtype}, expected {expected}. Fix: convert the checkpoint again")
-        n, k = self.shards.n(shard), self.shards.k
         if suffix not in self.layouts or n is None:
             return tensor
         if not any(part.fits(tuple(tensor.shape), n, k) for part in parts):

@@ -72,6 +72,9 @@ class Scheme(Protocol):
     @property
     def bits(self) -> float: ...  # noqa: D102
 
+    @property
+    def group_size(self) -> int: ...  # noqa: D102
+
     def alternatives(self, suffix: str) -> tuple[Part, ...]:
         """The parts that may be stored under a suffix."""
 

@@ -1,0 +1,73 @@
+"""Formats of codes that run on quantserve's kernels alone: what these reach, and what keeps an engine from them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from quantserve.finding import Finding
+from quantserve.method import KernelProfile
+from quantserve.predict.cpu_kernels import missing_kernels
+from quantserve.target import Target
+
+# Shares of the memory's bandwidth at one row, by bits; 2 and 3 bits have no measurement and are taken to be slower.
+_BANDWIDTH = {2: 0.6, 3: 0.7, 4: 0.92, 8: 0.78}
+
+
+def codebook_kernel(
+    target: Target, bits: int, engine: str, bits_per_weight: float, *, benchmark: str = ""
+) -> KernelProfile | None:
+    """The profile of a format whose channels share a table of values; None for other engines than vLLM 0.32.
+
+    Args:
+        target: the hardware.
+        bits: of a code; 2, 3, 4 or 8.
+        engine: ``vllm-0.32``.
+        bits_per_weight: as packed for the kernel, with scales and zeros.
+        benchmark: what `quantserve calibrate` measures.
+    """
+    if engine != "vllm-0.32" or bits not in _BANDWIDTH:
+        return None
+    if target.device == "cpu":
+        share = _BANDWIDTH[bits]
+        return KernelProfile(
+            name="quantserve-kernels",
+            bits_per_weight=bits_per_weight,
+            bandwidth_share=((1, share), (64, share)),
+            flops_share=((1, 0.35), (4, 0.55), (16, 0.73), (64, 0.87), (512, 0.97)),
+            source="derived: quantserve-kernels with 4 and 8 bits in groups of 128 on an AMD EPYC with AVX-512, "
+            "docs/performance.md (2 and 3 bits: assumed)",
+            uncertainty=0.5,
+            benchmark=benchmark,
+            amx=False,
+        )
+    return KernelProfile(
+        name="quantserve-kernels (Triton)",
+        bits_per_weight=bits_per_weight,
+        bandwidth_share=((1, 0.5), (256, 0.4)),
+        flops_share=((1, 0.1), (256, 0.25), (2048, 0.35)),
+        source="assumed: not measured on such a GPU",
+        uncertainty=1.0,
+        experts=False,
+    )
+
+
+def kernel_findings(code: str, label: str, target: Target) -> list[Finding]:
+    """What keeps this machine's engine from the kernels of a format; nothing where no engine is installed.
+
+    Args:
+        code: the method's name, which starts the codes: ``hqq-no-kernels`` and ``hqq-plain-torch``.
+        label: what messages call the format: ``HQQ``.
+        target: the hardware; only a CPU's kernels are compiled when they are installed.
+    """
+    if find_spec("quantserve_kernels") is None:
+        if find_spec("vllm") is None:
+            return []
+        message = f"quantserve-kernels is not installed here, without which vLLM cannot compute {label} layers"
+        fix = f"pip install 'quantserve-{code}[engine]'"
+        return [Finding.error(f"{code}-no-kernels", message, ["quantserve-kernels"], fix)]
+    reason = missing_kernels() if target.device == "cpu" else ""
+    if not reason:
+        return []
+    message = f"{reason}: every call is plain torch, many times slower than an unquantized model"
+    fix = "install a C++ compiler and then quantserve-kernels again"
+    return [Finding.warning(f"{code}-plain-torch", message, ["quantserve-kernels"], fix)]

@@ -1,0 +1,123 @@
+"""The light module of the HQQ plugin: what `quantserve list`, `check` and `plan` ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from quantserve.api import (
+    Checkpoint,
+    Finding,
+    KernelProfile,
+    Linear,
+    Method,
+    Scheme,
+    Target,
+    codebook_kernel,
+    hookimpl,
+    kernel_findings,
+    linears,
+    method_dtype,
+)
+from quantserve_hqq.format import BITS, entries, entry, settings, stored
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
+
+DTYPES = ("float16", "bfloat16", "float32")
+_WHERE = "quantization_config"
+
+
+@hookimpl
+def quantserve_method() -> Method:
+    """Describe HQQ as this plugin serves it."""
+    return Method(
+        name="hqq",
+        summary="2-, 3-, 4- and 8-bit HQQ (axis 1), widths by kind of linear",
+        bits=BITS,
+        vllm_name="hqq",
+        minimum_capability=70,
+        devices=("cuda", "rocm", "cpu"),
+        dtypes=DTYPES,
+        homepage="https://github.com/dropbox/hqq",
+    )
+
+
+@hookimpl
+def quantserve_detect(checkpoint: Checkpoint) -> bool:
+    """Claim what declares HQQ; where no method is declared, hqq's tensors."""
+    declared = _config(checkpoint).get("quant_method")
+    if declared:
+        return str(declared).lower() == "hqq"
+    return any(name.endswith(".W_q") for name in checkpoint.tensors)
+
+
+@hookimpl
+def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
+    """By the kind of linear, as transformers' `dynamic_config` has it."""
+    try:
+        value = entry(_config(checkpoint), linear.name)
+        return None if value is None else stored(settings(value))
+    except ValueError:
+        return None  # `quantserve_validate` gives the reason
+
+
+@hookimpl
+def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
+    """What is peculiar to HQQ: settings that are not served, and fused layers whose parts differ."""
+    config = _config(checkpoint)
+    yield from kernel_findings("hqq", "HQQ", target)
+    quantized = [name for name in checkpoint.tensors if name.endswith(".W_q")]
+    if checkpoint.tensors_complete and not quantized:
+        yield Finding.error(
+            "hqq-not-quantized",
+            "HQQ is declared or asked for, and no linear has W_q: transformers would quantize while it loads, which is "
+            "not done here",
+            ["W_q"],
+            "save the quantized model (model.save_pretrained), or remove quantization_config and serve it unquantized",
+        )
+        return
+    bad = []
+    for where, value in entries(config).items():
+        try:
+            settings(value)
+        except ValueError as error:
+            bad.append(f"{_WHERE}.{where}: {error}")
+    if bad:
+        message = f"settings of HQQ that are not served. First: {bad[0]}"
+        yield Finding.error("hqq-settings", message, bad, "quantize with axis 1, nbits 2, 3, 4 or 8, and plain scales")
+        return
+    yield from _mixed(checkpoint, config)
+
+
+def _mixed(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """vLLM builds q, k and v as one layer, and gate and up: both have one width and group size here."""
+    layers: dict[str, dict[str, object]] = {}
+    for linear in linears(checkpoint):
+        if linear.fused and (value := entry(config, linear.name)) is not None:
+            layers.setdefault(linear.group, {})[linear.name] = settings(value)
+    mixed = [
+        f"{layer}: " + ", ".join(f"{name.rpartition('.')[2]} {one}" for name, one in parts.items())
+        for layer, parts in layers.items()
+        if len(set(parts.values())) > 1
+    ]
+    if mixed:
+        message = f"{len(mixed)} fused layers have parts of different settings. First: {mixed[0]}"
+        yield Finding.error("hqq-mixed-layer", message, mixed, "quantize q, k and v alike, and gate and up")
+
+
+@hookimpl
+def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
+    """The dtype where a CPU prefers another than the files'."""
+    dtype = method_dtype(checkpoint, model, target, DTYPES)
+    return {"dtype": dtype} if dtype else {}
+
+
+@hookimpl
+def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
+    """With groups of 64, a float16 scale and zero each."""
+    return codebook_kernel(target, bits, engine, bits + 0.5, benchmark="quantserve_hqq._benchmark:make")
+
+
+def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    return checkpoint.quantization_config or {}

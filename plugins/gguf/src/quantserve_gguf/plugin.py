@@ -1,0 +1,122 @@
+"""The light module of the GGUF plugin: what `quantserve list`, `check` and `plan` ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from quantserve.api import (
+    Checkpoint,
+    Finding,
+    KernelProfile,
+    Linear,
+    Method,
+    Reader,
+    Scheme,
+    Target,
+    hookimpl,
+    method_dtype,
+)
+from quantserve_gguf import speed
+from quantserve_gguf.blocks import SCHEMES
+from quantserve_gguf.reader import read
+
+if TYPE_CHECKING:
+    from quantserve.api import ModelConfig
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@hookimpl
+def quantserve_method() -> Method:
+    """Describe GGUF as this plugin serves it."""
+    return Method(
+        name="gguf",
+        summary="llama.cpp's files: Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS, with config and tokenizer inside",
+        bits=(2, 3, 4, 8),
+        vllm_name="gguf",
+        devices=("cuda", "cpu"),
+        dtypes=DTYPES,
+        homepage="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md",
+    )
+
+
+@hookimpl
+def quantserve_reader() -> Reader:
+    """Read ``.gguf`` files."""
+    return Reader((".gguf",), read)
+
+
+@hookimpl
+def quantserve_detect(checkpoint: Checkpoint) -> bool:
+    """Claim what `read` read."""
+    return any(name.endswith(".gguf") for name in checkpoint.container)
+
+
+@hookimpl
+def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
+    """By the type of its tensor; plain floats have none."""
+    tensor = checkpoint.tensors.get(f"{linear.name}.weight")
+    return SCHEMES.get(tensor.dtype) if tensor else None
+
+
+@hookimpl
+def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
+    """What keeps an engine from serving the file; the core and the reader have judged the file itself."""
+    if not checkpoint.container:
+        return [
+            Finding.error(
+                "gguf-no-file",
+                "the model asks for GGUF, but no .gguf file was read",
+                ["engine_kwargs.quantization"],
+                "name the file, or leave engine_kwargs.quantization out",
+            )
+        ]
+    odd = [name for name, tensor in checkpoint.tensors.items() if _is_norm(name) and tensor.dtype in SCHEMES]
+    findings = [
+        Finding.error("gguf-quantized-norm", f"{len(odd)} norms or biases are quantized, such as {odd[0]}", odd[:20])
+    ] if odd else []  # fmt: skip
+    return [*findings, *_kernels(target)]
+
+
+@hookimpl
+def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
+    """The loader of these files, and the dtype where a CPU prefers another."""
+    dtype = method_dtype(checkpoint, model, target, DTYPES)
+    return {"load_format": "gguf", **({"dtype": dtype} if dtype else {})}
+
+
+@hookimpl
+def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
+    """What the kernel of the target reaches."""
+    return speed.kernel(target, bits, engine)
+
+
+def _is_norm(name: str) -> bool:
+    return name.endswith(".bias") or "norm." in name
+
+
+def _kernels(target: Target) -> list[Finding]:
+    """What this machine's engine lacks; nothing where no engine is installed."""
+    if find_spec("vllm") is None:
+        return []
+    if find_spec("quantserve_kernels") is None:
+        return [
+            Finding.error(
+                "gguf-no-kernels",
+                "quantserve-kernels is not installed here, without which vLLM cannot compute GGUF layers",
+                ["quantserve-kernels"],
+                "pip install 'quantserve-gguf[engine]'",
+            )
+        ]
+    if target.device != "cpu":
+        return [
+            Finding.warning(
+                "gguf-untested-gpu",
+                "the kernels of GGUF layers have not run on a GPU; vllm-gguf-plugin serves these files on GPUs",
+                [target.device],
+                "compare a few answers with llama.cpp's before you rely on it",
+            )
+        ]
+    return []

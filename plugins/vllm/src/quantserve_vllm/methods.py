@@ -78,9 +78,9 @@ ARGUMENTS: Mapping[str, str] = {
 
 
 def declared(checkpoint: Checkpoint) -> str:
-    """The ``quant_method`` of the checkpoint in lower case, "" for none."""
+    """The ``quant_method`` of the checkpoint, "" for none."""
     method = (checkpoint.quantization_config or {}).get("quant_method")
-    return method.strip().lower() if isinstance(method, str) else ""
+    return method if isinstance(method, str) else ""
 
 
 def argument_of(checkpoint: Checkpoint, model: ModelConfig) -> str:

@@ -71,7 +71,10 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         return
     served = METHODS[argument]
     yield from _device(served, checkpoint, model, target)
-    yield from _source(argument, served, checkpoint, model)
+    other = _other_files(argument, served, checkpoint, model)
+    if other:
+        yield other
+        return
     config = checkpoint.quantization_config or {}
     wrong = list(CHECKS[argument](config)) if argument in CHECKS else []
     for key, what, fix in wrong:
@@ -82,6 +85,13 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         fix = "pip install 'torchao>=0.10'"
         yield Finding.error(
             "vllm-torchao-missing", "vLLM needs the package torchao, which is not here", ["torchao"], fix
+        )
+    if served.experts and not any(linear.experts for linear in linears(checkpoint)):
+        yield Finding.warning(
+            "vllm-no-experts",
+            f"{served.title}: vLLM quantizes experts only, and this model has none; it is served unquantized",
+            ["engine_kwargs.quantization"],
+            "name fp8_per_channel, which quantizes every linear",
         )
     if served.deprecated:
         yield Finding.warning(
@@ -121,39 +131,33 @@ def _device(served: Served, checkpoint: Checkpoint, model: ModelConfig, target: 
         yield Finding.error("vllm-dtype", message, ["engine_kwargs.dtype"], fix)
 
 
-def _source(argument: str, served: Served, checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Finding]:
-    """Whether the files are what the method starts from."""
+def _other_files(argument: str, served: Served, checkpoint: Checkpoint, model: ModelConfig) -> Finding | None:
+    """What keeps the method from starting with these files at all."""
     method = declared(checkpoint)
     if method and method not in served.declared and method not in served.over:
-        yield Finding.error(
+        return Finding.error(
             "vllm-already-quantized",
             f"engine_kwargs.quantization is {model.quantization!r}, and config.json declares {method!r}: vLLM refuses "
             "an argument that is not the declared method",
             [f"{WHERE}.quant_method", "engine_kwargs.quantization"],
             "leave engine_kwargs.quantization out, or name a 16-bit checkpoint",
         )
-    elif not method and not served.online:
-        yield Finding.error(
+    if not method and not served.online:
+        return Finding.error(
             "vllm-not-declared",
             f"engine_kwargs.quantization is {model.quantization!r}, and config.json declares no method: vLLM does not "
             f"make {served.title} of 16-bit weights",
             [f"{WHERE}.quant_method"],
             "name a checkpoint in this format, or an online method such as fp8_per_channel",
         )
-    elif argument == "online" and not isinstance(model.engine_kwargs.get(WHERE), Mapping):
-        yield Finding.error(
+    if argument == "online" and not isinstance(model.engine_kwargs.get(WHERE), Mapping):
+        return Finding.error(
             "vllm-online-settings",
             f"quantization online takes its settings from engine_kwargs.{WHERE}, which is not there",
             [f"engine_kwargs.{WHERE}"],
             "write it ({linear: fp8_per_channel}), or name fp8_per_channel instead of online",
         )
-    if served.experts and not any(linear.experts for linear in linears(checkpoint)):
-        yield Finding.warning(
-            "vllm-no-experts",
-            f"{served.title}: vLLM quantizes experts of mixtures only, and this model has none; it is served unquantized",
-            ["engine_kwargs.quantization"],
-            "name fp8_per_channel, which quantizes every linear",
-        )
+    return None
 
 
 def _on_cpus(argument: str, checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:

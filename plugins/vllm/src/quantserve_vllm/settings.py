@@ -139,7 +139,7 @@ def auto_round_on_cpus(config: Config, amx: bool) -> str:
 
 
 def quark_on_cpus(config: Config, amx: bool) -> str:
-    """What of a Quark config vLLM has no CPU kernel for, "" for nothing; layers with settings of their own are not read."""
+    """What of a Quark config vLLM has no CPU kernel for, "" for nothing. Settings of single layers are not read."""
     weight, inputs = (_only(config["global_quant_config"].get(key)) for key in ("weight", "input_tensors"))
     kind = str(weight.get("dtype", ""))
     if kind.startswith(("fp4", "fp6", "mx")):

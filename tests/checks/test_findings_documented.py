@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 KEBAB = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)+")
 DOCUMENTED = re.compile(rf"^\| `({KEBAB.pattern}|\*(?:-[a-z]+)+)` \|", re.MULTILINE)
 # Calls whose text arguments name something else.
-NOT_FINDINGS = ("PublishedRun", "replace", "_gpu", "which", "decode", "_version", "_installed", "version")
+NOT_FINDINGS = ("PublishedRun", "Format", "format", "replace", "_gpu", "which", "decode", "_version", "_installed", "version")
 
 
 def codes() -> Iterator[tuple[str, Path]]:

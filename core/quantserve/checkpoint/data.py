@@ -154,6 +154,7 @@ class Checkpoint:
 
         In vLLM's order: ``quantization_config`` of config.json, else hf_quant_config.json, else
         ``compression_config``, else the same keys of ``text_config``. An empty object counts as none.
+        ``quant_method`` is in lower case and ``compressed_tensors`` has its hyphen, as vLLM reads them.
         """
         candidates = (
             self.config.get("quantization_config"),
@@ -162,7 +163,12 @@ class Checkpoint:
             self.text_config.get("quantization_config"),
             self.text_config.get("compression_config"),
         )
-        return next((value for value in candidates if isinstance(value, Mapping) and value), None)
+        found = next((value for value in candidates if isinstance(value, Mapping) and value), None)
+        method = found.get("quant_method") if found else None
+        if found is None or not isinstance(method, str):
+            return found
+        name = method.strip().lower().replace("compressed_tensors", "compressed-tensors")
+        return found if name == method else {**found, "quant_method": name}
 
     @property
     def torch_dtype(self) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from quantserve.checkpoint import Checkpoint, Tensor
-from quantserve.checks.formats import format_of, format_title, served_by_vllm
+from quantserve.checks.formats import FORMATS, format_of, format_title, plugin_of, who_serves
 from quantserve.errors import PluginError, unknown_name
 from quantserve.finding import Finding, Severity
 from quantserve.plugins.claims import is_ours
@@ -139,9 +139,14 @@ def _not_detected(registry: Registry, checkpoint: Checkpoint, declared: str, def
             f"the checkpoint is in the {format_title(name)} format ({name!r} by {where}), which no installed plugin "
             f"serves (installed methods: {', '.join(known) or 'none'})"
         )
-        if who := served_by_vllm(name):
+        if who := who_serves(name):
             message += f"; {who}"
-        fix = how_to_install(name)
+        elsewhere = name in FORMATS and FORMATS[name].elsewhere
+        fix = (
+            f"serve it with {elsewhere}, or choose another format of this model"
+            if elsewhere
+            else how_to_install(plugin_of(name))
+        )
     elif owner := registry.methods.get(declared.strip().lower()):
         message = f"the checkpoint declares the method {declared[:80]!r}, but {owner.label} does not claim it"
         fix = f"name the method in engine_kwargs.quantization, or ask the author of {owner.distribution} why"

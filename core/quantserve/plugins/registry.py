@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import EntryPoints, PackageNotFoundError, metadata
+from importlib.metadata import EntryPoints
 from itertools import islice
 from pathlib import PurePath
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from quantserve.checkpoint.containers import Contents, Reader
 from quantserve.checkpoint.source import Source
 from quantserve.errors import UsageError, unknown_name
 from quantserve.plugins import commands, foreign
-from quantserve.plugins.claims import settle
+from quantserve.plugins.claims import OURS, settle
 from quantserve.plugins.contract import MOST_READ
 from quantserve.plugins.entry_points import duplicate, installed, left_out, names_in, origin, unique, unusable_name
 from quantserve.plugins.plugin import Disabled, Failure, Plugin, load, manager
@@ -269,14 +269,10 @@ def _refusing(suffix: str, why: str) -> Reader:
 
 
 def how_to_install(name: str) -> str:
-    """What to do about a plugin that is not installed; a command only for the project's own extras.
+    """What to do about a plugin that is not installed; a command only for the methods of this project.
 
     The name may come from a stranger's config.json, so it never becomes part of a command to copy.
     """
-    try:
-        ours = metadata("quantserve").get_all("Provides-Extra") or []
-    except PackageNotFoundError:
-        ours = []
-    if name in ours:
+    if name in OURS:
         return f"`pip install 'quantserve[{name}]'`"
     return "install the plugin that serves it, if there is one; `quantserve list` shows what is installed"

@@ -147,10 +147,13 @@ def _exl2(name: str, n: int, k: int, dtype: str, groups: int = 32) -> Any:
 
 
 def _hqq(name: str, n: int, k: int, dtype: str, group_size: int = 64) -> Any:
+    groups = n * k // group_size
     return {
-        f"{name}.W_q": ("U8", (group_size // 2, n * k // group_size)),
-        f"{name}.scale": ("F16", (1, n * k // group_size)),
-        f"{name}.zero": ("F16", (1, n * k // group_size)),
+        f"{name}.W_q": ("U8", (groups // 2, group_size)),
+        f"{name}.scale": ("F16", (groups, 1)),
+        f"{name}.zero": ("F16", (groups, 1)),
+        f"{name}.shape": ("I64", (2,)),
+        f"{name}.nbits": ("I32", ()),
     }
 
 

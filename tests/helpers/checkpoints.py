@@ -75,6 +75,33 @@ def write_safetensors(
     return write_header(path, header, sum(map(nbytes, specs.values())))
 
 
+def read_header(file: Path) -> dict[str, Spec]:
+    """The tensors of a safetensors file."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
+    return {name: (one["dtype"], tuple(one["shape"])) for name, one in header.items() if name != "__metadata__"}
+
+
+def variant(folder: Path, source: Path, tensors: Mapping[str, Spec | None] | None = None, **quantization: Any) -> Path:
+    """A checkpoint as its header and config.json say, without its data, changed; with a tokenizer.
+
+    Args:
+        folder: to make.
+        source: folder of the checkpoint, which has one file.
+        tensors: to add or replace; None leaves one out.
+        quantization: keys merged into `quantization_config`; the value REMOVE deletes one.
+    """
+    folder.mkdir()
+    specs = {**read_header(source / "model.safetensors"), **(tensors or {})}
+    write_safetensors(folder / "model.safetensors", {name: spec for name, spec in specs.items() if spec})
+    config = json.loads((source / "config.json").read_text())
+    settings = {**config["quantization_config"], **quantization}
+    config["quantization_config"] = {key: value for key, value in settings.items() if value is not REMOVE}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder, config["vocab_size"])
+    return folder
+
+
 def linear_shapes(
     layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int
 ) -> dict[str, tuple[int, int]]:

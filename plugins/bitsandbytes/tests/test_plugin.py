@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers.checkpoints import REMOVE, Spec, make_llama, write_safetensors, write_tokenizer
+from helpers.checkpoints import REMOVE, Spec, make_llama, variant
 from helpers.composed import composed, errors, findings, text
 from quantserve_bitsandbytes import plugin
 
@@ -20,29 +19,10 @@ Q = "model.layers.1.self_attn.q_proj"
 ONLINE = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
-def _header(file: Path) -> dict[str, Spec]:
-    raw = file.read_bytes()
-    header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
-    return {name: (one["dtype"], tuple(one["shape"])) for name, one in header.items() if name != "__metadata__"}
-
-
-def _model(folder: Path, name: str, tensors: dict[str, Spec | None] | None = None, **quantization: Any) -> Path:
-    """A file of transformers by its header, with other tensors (None: left out) or settings."""
-    folder.mkdir()
-    specs = {**_header(DATA / name / "model.safetensors"), **(tensors or {})}
-    write_safetensors(folder / "model.safetensors", {key: spec for key, spec in specs.items() if spec})
-    config = json.loads((DATA / name / "config.json").read_text())
-    settings = {**config["quantization_config"], **quantization}
-    config["quantization_config"] = {key: value for key, value in settings.items() if value is not REMOVE}
-    (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(folder, 256)
-    return folder
-
-
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize(("target", "ranks"), [("cpu", 1), ("a100-80g", 2)])
 def test_files_of_transformers_have_no_errors(tmp_path: Path, name: str, target: str, ranks: int) -> None:
-    composition = composed(_model(tmp_path / "m", name), target, ranks)
+    composition = composed(variant(tmp_path / "m", DATA / name), target, ranks)
     assert composition.method is not None
     assert composition.method.name == "bitsandbytes"
     assert not errors(composition)
@@ -60,7 +40,7 @@ def test_files_of_transformers_have_no_errors(tmp_path: Path, name: str, target:
     ],
 )
 def test_settings_that_are_not_served(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    found = errors(composed(_model(tmp_path / "m", "nf4", **changes), "cpu"))
+    found = errors(composed(variant(tmp_path / "m", DATA / "nf4", **changes), "cpu"))
     assert list(found) == ["bitsandbytes-settings"]
     assert words in text(found["bitsandbytes-settings"])
 
@@ -74,18 +54,18 @@ def test_settings_that_are_not_served(tmp_path: Path, changes: dict[str, Any], w
     ],
 )
 def test_settings_of_other_files(tmp_path: Path, changes: dict[str, Any], code: str) -> None:
-    assert code in errors(composed(_model(tmp_path / "m", "nf4", **changes), "cpu"))
+    assert code in errors(composed(variant(tmp_path / "m", DATA / "nf4", **changes), "cpu"))
 
 
 def test_a_missing_tensor(tmp_path: Path) -> None:
-    found = errors(composed(_model(tmp_path / "m", "nf4", {f"{Q}.weight.nested_absmax": None}), "cpu"))
+    found = errors(composed(variant(tmp_path / "m", DATA / "nf4", {f"{Q}.weight.nested_absmax": None}), "cpu"))
     assert list(found) == ["bitsandbytes-missing-tensors"]
-    found = errors(composed(_model(tmp_path / "8", "int8", {f"{Q}.SCB": None}), "cpu"))
+    found = errors(composed(variant(tmp_path / "8", DATA / "int8", {f"{Q}.SCB": None}), "cpu"))
     assert "bitsandbytes-missing-tensors" in found
 
 
 def test_ranks_cut_no_block(tmp_path: Path) -> None:
-    found = errors(composed(_model(tmp_path / "m", "nf4"), "a100-80g", 4))
+    found = errors(composed(variant(tmp_path / "m", DATA / "nf4"), "a100-80g", 4))
     assert "bitsandbytes-group-splits-ranks" in found  # o_proj: K 128 over 4 ranks is half a block
     assert "not a multiple of 64" in text(found["bitsandbytes-group-splits-ranks"])
 
@@ -104,7 +84,7 @@ def test_plain_weights_that_ask_for_quantization(tmp_path: Path, monkeypatch: py
 
 def test_their_plugin_does_not_split_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "_theirs", lambda target: target.device != "cpu")
-    folder = _model(tmp_path / "m", "nf4")
+    folder = variant(tmp_path / "m", DATA / "nf4")
     assert list(errors(composed(folder, "a100-80g", 2))) == ["bitsandbytes-plugin-ranks"]
     assert not errors(composed(folder, "cpu", 2))
 
@@ -121,14 +101,14 @@ def test_blocks_that_go_on_in_the_next_row(tmp_path: Path) -> None:
         f"{down}.weight.nested_quant_map": ("F32", (256,)),
         f"{down}.weight.quant_state.bitsandbytes__nf4": ("U8", (160,)),
     }
-    folder = _model(tmp_path / "m", "nf4", made)
+    folder = variant(tmp_path / "m", DATA / "nf4", made)
     config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": k}
     (folder / "config.json").write_text(json.dumps(config))
     assert "bitsandbytes-block" in errors(composed(folder, "cpu"))
 
 
 def test_tensors_without_a_declared_method(tmp_path: Path) -> None:
-    composition = composed(_model(tmp_path / "m", "nf4", quant_method=REMOVE), "cpu")
+    composition = composed(variant(tmp_path / "m", DATA / "nf4", quant_method=REMOVE), "cpu")
     assert composition.method is not None
     assert composition.method.name == "bitsandbytes"
 

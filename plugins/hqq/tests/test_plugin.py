@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,44 +10,27 @@ from typing import Any
 
 import pytest
 
-from helpers.checkpoints import Spec, write_safetensors, write_tokenizer
+from helpers.checkpoints import Spec, read_header, variant
 from helpers.composed import composed, errors, text
 
 DATA = Path(__file__).parent / "data"
 Q = "model.layers.1.self_attn.q_proj"
 
 
-def _header(file: Path) -> dict[str, Spec]:
-    raw = file.read_bytes()
-    header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
-    return {name: (one["dtype"], tuple(one["shape"])) for name, one in header.items() if name != "__metadata__"}
-
-
-def _model(
-    folder: Path,
-    name: str = "uniform4",
-    params: dict[str, Any] | None = None,
-    tensors: dict[str, Spec | None] | None = None,
-    **quantization: Any,
-) -> Path:
-    """A file of hqq by its header, with other `weight_quant_params`, tensors (None: left out) or settings."""
-    folder.mkdir()
-    specs = {**_header(DATA / name / "model.safetensors"), **(tensors or {})}
-    write_safetensors(folder / "model.safetensors", {key: spec for key, spec in specs.items() if spec})
-    config = json.loads((DATA / name / "config.json").read_text())
-    config["quantization_config"] |= quantization
-    if params:
-        config["quantization_config"]["quant_config"]["weight_quant_params"] |= params
-    (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(folder, 256)
-    return folder
+def _params(**changes: Any) -> dict[str, Any]:
+    """The `quant_config` of uniform4 with other `weight_quant_params`."""
+    config: dict[str, Any] = json.loads((DATA / "uniform4/config.json").read_text())["quantization_config"][
+        "quant_config"
+    ]
+    config["weight_quant_params"] |= changes
+    return config
 
 
 @pytest.mark.parametrize(
     ("name", "target", "ranks"), [("uniform4", "cpu", 1), ("mixed", "cpu", 1), ("mixed", "a100-80g", 2)]
 )
 def test_files_of_hqq_have_no_errors(tmp_path: Path, name: str, target: str, ranks: int) -> None:
-    composition = composed(_model(tmp_path / "m", name), target, ranks)
+    composition = composed(variant(tmp_path / "m", DATA / name), target, ranks)
     assert composition.method is not None
     assert composition.method.name == "hqq"
     assert not errors(composition)
@@ -66,7 +48,7 @@ def test_files_of_hqq_have_no_errors(tmp_path: Path, name: str, target: str, ran
     ],
 )
 def test_settings_that_are_not_served(tmp_path: Path, params: dict[str, Any], words: str) -> None:
-    found = errors(composed(_model(tmp_path / "m", params=params), "cpu"))
+    found = errors(composed(variant(tmp_path / "m", DATA / "uniform4", quant_config=_params(**params)), "cpu"))
     assert list(found) == ["hqq-settings"]
     assert words in text(found["hqq-settings"])
 
@@ -76,22 +58,24 @@ def test_quantized_scales(tmp_path: Path) -> None:
         "weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1},
         "scale_quant_params": {"nbits": 8},
     }
-    found = errors(composed(_model(tmp_path / "m", quant_config=quant_config), "cpu"))
+    found = errors(composed(variant(tmp_path / "m", DATA / "uniform4", quant_config=quant_config), "cpu"))
     assert list(found) == ["hqq-settings"]
 
 
 def test_another_width_or_group_than_the_files(tmp_path: Path) -> None:
     for at, params in enumerate(({"nbits": 2}, {"nbits": 8}, {"group_size": 64})):
-        found = errors(composed(_model(tmp_path / f"{at}", params=params), "cpu"))
+        found = errors(composed(variant(tmp_path / f"{at}", DATA / "uniform4", quant_config=_params(**params)), "cpu"))
         assert "hqq-wrong-shape" in found or "hqq-packing" in found
-    found = errors(composed(_model(tmp_path / "3", params={"nbits": 3}), "cpu"))
+    found = errors(composed(variant(tmp_path / "3", DATA / "uniform4", quant_config=_params(nbits=3)), "cpu"))
     assert "hqq-wrong-shape" in found
-    found = errors(composed(_model(tmp_path / "float", params={"view_as_float": True}), "cpu"))
+    found = errors(
+        composed(variant(tmp_path / "float", DATA / "uniform4", quant_config=_params(view_as_float=True)), "cpu")
+    )
     assert "hqq-wrong-shape" in found
 
 
 def test_a_missing_tensor(tmp_path: Path) -> None:
-    found = errors(composed(_model(tmp_path / "m", tensors={f"{Q}.zero": None}), "cpu"))
+    found = errors(composed(variant(tmp_path / "m", DATA / "uniform4", {f"{Q}.zero": None}), "cpu"))
     assert list(found) == ["hqq-missing-tensors"]
     assert f"{Q}.zero" in text(found["hqq-missing-tensors"])
 
@@ -99,13 +83,13 @@ def test_a_missing_tensor(tmp_path: Path) -> None:
 def test_parts_of_a_fused_layer_of_two_widths(tmp_path: Path) -> None:
     config = json.loads((DATA / "mixed/config.json").read_text())["quantization_config"]["quant_config"]
     config["self_attn.v_proj"] = config["self_attn.o_proj"]
-    found = errors(composed(_model(tmp_path / "m", "mixed", quant_config=config), "cpu"))
+    found = errors(composed(variant(tmp_path / "m", DATA / "mixed", quant_config=config), "cpu"))
     assert "hqq-mixed-layer" in found
     assert "qkv_proj" in text(found["hqq-mixed-layer"])
 
 
 def test_plain_weights_that_ask_for_quantization(tmp_path: Path) -> None:
-    specs = _header(DATA / "uniform4/model.safetensors")
+    specs = read_header(DATA / "uniform4/model.safetensors")
     modules = {name.removesuffix(".W_q") for name in specs if name.endswith(".W_q")}
     gone: dict[str, Spec | None] = {name: None for name in specs if name.rpartition(".")[0] in modules}
     shapes = {"q": (128, 64), "k": (64, 64), "v": (64, 64), "o": (64, 128)}
@@ -113,12 +97,12 @@ def test_plain_weights_that_ask_for_quantization(tmp_path: Path) -> None:
     for layer in range(2):
         gone |= {f"model.layers.{layer}.self_attn.{one}_proj.weight": ("F16", size) for one, size in shapes.items()}
         gone |= {f"model.layers.{layer}.mlp.{one}_proj.weight": ("F16", size) for one, size in mlp.items()}
-    assert list(errors(composed(_model(tmp_path / "m", tensors=gone), "cpu"))) == ["hqq-not-quantized"]
+    assert list(errors(composed(variant(tmp_path / "m", DATA / "uniform4", gone), "cpu"))) == ["hqq-not-quantized"]
 
 
 def test_ranks_cut_words_and_not_groups(tmp_path: Path) -> None:
     """Codes of rows that are 64 apart share a byte, and two ranks have them; K 96 is three groups of 32."""
-    found = errors(composed(_model(tmp_path / "m"), "a100-80g", 2))
+    found = errors(composed(variant(tmp_path / "m", DATA / "uniform4"), "a100-80g", 2))
     assert list(found) == ["hqq-group-splits-ranks"]
     assert found["hqq-group-splits-ranks"].offenders == tuple(
         f"model.layers.{layer}.mlp.down_proj: K 96/2 = 48 is not a multiple of 32" for layer in range(2)

@@ -15,6 +15,7 @@ from helpers.checkpoints import LLAMA_7B, REMOVE, llama_tensors, make_llama
 from helpers.composed import composed, errors, findings, text
 from quantserve.api import Target
 from quantserve.checkpoint import Checkpoint
+from quantserve.predict import codebook, cpu_kernels
 from quantserve_squeezellm import plugin
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -244,7 +245,8 @@ def test_float16_activations_are_not_emulated(tmp_path: Path, feature: str, serv
 def test_missing_kernels_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], target: str, code: str | None
 ) -> None:
-    monkeypatch.setattr(plugin, "find_spec", lambda name: name if name in installed else None)
+    for module in (codebook, cpu_kernels):
+        monkeypatch.setattr(module, "find_spec", lambda name: name if name in installed else None)
     monkeypatch.setattr(quantserve_kernels, "status", lambda: quantserve_kernels.Status(False, "torch", "no compiler"))
     said = findings(composed(make_llama(tmp_path / "m", "squeezellm"), target))
     assert said.keys() & {"squeezellm-no-kernels", "squeezellm-plain-torch"} == ({code} if code else set())

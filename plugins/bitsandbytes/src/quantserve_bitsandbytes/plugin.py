@@ -69,6 +69,8 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     theirs = _theirs(target)
     if not theirs:
         yield from kernel_findings("bitsandbytes", "bitsandbytes", target)
+    if not _config(checkpoint):
+        return  # the core says that it is missing
     try:
         made = settings(_config(checkpoint))
     except ValueError as error:

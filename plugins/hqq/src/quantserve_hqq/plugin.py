@@ -77,6 +77,8 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
             "save the quantized model (model.save_pretrained), or remove quantization_config and serve it unquantized",
         )
         return
+    if not config:
+        return  # the core says that it is missing
     bad = []
     for where, value in entries(config).items():
         try:

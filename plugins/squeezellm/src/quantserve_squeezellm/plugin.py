@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from quantserve.api import (
@@ -22,6 +21,7 @@ from quantserve.api import (
     SkipList,
     Target,
     hookimpl,
+    kernel_findings,
     method_dtype,
     rayllm_profile,
 )
@@ -85,7 +85,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     original = original_file_findings(checkpoint, model)
     if any(finding.code == "squeezellm-pickle" for finding in original) and not checkpoint.tensors:
         return original
-    original += [*kernel_findings(target), *dtype_finding(checkpoint, model, target)]
+    original += [*kernel_findings("squeezellm", "SqueezeLLM", target), *dtype_finding(checkpoint, model, target)]
     if not has_tables(checkpoint) and checkpoint.tensors_complete:
         return [
             Finding.error(
@@ -137,37 +137,6 @@ def quantserve_quantizer() -> str:
 def quantserve_converter() -> str:
     """The original ``.pt`` files to safetensors; needs torch."""
     return "quantserve_squeezellm._convert:convert"
-
-
-def kernel_findings(target: Target) -> list[Finding]:
-    """What keeps this machine's engine from the target's kernels; nothing where no engine is installed."""
-    if find_spec("quantserve_kernels") is None:
-        if find_spec("vllm") is None:
-            return []
-        return [
-            Finding.error(
-                "squeezellm-no-kernels",
-                "quantserve-kernels is not installed here, without which vLLM cannot compute SqueezeLLM layers",
-                ["quantserve-kernels"],
-                "pip install 'quantserve-squeezellm[engine]'",
-            )
-        ]
-    if target.device != "cpu":
-        return []  # only a CPU's kernels are compiled when they are installed
-    from quantserve_kernels import status
-
-    found = status()
-    if found.native:
-        return []
-    return [
-        Finding.warning(
-            "squeezellm-plain-torch",
-            f"quantserve-kernels is not compiled here ({found.reason}): on a CPU every call is plain torch, many times "
-            "slower than an unquantized model",
-            ["quantserve-kernels"],
-            "install a C++ compiler and then quantserve-kernels again",
-        )
-    ]
 
 
 def dtype_finding(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> list[Finding]:

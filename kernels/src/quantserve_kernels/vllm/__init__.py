@@ -13,8 +13,8 @@ The rest is here: which layers are quantized, parameters and their loading for f
 arrives, and the kernel. A format that vLLM reads itself needs `register_linear_kernel` only.
 """
 
-from quantserve_kernels.vllm.asked import register_linear_kernel
+from quantserve_kernels.vllm.asked import register_linear_kernel, serves_cpus
 from quantserve_kernels.vllm.format import Format, register
 from quantserve_kernels.vllm.ragged import CSR, Entries, Tensors
 
-__all__ = ["CSR", "Entries", "Format", "Tensors", "register", "register_linear_kernel"]
+__all__ = ["CSR", "Entries", "Format", "Tensors", "register", "register_linear_kernel", "serves_cpus"]

@@ -233,7 +233,10 @@ def test_gguf_without_its_plugin(tmp_path: Path, registry: Registry) -> None:
     checkpoint = read(folder, registry)
     assert codes(checkpoint) == ["weights-missing"]
     assert "m-Q4_K_M.gguf" in checkpoint.problems[0].message
-    assert "no installed plugin reads GGUF files" in refused(folder / "m-Q4_K_M.gguf", registry)
+    assert "pip install 'quantserve[gguf]'" in checkpoint.problems[0].fix
+    assert "no installed plugin reads GGUF files: `pip install 'quantserve[gguf]'`" in refused(
+        folder / "m-Q4_K_M.gguf", registry
+    )
     assert "m-Q4_K_M.gguf" in refused(f"{folder}:Q4_K_M", registry)
 
 

@@ -122,8 +122,9 @@ def find_folder(source: str) -> Path | None:
 def _file_fix(path: Path) -> str:
     if path.suffix not in ("", ".safetensors", ".bin", ".pt", ".json"):
         kind = shown(path.suffix[1:].upper())
+        install = "`pip install 'quantserve[gguf]'`" if kind == "GGUF" else "install one that does"
         return (
-            f"no installed plugin reads {kind} files: install one that does, or name a folder "
+            f"no installed plugin reads {kind} files: {install}, or name a folder "
             "with config.json and *.safetensors; `quantserve list` shows the plugins that failed"
         )
     return f"name the folder that holds config.json and the weights, perhaps {shown(str(path.parent))}"

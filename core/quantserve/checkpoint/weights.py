@@ -120,11 +120,10 @@ def _nothing(source: Source) -> Finding:
     if gguf:
         return Finding.error(
             "weights-missing",
-            f"the weights are in the GGUF format ({', '.join(some(gguf[:3]))}), which no installed plugin reads; vLLM "
-            "needs vllm-gguf-plugin for it",
+            f"the weights are in the GGUF format ({', '.join(some(gguf[:3]))}), which no installed plugin reads",
             some(gguf),
-            "use the safetensors version of this model, or install a plugin that reads these files; `quantserve list` "
-            "shows the plugins that failed",
+            "`pip install 'quantserve[gguf]'`, or use the safetensors version of this model; `quantserve list` shows "
+            "the plugins that failed",
         )
     return Finding.error(
         "weights-missing",

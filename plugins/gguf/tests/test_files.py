@@ -1,4 +1,4 @@
-"""What `quantserve check` says of .gguf files: those that gguf's own writer wrote, and the same with one thing broken."""
+"""What `quantserve check` says of .gguf files of gguf's own writer, and of the same with one thing broken."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_whole_file_has_no_errors(family: str) -> None:
     assert composition.method.name == "gguf"
     assert composition.stored is not None
     assert {linear.name.rpartition(".")[2] for linear, _ in composition.stored.quantized} >= {"o_proj", "down_proj"}
-    assert composition.checkpoint.tokenizer["max_token_id"] == 63
+    assert composition.checkpoint.tokenizer["max_token_id"] == composition.checkpoint.config["vocab_size"] - 1
     assert composition.checkpoint.tokenizer["has_chat_template"]
 
 
@@ -67,7 +67,7 @@ def test_the_types_of_a_mixed_file() -> None:
     assert types["lm_head"] == "Q6_K"
     assert "model.embed_tokens" not in types  # becomes floating point
     size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    assert 0 < (DATA / "llama.gguf").stat().st_size - size < 10_000
+    assert 0 < (DATA / "llama.gguf").stat().st_size - size < 20_000
     assert checkpoint.config["tie_word_embeddings"] is False
 
 

@@ -149,8 +149,9 @@ def config_of(
         **family.constant,
     }
     for name, key in family.more.items():
-        if (value := number(key)) is not None:
-            config[name] = int(value) if value == int(value) else value
+        value = metadata.get(f"{architecture}.{key}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            config[name] = value
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := _whole(metadata, f"tokenizer.ggml.{key}_token_id", -1)) >= 0:
             config[f"{name}_token_id"] = token

@@ -251,7 +251,15 @@ def test_every_format_is_here() -> None:
     assert {case.format for case in CASES.values()} >= FORMATS.keys() - {"gguf"}  # a container: see the readers
 
 
-def test_every_format_is_in_the_documentation() -> None:
+def test_the_documentation_has_every_format_and_plugin() -> None:
     page = (ROOT / "docs" / "formats.md").read_text()
     missing = [one.title for one in FORMATS.values() if not re.search(rf"\b{re.escape(one.title)}", page)]
+    missing += [name for name in OURS if f"(../plugins/{name}/README.md)" not in page]
     assert not missing
+
+
+def test_no_name_belongs_to_two_plugins(registry: Registry) -> None:
+    """Of plugins from outside the registry settles that; this project's own must not need it."""
+    said = [plugin.module.quantserve_method() for plugin in registry.plugins.values() if plugin.name in OURS]
+    names = [name for method in said for name in method.names]
+    assert sorted(names) == sorted(set(names))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -124,14 +124,19 @@ def plugin_of(name: str) -> str:
     return FORMATS[name].plugin or name if name in FORMATS else name
 
 
-def who_serves(name: str) -> str:
-    """What writes a format and what serves it, of one that no installed plugin serves; "" for an unknown one."""
+def who_serves(name: str, plugins: Collection[str]) -> str:
+    """What writes a format and what serves it, of one that no installed plugin serves; "" for an unknown one.
+
+    Args:
+        name: the format.
+        plugins: those that this project has.
+    """
     known = FORMATS.get(name)
-    written = f"{known.tool} writes it" if known else ""
+    said = [f"{known.tool} writes it"] if known else []
     if known and known.elsewhere:
-        return f"{written}; neither quantserve nor vLLM {VLLM} serves it, {known.elsewhere} does"
-    if known and known.plugin:
-        return f"{written}; quantserve-{known.plugin} serves it"
-    if name in quantization_methods():
-        return f"vLLM {VLLM} serves it by itself (`vllm serve MODEL`); quantserve has no plugin for it"
-    return written
+        said.append(f"neither quantserve nor vLLM {VLLM} serves it, {known.elsewhere} does")
+    elif plugin_of(name) in plugins:
+        said.append(f"quantserve-{plugin_of(name)} serves it")
+    elif name in quantization_methods():
+        said.append(f"vLLM {VLLM} serves it by itself (`vllm serve MODEL`); quantserve has no plugin for it")
+    return "; ".join(said)

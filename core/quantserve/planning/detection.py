@@ -16,7 +16,7 @@ from quantserve.checkpoint import Checkpoint, Tensor
 from quantserve.checks.formats import FORMATS, format_of, format_title, plugin_of, who_serves
 from quantserve.errors import PluginError, unknown_name
 from quantserve.finding import Finding, Severity
-from quantserve.plugins.claims import is_ours
+from quantserve.plugins.claims import OURS, is_ours
 from quantserve.plugins.contract import claim_of
 from quantserve.plugins.registry import Hooks, Plugin, Registry, how_to_install
 
@@ -139,7 +139,7 @@ def _not_detected(registry: Registry, checkpoint: Checkpoint, declared: str, def
             f"the checkpoint is in the {format_title(name)} format ({name!r} by {where}), which no installed plugin "
             f"serves (installed methods: {', '.join(known) or 'none'})"
         )
-        if who := who_serves(name):
+        if who := who_serves(name, OURS):
             message += f"; {who}"
         elsewhere = name in FORMATS and FORMATS[name].elsewhere
         fix = (

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from quantserve.api import BadContainer
 from quantserve.config import load_object
 from quantserve.planning.compose import Composition, compose
 from quantserve.plugins.registry import Registry
 from quantserve.target import find_target
 from quantserve_gguf.blocks import BY_NAME
 from quantserve_gguf.families import Unserved, config_of
-from quantserve_gguf.header import BadContainer, read_header
+from quantserve_gguf.header import Value, read_header
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
@@ -60,7 +61,13 @@ def test_a_whole_file_has_no_errors(family: str) -> None:
 
 
 def test_the_types_of_a_mixed_file() -> None:
-    checkpoint = composed(DATA / "llama.gguf").checkpoint
+    composition = composed(DATA / "llama.gguf")
+    assert composition.stored is not None
+    kept = {linear.name: scheme.kept for linear, scheme in composition.stored.quantized}
+    assert kept["model.layers.0.self_attn.q_proj"] == 12  # brought to the form of v_proj, with which it is fused
+    assert kept["model.layers.1.mlp.up_proj"] == 12
+    assert (kept["model.layers.1.self_attn.q_proj"], kept["model.layers.1.mlp.down_proj"]) == (10, 6)
+    checkpoint = composition.checkpoint
     types = checkpoint.config["quantization_config"]["types"]
     assert types["model.layers.0.self_attn.q_proj"] == "Q4_K"
     assert types["model.layers.0.self_attn.v_proj"] == "Q6_K"
@@ -187,7 +194,7 @@ def test_the_scaling_of_llama_3_is_recovered() -> None:
     scaled, _ = rope.ROPE_INIT_FUNCTIONS["llama3"](made, torch.device("cpu"))
     plain = 500000.0 ** -(torch.arange(0, 64, 2) / 64)
     factors = tuple((plain / scaled).tolist())
-    metadata = {
+    metadata: dict[str, Value] = {
         "general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 131072,
         "llama.embedding_length": 256, "llama.feed_forward_length": 512, "llama.attention.head_count": 4,
         "llama.rope.freq_base": 500000.0, "llama.vocab_size": 64,

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from quantserve_gguf import _decode
 from quantserve_gguf._folder import folder_of
-from quantserve_gguf._vllm import SCHEMES, Gguf, _weights, served_types
-from quantserve_gguf.blocks import BY_NAME
+from quantserve_gguf._vllm import SCHEMES, Gguf, _weights
+from quantserve_gguf.blocks import BY_NAME, served_types
 from quantserve_gguf.header import read_header
 
 DATA = Path(__file__).parent / "data"

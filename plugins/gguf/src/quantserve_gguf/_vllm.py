@@ -23,14 +23,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from quantserve.api import K, N, Part, Scheme
 from quantserve_gguf._decode import dequantized, mixed, pack_mixed, packed
 from quantserve_gguf._folder import folder_of
-from quantserve_gguf.blocks import BY_NAME, MIXED
+from quantserve_gguf.blocks import BY_NAME, MIXED, served_types
 from quantserve_gguf.families import FAMILIES, NOT_WEIGHTS, Family, renamed
 from quantserve_gguf.header import Header, Info, read_header
 from quantserve_kernels import PackedWeight
 from quantserve_kernels.vllm import CSR, Format, Tensors, register
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""What vLLM fuses into one layer."""
 ROWS = 4096  # of the embedding that become floating point at once
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -50,18 +48,6 @@ SCHEMES = {
     )
 }
 """The parameters of a linear, by type: its blocks, uint8 [n, k / elements, bytes of a block]."""
-
-
-def served_types(types: Mapping[str, str]) -> dict[str, str]:
-    """The types of linears as they are computed: those that vLLM fuses and the file stores in several are `MIXED`."""
-    made = dict(types)
-    for module in types:
-        parent, _, last = module.rpartition(".")
-        for names in FUSED:
-            together = [f"{parent}.{name}" for name in names] if last in names else []
-            if len({types.get(name) for name in together}) > 1 and all(name in types for name in together):
-                made[module] = MIXED.name
-    return made
 
 
 class Gguf(Format):

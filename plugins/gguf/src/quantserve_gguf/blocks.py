@@ -5,7 +5,8 @@ Source: ggml.h and ggml-common.h of https://github.com/ggml-org/ggml.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 from quantserve.api import K, N, Part, Scheme
@@ -71,6 +72,9 @@ TYPES: Final = {
 
 BY_NAME: Final = {blocks.name: blocks for blocks in TYPES.values()}
 
+FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""What vLLM fuses into one layer."""
+
 MIXED: Final = Blocks("MIXED", 32, 0, 8, 16, zeros=True)
 """Linears that vLLM fuses and the file stores in different types, brought to one form: 8 bits, groups of 16."""
 
@@ -92,3 +96,18 @@ SCHEMES: Final = {
     if blocks.quantized
 }
 """How a linear is stored in the file, by type."""
+
+BROUGHT: Final = {name: replace(scheme, kept=kept_bits(MIXED)) for name, scheme in SCHEMES.items()}
+"""The same for linears that are computed as `MIXED`."""
+
+
+def served_types(types: Mapping[str, str]) -> dict[str, str]:
+    """The types of linears as they are computed: those that vLLM fuses and the file stores in several are `MIXED`."""
+    made = dict(types)
+    for module in types:
+        parent, _, last = module.rpartition(".")
+        for names in FUSED:
+            together = [f"{parent}.{name}" for name in names] if last in names else []
+            if len({types.get(name) for name in together}) > 1 and all(name in types for name in together):
+                made[module] = MIXED.name
+    return made

@@ -17,9 +17,10 @@ from quantserve.api import (
     Target,
     hookimpl,
     method_dtype,
+    once,
 )
 from quantserve_gguf import speed
-from quantserve_gguf.blocks import SCHEMES
+from quantserve_gguf.blocks import BROUGHT, MIXED, SCHEMES, served_types
 from quantserve_gguf.reader import read
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def quantserve_detect(checkpoint: Checkpoint) -> bool:
 def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
     """By the type of its tensor; plain floats have none."""
     tensor = checkpoint.tensors.get(f"{linear.name}.weight")
-    return SCHEMES.get(tensor.dtype) if tensor else None
+    if tensor is None:
+        return None
+    brought = _served(checkpoint).get(linear.name) == MIXED.name
+    return (BROUGHT if brought else SCHEMES).get(tensor.dtype)
 
 
 @hookimpl
@@ -91,6 +95,11 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
     """What the kernel of the target reaches."""
     return speed.kernel(target, bits, engine)
+
+
+@once
+def _served(checkpoint: Checkpoint) -> Mapping[str, str]:
+    return served_types((checkpoint.quantization_config or {}).get("types") or {})
 
 
 def _is_norm(name: str) -> bool:

@@ -6,7 +6,7 @@ PACKAGES := core/quantserve bench/src/quantserve_bench kernels/src/quantserve_ke
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick corpus fuzz sanitize lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu soak clean
+.PHONY: help setup dev prepare serve test test-quick corpus fuzz sanitize arm lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +36,9 @@ fuzz: dev ## fuzz the readers of headers, configs, pickles and frames; about 20 
 
 sanitize: dev ## the kernels' CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer; builds for minutes
 	@exec $(BIN)/python kernels/tests/sanitize.py $(ARGS)
+
+arm: dev ## the kernels of ARM processors, cross-compiled and run under QEMU; builds for minutes (ARGS=--count)
+	@exec $(BIN)/python kernels/tests/arm/run.py $(ARGS)
 
 corpus: dev ## judge public checkpoints of all families and print the table (ARGS="--wrong gemma")
 	@PYTHONPATH=tests exec $(BIN)/python -m corpus $(ARGS)

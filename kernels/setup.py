@@ -34,20 +34,35 @@ COMMON = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wal
 # GCC 12 takes its own intrinsics' undefined operands for mistakes.
 KERNEL = [*COMMON, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-SOURCES = {
+AVX512BF16 = [*AVX512, "-mavx512bf16", "-mavx512vbmi"]
+# GCC 12 would move loads up until they no longer fit the registers: a quarter more instructions.
+NEON = [*KERNEL, "-fno-schedule-insns"]
+
+
+def sources(machine: str) -> dict[str, list[str]]:
+    """The sources for a processor, named as `platform.machine()` does, with the flags of each."""
     # Plain loops in many variants: what -O3 unrolls here only takes time to compile. It takes longest, so it is first.
-    "csrc/isa_portable.cpp": [*KERNEL, "-O2"],
-    "csrc/ops.cpp": [*COMMON, "-fopenmp"],
-    # Without traps, loops with comparisons become vectors.
-    "csrc/experts.cpp": [*COMMON, "-fopenmp", "-fno-trapping-math"],
-}
-if platform.machine() in ("x86_64", "AMD64"):
-    SOURCES |= {
-        "csrc/isa_avx2.cpp": [*KERNEL, "-mavx2", "-mfma", "-mf16c"],
-        "csrc/isa_avx512.cpp": [*KERNEL, *AVX512],
-        "csrc/isa_avx512bf16.cpp": [*KERNEL, *AVX512, "-mavx512bf16", "-mavx512vbmi"],
-        "csrc/isa_amx.cpp": [*KERNEL, *AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
+    chosen = {"csrc/isa_portable.cpp": [*KERNEL, "-O2"]}
+    if machine in ("x86_64", "AMD64"):
+        chosen |= {
+            "csrc/isa_avx2.cpp": [*KERNEL, "-mavx2", "-mfma", "-mf16c"],
+            "csrc/isa_avx512.cpp": [*KERNEL, *AVX512],
+            "csrc/isa_avx512bf16.cpp": [*KERNEL, *AVX512BF16],
+            "csrc/isa_amx.cpp": [*KERNEL, *AVX512BF16, "-mamx-tile", "-mamx-bf16"],
+        }
+    elif machine in ("aarch64", "arm64"):
+        chosen |= {
+            "csrc/isa_neon.cpp": NEON,
+            "csrc/isa_neonbf16.cpp": [*NEON, "-march=armv8.2-a+bf16"],
+        }
+    return chosen | {
+        "csrc/ops.cpp": [*COMMON, "-fopenmp"],
+        # Without traps, loops with comparisons become vectors.
+        "csrc/experts.cpp": [*COMMON, "-fopenmp", "-fno-trapping-math"],
     }
+
+
+SOURCES = sources(platform.machine())
 
 
 class BuildError(Exception):

@@ -32,7 +32,8 @@ class Target:
         bandwidth_bytes_per_s: memory bandwidth per device, None when unknown.
         flops_per_s: dense bfloat16 (float16 where there is none) per device, None when unknown.
         cores: CPU cores this process may use; 0 when the target is not a CPU.
-        features: CPU instruction sets that matter here and may be used: avx2, avx512f, avx512_bf16, amx_bf16.
+        features: CPU instruction sets that matter here and may be used: avx2, avx512f, avx512_bf16, amx_bf16; of ARM
+            asimd (NEON) and bf16 (bfdot, bfmmla).
         interconnect_bytes_per_s: between two devices of one machine, per direction; None when unknown.
     """
 
@@ -54,8 +55,8 @@ class Target:
 
     @property
     def prefers_bfloat16(self) -> bool:
-        """Whether this is a CPU that multiplies bfloat16 itself and float16 only by emulation."""
-        return self.device == "cpu" and bool({"avx512_bf16", "amx_bf16"} & set(self.features))
+        """Whether this is a CPU that multiplies bfloat16 itself, and float16 by emulation (x86) or in float32 (ARM)."""
+        return self.device == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & set(self.features))
 
     @property
     def has_amx(self) -> bool:
@@ -265,7 +266,7 @@ def _cores() -> int:
     return cores
 
 
-_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
 _ARCH_PRCTL, _GET_SUPPORTED, _TILE_DATA = 158, 0x1021, 1 << 18  # of Linux on x86-64
 
 

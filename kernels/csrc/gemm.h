@@ -1,11 +1,13 @@
 // The codebook GEMM over an instruction set S. Included once by each isa_*.cpp, in an unnamed namespace: the same
 // templates compiled for two instruction sets must not be merged by the linker.
 //
-// S gives: Element (of prepared x and decoded tiles), Acc (float32 accumulator, a vector of the compiler's), Vec (decoded
-// weights), PARTS (Vecs per vector of 32), LANES (elements per Vec), HEIGHT and ROWS (rows of x in a register block, beside
-// weights that are decoded there and beside stored ones), DIRECT (rows of x up to which weights are not stored), TALL and
-// SHALLOW (the same two for columns), CHAINS (sums of columns that are added up at once), AHEAD (bytes fetched ahead), Table<bits>,
-// Codes<bits>, Wide<bits>, and the functions used below.
+// S gives: Element (of prepared x and decoded tiles), Acc (float32 accumulator, a vector of the compiler's or like
+// one), Vec (decoded weights), PARTS (Vecs per vector of 32), LANES (elements per Vec), HEIGHT and ROWS (rows of x in a
+// register block, beside weights that are decoded there and beside stored ones), DIRECT (rows of x up to which weights
+// are not stored), TALL and SHALLOW (the same two for columns), CHAINS (sums of columns that are added up at once),
+// AHEAD (bytes fetched ahead), Table<bits>, Codes<bits>, Wide<bits>, and the functions used below. It may give
+// `multiply<M>`, `multiply_columns<M>`, and GRAIN with `store_row`: how many consecutive elements of a row are stored
+// together where rows alternate, else LANES.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -36,6 +38,11 @@ inline uint16_t float_to_bf16(float value) {
 }
 
 inline float half_to_float(uint16_t value) {
+#ifdef __aarch64__
+  __fp16 half;
+  std::memcpy(&half, &value, 2);
+  return half;
+#else
   uint32_t sign = uint32_t(value & 0x8000) << 16, rest = value & 0x7fff, word;
   if (rest >= 0x7c00) {
     word = sign | 0x7f800000 | (rest & 0x3ff) << 13;
@@ -49,9 +56,16 @@ inline float half_to_float(uint16_t value) {
   float out;
   std::memcpy(&out, &word, 4);
   return out;
+#endif
 }
 
 inline uint16_t float_to_half(float value) {
+#ifdef __aarch64__
+  const __fp16 half = __fp16(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+#else
   uint32_t word;
   std::memcpy(&word, &value, 4);
   const uint16_t sign = uint16_t(word >> 16 & 0x8000);
@@ -66,6 +80,7 @@ inline uint16_t float_to_half(float value) {
     return sign | uint16_t(word - 0x3f000000);
   }
   return sign | uint16_t((word - (112u << 23) + 0xfff + (word >> 13 & 1)) >> 13);
+#endif
 }
 
 inline float load_float(const void* data, Float type, int64_t i) {
@@ -378,7 +393,7 @@ void multiply_columns(const typename S::Element* weights, int64_t stride, const 
       typename S::Vec column[C];
       unrolled<C>([&](auto t) INLINE { column[t] = S::load(weights + t * stride + p * S::LANES); });
       unrolled<M>([&](auto m) INLINE {
-        const typename S::Vec input = S::spread(x + 2 * m + p / H);
+        const auto input = S::spread(x + 2 * m + p / H);
         unrolled<C>([&](auto t) INLINE {
           auto& sum = acc[t * H + p % H][m];
           sum = S::mac(sum, column[t], input);
@@ -404,7 +419,13 @@ void multiply_column_rows(const typename S::Element* weights, int64_t stride, co
     constexpr int C = S::SPREAD;
     int64_t t = 0;
     for (; t + C <= tiles; t += C) {
-      multiply_columns<S, M, C>(weights + t * stride, stride, x, features, c + t * COLUMNS, width);
+      const auto* from = weights + t * stride;
+      float* to = c + t * COLUMNS;
+      if constexpr (requires { S::template multiply_columns<M>(from, x, features, to, width); }) {
+        S::template multiply_columns<M>(from, x, features, to, width);
+      } else {
+        multiply_columns<S, M, C>(from, stride, x, features, to, width);
+      }
     }
     for (; t < tiles; ++t) multiply_columns<S, M, 1>(weights + t * stride, stride, x, features, c + t * COLUMNS, width);
     return;
@@ -414,7 +435,14 @@ void multiply_column_rows(const typename S::Element* weights, int64_t stride, co
 
 // --- many rows of x: a decoded tile is reused by all of them ----------------------------------------------------------
 
-// Decodes blocks [begin, end) of a tile of rows to its place among ROWS channels: out[features / LANES, ROWS, LANES].
+// Elements of a row that are stored together where rows alternate.
+template <class S>
+constexpr int grain() {
+  if constexpr (requires { S::GRAIN; }) return S::GRAIN;
+  else return S::LANES;
+}
+
+// Decodes blocks [begin, end) of a tile of rows to its place among ROWS channels: out[features / grain, ROWS, grain].
 template <class S, int BITS, bool SCALED, int ROWS = TILE>
 void decode_tile(const Weight& w, int64_t tile, int64_t begin, int64_t end, typename S::Element* out) {
   constexpr int V = block_vectors(BITS);
@@ -443,17 +471,20 @@ void decode_tile(const Weight& w, int64_t tile, int64_t begin, int64_t end, type
       unrolled<TILE>([&](auto r) INLINE {
         const typename S::template Codes<BITS> code(codes + r * block_bytes(BITS));
         unrolled<S::PARTS>([&](auto p) INLINE {
-          S::store(out + ((j * S::PARTS + p) * ROWS + r) * S::LANES, code.template get<j, p>(table[r]));
+          auto* to = out + (j * S::PARTS + p) * ROWS * S::LANES + r * grain<S>();
+          const auto weights = code.template get<j, p>(table[r]);
+          if constexpr (grain<S>() < S::LANES) S::store_row(to, weights);
+          else S::store(to, weights);
         });
       });
     });
   }
 }
 
-// Where element i of row r is in a block whose rows alternate, LANES elements at a time.
+// Where element i of row r is in a block whose rows alternate.
 template <class S>
 int64_t interleaved(int64_t i, int64_t r, int64_t rows) {
-  return (i / S::LANES * rows + r) * S::LANES + i % S::LANES;
+  return (i / grain<S>() * rows + r) * grain<S>() + i % grain<S>();
 }
 
 // Where input feature i of channel r of a decoded tile is; one of rows has its place among ROWS channels.
@@ -506,7 +537,13 @@ void multiply(const typename S::Element* weights, const typename S::Element* x, 
 template <class S, int M = S::ROWS>
 void multiply_rows(const typename S::Element* weights, const typename S::Element* x, int64_t width, float* c,
                    int64_t strip, int64_t rows) {
-  if (rows == M) return multiply<S, M>(weights, x, width, c, strip);
+  if (rows == M) {
+    if constexpr (requires { S::template multiply<M>(weights, x, width, c, strip); }) {
+      return S::template multiply<M>(weights, x, width, c, strip);
+    } else {
+      return multiply<S, M>(weights, x, width, c, strip);
+    }
+  }
   if constexpr (M > 1) multiply_rows<S, M - 1>(weights, x, width, c, strip, rows);
 }
 
@@ -575,7 +612,7 @@ struct Gemm {
 
   static void prepare(const Weight& w, const Source& source, int64_t panel, void* out, float* sums, float* plain) {
     const int64_t count = panels(w, source.m), begin = panel_begin(source.m, panel, count);
-    const int64_t rows = panel_begin(source.m, panel + 1, count) - begin, piece = w.columns ? 2 : S::LANES;
+    const int64_t rows = panel_begin(source.m, panel + 1, count) - begin, piece = w.columns ? 2 : grain<S>();
     for (int64_t r = 0; r < rows; ++r) {
       auto* to = static_cast<Element*>(out) + begin * w.k_padded + r * piece;
       const auto put = [&](const Element* from, int64_t size) {

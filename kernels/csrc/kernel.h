@@ -110,6 +110,9 @@ extern const Kernel portable;
 #if defined(__x86_64__)
 extern const Kernel avx2, avx512, avx512bf16, amx;
 bool may_use_amx();  // asks the processor, and the system for the permission, which this process then has
+#elif defined(__aarch64__)
+extern const Kernel neon, neonbf16;
+bool has_neonbf16();  // whether this processor does
 #endif
 
 }  // namespace quantserve

@@ -40,6 +40,9 @@ std::vector<const Kernel*> available() {  // best last
       if (may_use_amx()) kernels.push_back(&amx);
     }
   }
+#elif defined(__aarch64__)
+  kernels.push_back(&neon);
+  if (has_neonbf16()) kernels.push_back(&neonbf16);
 #endif
   return kernels;
 }
@@ -69,6 +72,8 @@ const Kernel& kernel_for(at::ScalarType type) {
 #if defined(__x86_64__)
   // float32 and float16 activations keep their precision.
   if ((chosen() == &avx512bf16 || chosen() == &amx) && type != at::kBFloat16) return avx512;
+#elif defined(__aarch64__)
+  if (chosen() == &neonbf16 && type != at::kBFloat16) return neon;
 #endif
   return *chosen();
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quantserve.errors import UsageError
+from quantserve.predict.machine import machine_of
 from quantserve.target import GIB, Target, find_target, is_named, known_targets, this_cpu, this_gpu
 
 
@@ -61,6 +63,25 @@ def test_this_cpu() -> None:
     assert target.cores >= 1
     assert target.count >= 1
     assert find_target("cpu") == target
+
+
+@pytest.mark.parametrize(
+    ("flags", "features", "bfloat16"),
+    [
+        ("fp asimd evtstrm fphp asimdhp sve bf16 i8mm", ("asimd", "bf16"), True),
+        ("fp asimd evtstrm crc32", ("asimd",), False),
+    ],
+)
+def test_an_arm_cpu_is_read_and_predicted(
+    monkeypatch: pytest.MonkeyPatch, flags: str, features: tuple[str, ...], bfloat16: bool
+) -> None:
+    lines = {"/proc/cpuinfo": f"processor\t: 0\nFeatures\t: {flags}\nCPU part\t: 0xd40\n"}
+    monkeypatch.setattr("quantserve.target._read", lambda path: lines.get(path, ""))
+    target = this_cpu()
+    assert target.features == features
+    assert target.prefers_bfloat16 == bfloat16
+    unknown = replace(target, features=())
+    assert machine_of(target).flops > machine_of(unknown).flops
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_the_installed_kernels_are_named_with_their_instruction_set() -> None:
 
 REFUSED = """
 from quantserve_kernels import _status
-_status._flags = lambda: {flag for _, flags in _status.INSTRUCTION_SETS for flag in flags}
+_status._flags = lambda: {flag for sets in _status.INSTRUCTION_SETS.values() for _, flags in sets for flag in flags}
 _status._TILE_DATA = 63  # no feature of any processor: refused everywhere
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from helpers.environments import PROJECTS, Environment
 
 pytestmark = pytest.mark.slow
 
-SOURCES = sorted(path.name for path in (PROJECTS["quantserve-kernels"] / "csrc").glob("*.cpp"))
+SETUP = runpy.run_path(str(PROJECTS["quantserve-kernels"] / "setup.py"))
+SOURCES = sorted(Path(source).name for source in SETUP["SOURCES"])
 # Writes down what it should compile, and links a library of this C++ instead.
 STAND_IN = """for word; do
   case $word in *.cpp) echo $word >> "$0.log";; -shared) link=1;; esac

@@ -69,10 +69,19 @@ _OLD = EngineCost(
     1.5e-3, 110e-6, 0.1e-3, 0.0, 10e-3, 60e-6, 20e-3, prefill_first=True, source="fitted to the FP16 rows of 2023"
 )
 
-# Bytes per second and 16-bit FLOP/s of one thread, for a processor nobody has measured.
+# Bytes per second and 16-bit FLOP/s of one thread, for a processor nobody has measured. ARM's rates (bf16, asimd) are
+# estimates: two thirds of what two 128-bit pipes at 2.7 GHz multiply, with bfmmla and with float32 FMA.
 _THREAD_BANDWIDTH = 25e9
 _SOCKET_BANDWIDTH = 120e9
-_THREAD_FLOPS = (("amx_bf16", 800e9), ("avx512_bf16", 350e9), ("avx512f", 100e9), ("avx2", 50e9), ("", 10e9))
+_THREAD_FLOPS = (
+    ("amx_bf16", 800e9),
+    ("avx512_bf16", 350e9),
+    ("avx512f", 100e9),
+    ("avx2", 50e9),
+    ("bf16", 115e9),
+    ("asimd", 29e9),
+    ("", 10e9),
+)
 # What a kernel without AMX reaches of the rate of a processor that has AMX, at shares of 1. From one rough run on an
 # Intel Xeon: bfloat16 products reached 843 GFLOP/s a thread with AMX, quantserve's kernels 100.
 _WITHOUT_AMX = 0.122

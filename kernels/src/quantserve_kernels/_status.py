@@ -10,17 +10,20 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-# Best first: name and the processor flags it needs.
-INSTRUCTION_SETS = (
+_X86 = (
     ("amx", ("avx512f", "avx512bw", "avx512dq", "avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16")),
     ("avx512bf16", ("avx512f", "avx512bw", "avx512dq", "avx512_bf16", "avx512vbmi")),
     ("avx512", ("avx512f", "avx512bw", "avx512dq")),
     ("avx2", ("avx2", "fma")),
 )
+_ARM = (("neonbf16", ("bf16",)), ("neon", ()))
+# By `platform.machine()`, best first: name and the processor flags it needs.
+INSTRUCTION_SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
 # What computes in which case, where an instruction set leaves a part to another one.
 REGIMES = {
     "amx": "amx from 5 rows of x, avx512bf16 below, avx512 for float16 and float32",
     "avx512bf16": "avx512bf16, avx512 for float16 and float32",
+    "neonbf16": "neonbf16, neon for float16 and float32",
 }
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
@@ -31,7 +34,8 @@ class Status:
 
     Attributes:
         native: whether the compiled operators are installed; without them every call is plain torch.
-        instruction_set: what they use here (``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``portable``), or ``torch``.
+        instruction_set: what they use here (``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``neonbf16``, ``neon``,
+            ``portable``), or ``torch``.
         reason: why they are not installed; empty when they are.
         note: why a better instruction set of this processor is not used; empty when the best one is.
     """
@@ -65,10 +69,8 @@ def status() -> Status:
     forced = os.environ.get("QUANTSERVE_KERNELS_ISA")
     if forced:
         return Status(True, forced)
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return Status(True, "portable")
-    flags = _flags()
-    names = [*(name for name, needed in INSTRUCTION_SETS if flags.issuperset(needed)), "portable"]
+    flags, known = _flags(), INSTRUCTION_SETS.get(platform.machine(), ())
+    names = [*(name for name, needed in known if flags.issuperset(needed)), "portable"]
     refusal = amx_refusal() if names[0] == "amx" else ""
     return Status(True, names[1], note=refusal) if refusal else Status(True, names[0])
 
@@ -93,4 +95,4 @@ def _flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    return set(next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").split())

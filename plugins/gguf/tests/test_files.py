@@ -151,6 +151,16 @@ def test_a_tensor_that_is_broken_is_named(tmp_path: Path, kind: int, offset: int
     assert says in findings[code]
 
 
+def test_a_quantized_norm_is_named(tmp_path: Path) -> None:
+    name = b"blk.1.attn_norm.weight"
+
+    def change(raw: bytes) -> bytes:
+        at = raw.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 8
+        return raw[:at] + struct.pack("<I", 8) + raw[at + 4 :]
+
+    assert "gguf-quantized-norm" in codes(changed(tmp_path, change))
+
+
 def test_a_part_without_the_others(tmp_path: Path) -> None:
     name, key = b"tokenizer.ggml.padding_token_id", b"split.count"
     raw = (DATA / "qwen2.gguf").read_bytes()

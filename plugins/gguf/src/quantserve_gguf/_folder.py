@@ -38,8 +38,6 @@ def folder_of(model: str, revision: str | None, cache: Path) -> Path | None:
         ValueError: the file cannot be served; the message lists what is wrong.
         CheckpointError: nothing is there, or several files fit.
     """
-    if not (model.endswith(".gguf") or ":" in model or Path(model).is_dir()) or model.startswith("/dev/"):
-        return None
     checkpoint = open_checkpoint(model, revision=revision, readers=(READER,))
     if not checkpoint.container:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from quantserve.api import (
@@ -15,17 +14,20 @@ from quantserve.api import (
     Reader,
     Scheme,
     Target,
+    codebook_kernel,
     hookimpl,
+    kernel_findings,
     method_dtype,
     once,
 )
-from quantserve_gguf import speed
 from quantserve_gguf.blocks import BROUGHT, MIXED, SCHEMES, served_types
 from quantserve_gguf.reader import read
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
+BITS_PER_WEIGHT = {2: 6.0, 3: 5.0, 4: 6.0, 8: 9.0}
+"""As the kernels keep Q2_K, Q3_K, Q4_K, and between Q8_0 and Q6_K."""
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -81,7 +83,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     findings = [
         Finding.error("gguf-quantized-norm", f"{len(odd)} norms or biases are quantized, such as {odd[0]}", odd[:20])
     ] if odd else []  # fmt: skip
-    return [*findings, *_kernels(target)]
+    return [*findings, *kernel_findings("gguf", "GGUF", target), *_untested(target)]
 
 
 @hookimpl
@@ -94,7 +96,7 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 @hookimpl
 def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
     """What the kernel of the target reaches."""
-    return speed.kernel(target, bits, engine)
+    return codebook_kernel(target, bits, engine, BITS_PER_WEIGHT.get(bits, bits))
 
 
 @once
@@ -106,19 +108,8 @@ def _is_norm(name: str) -> bool:
     return name.endswith(".bias") or "norm." in name
 
 
-def _kernels(target: Target) -> list[Finding]:
-    """What this machine's engine lacks; nothing where no engine is installed."""
-    if find_spec("vllm") is None:
-        return []
-    if find_spec("quantserve_kernels") is None:
-        return [
-            Finding.error(
-                "gguf-no-kernels",
-                "quantserve-kernels is not installed here, without which vLLM cannot compute GGUF layers",
-                ["quantserve-kernels"],
-                "pip install 'quantserve-gguf[engine]'",
-            )
-        ]
+def _untested(target: Target) -> list[Finding]:
+    """A warning on GPUs."""
     if target.device != "cpu":
         return [
             Finding.warning(

@@ -76,7 +76,7 @@ def test_every_family_on_every_target(
     load = ("--concurrency", "1,16", "--input-tokens", "100", "--output-tokens", "20")
     found = printed(capsys, "profile", bare(config), "--target", target, *load, "--json")
     for method in found["methods"]:
-        if method["refusal"]:
+        if method["refusal"] or method["method"] == "vllm":  # which describes no kernel
             continue
         one, many = method["predicted"]
         assert one["source"] == "roofline"
@@ -133,7 +133,7 @@ def test_squeezellm_serves_no_experts(bare: Bare, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("order", ["throughput", "latency", "memory", "quality"])
 def test_orders(order: str, bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, "recommend", bare(LLAMA_7B), "--target", "a100-80g", "--by", order, "--json")
-    first = min(found["methods"], key=lambda method: method["place"])
+    first = min((one for one in found["methods"] if one["place"]), key=lambda method: method["place"])
     wanted = {"throughput": "awq-4", "latency": "awq-4", "memory": "squeezellm-3", "quality": "fp16-16"}
     assert first["key"] == wanted[order]
 

@@ -180,10 +180,9 @@ def print_refusals(out: Console, advice: Advice) -> None:
             out.print(f"    [green]fix[/] {escape(fix)}", soft_wrap=True)
         elif candidate.refusal:
             out.print(f"  [red]{escape(candidate.label)}[/] cannot be served: {escape(candidate.refusal)}")
-        elif candidate.made is None:
-            out.print(
-                f"  [yellow]{escape(candidate.label)}[/]: its plugin describes no kernel, so there is no prediction"
-            )
+    left = [one for one in advice.candidates if one.made is None and not one.failure and not one.refusal]
+    for name in dict.fromkeys(candidate.method.name for candidate in left):
+        out.print(f"  [yellow]{escape(name)}[/]: its plugin describes no kernel, so there is no prediction")
 
 
 def print_notes(out: Console, advice: Advice) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.checkpoints import make_llama
+from quantserve.cli.main import run
 from quantserve.config import model_from_source
 from quantserve.families import quantization_methods
 from quantserve.planning.compose import Composition, compose
@@ -165,6 +166,12 @@ def test_a_deprecated_method_is_allowed_with_a_warning(check: Check) -> None:
 
 def test_auto_round_is_inc_for_vllm(check: Check) -> None:
     assert check(AUTO_ROUND, quantization="auto-round").engine_kwargs["quantization"].value == "inc"
+
+
+def test_recommend_says_once_that_it_predicts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_llama(tmp_path / "model", dtype="BF16")
+    assert run(["recommend", str(folder), "--target", "l40s", "--method", "fp16", "--method", "vllm"]) == 0
+    assert capsys.readouterr().out.count("its plugin describes no kernel") == 1
 
 
 def test_every_argument_is_vllms_own() -> None:

@@ -48,7 +48,7 @@ def generate(model: Path, plugin: str, out: Path, **engine_args: Any) -> list[Ge
         [sys.executable, __file__, json.dumps(spec)],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
         env={**os.environ, **variables},
     )
     if done.returncode or not out.exists():

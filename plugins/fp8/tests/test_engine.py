@@ -128,5 +128,5 @@ def dequantize(destination: Path) -> Path:
 @pytest.mark.slow
 def test_an_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
     """Linears and experts in blocks."""
-    generations = generate(DATA, "fp8", tmp_path / "out.json", dtype="bfloat16")
+    generations = generate(DATA, "fp8", tmp_path / "out.json", dtype="bfloat16", enforce_eager=True)
     compare(dequantize(tmp_path / "plain"), generations, clear=0.3, close=0.3)

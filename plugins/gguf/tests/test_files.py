@@ -221,6 +221,8 @@ def test_the_scaling_of_llama_3_is_recovered() -> None:
         ("llama.expert_count", 8, "mixture of experts"),
         ("llama.attention.head_count", (4, 8), "where one integer is expected"),
         ("llama.rope.scaling.type", "longrope", "'longrope'"),
+        ("llama.rope.dimension_count", 32, "rope.dimension_count is 32, and a head has 64"),
+        ("llama.attention.value_length", 128, "value_length is 128"),
     ],
 )
 def test_features_that_are_not_served_are_named(key: str, value: object, says: str) -> None:

@@ -148,6 +148,9 @@ def config_of(
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         **family.constant,
     }
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if (size := whole(key, config["head_dim"])) != config["head_dim"]:
+            raise Unserved(f"{architecture}.{key} is {size}, and a head has {config['head_dim']}")
     for name, key in family.more.items():
         value = metadata.get(f"{architecture}.{key}")
         if isinstance(value, int | float) and not isinstance(value, bool):

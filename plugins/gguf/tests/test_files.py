@@ -211,6 +211,8 @@ def test_the_scaling_of_llama_3_is_recovered() -> None:
     }  # fmt: skip
     found = config_of(metadata, {}, factors)["rope_scaling"]
     assert {**found, "factor": round(found["factor"], 3)} == {k: v for k, v in scaling.items() if k != "rope_theta"}
+    with pytest.raises(Unserved, match="it has 31 factors of its rotary embedding"):
+        config_of(metadata, {}, factors[1:])
     with pytest.raises(Unserved, match="factor 0 of its rotary embedding"):
         config_of(metadata, {}, (2.0, *factors[1:]))
 
@@ -223,6 +225,7 @@ def test_the_scaling_of_llama_3_is_recovered() -> None:
         ("llama.rope.scaling.type", "longrope", "'longrope'"),
         ("llama.rope.dimension_count", 32, "rope.dimension_count is 32, and a head has 64"),
         ("llama.attention.value_length", 128, "value_length is 128"),
+        ("llama.rope.freq_base", float("nan"), "freq_base is nan, where a number is expected"),
     ],
 )
 def test_features_that_are_not_served_are_named(key: str, value: object, says: str) -> None:

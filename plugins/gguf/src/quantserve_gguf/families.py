@@ -122,9 +122,8 @@ def config_of(
     def whole(key: str, default: int | None = None) -> int:
         return _whole(metadata, f"{architecture}.{key}", default)
 
-    def number(key: str, default: float | None = None) -> float | None:
-        value = metadata.get(f"{architecture}.{key}", default)
-        return float(value) if isinstance(value, int | float) else None
+    def number(key: str, default: float) -> float:
+        return _number(metadata, f"{architecture}.{key}", default)
 
     hidden, heads = whole("embedding_length"), whole("attention.head_count")
     if not heads:
@@ -152,9 +151,8 @@ def config_of(
         if (size := whole(key, config["head_dim"])) != config["head_dim"]:
             raise Unserved(f"{architecture}.{key} is {size}, and a head has {config['head_dim']}")
     for name, key in family.more.items():
-        value = metadata.get(f"{architecture}.{key}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            config[name] = value
+        if (full := f"{architecture}.{key}") in metadata:
+            config[name] = _number(metadata, full, 0.0)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := _whole(metadata, f"tokenizer.ggml.{key}_token_id", -1)) >= 0:
             config[f"{name}_token_id"] = token
@@ -180,9 +178,9 @@ def _scaling(
     kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if kind in ("none", ""):
         return None
-    factor = metadata.get(f"{architecture}.rope.scaling.factor")
-    if kind not in ("linear", "yarn") or not isinstance(factor, int | float):
-        raise Unserved(f"its rotary embedding is scaled with {str(kind)[:40]!r} by {str(factor)[:40]}")
+    if kind not in ("linear", "yarn"):
+        raise Unserved(f"its rotary embedding is scaled with {str(kind)[:40]!r}")
+    factor = _number(metadata, f"{architecture}.rope.scaling.factor", 1.0)
     scaling: dict[str, Any] = {"rope_type": kind, "factor": float(factor)}
     if kind == "yarn":
         original = f"{architecture}.rope.scaling.original_context_length"
@@ -196,6 +194,8 @@ def _llama3(config: Mapping[str, Any], factors: tuple[float, ...]) -> dict[str, 
         "rope_type": "llama3", "factor": float(max(factors)), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
+    if len(factors) * 2 != config["head_dim"] or not all(1 <= one < 1e6 for one in factors) or config["rope_theta"] < 1:
+        raise Unserved(f"it has {len(factors)} factors of its rotary embedding, such as {factors[0]:g}")
     for index, stored in enumerate(factors):
         length = 2 * pi * config["rope_theta"] ** (2 * index / config["head_dim"])
         turns = 8192 / length
@@ -204,6 +204,14 @@ def _llama3(config: Mapping[str, Any], factors: tuple[float, ...]) -> dict[str, 
         if abs(stored - expected) > 1e-3 * expected:
             raise Unserved(f"factor {index} of its rotary embedding is {stored:g}, {expected:g} in Llama 3.1")
     return scaling
+
+
+def _number(metadata: Mapping[str, Value], key: str, default: float) -> float:
+    """A finite number as it is in the file, integers as integers."""
+    value = metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
+        raise Unserved(f"{key} is {str(value)[:80]}, where a number is expected")
+    return value
 
 
 def _whole(metadata: Mapping[str, Value], key: str, default: int | None = None) -> int:

@@ -194,7 +194,11 @@ def _llama3(config: Mapping[str, Any], factors: tuple[float, ...]) -> dict[str, 
         "rope_type": "llama3", "factor": float(max(factors)), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    if len(factors) * 2 != config["head_dim"] or not all(1 <= one < 1e6 for one in factors) or config["rope_theta"] < 1:
+    if (
+        len(factors) * 2 != config["head_dim"]
+        or not all(0.99 < one < 1e6 for one in factors)
+        or config["rope_theta"] < 1
+    ):
         raise Unserved(f"it has {len(factors)} factors of its rotary embedding, such as {factors[0]:g}")
     for index, stored in enumerate(factors):
         length = 2 * pi * config["rope_theta"] ** (2 * index / config["head_dim"])

@@ -167,7 +167,9 @@ def test_groups_become_the_kinds_of_layers_that_vllm_makes(monkeypatch: pytest.M
         stub = type(f"CompressedTensors{name}", (), {"__init__": lambda self, *args, **kwargs: None})
         stub.get_min_capability = classmethod(lambda cls: 0)  # type: ignore[attr-defined]
         monkeypatch.setattr(theirs, stub.__name__, stub)
-    monkeypatch.setattr(config_class, "_is_fp8_w4a8_sm90", config_class._is_fp8_w4a8)  # as on a Hopper GPU
+    monkeypatch.setattr(
+        config_class, "_is_fp8_w4a8_sm90", staticmethod(config_class._is_fp8_w4a8)
+    )  # as on a Hopper GPU
 
     chance = random.Random(3)
     seen: Counter[str] = Counter()

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[2]
 KEBAB = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)+")
 DOCUMENTED = re.compile(rf"^\| `({KEBAB.pattern}|\*(?:-[a-z]+)+)` \|", re.MULTILINE)
 # Calls whose text arguments name something else.
-NOT_FINDINGS = ("PublishedRun", "Format", "format", "replace", "_gpu", "which", "decode", "_version", "_installed", "version")
+NOT_FINDINGS = (
+    "PublishedRun", "Format", "format", "replace", "_gpu", "which", "decode", "_version", "_installed", "version",
+    "str",
+)  # fmt: skip
 
 
 def codes() -> Iterator[tuple[str, Path]]:
@@ -19,7 +22,7 @@ def codes() -> Iterator[tuple[str, Path]]:
     core = [ROOT / "core/quantserve" / name for name in ("checkpoint", "checks", "model", "planning")]
     packages = [*core, ROOT / "plugins"]
     files = [file for package in packages for file in package.rglob("*.py") if "/tests/" not in str(file)]
-    files.append(ROOT / "core/quantserve/predict/codebook.py")
+    files += [ROOT / "core/quantserve/predict" / name for name in ("codebook.py", "cpu_kernels.py")]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or ast.unparse(node.func).rpartition(".")[2] in NOT_FINDINGS:
@@ -30,12 +33,10 @@ def codes() -> Iterator[tuple[str, Path]]:
             for argument in arguments:
                 if isinstance(argument, ast.Constant) and KEBAB.fullmatch(str(argument.value)):
                     yield str(argument.value), file
-            # f"{code}-wrong-shape" is documented as *-wrong-shape.
+            # f"{code}-wrong-shape" is documented as *-wrong-shape, f"{self.method}-kernel" as *-kernel.
             for argument in arguments:
-                if isinstance(argument, ast.JoinedStr) and re.fullmatch(
-                    r"f['\"]\{code\}(-[a-z]+)+['\"]", ast.unparse(argument)
-                ):
-                    yield "*" + ast.unparse(argument)[2:-1].removeprefix("{code}"), file
+                if found := re.fullmatch(r"f['\"]\{[a-z_.]+\}((?:-[a-z]+)+)['\"]", ast.unparse(argument)):
+                    yield f"*{found[1]}", file
 
 
 def test_every_code_is_documented() -> None:

@@ -208,7 +208,8 @@ def _derived(checkpoint: Checkpoint) -> Iterator[Linear]:
             n, k = oriented(shape[1], shape[2], parallel, hidden)
             yield Linear(module, n, k, parallel, "experts", 0, shape[0])
         else:
-            most = 1 if leaf in _REPLICATED else 0
+            # Every rank has the whole indexer of DeepSeek's sparse attention.
+            most = 1 if leaf in _REPLICATED or ".indexer." in name else 0
             yield Linear(module, shape[0], shape[1], parallel, fused_into(module, checkpoint), most)
 
 

@@ -106,6 +106,20 @@ FORMATS = [
     "mxfp4-pack-quantized", "mxfp8-quantized", "dense", "mixed-precision",
 ]  # fmt: skip
 
+FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
+TYPICAL: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
+    (FP4, {**FP4, "dynamic": "local"}, "nvfp4-pack-quantized"),
+    (FP4, None, "nvfp4-pack-quantized"),
+    ({**FP4, "strategy": "group", "group_size": 32}, None, "mxfp4-pack-quantized"),
+    ({"num_bits": 8, "strategy": "channel"}, TOKENS, "int-quantized"),
+    ({"num_bits": 8, "strategy": "tensor"}, {"num_bits": 8, "strategy": "tensor"}, "int-quantized"),
+    ({"num_bits": 4, "strategy": "group", "group_size": 128}, TOKENS, "int-quantized"),
+    ({"num_bits": 8, "type": "float", "strategy": "channel"}, {**TOKENS, "type": "float"}, "float-quantized"),
+    ({"num_bits": 4, "strategy": "group", "group_size": 128}, None, "pack-quantized"),
+]
+"""Weights, activations and format of what llm-compressor's recipes write."""
+
 
 def some_args(chance: random.Random) -> dict[str, Any]:
     """Arguments of values, some of them wrong."""
@@ -175,13 +189,20 @@ def test_groups_become_the_kinds_of_layers_that_vllm_makes(monkeypatch: pytest.M
     seen: Counter[str] = Counter()
     for _ in range(2500):
         entry: dict[str, Any] = {"targets": ["Linear"], "weights": some_args(chance)}
+        form = chance.choice(FORMATS)
         if chance.random() < 0.6:
             entry["input_activations"] = some_args(chance)
         if chance.random() < 0.1:
             entry["output_activations"] = some_args(chance)
         if chance.random() < 0.3:
             entry["format"] = chance.choice(FORMATS)
-        values = groups({"g": entry}, chance.choice(FORMATS))
+        if chance.random() < 0.4:  # few arguments drawn one by one are those of a kind
+            weights, inputs, form = chance.choice(TYPICAL)
+            entry = {"targets": ["Linear"], "weights": dict(weights), "input_activations": inputs and dict(inputs)}
+            if chance.random() < 0.4:
+                changed = entry[chance.choice(["weights", "input_activations"])] or entry["weights"]
+                changed |= dict([chance.choice([*some_args(chance).items(), ("num_bits", 8)])])
+        values = groups({"g": entry}, form)
         expected = made_by_vllm(config_class, values)
         written = read_config(Checkpoint.from_tensors({"quantization_config": values}))
         assert written is not None

@@ -123,7 +123,8 @@ def test_layers_that_no_target_matches_are_unquantized(tmp_path: Path) -> None:
     plain |= {f"{name}.weight_scale": None for name in names}
     assert not wrong(changed(tmp_path / "good", "fp8", group=only, tensors=plain))
     found = wrong(changed(tmp_path / "bad", "fp8", group=only))
-    assert "self_attn" in text(found["compressed-tensors-skip-list"])
+    assert "self_attn" in text(found["compressed-tensors-wrong-dtype"])
+    assert "self_attn" in text(found["compressed-tensors-unexpected-tensors"])
 
 
 def test_unquantized_layers_must_be_ignored(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ NAME = "compressed-tensors"
 PACKED, INTEGERS, FLOATS, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _ORDERS = {"group": "group", "dynamic": "group", "true": "group", "weight": "weight", "static": "weight"}
-_WITH_ACTIVATIONS = (NAIVE, INTEGERS, FLOATS, "nvfp4-pack-quantized")
+WITH_ACTIVATIONS = (NAIVE, INTEGERS, FLOATS, "nvfp4-pack-quantized")
 """Formats of which vLLM expects quantized activations, or floating-point weights."""
 
 
@@ -129,7 +129,7 @@ def _group(name: str, entry: object, form: object) -> Group | None:
     inputs, outputs = (
         read_args(entry[key]) if entry.get(key) else None for key in ("input_activations", "output_activations")
     )
-    if form in _WITH_ACTIVATIONS and inputs is None and weights.type != "float":
+    if form in WITH_ACTIVATIONS and inputs is None and weights.type != "float":
         raise ValueError(f"format {form} with integer weights has no input_activations; vLLM stops at that")
     return Group(name, tuple(targets), weights, inputs, outputs, str(form))
 

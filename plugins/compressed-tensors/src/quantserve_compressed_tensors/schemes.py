@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from quantserve.api import Dim, K, N, Part, Scheme
-from quantserve_compressed_tensors.config import FLOATS, INTEGERS, NAIVE, PACKED, Args, Group
+from quantserve_compressed_tensors.config import INTEGERS, PACKED, WITH_ACTIVATIONS, Args, Group
 
 _SCALE = ("F32", "BF16", "F16")
 _CHANNELS = ("channel", "group")
@@ -43,15 +43,15 @@ def kind_of(group: Group) -> Kind | None:
     if w.dynamic:
         return None
     integers = w.type == "int" and w.strategy in _CHANNELS
-    if x is not None and integers and x.is_("float", 8, "token", "tensor", "group", "tensor_group") and x.dynamic:
-        good = w.bits == 4 and w.strategy == "group" and w.symmetric and x.symmetric
-        return Kind("W4A8 (FP8 activations)", "w4a8", "CompressedTensorsW4A8Fp8") if good else None
+    eight = x is not None and x.is_("float", 8, "token") and x.dynamic and x.symmetric
+    if eight and w.symmetric and w.is_("int", 4, "group"):
+        return Kind("W4A8 (FP8 activations)", "w4a8", "CompressedTensorsW4A8Fp8")
     static = [one is not None and one.is_("int", 8, "tensor") and not one.dynamic for one in (x, group.outputs)]
     if integers and all(static) and group.format in (PACKED, INTEGERS):
         return Kind(f"W{w.bits}A8O8", "mp", "CompressedTensorsWNA8O8Int") if w.bits in (2, 4, 8) else None
     if group.format == PACKED:
         return _packed(w, x)
-    if group.format not in (NAIVE, INTEGERS, FLOATS):
+    if group.format not in WITH_ACTIVATIONS:
         return None
     if w.type == "float":
         good = w.symmetric and w.strategy in ("tensor", "channel", "block")

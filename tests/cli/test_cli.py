@@ -218,8 +218,10 @@ def test_tables_cut_no_words(
     assert run(["check", str(fp16), "--target", "a100-80g"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= int(width)
-    for words in ("cuda 7.5+, rocm, cpu", "auto_awq, awq_marlin", "x 4,096 tokens", "quantserve-squeezellm"):
+    for words in ("cuda 7.5+,", "auto_awq, awq_marlin", "x 4,096 tokens", "quantserve-compressed-tensors"):
         assert words in out
+    assert "int8_per_channel_weight_only" in out
+    assert " 2-4, 8 " in out
 
 
 def test_plan_prints_migration_notes(fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from quantserve.method import Method
 from quantserve.plugins.commands import Command, find
 from quantserve.plugins.registry import Registry
 
-ALIASES_WIDTH = 21  # leaves room for the rest on 80 columns
+DEVICES_WIDTH = 12  # leaves room for the longest words of the rest on 80 columns
 
 
 @click.command("list")
@@ -70,17 +70,13 @@ def _print(registry: Registry, commands: Sequence[Row]) -> None:
     for plugin in registry.plugins.values():
         method = plugin.method
         names = f"[bold]{escape(method.name)}[/]" if method else f"[dim]{escape(plugin.name)} (no method)[/]"
-        if method and method.aliases:
-            names += f"\n[dim]{escape(fill(', '.join(method.aliases), ALIASES_WIDTH))}[/]"
         origin = f"[dim]{escape(f'{plugin.distribution} {plugin.version}')}[/]"
-        rows.append(
-            (
-                names,
-                "/".join(map(str, method.bits)) if method else "-",
-                _devices(method) if method else "-",
-                f"{escape(method.summary)}\n{origin}" if method else origin,
-            )
-        )
+        if method:
+            aliases = [f"[dim]also: {escape(', '.join(method.aliases))}[/]"] if method.aliases else []
+            about = "\n".join([escape(method.summary), *aliases, origin])
+            rows.append((names, _bits(method), fill(_devices(method), DEVICES_WIDTH), about))
+        else:
+            rows.append((names, "-", "-", origin))
     if rows:
         columns = ("method", "bits", "devices", "description and source")
         out.print(table("Quantization methods", columns, rows, wrap=columns[-1:]))
@@ -116,6 +112,17 @@ def _print(registry: Registry, commands: Sequence[Row]) -> None:
         out.print(f"[dim]switched off: {escape(entry.name)} ({escape(entry.distribution)}): {escape(entry.reason)}[/]")
     for note in (*registry.notes, *(note for plugin in registry.plugins.values() for note in plugin.notes)):
         out.print(f"[yellow]note[/] {escape(note)}")
+
+
+def _bits(method: Method) -> str:
+    """Widths as ``2-4, 8``."""
+    runs: list[list[int]] = []
+    for width in sorted(method.bits):
+        if runs and width == runs[-1][-1] + 1:
+            runs[-1].append(width)
+        else:
+            runs.append([width])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _devices(method: Method) -> str:

@@ -42,14 +42,14 @@ from quantserve.predict.workload import Workload, find_workload
 COLUMNS = (
     "",
     "Method",
-    "tok/s\nper device",
+    "tok/s\n/device",
     "E2E\nms",
     "TTFT\nms",
     "TPOT\nms",
     "within",
     "weights",
     "KV cache",
-    "quality",
+    "perplexity",
 )
 
 
@@ -157,7 +157,7 @@ def print_ranking(out: Console, advice: Advice, workload: Workload, order: str, 
         if candidate.failed:
             rows.append(("-", escape(candidate.label), *["-"] * 7, "[red]failed, see below[/]"))
     title = escape(f"{advice.model.model_id} on {target_label(advice.target)}, by {order}: {workload}")
-    out.print(table(title, COLUMNS, rows, wrap=("Method", "weights", "KV cache", "quality")))
+    out.print(table(title, COLUMNS, rows, wrap=("Method", "weights", "KV cache", "perplexity")))
     first = order_of[0]
     out.print(
         f"  tok/s are of the server, divided by its devices; predicted from: {source_of(first.prediction, advice)}"
@@ -180,7 +180,7 @@ def quality(candidate: Candidate) -> str:
     """The published rise of perplexity."""
     if candidate.bits >= 16:
         return "as it is"
-    return f"perplexity +{candidate.quality.increase:.1%}" if candidate.quality else "unknown"
+    return f"+{candidate.quality.increase:.1%}" if candidate.quality else "unknown"
 
 
 def print_leaders(out: Console, changes: Sequence[Stretch]) -> None:

@@ -21,7 +21,6 @@ _TORCH = {
     "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "U32": "uint32", "BOOL": "bool",
     "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
-_started = False
 
 
 def of(entry: Entry, folder: Path) -> dict[str, Any]:
@@ -99,7 +98,6 @@ def make(folder: Path, ranks: int = 1) -> tuple[Any, Any]:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    global _started
     config = _arguments(folder).create_engine_config()
     heads = config.model_config.model_arch_config.total_num_attention_heads
     if heads % ranks:
@@ -107,9 +105,8 @@ def make(folder: Path, ranks: int = 1) -> tuple[Any, Any]:
             f"Total number of attention heads ({heads}) must be divisible by tensor parallel size ({ranks})."
         )
     with set_current_vllm_config(config):
-        if not _started:
+        if not torch.distributed.is_initialized():
             init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", 0, "gloo")
-            _started = True
         parallel_state.destroy_model_parallel()
         initialize_model_parallel(1, 1)  # anew: there is an expert parallel group only for mixtures
         group = parallel_state.get_tp_group()

@@ -29,10 +29,13 @@ def surroundings(folder: Path, **variables: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment, set_current_vllm_config(VllmConfig()):
         for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", **variables}.items():
             environment.setenv(name, value)
+        cleanup_dist_env_and_memory()  # of whatever this process did before
         init_distributed_environment(1, 0, f"file://{folder / 'store'}", 0, "gloo")
         initialize_model_parallel(1)
-        yield
-        cleanup_dist_env_and_memory()
+        try:
+            yield
+        finally:
+            cleanup_dist_env_and_memory()
 
 
 def become(monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int) -> None:

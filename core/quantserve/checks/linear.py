@@ -87,7 +87,8 @@ def check_shards(
         ranks: tensor parallel size.
         code: the whole code of the finding.
         why: what the multiple is: "the kernel takes K in blocks of 32".
-        k_multiple, n_multiple: required divisors of K and N per rank.
+        k_multiple: required divisor of K per rank.
+        n_multiple: required divisor of N per rank.
         fused_n_multiple: required divisor of N per rank summed over a fused module.
         fix: replaces the proposed smaller tensor parallel size.
     """

@@ -90,8 +90,22 @@ class Composition:
         return tuple(finding for finding in self.findings if finding.severity is Severity.ERROR)
 
 
-def compose(model: ModelConfig, registry: Registry, target: Target) -> Composition:
+def compose(
+    model: ModelConfig,
+    registry: Registry,
+    target: Target,
+    *,
+    opened: Checkpoint | None = None,
+    predict: bool = True,
+) -> Composition:
     """Read the model's headers, choose its method and ask every composed plugin.
+
+    Args:
+        model: its config.
+        registry: the plugins.
+        target: the hardware.
+        opened: its headers, where they have been read.
+        predict: whether to predict its performance.
 
     Raises:
         UsageError: the config names a method or plugin that is not installed.
@@ -100,7 +114,7 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     """
     extra = [registry.find_plugin(name, model.where) for name in model.plugins]
     named = registry.find_method(model.quantization, model.where) if model.quantization else None
-    opened = open_checkpoint(
+    opened = opened or open_checkpoint(
         model.source, revision=model.revision, allow_pickle=model.allow_pickle, readers=registry.readers
     )
     if reader := registry.reader_plugin(opened.container):
@@ -133,9 +147,9 @@ def compose(model: ModelConfig, registry: Registry, target: Target) -> Compositi
     memory, said = estimate(checkpoint, effective, target, stored)
     if any(finding.code == "architecture-unsupported" for finding in findings):
         said = []  # nothing would run it
-    expected = _expected(hooks, method_plugin, checkpoint, model, target)
+    expected = _expected(hooks, method_plugin, checkpoint, model, target) if predict else None
     argument = kwargs["quantization"].value if "quantization" in kwargs else None
-    if expected is None and method_plugin and memory and memory.fits:
+    if predict and expected is None and method_plugin and memory and memory.fits:
         expected = _predicted(
             hooks, method_plugin, checkpoint, effective, target, memory, argument, environment, stored
         )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         from_gptq,
         from_nf4,
         from_squeezellm,
+        input_order,
         unpack_stream,
     )
     from quantserve_kernels._ops import instruction_set, load
@@ -43,6 +44,7 @@ __all__ = [
     "from_gptq",
     "from_nf4",
     "from_squeezellm",
+    "input_order",
     "instruction_set",
     "linear",
     "load",
@@ -53,7 +55,16 @@ __all__ = [
 
 _HOMES = {
     "_experts": ("ACTIVATIONS", "concatenate", "experts"),
-    "_formats": ("from_awq", "from_fp4", "from_fp8", "from_gptq", "from_nf4", "from_squeezellm", "unpack_stream"),
+    "_formats": (
+        "from_awq",
+        "from_fp4",
+        "from_fp8",
+        "from_gptq",
+        "from_nf4",
+        "from_squeezellm",
+        "input_order",
+        "unpack_stream",
+    ),
     "_ops": ("instruction_set", "load"),
     "_weight": ("BITS", "Linear", "PackedWeight", "check_bias", "linear", "pack"),
 }

@@ -253,6 +253,35 @@ def from_fp4(packed: Tensor, scales: Tensor) -> PackedWeight:
     return pack(channels, table, bits=4, shape=(n, k), scales=scales, group_size=group)
 
 
+def input_order(g_idx: Tensor, group: int) -> Tensor | None:
+    """int64 [k]: inputs sorted by group; None where they are in order.
+
+    Args:
+        g_idx: int32 [k], the group of each input, or [n, k] with one row for each out_feature; of one rank's inputs
+            where K is divided between ranks.
+        group: inputs of a group.
+
+    Raises:
+        ValueError: a group has another number of inputs, or rows differ.
+    """
+    if g_idx.ndim == 2:
+        if not bool((g_idx == g_idx[:1]).all()):
+            raise ValueError("the modules of this fused layer have inputs in different orders (g_idx)")
+        g_idx = g_idx[0]
+    groups = g_idx.to(torch.int64) - int(g_idx.min())
+    k = len(groups)
+    if torch.equal(groups, torch.arange(k, device=groups.device) // group):
+        return None
+    counts = torch.bincount(groups)
+    if len(counts) != k // group or not bool((counts == group).all()):
+        raise ValueError(
+            f"g_idx gives {len(counts)} groups {int(counts.min())} to {int(counts.max())} inputs, expected "
+            f"{k // group} groups of {group}. With act-order groups are scattered over all inputs, which "
+            "ranks cannot divide: serve it with tensor_parallel_size 1"
+        )
+    return torch.argsort(groups, stable=True)
+
+
 def _stream(words: Tensor, bits: int) -> Callable[[int, int], Tensor]:
     return lambda first, last: unpack_stream(words[:, first:last], bits)
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantserve_gptq._packing import input_order, pack_linear
+from quantserve_gptq._packing import pack_linear
+from quantserve_kernels import input_order
 
 DATA = Path(__file__).parent / "data"
 FILES = ("autoround-w4g32-sym", "autoround-w3g32-asym")

@@ -14,7 +14,7 @@ arrives, and the kernel. A format that vLLM reads itself needs `register_linear_
 """
 
 from quantserve_kernels.vllm.asked import register_linear_kernel, serves_cpus
-from quantserve_kernels.vllm.format import Format, register
+from quantserve_kernels.vllm.format import Format, Packed, register
 from quantserve_kernels.vllm.ragged import CSR, Entries, Tensors
 
-__all__ = ["CSR", "Entries", "Format", "Tensors", "register", "register_linear_kernel", "serves_cpus"]
+__all__ = ["CSR", "Entries", "Format", "Packed", "Tensors", "register", "register_linear_kernel", "serves_cpus"]

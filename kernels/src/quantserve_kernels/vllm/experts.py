@@ -292,6 +292,8 @@ def _alike(linears: Sequence[LinearBase]) -> PackedWeight:
     for one in linears:
         if (one.kernel.bits, one.kernel.group_size) != (first.kernel.bits, first.kernel.group_size):
             raise ValueError(f"{first.prefix} is {first.kernel} and {one.prefix} is {one.kernel}. Fix: {_ALIKE}")
+        if getattr(one, "input_order", None) is not None:
+            raise ValueError(f"{one.prefix} has inputs in an order of its own (act-order). Fix: quantize without it")
     try:
         return concatenate([_weight(one.kernel) for one in linears])
     except ValueError as error:

@@ -24,6 +24,9 @@ from quantserve_kernels.vllm.loading import attribute
 from quantserve_kernels.vllm.ragged import CSR, Entries, Tensors
 from quantserve_kernels.vllm.scheme import DTYPES, Scheme, dtypes, of_one_expert
 
+Packed = PackedWeight | tuple[PackedWeight, torch.Tensor | None]
+"""A weight, or a weight and int64 [k]: it multiplies ``x[..., order]``."""
+
 
 class Format(QuantizationConfig):
     """A format: a name, `scheme` and `pack`, and vLLM serves it. The other methods are for few formats.
@@ -83,7 +86,7 @@ class Format(QuantizationConfig):
         ``...experts.gate_up_proj`` and ``...experts.down_proj``, whose parts have the experts, `E`, in front.
         """
 
-    def pack(self, tensors: Tensors, sparse: CSR | None) -> PackedWeight:
+    def pack(self, tensors: Tensors, sparse: CSR | None) -> Packed:
         """Pack one layer for the kernels, with a function of `quantserve_kernels`.
 
         Args:
@@ -93,12 +96,15 @@ class Format(QuantizationConfig):
             sparse: rows int32 [n + 1], cols int32 [nnz] and vals float32 [nnz] of this rank's share of the ragged
                 parts; None where there are none.
 
+        Returns:
+            The weight; for act-order the weight and the order of its inputs, of `quantserve_kernels.input_order`.
+
         Raises:
             ValueError: the tensors hold what no weight can be; the layer's name is added.
         """
         raise NotImplementedError(f"{type(self).__name__} implements neither pack() nor pack_as()")
 
-    def pack_as(self, scheme: Scheme, tensors: Tensors, sparse: CSR | None) -> PackedWeight:
+    def pack_as(self, scheme: Scheme, tensors: Tensors, sparse: CSR | None) -> Packed:
         """As `pack`, for formats whose schemes differ by linear; `scheme` is the layer's."""
         return self.pack(tensors, sparse)
 

@@ -96,15 +96,17 @@ class FormatLinearMethod(LinearMethodBase):
         loading: LayerLoading = layer.format_loading
         tensors, sparse = loading.finish(verify=not dummy)
         with blaming(layer, "convert the checkpoint again"):
-            weight = self.format.pack_as(self.scheme, tensors, sparse)
+            packed = self.format.pack_as(self.scheme, tensors, sparse)
+            weight, order = packed if isinstance(packed, tuple) else (packed, None)
             if (weight.n, weight.k) != (loading.n, loading.k):
                 raise ValueError(f"packed [{weight.n}, {weight.k}], but the layer is [{loading.n}, {loading.k}]")
         del layer.format_loading
+        layer.register_buffer("input_order", order, persistent=False)
         install(weight, layer, "qweight")
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., k] to [..., n] in x's dtype."""
-        out: Tensor = layer.kernel(x, bias)
+        out: Tensor = layer.kernel(x if layer.input_order is None else x.index_select(-1, layer.input_order), bias)
         return out
 
     def tie_weights(self, layer: Module, embed_tokens: Module) -> Module:

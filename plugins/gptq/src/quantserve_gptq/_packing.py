@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantserve_kernels import PackedWeight, pack, unpack_stream
+from quantserve_kernels import PackedWeight, input_order, pack, unpack_stream
 
 
 def pack_linear(
@@ -17,7 +17,7 @@ def pack_linear(
         qweight: int32 [k * bits / 32, n].
         qzeros: int32 [k / group, n * bits / 32].
         scales: [k / group, n].
-        g_idx: int32 [k], the group of each input; None for inputs in order.
+        g_idx: int32 [k] or [n, k], the group of each input; None for inputs in order.
         bits: 2, 3, 4 or 8.
         sym: whether every zero is 2 ** (bits - 1), whatever ``qzeros`` holds, as in vLLM's own GPTQ.
         zero_offset: what is added to a stored zero: 1 in version 1 of the format, 0 in version 2.
@@ -59,27 +59,3 @@ def stored_zeros(qzeros: Tensor, bits: int, offset: int) -> Tensor:
         return (unpack_stream(qzeros.t(), bits) + offset) & 7
     words = qzeros + offset * sum(1 << shift for shift in range(0, 32, bits))
     return unpack_stream(words.t(), bits)
-
-
-def input_order(g_idx: Tensor, group: int) -> Tensor | None:
-    """int64 [k]: inputs sorted by group; None where they are in order.
-
-    Args:
-        g_idx: int32 [k], the group of each input; of one rank's inputs where K is divided between ranks.
-        group: inputs of a group.
-
-    Raises:
-        ValueError: a group has another number of inputs.
-    """
-    groups = g_idx.to(torch.int64) - int(g_idx.min())
-    k = len(groups)
-    if torch.equal(groups, torch.arange(k, device=groups.device) // group):
-        return None
-    counts = torch.bincount(groups)
-    if len(counts) != k // group or not bool((counts == group).all()):
-        raise ValueError(
-            f"g_idx gives {len(counts)} groups {int(counts.min())} to {int(counts.max())} inputs, expected "
-            f"{k // group} groups of {group}. With act-order (desc_act) groups are scattered over all inputs, which "
-            "ranks cannot divide: serve it with tensor_parallel_size 1"
-        )
-    return torch.argsort(groups, stable=True)

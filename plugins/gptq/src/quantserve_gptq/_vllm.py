@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
-from torch import Tensor
 from torch.nn import Module
 
 from quantserve.api import Scheme
 from quantserve_gptq._packing import pack_linear
 from quantserve_gptq.config import FILE_NAME, NAMES, Settings, Written, config_findings
 from quantserve_gptq.format import gptq_scheme
-from quantserve_kernels import PackedWeight
-from quantserve_kernels.vllm import CSR, Format, Tensors
+from quantserve_kernels.vllm import CSR, Format, Packed, Tensors
 from quantserve_kernels.vllm.linear import FormatLinearMethod
 
 
@@ -26,10 +24,6 @@ class Gptq(Format):
     written: Written
     settings: Settings | None
     """Of the layer that is packed; of the whole config for experts."""
-    order: Tensor | None = None
-    """Of the inputs of the layer that was packed; see `pack_linear`."""
-    reorders = False
-    """Whether the layer that is packed can put its inputs in order."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Gptq:
@@ -70,42 +64,18 @@ class Gptq(Format):
                 f"{'; '.join(map(str, settings))}. Fix: quantize all of them in the same way"
             )
         one = copy(self)
-        one.settings, one.reorders = settings.pop(), True
-        return GptqLinearMethod(one, method.scheme, method.modules)
+        one.settings = settings.pop()
+        return FormatLinearMethod(one, method.scheme, method.modules)
 
-    def pack(self, tensors: Tensors, sparse: CSR | None) -> PackedWeight:
-        """Pack a layer, and keep the order of its inputs."""
+    def pack(self, tensors: Tensors, sparse: CSR | None) -> Packed:
+        """Pack a layer; with act-order the weight and the order of its inputs."""
         assert self.settings is not None
-        g_idx = tensors.get("g_idx")  # [n, k]: one row for each of the fused modules, repeated
-        if g_idx is not None:
-            if not bool((g_idx == g_idx[:1]).all()):
-                raise ValueError("the modules of this fused layer have inputs in different orders (g_idx)")
-            g_idx = g_idx[0]
-        weight, self.order = pack_linear(
+        return pack_linear(
             tensors["qweight"],
             tensors["qzeros"],
             tensors["scales"],
-            g_idx,
+            tensors.get("g_idx"),
             bits=self.settings.bits,
             sym=self.settings.sym,
             zero_offset=self.written.zero_offset,
         )
-        if self.order is not None and not self.reorders:
-            raise ValueError("experts with act-order (desc_act) are not served: each has inputs in an order of its own")
-        return weight
-
-
-class GptqLinearMethod(FormatLinearMethod):
-    """Puts the inputs in order before the kernel, where act-order scattered the groups."""
-
-    format: Gptq
-
-    def process_weights_after_loading(self, layer: Module) -> None:
-        """Pack the layer; ValueError as in `FormatLinearMethod`."""
-        super().process_weights_after_loading(layer)
-        layer.register_buffer("input_order", self.format.order, persistent=False)
-
-    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` [..., k] to [..., n] in x's dtype."""
-        ordered = x if layer.input_order is None else x.index_select(-1, layer.input_order)
-        return super().apply(layer, ordered, bias)

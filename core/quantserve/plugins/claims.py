@@ -20,7 +20,19 @@ from typing import Final
 from quantserve.plugins.entry_points import named_for
 from quantserve.plugins.plugin import Failure, Plugin
 
-OURS: Final = ("fp16", "awq", "squeezellm", "gptq", "fp8", "vllm", "hqq", "bitsandbytes", "gguf", "compressed-tensors")
+OURS: Final = (
+    "fp16",
+    "awq",
+    "squeezellm",
+    "gptq",
+    "fp8",
+    "vllm",
+    "hqq",
+    "mxfp4",
+    "bitsandbytes",
+    "gguf",
+    "compressed-tensors",
+)
 """Methods that have a plugin in this project, in a distribution ``quantserve-NAME``."""
 
 

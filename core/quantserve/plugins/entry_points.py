@@ -6,6 +6,7 @@ Of several distributions with one entry-point name the one called ``quantserve-N
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions, entry_points
@@ -46,10 +47,21 @@ def origin(point: EntryPoint) -> tuple[str, str]:
     return _named(point.dist) if point.dist else ("unknown distribution", "?")
 
 
-@lru_cache
 def _named(dist: Distribution) -> tuple[str, str]:
-    """Name and version; importlib.metadata parses the file anew for each."""
-    return dist.name or "unknown distribution", dist.version or "?"
+    name, version = (next(iter(_headers(dist).get(key, ())), "") for key in ("name", "version"))
+    return name or "unknown distribution", version or "?"
+
+
+@lru_cache
+def _headers(dist: Distribution) -> dict[str, list[str]]:
+    """Lines of a distribution's metadata by lower-case name; importlib.metadata parses the file for each of them."""
+    text = dist.read_text("METADATA") or dist.read_text("PKG-INFO") or ""
+    headers = defaultdict(list)
+    for line in text.partition("\n\n")[0].splitlines():
+        name, colon, value = line.partition(":")
+        if colon and not name[:1].isspace():
+            headers[name.lower()].append(value.strip())
+    return dict(headers)
 
 
 def package_of(point: EntryPoint) -> str:
@@ -71,8 +83,8 @@ def resolve(point: EntryPoint) -> Any:
 def unmet_requirement(point: EntryPoint) -> tuple[str, str] | None:
     """What the distribution requires of quantserve and this one is not, and the fix."""
     distribution, _ = origin(point)
-    requires = (point.dist.requires or ()) if point.dist else ()
-    lines = [line for line in requires if line.lower().startswith("quantserve")]
+    requires = _headers(point.dist).get("requires-dist", ()) if point.dist else ()
+    lines = [line for line in requires if re.match(r"quantserve(?![\w.-])", line, re.I) and not _plainly_met(line)]
     if not lines:
         return None
     from packaging.requirements import InvalidRequirement, Requirement
@@ -93,6 +105,22 @@ def unmet_requirement(point: EntryPoint) -> tuple[str, str] | None:
             reason = f"needs quantserve{wanted.specifier}, this is {__version__}"
             return reason, f"upgrade {'quantserve' if newer else distribution}"
     return None
+
+
+def _plainly_met(line: str) -> bool:
+    """Whether a requirement is met that has only lower and upper bounds, as most have; spares importing packaging."""
+    wanted = line[len("quantserve") :].split(",")
+    bounds = [re.fullmatch(r"\s*(>=|<)\s*(\d+(?:\.\d+)*)\s*", bound, re.ASCII) for bound in wanted]
+    if not all(bounds) or not re.fullmatch(r"\d+(?:\.\d+)*", __version__, re.ASCII):
+        return False
+    return all((_parts(__version__) >= _parts(b[2])) == (b[1] == ">=") for b in bounds if b)
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    parts = [int(part) for part in version.split(".")]
+    while parts and not parts[-1]:
+        parts.pop()
+    return tuple(parts)
 
 
 def named_for(distribution: str, name: str) -> bool:

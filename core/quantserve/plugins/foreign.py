@@ -35,7 +35,7 @@ from quantserve.text import harmless
 HOOK_S: Final = 10.0
 """Longest time of one hook, in seconds; ``QUANTSERVE_HOOK_TIMEOUT`` sets another, and the two below in proportion."""
 IMPORT_PARTS: Final = 6
-"""An import may take so many times as long as a hook."""
+"""Loading a plugin or a command may take so many times as long as a hook."""
 REGISTER_PARTS: Final = 60
 """The engine side's ``register()``, which imports vLLM's modules, may take so many times as long as a hook."""
 NOTICE_S: Final = 2.0

@@ -22,7 +22,6 @@ from quantserve.method import Method
 from quantserve.plugins import foreign
 from quantserve.plugins.contract import method_of, module_breach
 from quantserve.plugins.entry_points import origin, package_of, resolve, unmet_requirement
-from quantserve.plugins.readers import HOOK as READER
 from quantserve.plugins.readers import reader_of
 
 HEAVY: Final[tuple[str, ...]] = ("torch", "vllm", "ray", "transformers")
@@ -176,12 +175,12 @@ def manager() -> pluggy.PluginManager:
 
 
 def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | Failure:
-    """Import a plugin's module, check its hooks and ask for its method.
+    """Import a plugin's module, check its hooks and ask for its method and reader.
 
     Args:
         point: its entry point.
         has_engine_side: see `Plugin`.
-        seconds: time limit of a hook; the import may take 6 times as long, 0 is no limit.
+        seconds: time limit of a hook; all of this may take 6 times as long, 0 is no limit.
     """
     distribution, version = origin(point)
     label = f"{point.name} ({distribution} {version})"
@@ -194,21 +193,10 @@ def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | F
     if os.environ.get("QUANTSERVE_DEBUG"):
         foreign.say(f"importing plugin {label}")
     heavy = set(HEAVY) & sys.modules.keys()
-    stage = "load"
-    began = time.monotonic()
+    loading = _Loading(point)
     try:
         limit = seconds * foreign.IMPORT_PARTS
-        module = foreign.run(
-            lambda: resolve(point), f"plugin {label} at stage 'load'", limit, f"loading plugin {label} ..."
-        )
-        import_s = time.monotonic() - began
-        stage = "hooks"
-        foreign.run(lambda: _register(module, point.name), f"plugin {label} at stage 'hooks'", seconds)
-        stage = "method"
-        method = foreign.run(lambda: _method(module, point.name), f"plugin {label} at stage 'method'", seconds)
-        stage, reader = "reader", None
-        if hasattr(module, READER):
-            reader = foreign.run(lambda: _reader(module, point.name), f"plugin {label} at stage 'reader'", seconds)
+        module, method, reader = foreign.run(loading, f"loading plugin {label}", limit, f"loading plugin {label} ...")
     except foreign.Raised as raised:
         error = raised.error
         fix = ""
@@ -216,7 +204,7 @@ def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | F
             fix = f"upgrade quantserve, which is {__version__} here, or install the version of {distribution} for it"
         elif isinstance(error, _OtherApi):
             fix = error.fix(distribution)
-        return failure(stage, foreign.reason(error, package_of(point)), fix, error)
+        return failure(loading.stage, foreign.reason(error, package_of(point)), fix, error)
     brought = [name for name in HEAVY if name in sys.modules and name not in heavy]
     return Plugin(
         point.name,
@@ -225,8 +213,8 @@ def load(point: EntryPoint, has_engine_side: bool, seconds: float) -> Plugin | F
         module,
         method,
         has_engine_side,
-        import_s,
-        _import_notes(point.name, distribution, import_s, brought),
+        loading.import_s,
+        _import_notes(point.name, distribution, loading.import_s, brought),
         reader,
     )
 
@@ -246,31 +234,48 @@ class _OtherApi(foreign.Breach):
         return f"upgrade {'quantserve' if self._wanted > hookspecs.API_VERSION else distribution}"
 
 
-def _register(module: ModuleType, name: str) -> None:
-    if reason := module_breach(module):
-        raise foreign.Breach(reason)
-    made = manager()
-    made.register(module, name)
-    made.check_pending()
+class _Loading:
+    """What loading a plugin runs of its code, in one call, because each call of `foreign.run` has its price.
 
+    Attributes:
+        stage: how far it got, see `Failure`.
+        import_s: seconds that the import took.
+    """
 
-def _method(module: ModuleType, name: str) -> Method | None:
-    made = manager()
-    made.register(module, name)
-    said = next(iter(made.hook.quantserve_method()), None)
-    if said is None:
-        return None
-    method = method_of(said)
-    if method.api != hookspecs.API_VERSION:
-        raise _OtherApi(method.api)
-    return method
+    def __init__(self, point: EntryPoint) -> None:
+        self._point = point
+        self.stage = "load"
+        self.import_s = 0.0
 
+    def __call__(self) -> tuple[ModuleType, Method | None, Reader | None]:
+        """The module, its method and its reader.
 
-def _reader(module: ModuleType, name: str) -> Reader | None:
-    made = manager()
-    made.register(module, name)
-    said = next(iter(made.hook.quantserve_reader()), None)
-    return None if said is None else reader_of(said)
+        Raises:
+            Breach: the plugin does not keep a contract.
+        """
+        began = time.monotonic()
+        module = resolve(self._point)
+        self.import_s = time.monotonic() - began
+        self.stage = "hooks"
+        if reason := module_breach(module):
+            raise foreign.Breach(reason)
+        hooks = manager()
+        hooks.register(module, self._point.name)
+        hooks.check_pending()
+        self.stage = "method"
+        method = self._method(hooks)
+        self.stage = "reader"
+        read = next(iter(hooks.hook.quantserve_reader()), None)
+        return module, method, None if read is None else reader_of(read)
+
+    def _method(self, hooks: pluggy.PluginManager) -> Method | None:
+        said = next(iter(hooks.hook.quantserve_method()), None)
+        if said is None:
+            return None
+        method = method_of(said)
+        if method.api != hookspecs.API_VERSION:
+            raise _OtherApi(method.api)
+        return method
 
 
 def _import_notes(name: str, distribution: str, seconds: float, brought: list[str]) -> tuple[str, ...]:

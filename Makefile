@@ -6,7 +6,7 @@ PACKAGES := core/quantserve bench/src/quantserve_bench kernels/src/quantserve_ke
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick corpus fuzz sanitize arm lint format docs bench bench-load bench-serving bench-decode bench-kernels bench-gpu soak clean
+.PHONY: help setup dev prepare serve test test-quick corpus fuzz sanitize arm lint format docs site bench bench-load bench-serving bench-decode bench-kernels bench-gpu soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -55,6 +55,10 @@ format: dev ## format the code
 
 docs: dev ## write the generated parts of docs/ anew
 	@$(BIN)/python scripts/update_docs.py
+
+site: dev ## build the documentation site into build/site; the last line says how to look at it
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site is ready: python3 -m http.server --bind 127.0.0.1 --directory build/site 8001"
 
 bench: dev ## the demo model under load, three ways, into docs/benchmarks.md; about 10 minutes
 	@$(BIN)/python examples/prepare.py

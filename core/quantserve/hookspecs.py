@@ -36,6 +36,7 @@ API_VERSION = 1
 """Rises when a hook or a type of ``quantserve.api`` changes in a way that breaks plugins."""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""The decorator of every hook that a plugin implements."""
 
 # --- registration ---------------------------------------------------------------------------------
 

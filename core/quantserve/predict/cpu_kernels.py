@@ -21,8 +21,10 @@ from quantserve.target import Target
 if TYPE_CHECKING:
     from quantserve.config import ModelConfig
 
-OUR_KERNEL, VLLM_KERNEL = "CodebookLinearKernel", "CPUWNA16LinearKernel"
-"""What vLLM calls the two: quantserve's kernel, and its own for CPUs."""
+OUR_KERNEL = "CodebookLinearKernel"
+"""What vLLM calls quantserve's kernel for CPUs."""
+VLLM_KERNEL = "CPUWNA16LinearKernel"
+"""What vLLM calls its own kernel for CPUs."""
 WITHOUT_THEIRS = {DISABLED_KERNELS: f"{VLLM_KERNEL},ZentorchWNA16LinearKernel"}
 """The variables that lead to quantserve's; the second of vLLM's kernels is one for AMD's package zentorch."""
 

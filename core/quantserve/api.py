@@ -21,18 +21,21 @@ right. ``help(quantserve.hookspecs)`` says when each is called and what it retur
     quantserve_quantizer()                                  "module:callable" that quantizes
     quantserve_converter()                                  "module:callable" that converts foreign files
 
-`VERSION` is the version of all this; a plugin may say which it was written for with ``Method(api=1)``.
+`VERSION` is the version of all this; a plugin may say which it was written for with ``Method(api=1)``. `MINOR` counts
+what was added since: this is API 1.2. Names that have aged warn where they are imported, at the author's line.
 """
 
+import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from quantserve.checkpoint import Checkpoint, Tensor
+from quantserve.checkpoint import Checkpoint, Tensor, open_checkpoint
 from quantserve.checkpoint.containers import BadContainer, Contents, Reader
 from quantserve.checkpoint.source import Source
-from quantserve.checks.fused import check_fused_groups
-from quantserve.checks.linear import Expected, check_linears, check_shards, quantized_linears
+from quantserve.checks.linear import check_shards, quantized_linears
 from quantserve.checks.skipped import SkipList
 from quantserve.finding import Finding, Severity
+from quantserve.hookspecs import API_MINOR as MINOR
 from quantserve.hookspecs import API_VERSION as VERSION
 from quantserve.hookspecs import hookimpl
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
@@ -51,10 +54,13 @@ from quantserve.system.environment import DISABLED_KERNELS, disabled_kernels, en
 from quantserve.target import Target
 
 if TYPE_CHECKING:
+    from quantserve.checks.fused import check_fused_groups
+    from quantserve.checks.linear import Expected, check_linears
     from quantserve.config import ModelConfig
 
 __all__ = [
     "DISABLED_KERNELS",
+    "MINOR",
     "NK",
     "OUR_KERNEL",
     "VERSION",
@@ -100,6 +106,7 @@ __all__ = [
     "missing_kernels",
     "modules",
     "once",
+    "open_checkpoint",
     "other_tensors",
     "published_profile",
     "quantizable",
@@ -112,9 +119,25 @@ __all__ = [
 ]
 
 
+_AGED = {
+    "Expected": ("quantserve.checks.linear", "1.2", "write Part"),
+    "check_linears": ("quantserve.checks.linear", "1.2", "implement quantserve_scheme"),
+    "check_fused_groups": ("quantserve.checks.fused", "1.2", "implement quantserve_scheme"),
+}
+"""Names that stay for all of version 1: where they are, since when they are deprecated, and what to do instead."""
+
+
 def __getattr__(name: str) -> object:
     if name == "ModelConfig":
         from quantserve.config import ModelConfig
 
         return ModelConfig
+    if name in _AGED:
+        module, since, instead = _AGED[name]
+        message = (
+            f"quantserve.api.{name} is deprecated since API {since} and goes with version {VERSION + 1}: {instead}"
+        )
+        warnings.warn(message + instead, DeprecationWarning, stacklevel=2)
+        found: object = getattr(import_module(module), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,6 +33,7 @@ COMMANDS = {
     "convert": "Convert foreign checkpoint files to a safetensors folder.",
     "schema": "Print the JSON Schema of the config.",
     "doctor": "Check this machine: engine, torch, kernels, Ray, HAProxy, GPU, plugins.",
+    "new-plugin": "Write a complete distribution for a new plugin or command.",
 }
 EXTRAS = {"bench": "Measure models under load, and compare with the expected performance."}
 """Commands that the extra and the distribution ``quantserve-NAME`` of their name bring."""
@@ -62,7 +63,7 @@ class LazyGroup(click.Group):
             UsageError: it is not installed, or switched off.
         """
         if cmd_name in COMMANDS:
-            command: click.Command = import_module(f"quantserve.cli.{cmd_name}_command").command
+            command: click.Command = import_module(f"quantserve.cli.{cmd_name.replace('-', '_')}_command").command
             return command
         try:
             return _load(ctx, cmd_name)

@@ -134,9 +134,7 @@ def __getattr__(name: str) -> object:
         return ModelConfig
     if name in _AGED:
         module, since, instead = _AGED[name]
-        message = (
-            f"quantserve.api.{name} is deprecated since API {since} and goes with version {VERSION + 1}: {instead}"
-        )
+        message = f"quantserve.api.{name} is deprecated since API {since} and goes with version {VERSION + 1}: "
         warnings.warn(message + instead, DeprecationWarning, stacklevel=2)
         found: object = getattr(import_module(module), name)
         return found

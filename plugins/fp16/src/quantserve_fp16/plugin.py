@@ -39,7 +39,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 PACKED = ("U8", "I8", "I16", "U16", "I32", "U32")
 QUANTIZED = (
     "qweight", "qzeros", "lookup_table", "weight_packed", "weight_scale", "weight_scale_inv", "W_q", "q_weight",
-    "trellis", "codebooks", "Qidxs", "col_vals", "weight_scale_2",
+    "trellis", "codebooks", "Qidxs", "col_vals", "weight_scale_2", "gate_up_proj_blocks", "blocks",
 )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16",)
 SHOWN = 8
 FAMILY = "gpt_oss"
-SWIGLU_LIMIT = 7.0
-"""Of the activation that vLLM computes, whatever config.json says."""
+SWIGLU = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+"""The numbers of the activation that vLLM computes, whatever config.json says."""
 _BLOCKS, _ORIGINAL = "_blocks", ".mlp.mlp1_weight.blocks"
 
 
@@ -88,7 +88,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         yield Finding.error(
             "mxfp4-not-quantized",
             f"MXFP4 is declared or asked for, and no tensor of the files is an expert in MXFP4 (experts.*{_BLOCKS}): "
-            + ("vLLM would read the 16-bit experts as blocks" if kind == FAMILY else "vLLM quantizes nothing else"),
+            + ("vLLM stops at experts in 16 bits" if kind == FAMILY else "it quantizes no other linears"),
             ["quantization_config.quant_method"],
             "remove quantization_config and serve the files as they are, or download the MXFP4 files",
         )
@@ -102,13 +102,13 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         )
         return
     yield from size_findings(checkpoint)
-    limit = checkpoint.text_config.get("swiglu_limit", SWIGLU_LIMIT)
-    if limit != SWIGLU_LIMIT:
+    given = {key: checkpoint.text_config.get(key, usual) for key, usual in SWIGLU.items()}
+    if given != SWIGLU:
         yield Finding.error(
-            "mxfp4-swiglu-limit",
-            f"swiglu_limit is {limit}, and vLLM clamps the activations of experts at {SWIGLU_LIMIT:g} whatever it is",
-            ["swiglu_limit"],
-            "serve the model with transformers",
+            "mxfp4-swiglu",
+            f"the config has {given}, and vLLM computes the experts' activation with {SWIGLU} whatever it says",
+            [key for key in SWIGLU if given[key] != SWIGLU[key]],
+            "serve the model with transformers, or correct config.json",
         )
     if cpu and not model.engine_kwargs.get("enable_expert_parallel"):
         yield from check_shards(

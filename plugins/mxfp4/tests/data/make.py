@@ -52,6 +52,7 @@ def main() -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "sinks")):  # which are zero at first
             torch.nn.init.normal_(parameter, std=1.0 if name.endswith("sinks") else 0.1)
+    model.lm_head.weight.data *= 3  # so that tokens are told apart
     with TemporaryDirectory() as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         tensors = load_file(Path(folder, "model.safetensors"))

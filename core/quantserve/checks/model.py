@@ -150,7 +150,10 @@ def _check_defaults(checkpoint: Checkpoint, architecture: Architecture) -> Itera
         "num_hidden_layers": (architecture.layers, max(blocks) + 1 if blocks else None),
         "hidden_size": (architecture.hidden, embedding.shape[1] if embedding and len(embedding.shape) == 2 else None),
         "vocab_size": (architecture.vocab, embedding.shape[0] if embedding and embedding.shape else None),
-        "num_attention_heads": (architecture.heads * architecture.head_dim, query.shape[0] if query else None),
+        "num_attention_heads": (
+            architecture.heads * architecture.head_dim,
+            query.shape[0] if query and query.shape else None,
+        ),
     }
     given = section(checkpoint.config)
     for key, (default, actual) in stored.items():

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
+from quantserve.checks.linear import quantized_linears
 from quantserve.finding import Finding
 from quantserve.method import KernelProfile
+from quantserve.model.linear import Linear
 from quantserve.predict.cpu_kernels import missing_kernels
+from quantserve.scheme import Scheme
 from quantserve.target import Target
+
+if TYPE_CHECKING:
+    from quantserve.checkpoint import Checkpoint
 
 # Shares of the memory's bandwidth at one row, by bits; 2 and 3 bits have no measurement and are taken to be slower.
 _BANDWIDTH = {2: 0.6, 3: 0.7, 4: 0.92, 8: 0.78}
@@ -51,14 +59,42 @@ def codebook_kernel(
     )
 
 
-def kernel_findings(code: str, label: str, target: Target) -> list[Finding]:
-    """What keeps this machine's engine from the kernels of a format; nothing where no engine is installed.
+def kernel_findings(
+    code: str,
+    label: str,
+    target: Target,
+    checkpoint: Checkpoint | None = None,
+    scheme: Callable[[Checkpoint, Linear], Scheme | None] | None = None,
+) -> list[Finding]:
+    """What keeps an engine from the kernels of a format: experts on a GPU, and what this machine lacks.
 
     Args:
-        code: the method's name, which starts the codes: ``hqq-no-kernels`` and ``hqq-plain-torch``.
+        code: the method's name, which starts the codes ``hqq-gpu-experts``, ``hqq-no-kernels`` and ``hqq-plain-torch``.
         label: what messages call the format: ``HQQ``.
         target: the hardware; only a CPU's kernels are compiled when they are installed.
+        checkpoint: of the model; without it experts are not looked at.
+        scheme: the plugin's ``quantserve_scheme``, for `checkpoint`.
     """
+    experts = []
+    if target.device != "cpu" and checkpoint is not None and scheme is not None:
+        quantized, _ = quantized_linears(checkpoint, lambda linear: scheme(checkpoint, linear))
+        experts = sorted({linear.group for linear in quantized if linear.fused == "experts"})
+    return [*_gpu_experts(code, label, target, experts), *_missing(code, label, target)]
+
+
+def _gpu_experts(code: str, label: str, target: Target, layers: list[str]) -> list[Finding]:
+    if not layers:
+        return []
+    message = (
+        f"the experts of {len(layers)} layers are quantized, and quantserve's kernels compute {label} experts on CPUs "
+        f"only; the target is {target.name}. First: {layers[0]}"
+    )
+    fix = "serve it on a CPU, or quantize the model with a method that vLLM has for experts, such as awq or fp8"
+    return [Finding.error(f"{code}-gpu-experts", message, layers, fix)]
+
+
+def _missing(code: str, label: str, target: Target) -> list[Finding]:
+    """What this machine lacks; nothing where no engine is installed."""
     if find_spec("quantserve_kernels") is None:
         if find_spec("vllm") is None:
             return []

@@ -1,7 +1,7 @@
 """The real engine on converted and quantized checkpoints, against transformers on the dequantized float32 weights.
 
 Four engine starts cover 3 and 4 bits, dense and sparse with full rows, one and two ranks, eager and compiled, float32,
-float16 and bfloat16, both places for `wbits`, biases, and a layer left unquantized; a fifth start must fail.
+float16 and bfloat16, experts, both places for `wbits`, biases, and a layer left unquantized; a fifth start must fail.
 """
 
 from __future__ import annotations
@@ -99,9 +99,18 @@ def test_4_bit_dense_with_biases_and_only_a_quant_config_file(tmp_path: Path, ru
     _compare(tmp_path / "model", generations, clear=0.3, close=0.15)
 
 
-def test_4_bit_dense_and_sparse_compiled_on_two_ranks_in_half_precision(tmp_path: Path, run_engine: Run) -> None:
-    write_original(tmp_path / "hub", original_state(4, sparse=True), 4, llama_config())
-    convert(tmp_path / "hub", tmp_path / "model", allow_pickle=True)
+def test_4_bit_experts_with_sparse_parts_compiled_on_two_ranks_in_half_precision(
+    tmp_path: Path, run_engine: Run
+) -> None:
+    """Attention and the experts of a mixture; its router stays as it is."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2}
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=512, initializer_range=0.09, max_position_embeddings=256, **sizes, **heads
+    )
+    transformers.Qwen3MoeForCausalLM(config).float().save_pretrained(tmp_path / "float")
+    quantize(tmp_path / "float", tmp_path / "model", bits=4, sparsity=0.5, experts=True)
     generations = run_engine(tmp_path / "model", dtype="float16", tensor_parallel_size=2)
     _compare(tmp_path / "model", generations, clear=0.05, close=0.03)
 

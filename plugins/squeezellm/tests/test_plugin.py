@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import quantserve_kernels
-from helpers.checkpoints import LLAMA_7B, REMOVE, llama_tensors, make_llama
+from helpers.checkpoints import LLAMA_7B, REMOVE, Spec, llama_tensors, make_llama, quantized_linear
 from helpers.composed import composed, errors, findings, text
 from quantserve.api import Target
 from quantserve.checkpoint import Checkpoint
@@ -59,6 +60,49 @@ def test_settings_beside_the_model(tmp_path: Path, name: str | None) -> None:
 def test_start_rows_are_no_weights(tmp_path: Path) -> None:
     extra = {f"{Q}.startrows": ("I32", (128,))}
     assert not errors(composed(make_llama(tmp_path / "m", "squeezellm", sparse=0.001, extra=extra), "cpu"))
+
+
+EXPERTS = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}"
+
+
+def make_mixtral(path: Path, **changes: Spec | None) -> Path:
+    """A mixture of four experts, all linears with a sparse part; `changes` by tensor replace or leave out."""
+    plain = llama_tensors("squeezellm", sparse=0.01)
+    mlp = [name for name in plain if ".mlp." in name]
+    made: dict[str, Spec | None] = {
+        f"model.layers.{i}.block_sparse_moe.gate.weight": ("F16", (4, 256)) for i in range(2)
+    }
+    options: Any = {"bits": 4, "group_size": 128, "dtype": "F16", "sparse": 0.01, "full_rows": 0}
+    for layer, expert in product(range(2), range(4)):
+        for leaf, (n, k) in {"w1": (512, 256), "w3": (512, 256), "w2": (256, 512)}.items():
+            name = EXPERTS.format(layer=layer, expert=expert, leaf=leaf)
+            made |= quantized_linear(name, n, k, "squeezellm", **options)
+    kept = {name: spec for name, spec in {**made, **changes}.items() if spec is not None}
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    return make_llama(path, "squeezellm", sparse=0.01, drop=mlp, extra=kept, config=config)
+
+
+def test_experts_are_served_on_a_cpu_and_not_on_a_gpu(tmp_path: Path) -> None:
+    folder = make_mixtral(tmp_path / "m")
+    assert not errors(composed(folder, "cpu", 2))
+    found = errors(composed(folder, "a100-80g"))
+    assert list(found) == ["squeezellm-gpu-experts"]
+    assert "experts of 2 layers" in text(found["squeezellm-gpu-experts"])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "spec", "code", "words"),
+    [
+        ("lookup_table", None, "squeezellm-missing-tensors", "{}.lookup_table"),
+        ("vals", None, "squeezellm-sparse", "{}: has rows, cols without vals"),
+        ("rows", ("I32", (99,)), "squeezellm-sparse", "{}.rows [99], expected [257]"),
+    ],
+)
+def test_a_damaged_expert_is_named(tmp_path: Path, suffix: str, spec: Spec | None, code: str, words: str) -> None:
+    expert = EXPERTS.format(layer=1, expert=3, leaf="w2")
+    found = errors(composed(make_mixtral(tmp_path / "m", **{f"{expert}.{suffix}": spec}), "cpu"))
+    assert list(found) == [code]
+    assert words.format(expert) in text(found[code])
 
 
 SETTINGS = {"quant_method": "squeezellm"}

@@ -68,7 +68,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     """What is peculiar to bitsandbytes: quantization at load time, blocks of the flat weight, LLM.int8()."""
     theirs = _theirs(target)
     if not theirs:
-        yield from kernel_findings("bitsandbytes", "bitsandbytes", target)
+        yield from kernel_findings("bitsandbytes", "bitsandbytes", target, checkpoint, quantserve_scheme)
     if not _config(checkpoint):
         return  # the core says that it is missing
     try:

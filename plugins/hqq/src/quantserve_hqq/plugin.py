@@ -68,7 +68,7 @@ def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
 def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
     """What is peculiar to HQQ: settings that are not served, and fused layers whose parts differ."""
     config = _config(checkpoint)
-    yield from kernel_findings("hqq", "HQQ", target)
+    yield from kernel_findings("hqq", "HQQ", target, checkpoint, quantserve_scheme)
     if ORIGINAL in checkpoint.files and not any(name.endswith(".safetensors") for name in checkpoint.files):
         message = f"{ORIGINAL} is a pickle of nested dicts, which only hqq reads"
         fix = "load it with hqq (AutoHQQHFModel.from_quantized) and save it again with its save_to_safetensors"

@@ -114,6 +114,13 @@ def sparse_problem(tensors: Mapping[str, Tensor], n: int, k: int) -> str | None:
     return problem
 
 
+def checked_coordinates(tensors: Mapping[str, Tensor], n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`coordinates` of tensors from a file; ValueError where they do not belong to a linear [n, k]."""
+    if problem := sparse_problem(tensors, n, k):
+        raise ValueError(problem)
+    return coordinates(tensors)
+
+
 def coordinates(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The optional parts of one layer as entries: output channels and input features (int64), values (float32).
 

@@ -34,11 +34,12 @@ def quantize(
     *,
     bits: int = 4,
     sparsity: float = 0.0,
+    experts: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write a SqueezeLLM checkpoint of `source`: the projections of its decoder quantized, all else copied.
 
-    Experts, routers, lm_head, vision and audio towers are copied. The k-means is unweighted: every weight counts the
+    Routers, lm_head, vision and audio towers are copied. The k-means is unweighted: every weight counts the
     same.
 
     Args:
@@ -46,6 +47,7 @@ def quantize(
         destination: a folder that does not exist yet; it appears whole or not at all.
         bits: 3 or 4.
         sparsity: percent of each matrix, the largest magnitudes, kept exactly in a sparse part; 0.45 is usual.
+        experts: whether to quantize the experts of mixtures too, which are then served on CPUs only.
         progress: called as (what, done, total) while tensors are written.
 
     Raises:
@@ -65,8 +67,7 @@ def quantize(
     names = reader.names()
     if config.get("quantization_config") or any(name.endswith(".qweight") for name in names):
         raise CheckpointError(f"{source} is quantized already\n  fix: give the unquantized model")
-    # vLLM builds experts without this method: they stay as they are.
-    chosen = quantizable(open_checkpoint(str(source)), experts=False)
+    chosen = quantizable(open_checkpoint(str(source)), experts=experts)
     targets = {f"{linear.name}.weight" for linear in chosen}
     if absent := sorted(targets - set(names)):
         raise CheckpointError(

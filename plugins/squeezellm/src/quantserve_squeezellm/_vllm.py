@@ -1,16 +1,12 @@
-"""SqueezeLLM on vLLM. Only vLLM's own processes import this module.
-
-`sparse` in the quantization config, {module: {"nnz": int, "full_rows": int}}, comes from our converter and quantizer.
-Tensors that it counts and that are missing stop the engine, and vLLM's compile cache sees that checkpoints differ.
-"""
+"""SqueezeLLM on vLLM. Only vLLM's own processes import this module."""
 
 from typing import Any
 
 from quantserve.api import Scheme
 from quantserve_kernels import PackedWeight, from_squeezellm
 from quantserve_kernels.vllm import CSR, Entries, Format, Tensors
-from quantserve_squeezellm._packing import coordinates, sparse_problem
-from quantserve_squeezellm.format import BITS, SPARSE, scheme
+from quantserve_squeezellm._packing import checked_coordinates
+from quantserve_squeezellm.format import SPARSE, scheme, width
 
 
 class SqueezeLLM(Format):
@@ -25,11 +21,8 @@ class SqueezeLLM(Format):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SqueezeLLM":
         """Read the quantization config; ValueError when `wbits` is absent or unknown."""
-        bits: Any = config.get("wbits", config.get("bits"))
-        if bits not in BITS:
-            raise ValueError(f'squeezellm: the quantization config has "wbits" {bits!r}. Fix: make it 3 or 4')
         made = cls(skipped=config.get("modules_to_not_convert") or (), modules=config.get("sparse"))
-        made.bits = bits
+        made.bits = width(config)
         return made
 
     def scheme(self, module: str) -> Scheme:
@@ -37,15 +30,13 @@ class SqueezeLLM(Format):
         return scheme(self.bits)
 
     def promised(self, module: str) -> list[str]:
-        """The sparse sets that the config counts."""
+        """The sparse sets that the config counts, see `format.SPARSE`."""
         counts = self.modules.get(module, {})
         return [name for count, names in SPARSE.items() if counts.get(count) for name in names]
 
     def entries(self, tensors: Tensors, shape: tuple[int, int]) -> Entries:
         """A set of sparse tensors as entries."""
-        if problem := sparse_problem(tensors, *shape):
-            raise ValueError(problem)
-        return Entries(*coordinates(tensors))
+        return Entries(*checked_coordinates(tensors, *shape))
 
     def pack(self, tensors: Tensors, sparse: CSR | None) -> PackedWeight:
         """The kernels know the format."""

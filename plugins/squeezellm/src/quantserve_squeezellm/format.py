@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 from quantserve.api import K, N, Part, Scheme
 
 BITS = (3, 4)
 SPARSE = {"nnz": ("rows", "cols", "vals"), "full_rows": ("full_rows", "full_row_indices")}
-"""The parts added to the dense one, by what config.json counts of them."""
+"""The parts added to the dense one, by what config.json counts of them.
+
+``quantization_config["sparse"]``, {module: {"nnz": int, "full_rows": int}}, comes from our converter and quantizer.
+Tensors that it counts and that are missing stop the engine, and vLLM's compile cache tells two checkpoints in one
+folder apart.
+"""
 
 FLOATS = ("F32", "F16", "BF16")
+
+
+def width(config: Mapping[str, Any]) -> int:
+    """Bits of a quantization config; ValueError where it gives none that SqueezeLLM has."""
+    bits = config.get("wbits", config.get("bits"))
+    if isinstance(bits, bool) or bits not in BITS:
+        raise ValueError(f'squeezellm: the quantization config has "wbits" {bits!r}. Fix: make it 3 or 4')
+    return int(bits)
 
 
 def scheme(bits: int) -> Scheme:

@@ -85,7 +85,8 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     original = original_file_findings(checkpoint, model)
     if any(finding.code == "squeezellm-pickle" for finding in original) and not checkpoint.tensors:
         return original
-    original += [*kernel_findings("squeezellm", "SqueezeLLM", target), *dtype_finding(checkpoint, model, target)]
+    original += kernel_findings("squeezellm", "SqueezeLLM", target, checkpoint, quantserve_scheme)
+    original += dtype_finding(checkpoint, model, target)
     if not has_tables(checkpoint) and checkpoint.tensors_complete:
         return [
             Finding.error(

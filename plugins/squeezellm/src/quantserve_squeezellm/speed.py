@@ -49,7 +49,6 @@ def _on_cpu(bits: int) -> KernelProfile:
         flops_share=((1, 0.4), (4, 0.87), (16, 0.83), (64, 0.86), (512, 0.97)),
         source="docs/performance.md: Llama-2 7B shapes, one thread of an AMD EPYC with AVX-512, no sparse part",
         benchmark=BENCHMARK,
-        experts=False,
         amx=False,
     )
     try:

@@ -1,4 +1,4 @@
-"""What the scheme of SqueezeLLM's tensors does not tell: mixed widths, experts, and the sparse parts."""
+"""What the scheme of SqueezeLLM's tensors does not tell: mixed widths and the sparse parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ def tensor_findings(checkpoint: Checkpoint, settings: Settings) -> list[Finding]
     quantized, _ = quantized_linears(checkpoint, lambda linear: stored)
     return [
         *mixed_width_findings(checkpoint, settings),
-        *expert_findings(quantized),
         *table_dtype_findings(checkpoint),
         *sparse_findings(checkpoint, settings, quantized),
     ]
@@ -58,21 +57,6 @@ def mixed_width_findings(checkpoint: Checkpoint, settings: Settings) -> list[Fin
     ]
 
 
-def expert_findings(quantized: list[Linear]) -> list[Finding]:
-    """Our vLLM method serves linear layers, not fused experts."""
-    experts = [linear.name for linear in quantized if linear.fused == "experts"]
-    if not experts:
-        return []
-    return [
-        Finding.error(
-            "squeezellm-experts",
-            f"{len(experts)} quantized linears are experts of a mixture, which this plugin does not serve",
-            experts[:OFFENDERS],
-            "serve this model with another method",
-        )
-    ]
-
-
 def table_dtype_findings(checkpoint: Checkpoint) -> list[Finding]:
     """A lookup table in bfloat16 has lost mantissa bits before it got here."""
     narrow = [n for n, tensor in checkpoint.tensors.items() if n.endswith(".lookup_table") and tensor.dtype == "BF16"]
@@ -93,7 +77,7 @@ def sparse_findings(checkpoint: Checkpoint, settings: Settings, quantized: list[
     declared = settings.values.get("sparse")
     present = modules(checkpoint)
     bad: list[str] = []
-    for linear in quantized:
+    for linear in (each for one in quantized for each in one.each()):
         tensors_of = present.get(linear.name, {})
         for names in SPARSE.values():
             tensors = {name: tensors_of[name] for name in names if name in tensors_of}

@@ -19,6 +19,8 @@ from click.testing import CliRunner
 from quantserve.cli.main import cli
 from quantserve.config import json_schema
 from quantserve.serve.replica.vllm.patches import PATCHES
+from quantserve.testing import CHECKS
+from quantserve.testing.check import GROUPS
 from quantserve_bench.markdown import DEFINITION_COLUMNS, definitions, table
 from quantserve_bench.metrics import TOTALS
 
@@ -27,8 +29,8 @@ PART = re.compile(r"(<!-- generated: (?P<kind>\w+) ?(?P<name>[\w-]*) -->\n).*?(<
 
 
 def command_help(name: str) -> str:
-    """``--help`` of a command, or of quantserve itself for the empty name."""
-    arguments = [*([name] if name else []), "--help"]
+    """``--help`` of a command, of a group's command (``plugin--check``), or of quantserve itself for the empty name."""
+    arguments = [*(name.split("--") if name else []), "--help"]
     result = CliRunner(env={"COLUMNS": "100"}).invoke(cli, arguments, prog_name="quantserve", terminal_width=100)
     assert result.exit_code == 0, result.output
     return f"```text\n{result.output.strip()}\n```\n"
@@ -102,11 +104,24 @@ def patches(name: str) -> str:
     return "\n".join(["| patch | safety | changes | why | gain | without |", "|---|---|---|---|---|---|", *rows]) + "\n"
 
 
+def conformance(name: str) -> str:
+    """The checks of the conformance kit by group, from their docstrings."""
+    lines = []
+    for letter, group in GROUPS.items():
+        lines += [f"### {letter}: {group}", ""]
+        for one in CHECKS.values():
+            if one.id.startswith(letter):
+                needs = f" Applies to: {', '.join(sorted(one.needs - {'loaded'}))}." if one.needs - {"loaded"} else ""
+                lines += [f"**`{one.id}`** {' '.join(one.text.split())}{needs} *What to do:* {one.fix}", ""]
+    return "\n".join(lines)
+
+
 KINDS: Mapping[str, Callable[[str], str]] = {
     "help": command_help,
     "config": config_keys,
     "bench": bench_definitions,
     "patches": patches,
+    "checks": conformance,
 }
 
 

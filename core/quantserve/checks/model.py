@@ -146,14 +146,12 @@ def _check_defaults(checkpoint: Checkpoint, architecture: Architecture) -> Itera
     blocks = {
         block[1] for name in checkpoint.tensors if (block := split_block(name)) and block[0] == f"{prefix}layers."
     }
+    rows = query.shape[0] if query and query.shape else None
     stored = {
         "num_hidden_layers": (architecture.layers, max(blocks) + 1 if blocks else None),
         "hidden_size": (architecture.hidden, embedding.shape[1] if embedding and len(embedding.shape) == 2 else None),
         "vocab_size": (architecture.vocab, embedding.shape[0] if embedding and embedding.shape else None),
-        "num_attention_heads": (
-            architecture.heads * architecture.head_dim,
-            query.shape[0] if query and query.shape else None,
-        ),
+        "num_attention_heads": (architecture.heads * architecture.head_dim, rows),
     }
     given = section(checkpoint.config)
     for key, (default, actual) in stored.items():

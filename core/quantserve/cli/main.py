@@ -33,9 +33,13 @@ COMMANDS = {
     "convert": "Convert foreign checkpoint files to a safetensors folder.",
     "schema": "Print the JSON Schema of the config.",
     "doctor": "Check this machine: engine, torch, kernels, Ray, HAProxy, GPU, plugins.",
+    "plugin": "Show the installed plugins, and check that one keeps its contracts.",
     "new-plugin": "Write a complete distribution for a new plugin or command.",
 }
-EXTRAS = {"bench": "Measure models under load, and compare with the expected performance."}
+EXTRAS = {
+    "bench": "Measure models under load, and compare with the expected performance.",
+    "quantize": "Make a quantized checkpoint of an unquantized one.",
+}
 """Commands that the extra and the distribution ``quantserve-NAME`` of their name bring."""
 INTERNAL_ERROR = 70  # sysexits.h EX_SOFTWARE: a bug in quantserve
 CLOSED_PIPE = 128 + signal.SIGPIPE  # as of any program that the signal ends, so that no script takes it for success

@@ -174,7 +174,13 @@ class Subject:
         config |= {"quantization_config": dict(settings)} if isinstance(settings, Mapping) and settings else {}
         tensors, empty = llama_tensors(config, "BF16"), Checkpoint.from_tensors(config)
         blocks = [linear for linear in linears(empty) if ".layers." in linear.name]
-        for linear, scheme in zip(blocks, self.schemes(empty, blocks), strict=True):
+        schemes = self.schemes(empty, blocks)
+        if self.method and not any(schemes):
+            raise UsageError(
+                f"the kit cannot write a checkpoint of {self.case.name!r}: quantserve_scheme gives no scheme for the "
+                f"quantization_config {config.get('quantization_config')!r:.200}\n  fix: give the case a checkpoint"
+            )
+        for linear, scheme in zip(blocks, schemes, strict=True):
             if scheme is not None:
                 del tensors[f"{linear.name}.weight"]
                 try:
@@ -237,7 +243,7 @@ class Subject:
     def quantized(self) -> list[Linear]:
         """The quantized linears of the good checkpoint; without schemes those with more than a float ``weight``."""
         if stored := self.composed().stored:
-            return [linear for linear, scheme in stored.quantized if scheme.bits < 16 or self.case.name == "fp16"]
+            return [linear for linear, _ in stored.quantized]
         present = modules(self.good)
         return [one for one in linears(self.good) if set(present.get(one.names[0], {})) - {"weight", "bias"}]
 

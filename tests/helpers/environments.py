@@ -15,6 +15,7 @@ PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*
 PROJECTS = {
     "quantserve": ROOT,
     "quantserve-bench": ROOT / "bench",
+    "quantserve-quantize": ROOT / "quantize",
     "quantserve-kernels": ROOT / "kernels",
     **{f"quantserve-{name}": path for name, path in PLUGINS.items()},
 }

@@ -33,7 +33,7 @@ class Machine:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("pyproject.toml", "constraints", "scripts", "bench", "plugins", "kernels"):
+        for name in ("pyproject.toml", "constraints", "scripts", "bench", "quantize", "plugins", "kernels"):
             source = ROOT / name
             if source.is_dir():
                 left_out = shutil.ignore_patterns("src", "tests", "build", "__pycache__")

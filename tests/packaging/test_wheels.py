@@ -128,7 +128,7 @@ def test_every_plugin_has_its_entry_points(dist: Path) -> None:
 def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
     about = metadata(dist, "quantserve")
     extras = set(about.get_all("Provides-Extra") or [])
-    assert extras == {*PLUGINS, "kernels", "all", "bench", "cpu", "cuda"}
+    assert extras == {*PLUGINS, "kernels", "all", "bench", "quantize", "cpu", "cuda"}
     required = [Requirement(text) for text in about.get_all("Requires-Dist") or []]
     versions = {name: metadata(dist, name)["Version"] for name in PROJECTS}
     pins = dict(
@@ -142,7 +142,7 @@ def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
         assert requirement.name in known
         assert requirement.specifier.contains(known[requirement.name]), requirement
     for extra, expected in {
-        "all": {*PLUGINS, "bench"},
+        "all": {*PLUGINS, "bench", "quantize"},
         "bench": {"bench"},
         "awq": {"awq"},
         "kernels": {"kernels"},
@@ -179,7 +179,10 @@ def test_wheels_work_in_an_empty_environment(dist: Path, tmp_path: Path) -> None
         name: f"quantserve-{name}" for name in PLUGINS
     }
     assert report["failures"] == []
-    assert [(row["name"], row["state"]) for row in report["commands"]] == [("bench", "ok")]
+    assert [(row["name"], row["state"]) for row in report["commands"]] == [("bench", "ok"), ("quantize", "ok")]
+    heavy = environment.run("quantserve", "quantize", "model", "--method", "awq", "--out", "out")
+    assert heavy.returncode == 2, heavy.stderr
+    assert "fix: pip install 'quantserve[cpu]'" in heavy.stderr
     unreachable = environment.run("quantserve", "bench", "--url", "http://127.0.0.1:9", "--no-plots")
     assert unreachable.returncode == 4, unreachable.stderr
     assert environment.pip("uninstall", "--yes", "quantserve-bench").returncode == 0

@@ -33,7 +33,7 @@ def command(source: str, destination: Path, method: str | None, base: str | None
     SOURCE is a file, a folder or a hub id. DESTINATION must not exist; it is created only when
     it is complete.
     """
-    plugin, converter = _converter(Registry.load(), method)
+    plugin, converter = _converter(Registry.load(), method, Path(source).suffix)
     out = console(stderr=True)
     for note in settle(os.environ):  # for downloads and torch
         out.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
@@ -81,8 +81,11 @@ def local_path(source: str) -> Path:
         ) from error
 
 
-def _converter(registry: Registry, method: str | None) -> tuple[Plugin, str]:
-    candidates = [registry.find_method(method)] if method else [p for p in registry.plugins.values() if p.method]
+def _converter(registry: Registry, method: str | None, suffix: str) -> tuple[Plugin, str]:
+    """The converter of a method; else of the plugin that reads files of the suffix, or of those that read none."""
+    every = [plugin for plugin in registry.plugins.values() if plugin.method]
+    readers = [plugin for plugin in every if plugin.reader and suffix in plugin.reader.suffixes]
+    candidates = [registry.find_method(method)] if method else readers or [p for p in every if not p.reader]
     hooks = Hooks(candidates)
     found: list[tuple[Plugin, str]] = []
     defects: list[PluginError] = []

@@ -6,12 +6,10 @@ Blocks go to the kernels' codes as they are; only the embedding becomes floating
 from __future__ import annotations
 
 import functools
-import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from vllm import envs
@@ -21,16 +19,12 @@ from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, regis
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from quantserve.api import K, N, Part, Scheme
-from quantserve_gguf._decode import dequantized, mixed, pack_mixed, packed
+from quantserve_gguf._decode import pack_mixed, packed
 from quantserve_gguf._folder import folder_of
+from quantserve_gguf._weights import weights
 from quantserve_gguf.blocks import BY_NAME, MIXED, served_types
-from quantserve_gguf.families import FAMILIES, NOT_WEIGHTS, Family, renamed
-from quantserve_gguf.header import Header, Info, read_header
 from quantserve_kernels import PackedWeight
 from quantserve_kernels.vllm import CSR, Format, Tensors, register
-
-ROWS = 4096  # of the embedding that become floating point at once
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 SCHEMES = {
     name: Scheme({name: Part((N(), K(kind.elements), kind.nbytes), ("U8",))}, bits=kind.bits, group_size=kind.elements)
@@ -91,47 +85,7 @@ class GgufLoader(DefaultModelLoader):
         types = served_types(config.quantization_config["types"])
         for file in sorted(Path(model_config.model).glob("*.gguf")):
             with file.open("rb") as opened:
-                header = read_header(opened)
-                data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-            yield from _weights(header, data, config, types, model_config.dtype)
-
-
-def _weights(
-    header: Header, data: mmap.mmap, config: Any, types: Mapping[str, str], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    family = _family(config.model_type)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for info in header.tensors:
-        name = None if info.name in NOT_WEIGHTS else renamed(family, info.name)
-        if name is None:
-            continue
-        tensor, kind = _stored(info, data)
-        module, _, suffix = name.rpartition(".")
-        if family.paired and (count := heads.get(module.rpartition(".")[2])):
-            tensor = tensor.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
-        if suffix == "weight" and types.get(module) == MIXED.name:
-            yield from ((f"{module}.{part}", value) for part, value in mixed(kind, tensor).items())
-        elif suffix == "weight" and module in types:
-            yield f"{module}.{kind}", tensor
-        elif BY_NAME[kind].quantized:
-            yield name, torch.cat([dequantized(kind, rows).to(dtype) for rows in tensor.split(ROWS)])
-        else:
-            yield name, (tensor - family.norm_offset if "norm." in name else tensor).to(dtype)
-
-
-def _stored(info: Info, data: mmap.mmap) -> tuple[Tensor, str]:
-    """A tensor as it lies in the file: blocks [n, k / elements, bytes of a block], or plain floats; and its type."""
-    kind = info.blocks
-    assert kind is not None  # checked when the folder was made
-    assert info.nbytes is not None
-    octets = torch.frombuffer(data, dtype=torch.uint8, count=info.nbytes, offset=info.start)
-    if kind.name in _DTYPES:
-        return octets.view(_DTYPES[kind.name]).view(info.shape), kind.name
-    return octets.view(*info.shape[:-1], -1, kind.nbytes), kind.name
-
-
-def _family(model_type: str) -> Family:
-    return next(family for family in FAMILIES.values() if family.model_type == model_type)
+                yield from weights(opened, config, types, model_config.dtype)
 
 
 def install() -> None:

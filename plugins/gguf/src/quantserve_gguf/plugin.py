@@ -120,3 +120,9 @@ def _untested(target: Target) -> list[Finding]:
             )
         ]
     return []
+
+
+@hookimpl
+def quantserve_converter() -> str:
+    """A .gguf file to a checkpoint in bfloat16; needs torch and quantserve-quantize."""
+    return "quantserve_gguf._convert:convert"

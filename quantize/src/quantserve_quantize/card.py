@@ -1,0 +1,40 @@
+"""The model card: README.md of a checkpoint that was quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def card(report: Mapping[str, Any]) -> str:
+    """Markdown with what was done, and the linears with the largest errors."""
+    options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
+    lines = [
+        f"# {report['source']} in {report['method']}",
+        "",
+        f"Made by `quantserve quantize` ({report['versions']['quantserve']}) from `{report['source']}`: "
+        f"{options or 'no options'}. "
+        f"{report['bits_per_weight']:.2f} bits per weight of the {len(report['layers'])} quantized linears.",
+        "",
+    ]
+    if found := report.get("calibration"):
+        lines += [f"Calibrated with {found['samples']} samples of {found['length']} tokens of `{found['text']}`.", ""]
+    rows = sorted(report["layers"].items(), key=lambda row: -(row[1]["output_error"] or row[1]["weight_error"]))
+    lines += [
+        "The linears with the largest errors, relative to weight and output:",
+        "",
+        "| linear | weight | output |",
+        "|---|---|---|",
+        *(
+            f"| `{name}` | {_percent(row['weight_error'])} | {_percent(row['output_error'])} |"
+            for name, row in rows[:10]
+        ),
+        "",
+        "`quantserve.json` has all of them, and the versions and hashes from which the files can be made again.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"

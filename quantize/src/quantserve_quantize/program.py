@@ -1,0 +1,119 @@
+"""What ``quantserve quantize`` does once its options are known."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from quantserve.cli.convert_command import local_path
+from quantserve.cli.output import console
+from quantserve.errors import UsageError
+from quantserve.plugins.registry import Hooks, Plugin, Registry
+from quantserve_quantize.options import click_options
+from quantserve_quantize.quantizer import Quantizer
+from quantserve_quantize.run import Asked, quantize
+
+SHOWN = 8
+
+
+def quantizer_class(method: str) -> tuple[Plugin, type[Quantizer]]:
+    """The quantizer of a method.
+
+    Raises:
+        UsageError: the method is unknown or has none.
+        PluginError: what its hook names is no quantizer.
+    """
+    registry = Registry.load()
+    plugin = registry.find_method(method)
+    reference = Hooks([plugin]).call(plugin, "quantserve_quantizer")
+    if not reference:
+        able = ", ".join(sorted(p.method.name for p in registry.plugins.values() if p.method and _has_quantizer(p)))
+        raise UsageError(f"method {method!r} has no quantizer\n  fix: choose one of {able}")
+    found = plugin.load_callable(reference)
+    if not (isinstance(found, type) and issubclass(found, Quantizer)):
+        raise plugin.defect("quantizer", f"{reference} is no quantserve_quantize.Quantizer")
+    return plugin, found
+
+
+def _has_quantizer(plugin: Plugin) -> bool:
+    return bool(Hooks([plugin]).call(plugin, "quantserve_quantizer"))
+
+
+def method_options(method: str) -> list[click.Option]:
+    """The options of a method's quantizer; none for a method without one, which `run` refuses."""
+    try:
+        _, found = quantizer_class(method)
+    except UsageError:
+        return []
+    options = click_options(found.Options)
+    for option in options:
+        option.of_method = True  # type: ignore[attr-defined]
+    return options
+
+
+def run(
+    model: str,
+    method: str,
+    out: Path,
+    asked: Asked,
+    options: Mapping[str, Any],
+    resume: bool,
+    as_json: bool,
+    began: float,
+) -> int:
+    """Quantize, show progress, and print what came out."""
+    plugin, found = quantizer_class(method)
+    folder = local_path(model)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file\n  fix: give the folder of an unquantized checkpoint in safetensors")
+    quantizer = found(found.Options(**options))
+    name = plugin.method.name if plugin.method else method
+    err = console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        report = quantize(folder, out, quantizer, name, asked, resume, progress)
+    if as_json:
+        click.echo(json.dumps({**report, "folder": str(out)}))
+    else:
+        show(report)
+        err.print(
+            f"wrote {escape(str(out))} in {time.monotonic() - began:.0f} s; next: quantserve check {escape(str(out))}"
+        )
+    return 0
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """A table of the linears with the largest errors."""
+    layers = report["layers"]
+    rows = sorted(layers.items(), key=lambda row: -(row[1]["output_error"] or row[1]["weight_error"]))[:SHOWN]
+    table = Table(
+        title=f"{report['bits_per_weight']:.2f} bits per weight; the largest errors of {len(layers)} linears",
+        title_justify="left",
+    )
+    for heading in ("linear", "error of the weight", "error of the output"):
+        table.add_column(heading)
+    for name, row in rows:
+        output = "" if row["output_error"] is None else f"{100 * row['output_error']:.2f} %"
+        table.add_row(escape(name), f"{100 * row['weight_error']:.2f} %", output)
+    console().print(table)

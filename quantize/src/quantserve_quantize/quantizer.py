@@ -1,0 +1,118 @@
+"""What a plugin's quantizer is, and what it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from quantserve.api import Linear
+
+
+class Need(Enum):
+    """What a quantizer needs to know about a linear beside its weight."""
+
+    SQUARES = "squares"
+    """The mean square of each input."""
+    HESSIAN = "hessian"
+    """The mean of x x^T over the calibration tokens."""
+    GRADIENTS = "gradients"
+    """The squared gradient of the loss for each weight (Fisher information), which needs the whole model in memory."""
+
+
+@dataclass
+class Statistics:
+    """What calibration measured of one linear; None for what was not asked for.
+
+    Attributes:
+        squares: float32 [k], the mean of x^2 over the tokens.
+        hessian: float32 [k, k], the mean of x x^T over the tokens.
+        gradients: float32 [n, k], the mean over the samples of the squared gradient of the loss.
+    """
+
+    squares: Tensor | None = None
+    hessian: Tensor | None = None
+    gradients: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized linear.
+
+    Attributes:
+        tensors: what is written, by suffix (``qweight``).
+        weight: float32 [n, k], what these tensors stand for.
+        config: facts for `Quantizer.quantization_config`, kept by module.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weight: Tensor
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Block:
+    """A decoder block that calibration runs, in float32.
+
+    Attributes:
+        name: its path, ``model.layers.0``.
+        module: transformers' module; changes of its parameters are written.
+        linears: those to quantize, by path.
+        statistics: of each, by path.
+        inputs: hidden states [tokens, hidden] of each sample, before the block.
+        run: the block's output for one sample's hidden states [tokens, hidden].
+    """
+
+    name: str
+    module: nn.Module
+    linears: Mapping[str, Linear]
+    statistics: Mapping[str, Statistics]
+    inputs: list[Tensor]
+    run: Any
+
+    def module_of(self, path: str) -> nn.Module:
+        """A module of the block by its path in the model."""
+        return self.module.get_submodule(path.removeprefix(self.name + "."))
+
+
+class Quantizer:
+    """One method's quantizer; a plugin derives from it.
+
+    Attributes:
+        Options: a dataclass of `option` fields; they become options of the command.
+        needs: what is to be measured; empty for a method that needs weights only, which then runs without transformers.
+        prepares: whether `prepare` changes blocks.
+        dtype: of the tensors that stay unquantized, ``bfloat16`` or ``float16``; None keeps the source's.
+        experts: whether listed experts are quantized, too.
+    """
+
+    Options: ClassVar[type]
+    needs: frozenset[Need] = frozenset()
+    prepares: bool = False
+    dtype: str | None = None
+    experts: bool = False
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def refusal(self, linear: Linear) -> str:
+        """Why a linear cannot be quantized, with the fix; "" when it can. Asked before any work."""
+        return ""
+
+    def prepare(self, block: Block) -> None:
+        """Change the weights of a block without changing its output, before its linears are quantized."""
+
+    def quantize(self, linear: Linear, weight: Tensor, statistics: Statistics) -> Quantized:
+        """Quantize one weight, float32 [n, k]."""
+        raise NotImplementedError
+
+    def quantization_config(self, made: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """What config.json says as ``quantization_config``.
+
+        Args:
+            made: `Quantized.config` of every linear, by path.
+        """
+        raise NotImplementedError

@@ -39,14 +39,15 @@ from quantserve.hookspecs import API_MINOR as MINOR
 from quantserve.hookspecs import API_VERSION as VERSION
 from quantserve.hookspecs import hookimpl
 from quantserve.method import KernelProfile, Method, PerformanceProfile, QualityNote
-from quantserve.model.dtypes import method_dtype, refuses_float16, served_dtype
+from quantserve.model.dtypes import dtype_argument, method_dtype, refuses_float16, served_dtype
 from quantserve.model.layers import linears, other_tensors
 from quantserve.model.linear import Linear, shard_k, shard_n
 from quantserve.model.modules import modules
 from quantserve.model.quantizable import quantizable
+from quantserve.model.written import WrittenConfig
 from quantserve.once import once
 from quantserve.predict.calibration import Fastest, fastest_kernel
-from quantserve.predict.codebook import codebook_kernel, kernel_findings
+from quantserve.predict.codebook import CODEBOOK_DTYPES, codebook_kernel, codebook_method, kernel_findings
 from quantserve.predict.cpu_kernels import OUR_KERNEL, VLLM_KERNEL, CpuKernels, KernelChoice, missing_kernels
 from quantserve.predict.published import PublishedRun, published_profile, rayllm_profile
 from quantserve.scheme import NK, Dim, E, K, N, Part, Scheme
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from quantserve.config import ModelConfig
 
 __all__ = [
+    "CODEBOOK_DTYPES",
     "DISABLED_KERNELS",
     "MINOR",
     "NK",
@@ -92,11 +94,14 @@ __all__ = [
     "Source",
     "Target",
     "Tensor",
+    "WrittenConfig",
     "check_fused_groups",
     "check_linears",
     "check_shards",
     "codebook_kernel",
+    "codebook_method",
     "disabled_kernels",
+    "dtype_argument",
     "engine_environment",
     "fastest_kernel",
     "hookimpl",

@@ -88,6 +88,14 @@ def method_dtype(checkpoint: Checkpoint, model: ModelConfig, target: Target, dty
     return None if own in dtypes or not possible else possible[0]
 
 
+def dtype_argument(
+    checkpoint: Checkpoint, model: ModelConfig, target: Target, dtypes: Sequence[str]
+) -> dict[str, object]:
+    """`method_dtype` as ``quantserve_engine_kwargs`` returns it: ``{"dtype": ...}``, or nothing."""
+    name = method_dtype(checkpoint, model, target, dtypes)
+    return {"dtype": name} if name else {}
+
+
 def stored_dtype(checkpoint: Checkpoint) -> str | None:
     """The dtype vLLM finds in config.json, else in the safetensors headers; None when neither has one."""
     for _, name in _written(checkpoint):

@@ -1,4 +1,4 @@
-"""Formats of codes that run on quantserve's kernels alone: what these reach, and what keeps an engine from them."""
+"""Formats of codes on quantserve's kernels alone: what these take and reach, and what keeps an engine from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantserve.checks.linear import quantized_linears
 from quantserve.finding import Finding
-from quantserve.method import KernelProfile
+from quantserve.method import KernelProfile, Method
 from quantserve.model.linear import Linear
 from quantserve.predict.cpu_kernels import missing_kernels
 from quantserve.scheme import Scheme
@@ -17,8 +17,27 @@ from quantserve.target import Target
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
 
+CODEBOOK_DTYPES = ("float16", "bfloat16", "float32")
+"""Activations that quantserve's kernels take."""
 # Shares of the memory's bandwidth at one row, by bits; 2 and 3 bits have no measurement and are taken to be slower.
 _BANDWIDTH = {2: 0.6, 3: 0.7, 4: 0.92, 8: 0.78}
+
+
+def codebook_method(
+    name: str, summary: str, bits: tuple[int, ...], homepage: str, aliases: tuple[str, ...] = ()
+) -> Method:
+    """A method that vLLM knows by the same name, once the plugin has registered it; see `Method`."""
+    return Method(
+        name=name,
+        summary=summary,
+        bits=bits,
+        vllm_name=name,
+        aliases=aliases,
+        minimum_capability=70,
+        devices=("cuda", "rocm", "cpu"),
+        dtypes=CODEBOOK_DTYPES,
+        homepage=homepage,
+    )
 
 
 def codebook_kernel(

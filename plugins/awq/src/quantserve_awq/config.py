@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quantserve.api import Checkpoint, Finding
-
-if TYPE_CHECKING:
-    from quantserve.api import ModelConfig
+from quantserve.api import Finding, WrittenConfig
 
 NAMES = ("awq", "auto_awq", "awq_marlin")
 """What files call the method."""
@@ -27,17 +22,11 @@ REFUSED = ("awq-bits", "awq-version")
 EXAMPLE = '{"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm"}'
 
 
-@dataclass(frozen=True)
-class Written:
-    """A quantization config and where it stands.
+class Written(WrittenConfig):
+    """AWQ's config."""
 
-    Attributes:
-        where: ``config.json``, the file's name, or ``hf_overrides`` of the model config.
-        values: the mapping as written.
-    """
-
-    where: str
-    values: Mapping[str, Any]
+    names = NAMES
+    files = FILE_NAMES
 
     def get(self, key: str) -> Any:
         """The value of ``bits``, ``group_size`` or ``zero_point`` under any of its spellings, else None."""
@@ -47,11 +36,6 @@ class Written:
     def declares_method(self) -> bool:
         """Whether ``quant_method`` says something."""
         return bool(self.values.get("quant_method"))
-
-    @property
-    def method(self) -> str:
-        """``quant_method``, or AWQ where that is not given."""
-        return str(self.values.get("quant_method") or NAMES[0]).lower()
 
     @property
     def group_size(self) -> int | None:
@@ -74,18 +58,6 @@ class Written:
 def is_integer(value: object) -> bool:
     """Whether a JSON value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def written_config(checkpoint: Checkpoint, model: ModelConfig | None = None) -> Written | None:
-    """The quantization config that will count: the user's ``hf_overrides``, config.json's, or that of a file."""
-    overrides = model.engine_kwargs.get("hf_overrides") if model else None
-    override = overrides.get("quantization_config") if isinstance(overrides, Mapping) else None
-    if isinstance(override, Mapping):
-        return Written("hf_overrides", override)
-    if checkpoint.quantization_config is not None:
-        return Written("config.json", checkpoint.quantization_config)
-    where = min((name for name in checkpoint.quant_files if name.endswith(FILE_NAMES)), default=None)
-    return Written(where, checkpoint.quant_files[where]) if where else None
 
 
 def config_findings(written: Written) -> list[Finding]:

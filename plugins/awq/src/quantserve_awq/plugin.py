@@ -21,13 +21,14 @@ from quantserve.api import (
     Scheme,
     SkipList,
     Target,
+    dtype_argument,
     hookimpl,
     method_dtype,
     rayllm_profile,
     served_dtype,
 )
 from quantserve_awq import speed
-from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
+from quantserve_awq.config import NAMES, REFUSED, Written, config_findings
 from quantserve_awq.limits import limit_findings, uses_plain_kernel, vllm_cpu_problems
 from quantserve_awq.reference import CAVEAT, RUNS
 from quantserve_awq.tensors import (
@@ -71,7 +72,7 @@ def quantserve_method() -> Method:
 @hookimpl
 def quantserve_detect(checkpoint: Checkpoint) -> bool:
     """Claim what declares AWQ; without a declared method, what has AWQ's tensors or its old config keys."""
-    written = written_config(checkpoint)
+    written = Written.read(checkpoint)
     if written is not None and written.declares_method:
         return written.method in NAMES
     return has_awq_tensors(checkpoint) or (written is not None and "w_bit" in written.values)
@@ -86,14 +87,14 @@ def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
 @hookimpl
 def quantserve_skip_list(checkpoint: Checkpoint) -> SkipList | None:
     """The modules that AutoAWQ left unquantized."""
-    written = written_config(checkpoint)
+    written = Written.read(checkpoint)
     return SkipList(written.values.get("modules_to_not_convert")) if written else None
 
 
 @hookimpl
 def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
     """Check settings and what the kernels of the target take; the core compares the tensors with their scheme."""
-    written = written_config(checkpoint, model)
+    written = Written.read(checkpoint, model)
     if not has_quantized_tensors(checkpoint) and checkpoint.tensors_complete:
         return [not_quantized(written)]
     if written is None or written.method not in NAMES:
@@ -109,8 +110,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """The dtype where the kernel changes vLLM's choice."""
-    dtype = method_dtype(checkpoint, model, target, kernel_dtypes(checkpoint, model, target))
-    return {"dtype": dtype} if dtype else {}
+    return dtype_argument(checkpoint, model, target, kernel_dtypes(checkpoint, model, target))
 
 
 @hookimpl
@@ -146,7 +146,7 @@ def quantserve_quantizer() -> str:
 
 def kernel_choice(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> KernelChoice:
     """quantserve's kernel or vLLM's for this model."""
-    written = written_config(checkpoint, model)
+    written = Written.read(checkpoint, model)
     if written is None or target.device != "cpu":
         return speed.KERNELS.choose(model, target)
     return speed.KERNELS.choose(model, target, *vllm_cpu_problems(checkpoint, written, target, model))
@@ -154,7 +154,7 @@ def kernel_choice(checkpoint: Checkpoint, model: ModelConfig, target: Target) ->
 
 def kernel_dtypes(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> tuple[str, ...]:
     """The activation dtypes of the kernel that the linears get."""
-    written = written_config(checkpoint, model)
+    written = Written.read(checkpoint, model)
     group = actual_group(checkpoint, written)[0] if written else None
     plain = written is not None and group is not None and uses_plain_kernel(group, written.symmetric, target)
     return PLAIN_DTYPES if plain else DTYPES

@@ -16,7 +16,7 @@ from quantserve.api import (
     once,
     quantized_linears,
 )
-from quantserve_awq.config import NAMES, REFUSED, Written, config_findings, written_config
+from quantserve_awq.config import NAMES, REFUSED, Written, config_findings
 from quantserve_awq.format import GEMM, OTHER_LAYOUTS, OTHER_METHODS, awq_scheme
 
 OFFENDERS = 8
@@ -42,7 +42,7 @@ def has_quantized_tensors(checkpoint: Checkpoint) -> bool:
 @once
 def stored_scheme(checkpoint: Checkpoint) -> Scheme | None:
     """The scheme of the quantized linears; None where settings or tensors are not those of AWQ, which findings say."""
-    written = written_config(checkpoint)
+    written = Written.read(checkpoint)
     if written is None or written.method not in NAMES or not has_quantized_tensors(checkpoint):
         return None
     if any(finding.code in REFUSED for finding in config_findings(written)) or foreign_findings(checkpoint):

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from quantserve.api import (
+    CODEBOOK_DTYPES,
     Checkpoint,
     Finding,
     KernelProfile,
@@ -16,10 +17,11 @@ from quantserve.api import (
     Scheme,
     Target,
     codebook_kernel,
+    codebook_method,
+    dtype_argument,
     hookimpl,
     kernel_findings,
     linears,
-    method_dtype,
 )
 from quantserve_bitsandbytes import THEIRS
 from quantserve_bitsandbytes.format import BLOCK, settings, stored
@@ -27,24 +29,15 @@ from quantserve_bitsandbytes.format import BLOCK, settings, stored
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
-DTYPES = ("float16", "bfloat16", "float32")
 _MARKS = (".SCB", ".quant_map")
 
 
 @hookimpl
 def quantserve_method() -> Method:
     """Describe bitsandbytes as this plugin serves it."""
-    return Method(
-        name="bitsandbytes",
-        summary="NF4, FP4 (also with double quantization) and int8 of bitsandbytes",
-        bits=(4, 8),
-        vllm_name="bitsandbytes",
-        aliases=("bnb",),
-        minimum_capability=70,
-        devices=("cuda", "rocm", "cpu"),
-        dtypes=DTYPES,
-        homepage="https://github.com/bitsandbytes-foundation/bitsandbytes",
-    )
+    summary = "NF4, FP4 (also with double quantization) and int8 of bitsandbytes"
+    homepage = "https://github.com/bitsandbytes-foundation/bitsandbytes"
+    return codebook_method("bitsandbytes", summary, (4, 8), homepage, aliases=("bnb",))
 
 
 @hookimpl
@@ -118,8 +111,8 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """The dtype where a CPU prefers another than the files', and the loader of vLLM's plugin."""
-    dtype = method_dtype(checkpoint, model, target, DTYPES)
-    return {**({"dtype": dtype} if dtype else {}), **({"load_format": "bitsandbytes"} if _theirs(target) else {})}
+    loader = {"load_format": "bitsandbytes"} if _theirs(target) else {}
+    return {**dtype_argument(checkpoint, model, target, CODEBOOK_DTYPES), **loader}
 
 
 @hookimpl

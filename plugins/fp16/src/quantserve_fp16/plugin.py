@@ -22,6 +22,7 @@ from quantserve.api import (
     PerformanceProfile,
     Scheme,
     Target,
+    dtype_argument,
     hookimpl,
     method_dtype,
     once,
@@ -98,8 +99,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """Give the vLLM arguments this model needs; what the config itself sets wins over them."""
-    dtype = method_dtype(checkpoint, model, target, DTYPES)  # None: what vLLM decides by itself is right
-    return {"dtype": dtype} if dtype else {}
+    return dtype_argument(checkpoint, model, target, DTYPES)
 
 
 @hookimpl

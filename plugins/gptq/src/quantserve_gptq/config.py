@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quantserve.api import Checkpoint, Finding
-
-if TYPE_CHECKING:
-    from quantserve.api import ModelConfig
+from quantserve.api import Finding, WrittenConfig
 
 NAMES = ("gptq", "auto_gptq", "gptq_marlin")
 """What files call the method."""
@@ -40,22 +37,11 @@ class Settings:
     desc_act: bool
 
 
-@dataclass(frozen=True)
-class Written:
-    """A quantization config and where it stands.
+class Written(WrittenConfig):
+    """GPTQ's config."""
 
-    Attributes:
-        where: ``config.json``, the file's name, or ``hf_overrides`` of the model config.
-        values: the mapping as written.
-    """
-
-    where: str
-    values: Mapping[str, Any]
-
-    @property
-    def method(self) -> str:
-        """``quant_method``, or GPTQ where that is not given."""
-        return str(self.values.get("quant_method") or NAMES[0]).lower()
+    names = NAMES
+    files = (FILE_NAME,)
 
     @property
     def version(self) -> str:
@@ -90,18 +76,6 @@ class Written:
         one = {**self.values, **rule}
         desc_act = bool(one.get("desc_act")) and one["group_size"] != -1 and not self.values.get("static_groups")
         return Settings(one["bits"], one["group_size"], one["sym"], desc_act)
-
-
-def written_config(checkpoint: Checkpoint, model: ModelConfig | None = None) -> Written | None:
-    """The quantization config that counts: the user's ``hf_overrides``, config.json's, or ``quantize_config.json``."""
-    overrides = model.engine_kwargs.get("hf_overrides") if model else None
-    override = overrides.get("quantization_config") if isinstance(overrides, Mapping) else None
-    if isinstance(override, Mapping):
-        return Written("hf_overrides", override)
-    if checkpoint.quantization_config is not None:
-        return Written("config.json", checkpoint.quantization_config)
-    where = min((name for name in checkpoint.quant_files if name.endswith(FILE_NAME)), default=None)
-    return Written(where, checkpoint.quant_files[where]) if where else None
 
 
 def config_findings(written: Written) -> list[Finding]:

@@ -19,7 +19,7 @@ from quantserve.api import (
     shard_k,
     shard_n,
 )
-from quantserve_gptq.config import Settings, Written, config_findings, written_config
+from quantserve_gptq.config import Settings, Written, config_findings
 from quantserve_gptq.format import gptq_scheme
 from quantserve_gptq.speed import KERNELS
 
@@ -47,7 +47,7 @@ def scheme_of(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
 @once
 def usable_config(checkpoint: Checkpoint) -> Written | None:
     """The config of the files, where nothing is wrong with it."""
-    written = written_config(checkpoint)
+    written = Written.read(checkpoint)
     return written if written and not config_findings(written) else None
 
 

@@ -19,11 +19,11 @@ from quantserve.api import (
     Scheme,
     SkipList,
     Target,
+    dtype_argument,
     hookimpl,
-    method_dtype,
 )
 from quantserve_gptq import speed
-from quantserve_gptq.config import BITS, FILE_NAME, NAMES, config_findings, written_config
+from quantserve_gptq.config import BITS, FILE_NAME, NAMES, Written, config_findings
 from quantserve_gptq.limits import choose, is_stored, limit_findings, scheme_of, tensor_findings
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def quantserve_method() -> Method:
 @hookimpl
 def quantserve_detect(checkpoint: Checkpoint) -> bool:
     """Claim what declares GPTQ; without a declared method, its config file's keys or its tensors."""
-    written = written_config(checkpoint)
+    written = Written.read(checkpoint)
     if written is not None and written.values.get("quant_method"):
         return written.method in NAMES
     if written is not None and written.where.endswith(FILE_NAME) and {"bits", "desc_act"} <= written.values.keys():
@@ -82,7 +82,7 @@ def quantserve_skip_list(checkpoint: Checkpoint) -> SkipList:
 @hookimpl
 def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
     """Check settings and what the engine can serve; the core compares the tensors with their scheme."""
-    written = written_config(checkpoint, model)
+    written = Written.read(checkpoint, model)
     if not is_stored(checkpoint) and checkpoint.tensors_complete:
         return [
             Finding.error(
@@ -109,9 +109,8 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """The engine side that serves the files, and the dtype where a CPU prefers another."""
-    dtype = method_dtype(checkpoint, model, target, DTYPES)
     own = {"quantization": ENGINE} if choose(checkpoint, model, target).own else {}
-    return {**own, **({"dtype": dtype} if dtype else {})}
+    return {**own, **dtype_argument(checkpoint, model, target, DTYPES)}
 
 
 @hookimpl

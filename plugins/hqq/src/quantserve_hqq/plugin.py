@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantserve.api import (
+    CODEBOOK_DTYPES,
     Checkpoint,
     Finding,
     KernelProfile,
@@ -14,17 +15,17 @@ from quantserve.api import (
     Scheme,
     Target,
     codebook_kernel,
+    codebook_method,
+    dtype_argument,
     hookimpl,
     kernel_findings,
     linears,
-    method_dtype,
 )
 from quantserve_hqq.format import BITS, entries, entry, settings, stored
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
-DTYPES = ("float16", "bfloat16", "float32")
 ORIGINAL = "qmodel.pt"
 """A pickle of nested dicts, as hqq saved models before it wrote safetensors."""
 _WHERE = "quantization_config"
@@ -33,16 +34,8 @@ _WHERE = "quantization_config"
 @hookimpl
 def quantserve_method() -> Method:
     """Describe HQQ as this plugin serves it."""
-    return Method(
-        name="hqq",
-        summary="2-, 3-, 4- and 8-bit HQQ (axis 1), widths by kind of linear",
-        bits=BITS,
-        vllm_name="hqq",
-        minimum_capability=70,
-        devices=("cuda", "rocm", "cpu"),
-        dtypes=DTYPES,
-        homepage="https://github.com/dropbox/hqq",
-    )
+    summary = "2-, 3-, 4- and 8-bit HQQ (axis 1), widths by kind of linear"
+    return codebook_method("hqq", summary, BITS, "https://github.com/dropbox/hqq")
 
 
 @hookimpl
@@ -118,8 +111,7 @@ def _mixed(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Findin
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """The dtype where a CPU prefers another than the files'."""
-    dtype = method_dtype(checkpoint, model, target, DTYPES)
-    return {"dtype": dtype} if dtype else {}
+    return dtype_argument(checkpoint, model, target, CODEBOOK_DTYPES)
 
 
 @hookimpl

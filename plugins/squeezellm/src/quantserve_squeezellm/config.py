@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from quantserve.api import Checkpoint, Finding
+from quantserve.api import Checkpoint, Finding, WrittenConfig
 from quantserve_squeezellm.format import BITS
 
 if TYPE_CHECKING:
@@ -19,23 +19,17 @@ FILE_NAME = "quant_config.json"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(WrittenConfig):
     """What is known about a checkpoint's quantization.
 
     Attributes:
-        where: ``config.json``, a file's name, or ``hf_overrides`` of the model config.
-        values: the mapping as written, empty when there is none.
         table_bits: widths of the lookup tables in the files: bits -> number of linears.
     """
 
-    where: str
-    values: Mapping[str, Any]
-    table_bits: Mapping[int, int]
+    names = NAMES
+    files = (FILE_NAME,)
 
-    @property
-    def method(self) -> str:
-        """``quant_method``, or SqueezeLLM where that is not given."""
-        return str(self.values.get("quant_method") or NAMES[0]).lower()
+    table_bits: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def declared_bits(self) -> Any:
@@ -51,19 +45,13 @@ class Settings:
 
 
 def read_settings(checkpoint: Checkpoint, model: ModelConfig | None = None) -> Settings:
-    """The settings that count: the user's ``hf_overrides``, config.json's, or those of a file."""
+    """The settings that count, and the widths of the files' lookup tables; without settings an empty mapping."""
     table_bits: Counter[int] = Counter()
     for name, tensor in checkpoint.tensors.items():
         if name.endswith(".lookup_table") and len(tensor.shape) == 2:
             table_bits.update(bits for bits in BITS if tensor.shape[1] == 2**bits)
-    overrides = model.engine_kwargs.get("hf_overrides") if model else None
-    override = overrides.get("quantization_config") if isinstance(overrides, Mapping) else None
-    if isinstance(override, Mapping):
-        return Settings("hf_overrides", override, table_bits)
-    if checkpoint.quantization_config is not None:
-        return Settings("config.json", checkpoint.quantization_config, table_bits)
-    where = min((name for name in checkpoint.quant_files if name.endswith(FILE_NAME)), default="config.json")
-    return Settings(where, checkpoint.quant_files.get(where, {}), table_bits)
+    written = Settings.read(checkpoint, model) or Settings("config.json", {})
+    return replace(written, table_bits=table_bits)
 
 
 def config_findings(settings: Settings) -> list[Finding]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantserve.api import (
+    CODEBOOK_DTYPES,
     Checkpoint,
     Finding,
     KernelProfile,
@@ -20,6 +21,8 @@ from quantserve.api import (
     Scheme,
     SkipList,
     Target,
+    codebook_method,
+    dtype_argument,
     hookimpl,
     kernel_findings,
     method_dtype,
@@ -27,6 +30,7 @@ from quantserve.api import (
 )
 from quantserve_squeezellm import speed
 from quantserve_squeezellm.config import NAMES, config_findings, read_settings
+from quantserve_squeezellm.format import BITS
 from quantserve_squeezellm.reference import CAVEAT, RUNS
 from quantserve_squeezellm.tensors import has_tables, stored_scheme, tensor_findings
 
@@ -34,23 +38,13 @@ if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
 PICKLES = (".pt", ".bin", ".pth")
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 @hookimpl
 def quantserve_method() -> Method:
     """Describe SqueezeLLM as this plugin serves it."""
-    return Method(
-        name="squeezellm",
-        summary="dense-and-sparse 3- and 4-bit weights with a codebook per output channel",
-        bits=(3, 4),
-        vllm_name="squeezellm",
-        aliases=("sqllm",),
-        minimum_capability=70,
-        devices=("cuda", "rocm", "cpu"),
-        dtypes=DTYPES,
-        homepage="https://arxiv.org/abs/2306.07629",
-    )
+    summary = "dense-and-sparse 3- and 4-bit weights with a codebook per output channel"
+    return codebook_method("squeezellm", summary, BITS, "https://arxiv.org/abs/2306.07629", aliases=NAMES[1:])
 
 
 @hookimpl
@@ -105,8 +99,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """The method, which vLLM cannot see in the original files, and the dtype where a CPU prefers another."""
-    dtype = method_dtype(checkpoint, model, target, DTYPES)
-    return {"quantization": "squeezellm", **({"dtype": dtype} if dtype else {})}
+    return {"quantization": "squeezellm", **dtype_argument(checkpoint, model, target, CODEBOOK_DTYPES)}
 
 
 @hookimpl
@@ -142,7 +135,7 @@ def quantserve_converter() -> str:
 
 def dtype_finding(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> list[Finding]:
     """An info where float16 activations become bfloat16 because the CPU only emulates float16."""
-    if method_dtype(checkpoint, model, target, DTYPES) != "bfloat16":
+    if method_dtype(checkpoint, model, target, CODEBOOK_DTYPES) != "bfloat16":
         return []
     return [
         Finding.info(

@@ -23,6 +23,7 @@ from quantserve.plugins.registry import ENGINE_GROUP, GROUP, GROUPS, Hooks, Plug
 from quantserve.target import GIB, Target, find_target
 from quantserve.testing.case import CAPABILITIES, Case
 from quantserve.testing.child import Answer, worker
+from quantserve.testing.quick import Guard, quick
 from quantserve.testing.tiny import TOKENIZER, llama_config, llama_tensors, quantized_tensors
 
 TARGETS: Final = {"cpu": "cpu", "cuda": "h100", "rocm": "mi300x"}
@@ -42,6 +43,7 @@ class Subject:
     Attributes:
         points: the entry points of this environment.
         registry: of this plugin alone, so that no other one takes part.
+        quick: the same without the guard of each hook; used under `guard`.
         plugin: None where it does not load; `why` then says the reason.
 
     Raises:
@@ -63,6 +65,7 @@ class Subject:
         self.plugin = self.registry.plugins.get(case.name)
         failures = [failure for failure in self.registry.failures if failure.name == case.name]
         self.why = str(failures[0].error()) if failures else ""
+        self.quick = quick(self.registry)
         self._folder = tempfile.TemporaryDirectory(prefix="quantserve-")
         self._judged: dict[tuple[int, str, int], tuple[Checkpoint, Composition]] = {}
 
@@ -71,6 +74,11 @@ class Subject:
         """The plugin; checks are asked only where it loads."""
         assert self.plugin is not None
         return self.plugin
+
+    @cached_property
+    def guard(self) -> Guard:
+        """For code that calls the plugin of `quick`."""
+        return Guard(self.loaded)
 
     @property
     def method(self) -> Method | None:
@@ -227,7 +235,13 @@ class Subject:
         checkpoint, target = checkpoint or self.good, target or self.targets[0]
         key = (id(checkpoint), target.name, ranks)
         if key not in self._judged:
-            made = compose(self.model(ranks, named=named), self.registry, target, opened=checkpoint, predict=False)
+            model, good = self.model(ranks, named=named), checkpoint is self.good
+            registry = self.registry if good else self.quick
+
+            def composed() -> Composition:
+                return compose(model, registry, target, opened=checkpoint, predict=False)
+
+            made = composed() if good else self.guard(composed)
             if named or checkpoint is not self.good:
                 return made
             self._judged[key] = (checkpoint, made)

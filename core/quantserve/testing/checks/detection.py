@@ -17,8 +17,11 @@ from quantserve.testing.subject import Subject
 
 def claims(subject: Subject, checkpoint: Checkpoint) -> bool:
     """Whether the plugin claims it; raises PluginError."""
-    plugin = subject.loaded
-    return bool(Hooks([plugin]).call(plugin, "quantserve_detect", claim_of, checkpoint=own_copy(checkpoint)))
+    plugin = subject.quick.plugins[subject.case.name]
+    hooks = Hooks([plugin])
+    return bool(
+        subject.guard(lambda: hooks.call(plugin, "quantserve_detect", claim_of, checkpoint=own_copy(checkpoint)))
+    )
 
 
 @check("D01-own", "method")

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from quantserve.api import Finding, Linear
+from quantserve.api import Finding, Linear, once
 from quantserve.checkpoint import open_checkpoint
 from quantserve.errors import PluginError, QuantserveError
 from quantserve.testing.check import check
@@ -24,6 +24,7 @@ from quantserve.testing.damages import (
 from quantserve.testing.subject import Subject
 
 
+@once
 def all_damages(subject: Subject) -> list[Damage]:
     """Every damage of the good checkpoint."""
     good = subject.good

@@ -121,6 +121,8 @@ class Project:
             "bits": str(self.bits),
             "group_size": str(self.group_size),
             "per_byte": str(8 // self.bits),
+            "hidden": str(max(128, self.group_size)),  # of the checkpoint that the tests write
+            "intermediate": str(max(256, 2 * self.group_size)),
             "vllm_name": self.vllm_name,
         }
 

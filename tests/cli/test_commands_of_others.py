@@ -349,19 +349,19 @@ def test_the_name_of_another_distribution_of_this_project_cannot_be_taken(
     site: Site, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.command("third", HELLO, name=name)
-    rows = listed(capsys)
-    assert rows["third"]["reason"] == f"{name!r} is the command of quantserve-{name}"
-    assert rows[f"quantserve-{name}"]["state"] == "ok"
-    monkeypatch.setenv("QUANTSERVE_DISABLE", f"quantserve-{name}")
+    rows, owner = listed(capsys), f"quantserve-{EXTRAS[name][0]}"
+    assert rows["third"]["reason"] == f"{name!r} is the command of {owner}"
+    assert rows[owner]["state"] == "ok"
+    monkeypatch.setenv("QUANTSERVE_DISABLE", owner)
     assert "is switched off" in failing(capsys, 2, name)
     assert run(["--help"]) == 0
     assert "Not installed" not in capsys.readouterr().out
     # Where only the newcomer is installed it does not get the name either.
     alone = site.entry_points()
     monkeypatch.setattr(commands, "installed", lambda groups: (alone, []))
-    assert f"quantserve-{name} is not installed fix: pip install 'quantserve[{name}]'" in failing(capsys, 2, name)
+    assert f"{owner} is not installed fix: pip install 'quantserve[{EXTRAS[name][0]}]'" in failing(capsys, 2, name)
     assert run(["--help"]) == 0
-    assert f"Not installed: pip install 'quantserve[{name}]'" in " ".join(capsys.readouterr().out.split())
+    assert f"Not installed: pip install 'quantserve[{EXTRAS[name][0]}]'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_two_distributions_with_one_name(

@@ -179,7 +179,11 @@ def test_wheels_work_in_an_empty_environment(dist: Path, tmp_path: Path) -> None
         name: f"quantserve-{name}" for name in PLUGINS
     }
     assert report["failures"] == []
-    assert [(row["name"], row["state"]) for row in report["commands"]] == [("bench", "ok"), ("quantize", "ok")]
+    assert [(row["name"], row["state"]) for row in report["commands"]] == [
+        ("bench", "ok"),
+        ("quality", "ok"),
+        ("quantize", "ok"),
+    ]
     heavy = environment.run("quantserve", "quantize", "model", "--method", "awq", "--out", "out")
     assert heavy.returncode == 2, heavy.stderr
     assert "fix: pip install 'quantserve[cpu]'" in heavy.stderr

@@ -37,10 +37,11 @@ COMMANDS = {
     "new-plugin": "Write a complete distribution for a new plugin or command.",
 }
 EXTRAS = {
-    "bench": "Measure models under load, and compare with the expected performance.",
-    "quantize": "Make a quantized checkpoint of an unquantized one.",
+    "bench": ("bench", "Measure models under load, and compare with the expected performance."),
+    "quantize": ("quantize", "Make a quantized checkpoint of an unquantized one."),
+    "quality": ("quantize", "Measure what quantized models lost against the model they were made from."),
 }
-"""Commands that the extra and the distribution ``quantserve-NAME`` of their name bring."""
+"""Commands that come with an extra and the distribution ``quantserve-EXTRA``: name -> (extra, what it does)."""
 INTERNAL_ERROR = 70  # sysexits.h EX_SOFTWARE: a bug in quantserve
 CLOSED_PIPE = 128 + signal.SIGPIPE  # as of any program that the signal ends, so that no script takes it for success
 OTHERS, RUNNING = f"{__name__}.others", f"{__name__}.running"  # keys of click's `Context.meta`
@@ -110,9 +111,9 @@ class LazyGroup(click.Group):
         """List the commands without importing them."""
         installed = {command.name for command in _others(ctx) if command.ours}
         rows = list(COMMANDS.items())
-        for name, text in EXTRAS.items():
+        for name, (extra, text) in EXTRAS.items():
             rows.append(
-                (name, text if name in installed else f"{text} Not installed: pip install 'quantserve[{name}]'")
+                (name, text if name in installed else f"{text} Not installed: pip install 'quantserve[{extra}]'")
             )
         for command in _others(ctx):
             if not (command.ours or command.refusal):
@@ -139,7 +140,8 @@ def _load(ctx: click.Context, name: str) -> click.Command | None:
     """
     found = sorted((c for c in _others(ctx) if c.name == name), key=lambda c: (c.refusal is not None, not c.ours))
     if name in EXTRAS and not any(command.ours for command in found):
-        raise UsageError(f"quantserve-{name} is not installed\n  fix: pip install 'quantserve[{name}]'")
+        extra = EXTRAS[name][0]
+        raise UsageError(f"quantserve-{extra} is not installed\n  fix: pip install 'quantserve[{extra}]'")
     if not found:
         return None
     ctx.meta[RUNNING] = found[0]

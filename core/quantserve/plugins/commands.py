@@ -98,18 +98,18 @@ class Command:
 
 def find(
     builtin: Collection[str],
-    extras: Collection[str],
+    extras: Mapping[str, tuple[str, str]],
     environ: Mapping[str, str] = os.environ,
     points: EntryPoints | None = None,
 ) -> list[Command]:
     """The commands of other distributions, by name, also those that cannot be used.
 
-    A name in `builtin` is quantserve's, one in `extras` that of the distribution ``quantserve-NAME``. For other names
+    A name in `builtin` is quantserve's, one in `extras` that of the distribution ``quantserve-EXTRA``. For other names
     see `entry_points.duplicate`.
 
     Args:
         builtin: names of the commands of quantserve itself.
-        extras: names of commands that other distributions of this project have.
+        extras: commands that other distributions of this project have: name -> (extra, what it does).
         environ: for ``QUANTSERVE_DISABLE``, with names of commands or distributions.
         points: default: what is installed.
     """
@@ -119,7 +119,7 @@ def find(
     commands = []
     for point in found:
         distribution, version = origin(point)
-        ours = point.name in extras and named_for(distribution, point.name)
+        ours = point.name in extras and named_for(distribution, extras[point.name][0])
         command = Command(point.name, distribution, version, point, ours)
         commands.append(replace(command, refusal=_refusal(command, builtin, extras, denied)))
     owners = defaultdict(list)
@@ -130,7 +130,7 @@ def find(
 
 
 def _refusal(
-    command: Command, builtin: Collection[str], extras: Collection[str], denied: frozenset[str]
+    command: Command, builtin: Collection[str], extras: Mapping[str, tuple[str, str]], denied: frozenset[str]
 ) -> QuantserveError | None:
     name = command.name
     if off := left_out(command.point, None, denied):
@@ -140,7 +140,7 @@ def _refusal(
     if name in builtin:
         return command.defect("names", f"{name!r} is a command of quantserve itself")
     if name in extras and not command.ours:
-        return command.defect("names", f"{name!r} is the command of quantserve-{name}")
+        return command.defect("names", f"{name!r} is the command of quantserve-{extras[name][0]}")
     if reason := unusable_name(name):
         return command.defect("names", reason)
     return None

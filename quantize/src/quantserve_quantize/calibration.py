@@ -41,7 +41,7 @@ def read(path: Path | None, folder: Path, samples: int, length: int, seed: int) 
     Raises:
         UsageError: the text cannot be read, or is too short; or there is no tokenizer.
     """
-    text = _text(path)
+    text = text_of(path, "calibration.txt")
     ids = encode(text, folder)
     there = len(ids) // length
     if there < samples:
@@ -59,9 +59,14 @@ def read(path: Path | None, folder: Path, samples: int, length: int, seed: int) 
     return Calibration(rows, hashlib.sha256(text.encode()).hexdigest(), str(path) if path else "built-in")
 
 
-def _text(path: Path | None) -> str:
+def text_of(path: Path | None, default: str) -> str:
+    """A text file, or one that ships with this package.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8.
+    """
     if path is None:
-        return (files("quantserve_quantize") / "texts" / "calibration.txt").read_text(encoding="utf-8")
+        return (files("quantserve_quantize") / "texts" / default).read_text(encoding="utf-8")
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ class WithMethodOptions(click.Command):
         method = _value_of("--method", args)
         self.params = [param for param in self.params if not getattr(param, "of_method", False)]
         if method is not None:
-            self.params += _program().method_options(method)
+            self.params += imported("program").method_options(method)
         return super().make_context(info_name, args, parent, **extra)
 
 
-def _program() -> Any:
-    """The module that does the work, with torch.
+def imported(module: str) -> Any:
+    """A module of this package that imports torch.
 
     Raises:
         UsageError: torch, transformers or safetensors is not installed.
@@ -32,15 +33,14 @@ def _program() -> Any:
     from quantserve.errors import UsageError
 
     try:
-        from quantserve_quantize import program
+        return importlib.import_module(f"quantserve_quantize.{module}")
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers", "safetensors"):
             raise
         raise UsageError(
-            f"quantize needs {error.name}, which is not installed\n"
+            f"this command needs {error.name}, which is not installed\n"
             "  fix: pip install 'quantserve[cpu]' or 'quantserve[cuda]', or torch, transformers and safetensors"
         ) from None
-    return program
 
 
 def _value_of(name: str, args: list[str]) -> str | None:
@@ -91,7 +91,7 @@ def command(
     goes on with --resume, and gives the same bytes. Methods that calibrate run the model block by block on the CPU.
     """
     began = time.monotonic()
-    program = _program()
+    program = imported("program")
     asked = program.Asked(calibration, samples, length, seed)
     done: int = program.run(model, method, out, asked, options, resume, as_json, began)
     return done

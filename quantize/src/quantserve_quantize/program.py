@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from quantserve.cli.convert_command import local_path
@@ -77,21 +87,7 @@ def run(
     quantizer = found(found.Options(**options))
     name = plugin.method.name if plugin.method else method
     err = console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
+    with bars(err) as progress:
         report = quantize(folder, out, quantizer, name, asked, resume, progress)
     if as_json:
         click.echo(json.dumps({**report, "folder": str(out)}))
@@ -101,6 +97,23 @@ def run(
             f"wrote {escape(str(out))} in {time.monotonic() - began:.0f} s; next: quantserve check {escape(str(out))}"
         )
     return 0
+
+
+@contextlib.contextmanager
+def bars(out: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars, one for each kind of work: a function of the kind, how much is done, and how much there is."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=out, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(escape(what), total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield progress
 
 
 def show(report: Mapping[str, Any]) -> None:

@@ -109,6 +109,16 @@ class Quantizer:
         """Quantize one weight, float32 [n, k]."""
         raise NotImplementedError
 
+    @classmethod
+    def dequantize(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+        """The weight, float32 [n, k], for which the stored tensors of a linear stand.
+
+        Args:
+            tensors: by suffix.
+            config: the checkpoint's ``quantization_config``.
+        """
+        raise NotImplementedError
+
     def quantization_config(self, made: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """What config.json says as ``quantization_config``.
 

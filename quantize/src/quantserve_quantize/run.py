@@ -177,6 +177,12 @@ def parted(weights: Weights, linears: Mapping[str, Linear]) -> dict[str, list[st
     return parts
 
 
+def blocks_of(weights: Weights) -> list[str]:
+    """Paths of the decoder blocks that have a linear."""
+    names = (linear.name for linear in quantizable(weights.checkpoint, experts=False))
+    return list(dict.fromkeys(match[1] for name in names if (match := _BLOCK.match(name))))
+
+
 def versions() -> dict[str, str]:
     """Of what the result depends on."""
     packages = ("quantserve", "quantserve-quantize", "torch", "transformers")

@@ -79,14 +79,7 @@ class Skeleton:
             Hidden states [tokens, hidden] of each sample; and per block its arguments (masks, rotary embeddings),
             which are the same for all samples, as they have one length.
         """
-        inside = tuple(f"{path}." for path in self.blocks)
-        outside = {
-            name.rpartition(".")[0]
-            for name, parameter in self.model.named_parameters()
-            if parameter.is_meta and not name.startswith(inside) and not _is_head(name)
-        }
-        for path in outside:
-            self.load(path)
+        outside = self._load_outside(head=False)
         arguments: dict[str, dict[str, Any]] = {}
         first: list[Tensor] = []
 
@@ -109,9 +102,32 @@ class Skeleton:
             self.unload(path)
         return first, arguments
 
+    @torch.no_grad()
+    def logits(self, samples: Tensor, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The logits [tokens, vocabulary] of each sample, from the output [tokens, hidden] of the last block."""
+        self._load_outside(head=True)
+        with contextlib.ExitStack() as stack:
+            for path in self.blocks:
+                stack.enter_context(_replaced_forward(self.model.get_submodule(path), lambda x, *rest, **kwargs: x))
+            for sample, state in zip(samples, hidden, strict=True):
+                last = self.model.get_submodule(self.blocks[-1])
+                last.forward = lambda *rest, state=state, **kwargs: state[None]
+                yield self.model(input_ids=sample[None], use_cache=False).logits[0].float()
 
-def _is_head(name: str) -> bool:
-    return name.startswith("lm_head.")
+    def _load_outside(self, head: bool) -> set[str]:
+        """Load what is not in a block; the head only where it is needed and has weights of its own."""
+        inside = tuple(f"{path}." for path in self.blocks)
+        found = {
+            name.rpartition(".")[0]
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta and not name.startswith(inside) and (head or not name.startswith("lm_head."))
+        }
+        tied = {path for path in found if f"{path}.weight" not in self.weights.files}
+        for path in found - tied:
+            self.load(path)
+        if tied:
+            self.model.tie_weights()
+        return found - tied
 
 
 @contextlib.contextmanager

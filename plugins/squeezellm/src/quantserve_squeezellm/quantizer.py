@@ -77,7 +77,12 @@ class SqueezeLLM(Quantizer):
             # The sparse part holds what the codebook leaves over, so both together give the weight.
             tensors |= to_csr(torch.where(outliers, weight - table.gather(1, code.to(torch.int64)), 0.0))
         config = {"nnz": tensors["cols"].numel()} if "cols" in tensors else {}
-        return Quantized(tensors, dequantize(tensors), config)
+        return Quantized(tensors, self.dequantize(tensors, {}), config)
+
+    @classmethod
+    def dequantize(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+        """Codebook entries and sparse parts."""
+        return dequantize(tensors)
 
     def quantization_config(self, made: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Width, and the size of every sparse part."""

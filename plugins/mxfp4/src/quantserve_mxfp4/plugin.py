@@ -18,9 +18,9 @@ from quantserve.api import (
     Target,
     check_shards,
     codebook_kernel,
+    dtype_argument,
     hookimpl,
     kernel_findings,
-    method_dtype,
     quantized_linears,
 )
 from quantserve_mxfp4.format import DECLARED, GROUP, SCHEME, STACKS, is_stack
@@ -123,8 +123,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """The dtype where the files say another one."""
-    dtype = method_dtype(checkpoint, model, target, DTYPES)
-    return {"dtype": dtype} if dtype else {}
+    return dtype_argument(checkpoint, model, target, DTYPES)
 
 
 @hookimpl

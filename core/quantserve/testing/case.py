@@ -24,6 +24,8 @@ class Case:
         reference: from the folder of the checkpoint to the weights [n, k] of its quantized linears, by module, in
             float32: computed by another program than the plugin's `pack`. Only with it the checks on layers run. A
             module that is left out is not compared.
+        tolerance: by how much the reference may differ, as a share of a linear's largest weight: 0 is bit for bit,
+            2**-10 that of a program which computes in float16.
         capabilities: some of `CAPABILITIES`; None for those that the plugin's method and hooks tell, and
             ``tensor-parallel``.
         formats: formats of the kit's samples (`quantserve.testing.SAMPLES`) that the plugin claims by right, beside
@@ -36,6 +38,7 @@ class Case:
     name: str
     checkpoint: Path | Callable[[Path], object] | Mapping[str, Any] | None = None
     reference: Callable[[Path], Mapping[str, Any]] | None = None
+    tolerance: float = 0.0
     capabilities: Collection[str] | None = None
     formats: Collection[str] = ()
     harmless: Mapping[str, str] = field(default_factory=dict)

@@ -46,13 +46,17 @@ def tensor_damages(good: Checkpoint, quantized: list[Linear]) -> Iterator[Damage
         quantized: its linears that are quantized.
     """
     present = modules(good)
-    for linear in _one_of_each(quantized):
+    every = _one_of_each(quantized)
+    by_split = {linear.parallel: linear for linear in reversed(every)}  # shapes follow from it
+    for linear in every:
         tensors = present.get(linear.name, {})
         for suffix, tensor in tensors.items():
             if suffix == "bias":
                 continue
             name, label = tensor.name, f"tensor {suffix}"
             yield Damage(f"{label} missing", linear.name, f"without {name}", _without(good, name))
+            if linear not in by_split.values():
+                continue
             for shape in _shapes(tensor.shape):
                 detail = f"{name} {list(shape)} for {list(tensor.shape)}"
                 changed = _with(good, replace(tensor, shape=shape))
@@ -174,6 +178,8 @@ def _dtypes(dtype: str) -> tuple[str, ...]:
 
 def _settings(good: Checkpoint) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Where the quantization configs are: the field of the checkpoint, the name in it, and the settings."""
+    if good.container:
+        return  # the reader has made them from what the file holds
     if isinstance(settings := good.config.get("quantization_config"), Mapping):
         yield "config", "quantization_config", settings
     else:
@@ -194,10 +200,10 @@ _GONE: Final = object()
 
 
 def _values(value: Any) -> Iterator[tuple[str, Any]]:
-    """What to put in the place of a setting, with the kind of damage."""
-    yield "removed", _GONE
-    if value is None:
+    """What to put in the place of a setting, with the kind of damage. Empty ones say nothing that could be lost."""
+    if value is None or value in ([], {}):
         return
+    yield "removed", _GONE
     yield "wrong type", 7 if isinstance(value, str | list | bool) else "seven"
     if isinstance(value, bool):
         yield "wrong value", not value

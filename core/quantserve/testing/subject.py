@@ -282,6 +282,8 @@ class Subject:
                 "settings": self.good.quantization_config or {},
                 "folder": folder,
                 "reference": reference,
+                "tolerance": self.case.tolerance,
+                "environment": self.variables,
                 "dtypes": list(self.method.dtypes) if self.method else [],
                 "linears": [
                     {"name": one.name, "n": one.n, "k": one.k, "parallel": one.parallel}
@@ -291,6 +293,12 @@ class Subject:
                 "ranks": self.ranks if folder and "tensor-parallel" in self.facts else [],
             }
         )
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Variables of the engine's processes that the plugin sets for the good checkpoint on a CPU."""
+        cpu = [target for target in self.targets if target.device == "cpu"]
+        return self.composed(target=cpu[0]).environment if cpu else {}
 
     @cached_property
     def arguments(self) -> list[str]:

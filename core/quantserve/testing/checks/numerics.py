@@ -11,7 +11,7 @@ from quantserve.testing.subject import Subject
 
 @check("N01-weights", "layers")
 def weights(subject: Subject) -> Iterator[str]:
-    """`Format.pack` gives weights that are the reference's bit for bit in float32.
+    """`Format.pack` gives weights that are the reference's bit for bit in float32, or within the case's tolerance.
 
     Fix: compute as the format is defined, in float32: `(code - zero) * scale`, in this order.
     """

@@ -73,7 +73,7 @@ def kernel_profiles(subject: Subject) -> Iterator[str]:
 
 @check("R02-stored-bits", "kernel", "scheme")
 def stored_bits(subject: Subject) -> Iterator[str]:
-    """The widths of the schemes are the method's, and the profile's stored bits are those of the files within a third.
+    """The widths of the schemes are the method's, and a profile's stored bits at most 1.5 times those of the files.
 
     Fix: `Scheme.bits`, `Method.bits` and `KernelProfile.bits_per_weight` tell the same.
     """
@@ -91,7 +91,7 @@ def stored_bits(subject: Subject) -> Iterator[str]:
         one.nbytes for name, one in subject.good.tensors.items() if name.startswith(tuple(f"{n}." for n in names))
     )
     for what, bits, profile in kernels(subject):
-        if bits in width and not 0.66 < profile.bits_per_weight / (8 * held / weights) < 1.5:
+        if bits in width and profile.bits_per_weight > 1.5 * 8 * held / weights:
             yield f"{what}: bits_per_weight is {profile.bits_per_weight:g}, and the files hold {8 * held / weights:.2f}"
             return
 

@@ -47,7 +47,13 @@ from quantserve.model.quantizable import quantizable
 from quantserve.model.written import WrittenConfig
 from quantserve.once import once
 from quantserve.predict.calibration import Fastest, fastest_kernel
-from quantserve.predict.codebook import CODEBOOK_DTYPES, codebook_kernel, codebook_method, kernel_findings
+from quantserve.predict.codebook import (
+    CODEBOOK_DTYPES,
+    codebook_kernel,
+    codebook_method,
+    kernel_findings,
+    marlin_kernel,
+)
 from quantserve.predict.cpu_kernels import OUR_KERNEL, VLLM_KERNEL, CpuKernels, KernelChoice, missing_kernels
 from quantserve.predict.published import PublishedRun, published_profile, rayllm_profile
 from quantserve.scheme import NK, Dim, E, K, N, Part, Scheme
@@ -107,6 +113,7 @@ __all__ = [
     "hookimpl",
     "kernel_findings",
     "linears",
+    "marlin_kernel",
     "method_dtype",
     "missing_kernels",
     "modules",

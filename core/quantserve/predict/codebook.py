@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,20 @@ def codebook_kernel(
         source="assumed: not measured on such a GPU",
         uncertainty=1.0,
         experts=False,
+    )
+
+
+def marlin_kernel(ours: KernelProfile, target: Target) -> KernelProfile:
+    """The profile of vLLM's kernels for integer weights of 4 and 8 bits on CUDA GPUs, as assumed from AWQ's."""
+    return replace(
+        ours,
+        name="Machete or Marlin (vLLM)" if (target.capability or 0) >= 90 else "Marlin (vLLM)",
+        bandwidth_share=((1, 0.75), (32, 0.75), (128, 0.65)),
+        flops_share=((1, 0.3), (64, 0.45), (256, 0.5)),
+        source="assumed as for AWQ, from the Marlin paper (arXiv 2408.11743)",
+        benchmark="",
+        uncertainty=0.5,
+        experts=True,
     )
 
 

@@ -82,8 +82,17 @@ class CpuKernels:
         measured = self._measured(target, bits)
         return next(one for one in self.keys if measured.key == self._key(one, bits)) if measured else _listed(target)
 
-    def profile(self, target: Target, ours: KernelProfile, theirs: KernelProfile, bits: int = 4) -> KernelProfile:
-        """Of the kernel that a model usually gets, with the other one as its alternative, named for calibrations."""
+    def profile(
+        self, target: Target, ours: KernelProfile, theirs: KernelProfile | None = None, bits: int = 4
+    ) -> KernelProfile:
+        """Of the kernel that a model usually gets, with the other one as its alternative, named for calibrations.
+
+        Args:
+            target: the CPU.
+            ours, theirs: quantserve's and vLLM's; None for vLLM's kernel for 4 bits, as assumed from AWQ.
+            bits: of a weight.
+        """
+        theirs = theirs or self._as_for_awq(ours, target)
         ours = replace(ours, key=self.keys[OUR_KERNEL], environment={DISABLED_KERNELS: VLLM_KERNEL})
         theirs = replace(theirs, key=self.keys[VLLM_KERNEL])
         if missing_kernels():
@@ -122,6 +131,21 @@ class CpuKernels:
                 True, WITHOUT_THEIRS, self._said(OUR_KERNEL, target, bits) if usual == OUR_KERNEL else ()
             )
         return KernelChoice(False, {}, self._said(VLLM_KERNEL, target, bits))
+
+    def _as_for_awq(self, ours: KernelProfile, target: Target) -> KernelProfile:
+        """vLLM's kernel for 4 bits: quantserve-awq measures it and has the source of the numbers."""
+        amx = target.has_amx
+        return replace(
+            ours,
+            name=f"vLLM's {self.label} for CPUs" + " with AMX" * amx,
+            bandwidth_share=((1, 0.4 if amx else 0.11),),
+            flops_share=((1, 0.02), (16, 0.3), (64, 0.8), (512, 0.85)) if amx else ((1, 0.05), (16, 0.28), (512, 0.42)),
+            source="assumed as for AWQ, which vLLM computes with the same kernel",
+            benchmark="",
+            amx=True,
+            experts=amx,
+            uncertainty=1.0,
+        )
 
     def _key(self, kernel: str, bits: int) -> str:
         return f"{self.keys[kernel]}-{bits}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantserve.api import CpuKernels, KernelProfile, QualityNote, Target, codebook_kernel
+from quantserve.api import CpuKernels, KernelProfile, QualityNote, Target, codebook_kernel, marlin_kernel
 
 KERNELS = CpuKernels("gptq", "GPTQ", "quantserve-gptq[engine]")
 GROUP = 128
@@ -19,35 +19,9 @@ def kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
         return None
     ours = replace(ours, k_multiple=GROUP)
     if target.device == "cpu":
-        return KERNELS.profile(target, ours, _vllm_on_cpu(ours, target)) if bits == 4 else ours
-    if bits not in (4, 8) or target.device != "cuda" or (target.capability or 80) < 80:
-        return ours
-    return replace(
-        ours,
-        name="Machete or Marlin (vLLM)" if (target.capability or 0) >= 90 else "Marlin (vLLM)",
-        bandwidth_share=((1, 0.75), (32, 0.75), (128, 0.65)),
-        flops_share=((1, 0.3), (64, 0.45), (256, 0.5)),
-        source="assumed as for AWQ, from the Marlin paper (arXiv 2408.11743)",
-        benchmark="",
-        uncertainty=0.5,
-        experts=True,
-    )
-
-
-def _vllm_on_cpu(ours: KernelProfile, target: Target) -> KernelProfile:
-    """vLLM's kernel for 4 bits, the one it has for AWQ: quantserve-awq has the source of the numbers."""
-    amx = target.has_amx
-    return replace(
-        ours,
-        name="vLLM's GPTQ for CPUs" + " with AMX" * amx,
-        bandwidth_share=((1, 0.4 if amx else 0.11),),
-        flops_share=((1, 0.02), (16, 0.3), (64, 0.8)) if amx else ((1, 0.05), (16, 0.28), (64, 0.38)),
-        source="assumed as for AWQ, which vLLM computes with the same kernel",
-        benchmark="",
-        amx=True,
-        experts=amx,
-        uncertainty=1.0,
-    )
+        return KERNELS.profile(target, ours) if bits == 4 else ours
+    marlin = bits in (4, 8) and target.device == "cuda" and (target.capability or 80) >= 80
+    return marlin_kernel(ours, target) if marlin else ours
 
 
 def quality(bits: int) -> QualityNote | None:

@@ -154,7 +154,8 @@ class Checkpoint:
 
         In vLLM's order: ``quantization_config`` of config.json, else hf_quant_config.json, else
         ``compression_config``, else the same keys of ``text_config``. An empty object counts as none.
-        ``quant_method`` is in lower case and ``compressed_tensors`` has its hyphen, as vLLM reads them.
+        ``quant_method`` is in lower case and ``compressed_tensors`` has its hyphen, as vLLM reads them; a file of
+        ModelOpt, which has none, gets one.
         """
         candidates = (
             self.config.get("quantization_config"),
@@ -164,11 +165,11 @@ class Checkpoint:
             self.text_config.get("compression_config"),
         )
         found = next((value for value in candidates if isinstance(value, Mapping) and value), None)
-        method = found.get("quant_method") if found else None
+        method = found.get("quant_method") or _modelopt(found) if found else None
         if found is None or not isinstance(method, str):
             return found
         name = method.strip().lower().replace("compressed_tensors", "compressed-tensors")
-        return found if name == method else {**found, "quant_method": name}
+        return found if name == found.get("quant_method") else {**found, "quant_method": name}
 
     @property
     def torch_dtype(self) -> str | None:
@@ -211,6 +212,16 @@ class Checkpoint:
             "container": list(self.container),
             "problems": [problem.to_json() for problem in self.problems],
         }
+
+
+def _modelopt(config: Mapping[str, Any]) -> str | None:
+    """The method that vLLM reads out of ModelOpt's hf_quant_config.json; None where it stops at the algorithm."""
+    producer, inner = config.get("producer"), config.get("quantization")
+    if not isinstance(producer, Mapping) or producer.get("name") != "modelopt" or not isinstance(inner, Mapping):
+        return None
+    algorithm = str(inner.get("quant_algo")).upper()
+    known = dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO"), "modelopt") | {"NVFP4": "modelopt_fp4"}
+    return known.get(algorithm)
 
 
 def overridden(checkpoint: Checkpoint, overrides: object) -> Checkpoint:

@@ -82,6 +82,10 @@ def format_of(checkpoint: Checkpoint) -> tuple[str, str] | None:
     Returns:
         A name such as ``gptq`` in lower case, and ``quantization_config``, a file name or the name of a tensor.
     """
+    if "hf_quant_config.json" in checkpoint.quant_files and not checkpoint.config.get("quantization_config"):
+        quantization = checkpoint.quant_files["hf_quant_config.json"].get("quantization")
+        algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
+        return ("modelopt_fp4" if "FP4" in str(algorithm) else "modelopt"), "hf_quant_config.json"
     declared = checkpoint.quantization_config or {}
     method = declared.get("quant_method")
     if isinstance(method, str) and method.strip():
@@ -89,10 +93,6 @@ def format_of(checkpoint: Checkpoint) -> tuple[str, str] | None:
         if name == "modelopt" and "FP4" in str(declared.get("quant_algo")):
             name = "modelopt_fp4"
         return name, "quantization_config"
-    if "hf_quant_config.json" in checkpoint.quant_files:
-        quantization = checkpoint.quant_files["hf_quant_config.json"].get("quantization")
-        algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
-        return ("modelopt_fp4" if "FP4" in str(algorithm) else "modelopt"), "hf_quant_config.json"
     mlx = checkpoint.config.get("quantization")
     if isinstance(mlx, Mapping) and "group_size" in mlx:
         return "mlx", "quantization in config.json"

@@ -9,15 +9,18 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import translate
 from typing import Literal
 
-Match = Literal["substring", "exact", "suffix", "regex"]
+Match = Literal["substring", "exact", "suffix", "regex", "wildcard"]
 """How a method compares a layer's name with an entry of its list.
 
 - ``substring``: the entry is anywhere in the name (AWQ).
 - ``exact``: the entry is the name (FP8, MXFP4).
 - ``suffix``: the entry is the name, or its end after a dot.
 - ``regex``: the entry is the name, or ``re:`` and a pattern that matches from its start (compressed-tensors).
+- ``wildcard``: the entry is anywhere in the name, or a wildcard (``*mlp.gate*``) that matches it; of the parts of a
+  fused layer it is the whole name (ModelOpt).
 """
 
 Headers = Literal["if_empty", "never", "also"]
@@ -78,11 +81,12 @@ class SkipList:
         if layer.endswith(".experts"):
             # Experts are one layer for every method; compressed-tensors asks for those of expert 0.
             parts = [part for part in parts if part.startswith(f"{layer}.0.")] if self._match == "regex" else ()
-        if self._match == "exact" and "experts" in layer and not parts:
-            return any("experts" in entry and layer in entry for entry in self.entries)
+        if self._match in ("exact", "wildcard") and "experts" in layer and not parts:
+            listed = any("experts" in entry and layer in entry for entry in self.entries)
+            return listed or (self._match == "wildcard" and named(layer))
         if not parts or named(layer):
             return named(layer)
-        results = {named(part) for part in parts}
+        results = {part in self.entries if self._match == "wildcard" else named(part) for part in parts}
         return results.pop() if len(results) == 1 else None
 
     def judge(self, layers: Mapping[str, Sequence[str]]) -> Mapping[str, bool | None]:
@@ -108,7 +112,7 @@ def _entries(value: object, match: Match) -> tuple[tuple[str, ...], str]:
         return (), f"is {str(value)[:60]}; vLLM needs a list"
     entries = list(value)  # of an object, vLLM reads the keys
     odd = [entry for entry in entries if not isinstance(entry, str)]
-    if odd and match in ("substring", "regex"):
+    if odd and match in ("substring", "regex", "wildcard"):
         return (), f"holds {str(odd[0])[:60]}, which is no text"
     return tuple(dict.fromkeys(entry for entry in entries if isinstance(entry, str))), ""
 
@@ -117,6 +121,9 @@ def _comparison(entries: Sequence[str], match: Match) -> Callable[[str], bool] |
     """A function that compares a name with all entries; None when a pattern may take long or cannot be compiled."""
     if match == "substring":
         return lambda name: any(entry in name for entry in entries)
+    if match == "wildcard":
+        wildcards = [re.compile(translate(entry)) for entry in entries if any(sign in entry for sign in "*?[")]
+        return lambda name: any(entry in name for entry in entries) or any(one.match(name) for one in wildcards)
     names = set(entries)
     if match == "exact":
         return names.__contains__

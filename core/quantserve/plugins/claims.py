@@ -29,6 +29,7 @@ OURS: Final = (
     "vllm",
     "hqq",
     "mxfp4",
+    "modelopt",
     "bitsandbytes",
     "gguf",
     "compressed-tensors",

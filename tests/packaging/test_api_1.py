@@ -1,6 +1,6 @@
-"""A plugin written for version 1 of the plugin API, before there were schemes, keeps working.
+"""Plugins written for every version of the plugin API keep working: 1.0, before there were schemes, and 1.1.
 
-tests/data/old4 is frozen: where a test here fails, the API has to change back, not the plugin.
+tests/data/old4 and tests/data/scheme4 are frozen: where a test here fails, the API has to change back, not the plugin.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from helpers.checkpoints import Spec, linear_shapes, make_llama
+from helpers.checkpoints import Spec, linear_shapes, make_llama, nbytes, read_header
 from quantserve import api
 from quantserve.cli.main import run
 from quantserve.plugins.registry import Registry
 
-SOURCE = Path(__file__).parents[1] / "data" / "old4"
+DATA = Path(__file__).parents[1] / "data"
+SOURCE, SOURCE_1 = DATA / "old4", DATA / "scheme4"
 SHAPES = linear_shapes(2, 256, 512, 4, 2, 64)
 UP = "model.layers.0.mlp.up_proj"
 STATED = {"quantization_config": {"quant_method": "old4"}}
@@ -30,12 +31,12 @@ STATED = {"quantization_config": {"quant_method": "old4"}}
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that pip has installed the plugin into."""
+    """The folder that pip has installed the plugins into."""
     base = tmp_path_factory.mktemp("api-1")
-    shutil.copytree(SOURCE, base / "old4", ignore=shutil.ignore_patterns("__pycache__"))
+    folders = [shutil.copytree(source, base / source.name) for source in (SOURCE, SOURCE_1)]
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
-        [*command, "--target", str(base / "site"), str(base / "old4")], capture_output=True, text=True, timeout=300
+        [*command, "--target", str(base / "site"), *map(str, folders)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return base / "site"
@@ -45,7 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(site))
     yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "quantserve_old4"]:
+    for name in [name for name in sys.modules if name.startswith(("quantserve_old4", "quantserve_scheme4"))]:
         del sys.modules[name]
 
 
@@ -72,12 +73,14 @@ def write(path: Path, *, without: tuple[str, ...] = (), config: dict[str, Any] |
     return make_llama(path, drop=dense, extra=tensors, config={**STATED, **(config or {})})
 
 
-def test_every_name_of_version_1_is_there() -> None:
-    names = re.search(
-        r"from quantserve\.api import \((.*?)\)", (SOURCE / "src/quantserve_old4/plugin.py").read_text(), re.S
-    )
+@pytest.mark.parametrize(("source", "count"), [(SOURCE, 31), (SOURCE_1, 33)], ids=["1.0", "1.1"])
+def test_every_name_of_version_1_is_there(source: Path, count: int) -> None:
+    text = (source / "src" / f"quantserve_{source.name}" / "plugin.py").read_text()
+    names = re.search(r"from quantserve\.api import \((.*?)\)", text, re.S)
     assert names
-    assert {name.strip() for name in names[1].split(",") if name.strip()} <= set(api.__all__)
+    found = {name.strip() for name in names[1].split(",") if name.strip()}
+    assert len(found) == count
+    assert found <= set(api.__all__)
     assert api.VERSION == 1
 
 
@@ -151,8 +154,8 @@ def test_convert(ask: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_its_engine_side_computes(site: Path) -> None:
-    """vLLM builds its method, and its use of quantserve_kernels is right: y = x W^T against float64."""
+def test_their_engine_sides_compute(site: Path) -> None:
+    """vLLM builds their methods, and their use of quantserve_kernels is right: y = x W^T against float64."""
     code = """
 import torch
 from quantserve_old4 import register
@@ -172,6 +175,16 @@ x = torch.randn(3, 128, dtype=torch.bfloat16)
 expected = x.double() @ weight.T
 error = (method.apply(layer, x).double() - expected).abs().max() / expected.abs().max()
 assert error < 0.01, error
+
+# The plugin of 1.1.
+import quantserve_scheme4
+quantserve_scheme4.register(); quantserve_scheme4.register()
+made = get_quantization_config("scheme4").from_config({})
+words = torch.randint(0, 256, (48, 64), dtype=torch.uint8)
+scale = torch.rand(48, 2).half()
+codes = torch.stack((words & 15, words >> 4), -1).flatten(1).float() - 8
+weight = codes * scale.float().repeat_interleave(64, 1)
+assert torch.equal(made.pack({"qweight": words, "scale": scale}, None).dequantize().float(), weight)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -186,3 +199,71 @@ assert error < 0.01, error
 def test_registry_keeps_it_beside_ours(installed: None) -> None:
     registry = Registry.load({})
     assert registry.find_method("older4").distribution == "quantserve-old4"
+
+
+# --- 1.1 ---------------------------------------------------------------------------------------------
+
+
+def write_scheme4(path: Path, **changed: Spec | None) -> Path:
+    """The same model in the other plugin's format; None leaves a tensor out."""
+    tensors: dict[str, Spec] = {}
+    for name, (n, k) in SHAPES.items():
+        tensors |= {f"{name}.qweight": ("U8", (n, k // 2)), f"{name}.scale": ("F16", (n, k // 64))}
+    changes = {f"{UP}.{suffix}": spec for suffix, spec in changed.items()}
+    tensors = {name: spec for name, spec in {**tensors, **changes}.items() if spec}
+    config = {"quantization_config": {"quant_method": "scheme4"}}
+    return make_llama(path, drop=[f"{name}.weight" for name in SHAPES], extra=tensors, config=config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, ""),
+        ({"notes": ("U8", (3,))}, ""),
+        ({"scale": None}, "scheme4-missing-tensors"),
+        ({"scale": ("F16", (512, 5))}, "scheme4-wrong-shape"),
+        ({"scale": ("F32", (512, 4))}, "scheme4-wrong-dtype"),
+        ({"zeros": ("F16", (512, 4))}, "scheme4-unexpected-tensors"),
+    ],
+)
+def test_a_scheme_of_1_1_is_checked(ask: Any, tmp_path: Path, changes: dict[str, Any], found: str) -> None:
+    code, report = ask("check", write_scheme4(tmp_path / "m", **changes), "--target", "a100-80g")
+    (checked,) = report["models"]
+    assert checked["plugins"] == ["scheme4"]
+    errors = {finding["code"] for finding in checked["findings"] if finding["severity"] == "error"}
+    assert (code, errors) == ((1, {found}) if found else (0, set())), checked["findings"]
+    assert "scheme4-seen" in {finding["code"] for finding in checked["findings"]}
+
+
+def test_a_plan_of_1_1(ask: Any, tmp_path: Path) -> None:
+    code, report = ask("plan", write_scheme4(tmp_path / "m"), "--target", "a100-80g")
+    (plan,) = report["plans"] if isinstance(report, dict) and "plans" in report else report
+    assert code == 0
+    assert plan["engine_args"]["quantization"] == "scheme4"
+    variables = plan["runtime_env"]["env_vars"]
+    assert (variables["SCHEME4"], variables["QUANTSERVE_ENGINE_PLUGINS"]) == ("1", "quantserve-scheme4:scheme4")
+    code, report = ask("profile", tmp_path / "m", "--target", "a100-80g")
+    (row,) = [method for method in report["methods"] if method["method"].startswith("scheme4")]
+    assert (code, row["failed"]) == (0, None)
+
+
+def test_a_container_of_1_1(ask: Any, tmp_path: Path) -> None:
+    folder = write_scheme4(tmp_path / "m")
+    tensors = {
+        name: [dtype, shape, nbytes((dtype, shape))]
+        for name, (dtype, shape) in read_header(folder / "model.safetensors").items()
+    }
+    config = json.loads((folder / "config.json").read_text())
+    header = json.dumps({"tensors": tensors, "tokens": config["vocab_size"], "config": config}).encode()
+    size = sum(tensor[2] for tensor in tensors.values())
+    file = tmp_path / "whole.scheme4"
+    file.write_bytes(b"SCH4" + len(header).to_bytes(4, "little") + header + bytes(size))
+    code, report = ask("check", file, "--target", "a100-80g")
+    (checked,) = report["models"]
+    assert (code, checked["method"]) == (0, "scheme4"), checked["findings"]
+    (seen,) = [finding for finding in checked["findings"] if finding["code"] == "scheme4-seen"]
+    assert "of whole.scheme4" in seen["message"]
+    file.write_bytes(b"SCH5" + file.read_bytes()[4:])
+    code, report = ask("check", file, "--target", "a100-80g")
+    assert code == 1
+    assert "it does not begin with SCH4" in json.dumps(report)

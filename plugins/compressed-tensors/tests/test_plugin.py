@@ -16,10 +16,11 @@ from helpers.checkpoints import write_safetensors
 from helpers.composed import composed, errors, findings, text
 from quantserve.api import DISABLED_KERNELS
 from quantserve.checkpoint import open_checkpoint
+from quantserve_compressed_tensors.config import ENGINE
 from quantserve_kernels import Status
 
 DATA = Path(__file__).parent / "data"
-NAMES = ("mixed", "w8a8", "fp8", "fp8-block", "nvfp4", "mxfp4")
+NAMES = ("mixed", "odd", "w8a8", "fp8", "fp8-block", "nvfp4", "mxfp4", "mixture")
 Q = "model.layers.1.self_attn.q_proj"
 Change = dict[str, Any]
 
@@ -72,13 +73,15 @@ def wrong(folder: Path, target: str = "a100-80g", ranks: int = 1) -> dict[str, A
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("target", ["cpu", "a100-80g", "h100", "b200"])
+@pytest.mark.parametrize("target", ["cpu", "b200"])
 def test_files_of_llm_compressor(name: str, target: str) -> None:
     composition = composed(DATA / name, target)
     assert composition.method is not None
     assert composition.method.name == "compressed-tensors"
-    refused = target == "cpu" and name not in ("mixed", "w8a8")
-    assert list(wrong(DATA / name, target)) == ["compressed-tensors-device"] * refused
+    assert not wrong(DATA / name, target)
+    own = target == "cpu" and name not in ("mixed", "w8a8")
+    assert ("compressed-tensors-engine" in findings(composition)) == own
+    assert composition.engine_kwargs["quantization"].value == (ENGINE if own else "compressed-tensors")
     assert composition.stored is not None
     assert len(composition.stored.quantized) == 14
     assert not composition.stored.plain
@@ -147,12 +150,14 @@ def test_unquantized_layers_must_be_ignored(tmp_path: Path) -> None:
         ("mixed", {"group": {"weights": {"group_size": 64}}}, "wrong-shape", "weight_scale"),
         ("mixed", {"group": {"weights": {"num_bits": 8}}}, "wrong-shape", "weight_packed"),
         ("mixed", {"tensors": {f"{Q}.weight_g_idx": ("I32", (128,))}}, "unexpected-tensors", "weight_g_idx"),
-        ("mixed", {"group": {"weights": {"actorder": "group"}}}, "bad-keys", "act-order"),
+        ("mixed", {"group": {"weights": {"actorder": "group"}}}, "missing-tensors", "weight_g_idx"),
+        ("odd", {"tensors": {f"{Q}.weight_packed": ("I32", (128, 14))}}, "wrong-shape", "[128, 12] or [128, 13]"),
+        ("mixture", {"group": {"targets": [r"re:.*self_attn\.[kvo]_proj$"]}}, "mixed-layer", "none, group_0"),
         ("mixed", {"group": {"weights": {"group_size": None}}}, "bad-keys", "group_size"),
         ("mixed", {"group": {"targets": ["Linear"]}}, "targets", "the last one (group_2)"),
         ("mixed", {"group": {"format": "dense"}}, "scheme", "format dense"),
         ("mixed", {"group": {"targets": "Linear"}}, "bad-keys", "targets"),
-        ("w8a8", {"group": {"input_activations": None}}, "bad-keys", "no input_activations"),
+        ("w8a8", {"group": {"input_activations": None}}, "scheme", "int-quantized"),
         ("w8a8", {"group": {"weights": {"symmetric": False}}}, "scheme", "int-quantized"),
         ("w8a8", {"tensors": {f"{Q}.weight": ("F32", (128, 128))}}, "wrong-dtype", "F32, expected I8"),
         ("fp8", {"tensors": {f"{Q}.weight_scale": ("F32", (2, 1))}}, "wrong-shape", "weight_scale"),
@@ -241,10 +246,37 @@ def test_the_kernel_on_cpus(name: str, own: bool) -> None:
 
 
 def test_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 bits need quantserve's kernels, which are then plain torch."""
     missing = Status(native=False, reason="no compiler", instruction_set="")
     monkeypatch.setattr(quantserve_kernels, "status", lambda: missing)
-    assert "8 bits" in wrong(DATA / "mixed", "cpu")["compressed-tensors-cpu-kernel"].message
-    assert not wrong(DATA / "w8a8", "cpu")
+    found = composed(DATA / "mixed", "cpu")
+    assert found.engine_kwargs["quantization"].value == ENGINE
+    assert "no compiler" in findings(found)["compressed-tensors-plain-torch"].message
+    assert composed(DATA / "w8a8", "cpu").engine_kwargs["quantization"].value == "compressed-tensors"
+
+
+def test_act_order_and_older_words_are_for_the_engine_side_on_every_device(tmp_path: Path) -> None:
+    folder = changed(tmp_path / "m", "odd")
+    assert composed(folder, "h100").engine_kwargs["quantization"].value == "compressed-tensors"
+    held = {name: (one.dtype, one.shape) for name, one in open_checkpoint(str(folder)).tensors.items()}
+    for name, (dtype, shape) in held.items():
+        bits, per = {12: (3, 10), 24: (6, 5)}.get(shape[-1], (0, 0)) if name.endswith("weight_packed") else (0, 0)
+        if bits:
+            held[name] = (dtype, (shape[0], -(-shape[1] * 32 // bits // per)))
+        elif name.endswith("weight_zero_point") and "self_attn" in name:
+            held[name] = (dtype, (-(-shape[0] * 32 // 3 // 10), shape[1]))
+    write_safetensors(folder / "model.safetensors", held)
+    assert not wrong(folder, "h100")
+    assert "leave some unused" in findings(composed(folder, "h100"))["compressed-tensors-engine"].message
+
+    ordered = changed(tmp_path / "n", "mixed", group={"weights": {"actorder": "group"}})
+    held = {name: (one.dtype, one.shape) for name, one in open_checkpoint(str(ordered)).tensors.items()}
+    modules = {name.rpartition(".")[0] for name in held if "self_attn" in name}
+    write_safetensors(ordered / "model.safetensors", held | {f"{one}.weight_g_idx": ("I32", (128,)) for one in modules})
+    for target in ("h100", "cpu"):
+        assert not wrong(ordered, target)
+        assert composed(ordered, target).engine_kwargs["quantization"].value == ENGINE
+    assert "o_proj" in text(wrong(ordered, "cpu", ranks=2)["compressed-tensors-act-order"])
 
 
 def test_detection_by_tensors(tmp_path: Path) -> None:

@@ -8,8 +8,13 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Add quantserve's kernel to vLLM's own for CPUs, in engines that ask for this plugin; safe to call again."""
-    if find_spec("quantserve_kernels") is not None:
-        from quantserve_kernels.vllm import register_linear_kernel
+    """Make `quantization="compressed_tensors_codebook"` known, and quantserve's kernel to vLLM's own method on CPUs.
 
-        register_linear_kernel("quantserve-compressed-tensors:compressed-tensors")
+    Both are for engines that ask for this plugin; safe to call again.
+    """
+    if find_spec("quantserve_kernels") is not None:
+        from quantserve_compressed_tensors._vllm import CompressedTensors
+        from quantserve_kernels import vllm
+
+        vllm.register(CompressedTensors)
+        vllm.register_linear_kernel("quantserve-compressed-tensors:compressed-tensors")

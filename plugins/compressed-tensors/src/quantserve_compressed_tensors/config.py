@@ -1,23 +1,23 @@
-"""The quantization config of compressed-tensors: which modules have which weights and activations.
+"""The quantization config of compressed-tensors: groups of modules, and how each is quantized. Both sides read it here.
 
-The keys, their defaults and what is refused are those of ``QuantizationArgs`` of compressed-tensors 0.17; which kind of
-layer vLLM 0.32 makes of them is that of its ``CompressedTensorsConfig``. Tests compare both.
+Keys and defaults are those of ``QuantizationArgs`` of compressed-tensors 0.17; tests compare them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from quantserve.api import Checkpoint, once
+from quantserve.api import Checkpoint, SkipList, once
 
-NAME = "compressed-tensors"
+NAME, ENGINE = "compressed-tensors", "compressed_tensors_codebook"
+"""What files declare, and the argument that leads to this plugin's engine side."""
 PACKED, INTEGERS, FLOATS, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
-_STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
-_ORDERS = {"group": "group", "dynamic": "group", "true": "group", "weight": "weight", "static": "weight"}
-WITH_ACTIVATIONS = (NAIVE, INTEGERS, FLOATS, "nvfp4-pack-quantized")
-"""Formats of which vLLM expects quantized activations, or floating-point weights."""
+GROUPED = ("group", "tensor_group")
+STRATEGIES = (*GROUPED, "tensor", "channel", "block", "token", "attn_head")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Args:
         group_size: inputs that share one, None for other strategies than groups.
         block: rows and columns of a block, for the strategy ``block``.
         dynamic: whether scales of activations are computed while serving.
-        order: the order of activations with which GPTQ quantized: ``group``, ``weight`` or "".
-        scales: dtype of the scales, where the config gives it.
+        act_order: whether ``weight_g_idx`` scatters groups over all inputs.
+        exponents: whether scales are stored as E8M0, powers of two.
     """
 
     bits: int = 8
@@ -43,12 +43,15 @@ class Args:
     group_size: int | None = None
     block: tuple[int, int] | None = None
     dynamic: bool = False
-    order: str = ""
-    scales: str = ""
+    act_order: bool = False
+    exponents: bool = False
 
     def is_(self, type_: str, bits: int, *strategies: str) -> bool:
         """Whether the values are of this type, width and one of these strategies."""
         return (self.type, self.bits) == (type_, bits) and self.strategy in strategies
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in vars(self).items() if value not in (None, False))
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,8 @@ class Group:
 
     Attributes:
         name: its key.
-        targets: class names, module names and patterns of the modules.
-        weights, inputs: how they are quantized; inputs are None where activations keep 16 bits.
-        outputs: how the results are quantized; None where they are not.
+        targets: class names, module names and ``re:`` patterns of the modules.
+        weights, inputs, outputs: how they are quantized; None where they keep 16 bits.
         format: how the weights are stored.
     """
 
@@ -72,8 +74,8 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What the quantization config of a checkpoint says.
+class Config:
+    """The quantization config.
 
     Attributes:
         values: the mapping as written.
@@ -82,31 +84,77 @@ class Written:
     """
 
     values: Mapping[str, Any]
-    groups: tuple[Group, ...]
-    problems: tuple[str, ...]
+    groups: tuple[Group, ...] = ()
+    problems: tuple[str, ...] = ()
 
-    def by_target(self) -> dict[str, Group]:
+    @cached_property
+    def targets(self) -> dict[str, Group]:
         """The group of each target, in order; of a target that several groups have, vLLM takes the last group."""
         return {target: group for group in self.groups for target in group.targets}
 
+    @cached_property
+    def _matching(self) -> list[tuple[str, Callable[[str], object], Group]]:
+        return [(target, _matching(target), group) for target, group in self.targets.items()]
+
+    def of(self, module: str, layer: str = "") -> Group | None:
+        """The group of a module, as the files are written and vLLM reads them; None where no target matches.
+
+        The first target that is the name, or whose pattern matches from its start, counts, before those that are the
+        class: ``Linear`` of all modules but lm_head, whose class vLLM calls ``ParallelLMHead``.
+
+        Args:
+            module: its path: ``model.layers.0.self_attn.q_proj``.
+            layer: the path of the layer that vLLM fuses it into (``...qkv_proj``), which is compared first.
+        """
+        for name in (layer, module) if layer else (module,):
+            for _, matches, group in self._matching:
+                if matches(name):
+                    return group
+        kind = "ParallelLMHead" if module.rpartition(".")[2] == "lm_head" else "Linear"
+        for target, matches, group in self._matching:
+            if target.lower() in kind.lower() or (target.startswith("re:") and matches(kind)):
+                return group
+        return None
+
+    def ignores(self, module: str, layer: str = "") -> bool:
+        """Whether the list ``ignore`` names a module, or the layer it is fused into."""
+        return any(matches(name) for matches in self._ignored for name in (module, layer))
+
+    @cached_property
+    def _ignored(self) -> list[Callable[[str], object]]:
+        return [_matching(entry) for entry in self.values.get("ignore") or ()]
+
+    @cached_property
+    def slow(self) -> list[str]:
+        """Patterns that may take long; no names are compared with them before an engine starts."""
+        return [target for target in self.targets if SkipList([target], "regex").skips("") is None]
+
+
+def _matching(target: str) -> Callable[[str], object]:
+    return re.compile(target[3:]).match if target.startswith("re:") else target.__eq__
+
 
 @once
-def read_config(checkpoint: Checkpoint) -> Written | None:
+def config_of(checkpoint: Checkpoint) -> Config | None:
     """The config of a checkpoint that declares this method; None where it declares another, or none."""
     values = checkpoint.quantization_config
-    if values is None or str(values.get("quant_method", "")).strip().lower() != NAME:
-        return None
+    declared = values is not None and str(values.get("quant_method", "")).strip().lower() == NAME
+    return read_config(values) if values is not None and declared else None
+
+
+def read_config(values: Mapping[str, Any]) -> Config:
+    """Read a quantization config; what is wrong with it is in `problems`."""
     entries = values.get("config_groups") or {}
     if not isinstance(entries, Mapping):
-        return Written(values, (), (f"config_groups is {type(entries).__name__}, not an object",))
+        return Config(values, problems=(f"config_groups is {type(entries).__name__}, not an object",))
     groups, problems = [], []
     for name, entry in entries.items():
         try:
             if (group := _group(str(name), entry, values.get("format"))) is not None:
                 groups.append(group)
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             problems.append(f"config_groups.{str(name)[:40]}: {error}")
-    return Written(values, tuple(groups), tuple(problems))
+    return Config(values, tuple(groups), tuple(problems))
 
 
 def _group(name: str, entry: object, form: object) -> Group | None:
@@ -115,23 +163,16 @@ def _group(name: str, entry: object, form: object) -> Group | None:
     targets = entry.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError("targets is no list of texts")
+    for target in targets:
+        _matching(target)
     if len(targets) == 1 and targets[0].endswith("Attention"):
         return None
-    form = entry.get("format") or form
     if not isinstance(entry.get("weights"), Mapping):
         raise ValueError("weights is no object; vLLM needs one in each group")
-    weights = read_args(entry["weights"])
-    if weights.order == "group":
-        raise ValueError(
-            "actorder is 'group' (act-order with weight_g_idx), which vLLM 0.32 has removed; quantize with actorder "
-            "'static', or none"
-        )
     inputs, outputs = (
         read_args(entry[key]) if entry.get(key) else None for key in ("input_activations", "output_activations")
     )
-    if form in WITH_ACTIVATIONS and inputs is None and weights.type != "float":
-        raise ValueError(f"format {form} with integer weights has no input_activations; vLLM stops at that")
-    return Group(name, tuple(targets), weights, inputs, outputs, str(form))
+    return Group(name, tuple(targets), read_args(entry["weights"]), inputs, outputs, str(entry.get("format") or form))
 
 
 def read_args(values: object) -> Args:
@@ -142,21 +183,16 @@ def read_args(values: object) -> Args:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{str(values)[:40]} is no object")
-    strategy, group, block = values.get("strategy"), values.get("group_size"), values.get("block_structure")
-    bits, order, dynamic = values.get("num_bits", 8), values.get("actorder"), values.get("dynamic") or False
-    kind = str(values.get("type", "int")).lower()
-    if type(bits) is not int or bits < 1:
-        raise ValueError(f"num_bits is {str(bits)[:40]!r}, not a positive number")
-    if kind not in ("int", "float") or (kind == "float" and bits not in (4, 8)):
-        raise ValueError(f"no such values: {bits} bits of type {kind[:40]!r}")
+    bits, kind, group = values.get("num_bits", 8), str(values.get("type", "int")).lower(), values.get("group_size")
+    if type(bits) is not int or bits < 1 or kind not in ("int", "float") or (kind == "float" and bits not in (4, 8)):
+        raise ValueError(f"no such values: {str(bits)[:40]} bits of type {kind[:40]!r}")
     if group is not None and (type(group) is not int or group < -1):
         raise ValueError(f"group_size is {str(group)[:40]!r}, not a positive number or -1")
-    if strategy is None:
-        strategy = "tensor" if group is None else "channel" if group == -1 else "group"
-    strategy = str(strategy).lower()
-    if strategy not in _STRATEGIES:
-        raise ValueError(f"strategy is {strategy[:40]!r}; it has {', '.join(_STRATEGIES)}")
-    if (strategy in ("group", "tensor_group")) != bool(group and group > 0):
+    usual = "tensor" if group is None else "channel" if group == -1 else "group"
+    strategy, block = str(values.get("strategy") or usual).lower(), values.get("block_structure")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy is {strategy[:40]!r}; it has {', '.join(STRATEGIES)}")
+    if (strategy in GROUPED) != bool(group and group > 0):
         raise ValueError(f"group_size {group} does not fit strategy {strategy!r}")
     if isinstance(block, str):
         block = [int(size) if size.isdecimal() else size for size in block.split("x")]
@@ -164,15 +200,9 @@ def read_args(values: object) -> Args:
         raise ValueError(f"block_structure is {str(block)[:40]}, not [rows, columns]")
     if (strategy == "block") != (block is not None):
         raise ValueError(f"block_structure {block} does not fit strategy {strategy!r}")
-    if (strategy == "token" and not dynamic) or (dynamic and strategy in ("channel", "block", "attn_head")):
-        raise ValueError(f"strategy {strategy!r} does not fit dynamic {dynamic!r}")
-    if str(dynamic).lower() == "local" and strategy != "tensor_group":
-        raise ValueError(f"dynamic 'local' does not fit strategy {strategy!r}")
-    order = _ORDERS.get(str(order).lower(), "")
-    if order == "group" and strategy not in ("group", "tensor_group"):
-        raise ValueError(f"actorder 'group' does not fit strategy {strategy!r}")
     return Args(
         bits, kind, values.get("symmetric", True) is not False, strategy, group if group != -1 else None,
-        (block[0], block[1]) if block else None, bool(dynamic), order,
-        str(values.get("scale_dtype") or ""),
+        (block[0], block[1]) if block else None, bool(values.get("dynamic")),
+        str(values.get("actorder")).lower() in ("group", "dynamic", "true"),
+        str(values.get("scale_dtype")).endswith("uint8"),
     )  # fmt: skip

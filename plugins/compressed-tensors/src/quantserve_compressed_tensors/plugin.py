@@ -1,6 +1,7 @@
 """The light module of the compressed-tensors plugin: checkpoints as llm-compressor writes them.
 
-vLLM's own method serves them; on CPUs integers only, with quantserve's kernel where activations keep 16 bits.
+vLLM's own method serves them on GPUs, and integers of 2, 4 and 8 bits on CPUs, with quantserve's kernel where
+activations keep 16 bits. This plugin's engine side serves the others.
 """
 
 from __future__ import annotations
@@ -17,26 +18,30 @@ from quantserve.api import (
     Scheme,
     SkipList,
     Target,
+    dtype_argument,
     hookimpl,
-    method_dtype,
+    linears,
 )
 from quantserve_compressed_tensors import speed
-from quantserve_compressed_tensors.config import NAME, read_config
+from quantserve_compressed_tensors.config import ENGINE, NAME, config_of
 from quantserve_compressed_tensors.limits import (
+    SUFFIXES,
     config_findings,
-    is_stored,
+    group_of,
     kernel_choice,
     limit_findings,
     mxfp4_environment,
     silent_findings,
+    usable_config,
+    vllm_problem,
 )
-from quantserve_compressed_tensors.schemes import scheme_of
-from quantserve_compressed_tensors.targets import groups_of, unmatched
+from quantserve_compressed_tensors.schemes import layout_of
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
 DTYPES = ("float16", "bfloat16")
+DEVICES = ("cuda", "rocm", "cpu")
 
 
 @hookimpl
@@ -48,8 +53,9 @@ def quantserve_method() -> Method:
         bits=(4, 8),
         vllm_name=NAME,
         minimum_capability=75,
-        devices=("cuda", "rocm", "cpu"),
+        devices=DEVICES,
         dtypes=DTYPES,
+        accepts={NAME: dict.fromkeys(DEVICES, (ENGINE,))},
         homepage="https://github.com/vllm-project/compressed-tensors",
     )
 
@@ -67,19 +73,18 @@ def quantserve_detect(checkpoint: Checkpoint) -> bool:
 @hookimpl
 def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
     """That of the first group whose target matches; None where none does, which vLLM then builds unquantized."""
-    groups = groups_of(checkpoint) if is_stored(checkpoint) else None
-    group = groups.of(linear) if groups else None
-    return scheme_of(group) if group else None
+    group = group_of(checkpoint, linear)
+    return layout_of(group) if group else None
 
 
 @hookimpl
 def quantserve_skip_list(checkpoint: Checkpoint) -> SkipList | None:
     """What vLLM builds unquantized: modules of the list ``ignore``, and those that no target matches."""
-    written = read_config(checkpoint)
-    if written is None:
+    config = config_of(checkpoint)
+    if config is None:
         return None
-    ignore = written.values.get("ignore")
-    rest = unmatched(checkpoint)
+    ignore, usable = config.values.get("ignore"), usable_config(checkpoint) is not None
+    rest = {one.group: None for one in linears(checkpoint) if group_of(checkpoint, one) is None} if usable else {}
     if not rest or not isinstance(ignore, list | None):
         return SkipList(ignore, "regex", headers="never", key="ignore")
     return SkipList([*(ignore or ()), *rest], "regex", headers="never", key="ignore (or by none of the targets)")
@@ -88,10 +93,10 @@ def quantserve_skip_list(checkpoint: Checkpoint) -> SkipList | None:
 @hookimpl
 def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterable[Finding]:
     """What vLLM refuses, overlooks or misreads; the core compares the tensors with their schemes."""
-    written = read_config(checkpoint)
-    if written is None:
+    config = config_of(checkpoint)
+    if config is None:
         return []  # the core has said so
-    if not is_stored(checkpoint) and checkpoint.tensors_complete:
+    if checkpoint.tensors_complete and not any(name.endswith(SUFFIXES) for name in checkpoint.tensors):
         return [
             Finding.error(
                 "compressed-tensors-not-quantized",
@@ -100,21 +105,20 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
                 "serve the files as they are, without quantization_config, or export the model again",
             )
         ]
-    findings = list(config_findings(written, checkpoint, target))
+    findings = list(config_findings(config, checkpoint, target))
     if findings or not checkpoint.tensors_complete:
         return findings
     return [
         *limit_findings(checkpoint, model, target),
-        *silent_findings(written, checkpoint, model, target),
-        *dtype_findings(checkpoint, model, target),
+        *silent_findings(config, checkpoint, model, target),
     ]
 
 
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
-    """The dtype, where a CPU prefers another."""
-    dtype = method_dtype(checkpoint, model, target, DTYPES)
-    return {"dtype": dtype} if dtype else {}
+    """The engine side that serves the files, and the dtype where a CPU prefers another."""
+    own = {"quantization": ENGINE} if vllm_problem(checkpoint, target) else {}
+    return {**own, **dtype_argument(checkpoint, model, target, DTYPES)}
 
 
 @hookimpl
@@ -129,17 +133,3 @@ def quantserve_environment(checkpoint: Checkpoint, model: ModelConfig, target: T
 def quantserve_kernel(target: Target, bits: int, engine: str, scheme: Scheme | None) -> KernelProfile | None:
     """What the kernel of the target reaches."""
     return speed.kernel(target, bits, engine, scheme)
-
-
-def dtype_findings(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> list[Finding]:
-    """An info where a CPU gets bfloat16 in place of float16."""
-    if not target.prefers_bfloat16 or method_dtype(checkpoint, model, target, DTYPES) != "bfloat16":
-        return []
-    return [
-        Finding.info(
-            "compressed-tensors-dtype",
-            "the model is float16; its activations will be bfloat16, which this CPU multiplies in hardware",
-            ["engine_kwargs.dtype"],
-            "set engine_kwargs.dtype to float16 to keep all bits of the activations, more slowly",
-        )
-    ]

@@ -1,7 +1,7 @@
 """Quantize checkpoints. A plugin's quantizer is a `Quantizer`; the rest (reading, calibrating, writing) is here, once.
 
 `quantserve quantize` finds the quantizer through the hook ``quantserve_quantizer``, which names the class as
-``"module:Class"``. The names of this package import torch when they are used, as `quantserve list` imports its commands.
+``"module:Class"``. The names of this package import torch when they are used: `quantserve list` imports its commands.
 """
 
 from typing import TYPE_CHECKING

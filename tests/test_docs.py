@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,14 +16,12 @@ import pytest
 import torch
 import yaml
 
+from helpers import tutorial
 from helpers.checkpoints import make_llama
 from helpers.dists import Site
 from quantserve.cli.main import COMMANDS, EXTRAS, run
 from quantserve.config import json_schema, load_object
-from quantserve.planning.compose import compose
 from quantserve.plugins.contract import HOOKS
-from quantserve.plugins.registry import Registry
-from quantserve.target import find_target
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -102,27 +103,28 @@ def test_commands_in_the_text_exist(path: Path) -> None:
     assert set(used) <= {*COMMANDS, *EXTRAS}
 
 
-def test_the_tutorial_makes_a_working_plugin(tmp_path: Path) -> None:
-    """The code of docs/plugins.md, installed as it stands, is found and checks a checkpoint."""
-    page = ROOT / "docs" / "plugins.md"
-    code = next(block for block in blocks(page, "python") if "def quantserve_method" in block)
-    site = Site(tmp_path / "site")
-    site.path.mkdir()
-    site.install("quantserve-mymethod", code, name="mymethod")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(site.path))
-        registry = Registry.load({}, site.entry_points())
-    assert registry.failures == ()
-    plugin = registry.find_method("mymethod")
-    missing = "model.layers.0.self_attn.o_proj.weight"
-    config = {"quantization_config": {"quant_method": "mymethod"}}
-    folder = make_llama(tmp_path / "model", config=config, drop=[missing])
-    engine_config = {"model_id": "m", "hf_model_id": str(folder)}
-    app = load_object({"models": [{"engine_config": engine_config, "scaling_config": {"num_workers": 1}}]}, "test")
-    composition = compose(app.models[0], registry, find_target("a100-80g"))
-    assert composition.method_plugin is plugin
-    assert "mymethod-missing-tensors" in {finding.code for finding in composition.errors}
-    site.forget()
+def test_the_tutorial_makes_a_working_format(tmp_path: Path) -> None:
+    """The blocks of docs/plugins.md in the generated project; tests/packaging installs, proves and serves it."""
+    project, lines = tutorial.make(tmp_path)
+    (said,) = re.findall(r"lines that differ from what was generated: (\d+)", tutorial.PAGE.read_text())
+    assert lines == int(said) <= 60
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=project, capture_output=True)
+    assert done.returncode == 0, done.stdout
+    code = """
+import torch
+from quantserve_log4.engine import Log4Format
+from quantserve_log4.quantize import encode
+from reference import dequantize
+weight = torch.randn(64, 256)
+stored = encode(weight)
+expected = dequantize(stored)
+packed = Log4Format.pack(None, stored, None).dequantize().float()
+assert (packed - expected).abs().max() < 1e-6 * expected.abs().max()
+assert ((expected - weight).abs() / weight.abs().clamp(min=0.5)).mean() < 0.1
+"""
+    variables = {**os.environ, "PYTHONPATH": f"{project / 'src'}{os.pathsep}{project / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_command_of_the_text_runs(

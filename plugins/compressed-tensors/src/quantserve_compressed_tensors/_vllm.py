@@ -103,8 +103,8 @@ class CompressedTensors(Format):
         """(code - zero) * scale, or value * scale; with act-order the order of the inputs as well."""
         assert isinstance(scheme, Layout)
         args, scale = scheme.args, tensors["weight_scale"]
-        if scale.dtype == torch.uint8:  # E8M0; float64 gives exact powers of two
-            scale = torch.exp2(scale.double() - 127).float()
+        if scale.dtype == torch.uint8:
+            scale = scale.view(torch.float8_e8m0fnu).float()
         if (whole := tensors.get("weight_global_scale")) is not None:
             scale = scale.float() / whole
         columns = args.block[1] if args.block else args.group_size

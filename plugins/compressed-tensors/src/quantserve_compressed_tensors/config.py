@@ -186,20 +186,17 @@ def read_args(values: object) -> Args:
     bits, kind, group = values.get("num_bits", 8), str(values.get("type", "int")).lower(), values.get("group_size")
     if type(bits) is not int or bits < 1 or kind not in ("int", "float") or (kind == "float" and bits not in (4, 8)):
         raise ValueError(f"no such values: {str(bits)[:40]} bits of type {kind[:40]!r}")
-    if group is not None and (type(group) is not int or group < -1):
-        raise ValueError(f"group_size is {str(group)[:40]!r}, not a positive number or -1")
     usual = "tensor" if group is None else "channel" if group == -1 else "group"
     strategy, block = str(values.get("strategy") or usual).lower(), values.get("block_structure")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy[:40]!r}; it has {', '.join(STRATEGIES)}")
-    if (strategy in GROUPED) != bool(group and group > 0):
-        raise ValueError(f"group_size {group} does not fit strategy {strategy!r}")
+    if group not in (None, -1) if strategy not in GROUPED else type(group) is not int or group < 1:
+        raise ValueError(f"group_size {str(group)[:40]} does not fit strategy {strategy!r}")
     if isinstance(block, str):
         block = [int(size) if size.isdecimal() else size for size in block.split("x")]
-    if block is not None and not (isinstance(block, list) and [type(size) for size in block] == [int, int]):
-        raise ValueError(f"block_structure is {str(block)[:40]}, not [rows, columns]")
-    if (strategy == "block") != (block is not None):
-        raise ValueError(f"block_structure {block} does not fit strategy {strategy!r}")
+    pair = isinstance(block, list) and [type(size) for size in block] == [int, int]
+    if not pair if strategy == "block" else block is not None:
+        raise ValueError(f"block_structure {str(block)[:40]} does not fit strategy {strategy!r}")
     return Args(
         bits, kind, values.get("symmetric", True) is not False, strategy, group if group != -1 else None,
         (block[0], block[1]) if block else None, bool(values.get("dynamic")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from quantserve.api import (
@@ -24,7 +24,7 @@ from quantserve.api import (
     quantized_linears,
 )
 from quantserve_compressed_tensors.config import NAME, Config, Group, config_of
-from quantserve_compressed_tensors.schemes import Kind, kind_of, layout_of
+from quantserve_compressed_tensors.schemes import Kind, Layout, kind_of, layout_of
 from quantserve_compressed_tensors.speed import KERNELS
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ SHOWN = 8
 SUFFIXES = (".weight_packed", ".weight_scale")
 _W4A4 = "FlashInferMxFp4LinearKernel"
 """vLLM's kernel for MXFP4 that rounds activations to 4 bits."""
-_WHERE = "quantization_config"
-_CACHE = (".k_scale", ".v_scale")
+_WHERE, _CACHE = "quantization_config.", (".k_scale", ".v_scale")
 # Families whose norms multiply by 1 + weight, on which AWQ of llm-compressor before 0.11 computed wrong weights.
 _OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next")
 
@@ -56,16 +55,17 @@ def group_of(checkpoint: Checkpoint, linear: Linear) -> Group | None:
     return config.of(linear.name, fused) if config else None
 
 
+def scheme_of(checkpoint: Checkpoint, linear: Linear) -> Layout | None:
+    """How a linear is stored; None where no target matches it, so that it is plain."""
+    group = group_of(checkpoint, linear)
+    return layout_of(group) if group else None
+
+
 @once
 def members(checkpoint: Checkpoint) -> dict[Group, list[Linear]]:
     """The quantized linears of every group that has some."""
-
-    def layout(linear: Linear) -> object:
-        group = group_of(checkpoint, linear)
-        return layout_of(group) if group else None
-
     found = dict[Group, list[Linear]]()
-    for linear in quantized_linears(checkpoint, layout)[0]:  # type: ignore[arg-type]
+    for linear in quantized_linears(checkpoint, lambda linear: scheme_of(checkpoint, linear))[0]:
         if group := group_of(checkpoint, linear):
             found.setdefault(group, []).append(linear)
     return found
@@ -130,26 +130,18 @@ def mxfp4_environment(checkpoint: Checkpoint, model: ModelConfig, target: Target
 
 def limit_findings(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
     """What neither vLLM's method nor this plugin's engine side can compute on the target."""
+    yield from kernel_choice(checkpoint, model, target).findings
     if problem := vllm_problem(checkpoint, target):
-        yield Finding.info(
-            "compressed-tensors-engine",
-            f"vLLM's own method cannot serve these files: {problem}. quantserve's engine side does, weights only: "
-            "activations keep 16 bits",
-            ["engine_kwargs.quantization"],
-            "nothing to do",
-        )
-        yield from kernel_findings(NAME, "these", target)
-        yield from _order_findings(checkpoint, model, target)
+        message = f"vLLM's own method cannot serve these files: {problem}. quantserve's engine side does, weights only"
+        where = ["engine_kwargs.quantization"]
+        yield Finding.info("compressed-tensors-engine", f"{message}: activations keep 16 bits", where, "nothing to do")
+        yield from kernel_findings(NAME, NAME, target, checkpoint, scheme_of)
+        yield from _order_findings(checkpoint, model.tensor_parallel_size)
         return
     for kind, group, every, _ in kinds(checkpoint):
         if reason := _no_kernel(kind, group, target):
-            yield Finding.error(
-                "compressed-tensors-device",
-                f"{len(every)} linears are {kind.name}, and {reason}. First: {every[0].name}",
-                [linear.name for linear in every[:SHOWN]],
-                "use another export of the model, or another target",
-            )
-    yield from kernel_choice(checkpoint, model, target).findings
+            message = f"{len(every)} linears are {kind.name}, and {reason}. First: {every[0].name}"
+            yield _error("device", message, _names(every), "use another export of the model, or another target")
 
 
 def _no_kernel(kind: Kind, group: Group, target: Target) -> str:
@@ -161,25 +153,13 @@ def _no_kernel(kind: Kind, group: Group, target: Target) -> str:
     return "vLLM's kernels for it need compute capability 8.0" if kind.name == "MXFP4" and capability < 80 else ""
 
 
-def _order_findings(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
+def _order_findings(checkpoint: Checkpoint, ranks: int) -> Iterator[Finding]:
     ordered = [linear for _, group, every, _ in kinds(checkpoint) if group.weights.act_order for linear in every]
-    ranks = model.tensor_parallel_size
-    if cut := [one.name for one in ordered if one.fused == "experts" or (one.parallel == "row" and ranks > 1)]:
-        yield Finding.error(
-            "compressed-tensors-act-order",
-            f"act-order scatters groups over all inputs of {len(cut)} linears, which are experts or which "
-            f"tensor_parallel_size {ranks} divides. First: {cut[0]}",
-            cut[:SHOWN],
-            "use an export without actorder, or with actorder static; for other linears than experts, 1 rank will do",
-        )
-    experts = [linear.name for _, _, every, some in kinds(checkpoint) if some for linear in every]
-    if experts and target.device != "cpu":
-        yield Finding.error(
-            "compressed-tensors-device",
-            f"quantserve's engine side computes experts on CPUs only. First: {experts[0]}",
-            experts[:SHOWN],
-            "use an export without act-order, of 2, 4 or 8 bits",
-        )
+    if cut := [one for one in ordered if one.fused == "experts" or (one.parallel == "row" and ranks > 1)]:
+        message = f"act-order scatters groups over all inputs of {len(cut)} linears, which are experts or which "
+        message += f"tensor_parallel_size {ranks} divides. First: {cut[0].name}"
+        fix = "use an export with actorder static, or none; for other linears than experts, 1 rank will do"
+        yield _error("act-order", message, _names(cut), fix)
 
 
 # --- the config -------------------------------------------------------------------------------------------
@@ -191,69 +171,44 @@ def config_findings(config: Config, checkpoint: Checkpoint, target: Target) -> I
     if not config.groups and not problems:
         problems = ("there are no config_groups, so vLLM builds every linear unquantized, and the files are quantized",)
     if problems:
-        yield Finding.error(
-            "compressed-tensors-bad-keys",
-            f"vLLM cannot read {_WHERE}: {problems[0]}",
-            list(problems[:SHOWN]),
-            "restore the config.json of these files, or quantize the model again with a current llm-compressor",
-        )
+        fix = "restore the config.json of these files, or quantize the model again with a current llm-compressor"
+        yield _error("bad-keys", f"vLLM cannot read the quantization_config: {problems[0]}", problems, fix)
     for group in config.groups:
         if kind_of(group) is None:
-            yield Finding.error(
-                "compressed-tensors-scheme",
-                f"config_groups.{group.name}: vLLM 0.32 has no layers for weights ({group.weights}) with activations "
-                f"({group.inputs or 'in 16 bits'}) in format {group.format}",
-                [f"config_groups.{group.name}"],
-                "use a W4A16, W8A8, FP8 or NVFP4 export of the model",
-            )
+            message = f"config_groups.{group.name}: vLLM 0.32 has no layers for weights ({group.weights}) with "
+            message += f"activations ({group.inputs or 'in 16 bits'}) in format {group.format}"
+            fix = "use a W4A16, W8A8, FP8 or NVFP4 export of the model"
+            yield _error("scheme", message, [f"{_WHERE}config_groups.{group.name}"], fix)
     every = Counter(target for group in config.groups for target in group.targets)
     if several := [target for target, count in every.items() if count > 1]:
-        yield Finding.error(
-            "compressed-tensors-targets",
-            f"several groups have the target {several[0]!r}; vLLM takes the last one "
-            f"({config.targets[several[0]].name}) for all its modules",
-            several[:SHOWN],
-            "give the groups targets of their own, as patterns",
-        )
+        last = config.targets[several[0]].name
+        message = f"several groups have the target {several[0]!r}; vLLM takes the last one ({last}) for all its modules"
+        yield _error("targets", message, several, "give the groups targets of their own, as patterns")
     if config.slow:
-        yield Finding.warning(
-            "compressed-tensors-targets",
-            f"the files are not compared with the config: target {config.slow[0][:80]!r} may take long",
-            config.slow[:SHOWN],
-            "write the targets as names of modules, or as simpler patterns",
-        )
-    yield from _mixed_findings(checkpoint)
-    sparsity = config.values.get("sparsity_config") or {}
-    if sparsity.get("targets") or str(config.values.get("format")) in ("marlin-24", "sparse-24-bitmask"):
-        yield Finding.error(
-            "compressed-tensors-sparse",
-            "the weights are stored sparse (2:4); vLLM 0.32 no longer reads that",
-            [f"{_WHERE}.sparsity_config"],
-            "use an export without sparsity",
-        )
-    transforms = config.values.get("transform_config") or {}
+        message = f"the files are not compared with the config: target {config.slow[0][:80]!r} may take long"
+        fix = "write the targets as names of modules, or as simpler patterns"
+        yield Finding.warning("compressed-tensors-targets", message, config.slow[:SHOWN], fix)
+    if mixed := _mixed_layers(checkpoint):
+        message = f"the linears of {len(mixed)} fused layers belong to different groups; vLLM needs one. First: "
+        fix = "quantize q, k and v alike, gate and up alike, and all linears of the experts of a layer"
+        yield _error("mixed-layer", message + mixed[0], mixed, fix)
+    sparsity, transforms = (config.values.get(key) or {} for key in ("sparsity_config", "transform_config"))
+    if sparsity.get("targets") or config.values.get("format") in ("marlin-24", "sparse-24-bitmask"):
+        message, fix = "the weights are stored sparse (2:4); vLLM 0.32 no longer reads that", "use a dense export"
+        yield _error("sparse", message, [f"{_WHERE}sparsity_config"], fix)
     if transforms.get("config_groups") and (target.device == "cpu" or vllm_problem(checkpoint, target)):
-        yield Finding.error(
-            "compressed-tensors-transform",
-            "the activations are rotated while serving (transform_config), which is not served on CPUs",
-            [f"{_WHERE}.transform_config"],
-            "serve the model on a GPU, or use an export without transforms",
-        )
+        message = "the activations are rotated while serving (transform_config), which is not served on CPUs"
+        fix = "serve the model on a GPU, or use an export without transforms"
+        yield _error("transform", message, [f"{_WHERE}transform_config"], fix)
 
 
-def _mixed_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _mixed_layers(checkpoint: Checkpoint) -> list[str]:
     layers: dict[str, dict[str, None]] = {}
     for linear in linears(checkpoint) if usable_config(checkpoint) else ():
         if linear.fused:
             group = group_of(checkpoint, linear)
             layers.setdefault(linear.group, {})[group.name if group else "none"] = None
-    if mixed := [f"{layer}: {', '.join(names)}" for layer, names in layers.items() if len(names) > 1]:
-        yield Finding.error(
-            "compressed-tensors-mixed-layer",
-            f"the linears of {len(mixed)} fused layers belong to different groups; vLLM needs one. First: {mixed[0]}",
-            mixed[:SHOWN],
-            "quantize q, k and v alike, gate and up alike, and all linears of the experts of a layer",
-        )
+    return [f"{layer}: {', '.join(names)}" for layer, names in layers.items() if len(names) > 1]
 
 
 # --- what is served wrong ---------------------------------------------------------------------------------
@@ -261,68 +216,49 @@ def _mixed_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def silent_findings(config: Config, checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
     """What vLLM serves wrong, or otherwise than the files say, without a message."""
-    yield from _head_findings(config, checkpoint)
-    yield from _cache_findings(config, checkpoint, model)
+    heads = [name for name in checkpoint.tensors if name.endswith(tuple(f"lm_head{suffix}" for suffix in SUFFIXES))]
+    if heads and checkpoint.text_config.get("tie_word_embeddings") is True:
+        message = "lm_head is quantized, and tie_word_embeddings is true: vLLM takes the embedding for lm_head"
+        fix = 'set "tie_word_embeddings" to false in config.json if lm_head has weights of its own'
+        yield _error("lm-head", message, heads, fix)
+    elif heads and not config.slow and config.of(heads[0].rpartition(".")[0]) is None:
+        message = "lm_head is quantized, and no target names it: vLLM's class of it is no Linear, and it is built plain"
+        yield _error("lm-head", message, heads, 'add "re:.*lm_head" to the targets of its group')
     rounded = [one for one in kinds(checkpoint) if one[0].name == "MXFP4" and one[1].inputs is None]
     if rounded and (target.capability or 0) >= 100:
         left_out = disabled_kernels(engine_environment(model, target) | mxfp4_environment(checkpoint, model, target))
         experts = any(some for _, _, _, some in rounded)
-        if _W4A4 not in left_out or experts:
-            yield Finding.error(
-                "compressed-tensors-mxfp4-activations",
-                "the files are MXFP4 with 16-bit activations, and vLLM 0.32 rounds activations to 4 bits on this GPU "
-                "(vllm issue 56770)",
-                [group.name for _, group, _, _ in rounded],
-                "serve it on a GPU before Blackwell, whose kernel keeps 16 bits"
-                if experts
-                else f"add {_W4A4} to {DISABLED_KERNELS}, or leave the variable out",
-            )
+        message = "the files are MXFP4 with 16-bit activations, and vLLM 0.32 rounds activations to 4 bits on this GPU "
+        fix = f"add {_W4A4} to {DISABLED_KERNELS}, or leave the variable out"
+        if experts or _W4A4 not in left_out:
+            fix = "serve it on a GPU before Blackwell, whose kernel keeps 16 bits" if experts else fix
+            names = [group.name for _, group, _, _ in rounded]
+            yield _error("mxfp4-activations", f"{message}(vllm issue 56770)", names, fix)
     model_type = str(checkpoint.text_config.get("model_type"))
     version = re.match(r"(\d{1,4})\.(\d{1,4})", str(config.values.get("version") or "0.0"))
-    zeros = [
-        one.name for one in members(checkpoint) if one.weights.is_("int", 4, "group") and not one.weights.symmetric
-    ]
+    four = [group for group in members(checkpoint) if group.weights.is_("int", 4, "group")]
+    zeros = [group.name for group in four if not group.weights.symmetric]
     if zeros and model_type in _OFFSET_NORMS and (not version or tuple(map(int, version.groups())) < (0, 15)):
-        yield Finding.warning(
-            "compressed-tensors-offset-norms",
-            f"the norms of {model_type} multiply by 1 + weight. 4-bit weights with zero points are what AWQ writes, "
-            "and AWQ of llm-compressor before 0.11 computed wrong weights for such norms (llm-compressor issue 2102)",
-            zeros,
-            "compare a few answers with the unquantized model; use a GPTQ export, or a newer llm-compressor",
-        )
+        message = f"the norms of {model_type} multiply by 1 + weight. 4-bit weights with zero points are what AWQ "
+        message += "writes, and AWQ of llm-compressor before 0.11 computed wrong weights for such norms "
+        fix = "compare a few answers with the unquantized model; use a GPTQ export, or a newer llm-compressor"
+        message += "(llm-compressor issue 2102)"
+        yield Finding.warning("compressed-tensors-offset-norms", message, zeros, fix)
+    yield from _cache_findings(config, checkpoint, str(model.engine_kwargs.get("kv_cache_dtype", "auto")))
 
 
-def _head_findings(config: Config, checkpoint: Checkpoint) -> Iterator[Finding]:
-    heads = [name for name in checkpoint.tensors if name.endswith(tuple(f"lm_head{suffix}" for suffix in SUFFIXES))]
-    if heads and checkpoint.text_config.get("tie_word_embeddings") is True:
-        yield Finding.error(
-            "compressed-tensors-lm-head",
-            "lm_head is quantized, and tie_word_embeddings is true: vLLM takes the embedding for lm_head",
-            heads,
-            'set "tie_word_embeddings" to false in config.json if lm_head has weights of its own',
-        )
-    elif heads and not config.slow and config.of(heads[0].rpartition(".")[0]) is None:
-        yield Finding.error(
-            "compressed-tensors-lm-head",
-            "lm_head is quantized, and no target names it: vLLM's class of it is no Linear, and it is built plain",
-            heads,
-            'add "re:.*lm_head" to the targets of its group',
-        )
-
-
-def _cache_findings(config: Config, checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Finding]:
-    scheme, asked = config.values.get("kv_cache_scheme"), str(model.engine_kwargs.get("kv_cache_dtype", "auto"))
-    scales = [name for name in checkpoint.tensors if name.endswith(_CACHE)]
-    code, where = "compressed-tensors-kv-cache", [f"{_WHERE}.kv_cache_scheme"]
+def _cache_findings(config: Config, checkpoint: Checkpoint, asked: str) -> Iterator[Finding]:
+    scheme, scales = config.values.get("kv_cache_scheme"), [one for one in checkpoint.tensors if one.endswith(_CACHE)]
+    code, where = "compressed-tensors-kv-cache", [f"{_WHERE}kv_cache_scheme"]
     if not isinstance(scheme, dict):
         if scales and not asked.startswith("fp8"):
-            message = f"the files hold {len(scales)} scales of an FP8 KV cache, which are not used: there is no "
+            message = f"the files hold {len(scales)} scales of an FP8 KV cache, which are not used: no kv_cache_scheme"
             fix = "set engine_kwargs.kv_cache_dtype to fp8 for a cache of half the size"
-            yield Finding.info(code, f"{message}kv_cache_scheme", scales[:SHOWN], fix)
+            yield Finding.info(code, message, scales[:SHOWN], fix)
         return
     kind, bits, strategy = (scheme.get(key) for key in ("type", "num_bits", "strategy"))
     if (kind, bits) != ("float", 8) or strategy not in ("tensor", "attn_head") or not scheme.get("symmetric"):
-        message = f"kv_cache_scheme is {bits} bits, {kind}, by {strategy}; vLLM takes symmetric FP8 by tensor or by "
+        message = f"kv_cache_scheme is {bits} bits, {kind}, by {strategy}; vLLM takes symmetric FP8 by tensor or "
         fix = "set kv_cache_scheme to null, or export the model again"
         yield Finding.error(code, f"{message}attn_head", where, fix)
     elif not asked.startswith(("auto", "fp8")):
@@ -331,3 +267,11 @@ def _cache_findings(config: Config, checkpoint: Checkpoint, model: ModelConfig) 
     elif not scales and not scheme.get("dynamic") and checkpoint.tensors_complete:
         message = "kv_cache_scheme asks for an FP8 KV cache, and the files have no k_scale and v_scale: vLLM takes 1.0"
         yield Finding.warning(code, message, where, "compare a few answers with kv_cache_dtype bfloat16")
+
+
+def _names(every: Sequence[Linear]) -> list[str]:
+    return [linear.name for linear in every[:SHOWN]]
+
+
+def _error(code: str, message: str, where: Sequence[str], fix: str) -> Finding:
+    return Finding.error(f"{NAME}-{code}", message, list(where[:SHOWN]), fix)

@@ -31,11 +31,11 @@ from quantserve_compressed_tensors.limits import (
     kernel_choice,
     limit_findings,
     mxfp4_environment,
+    scheme_of,
     silent_findings,
     usable_config,
     vllm_problem,
 )
-from quantserve_compressed_tensors.schemes import layout_of
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -73,8 +73,7 @@ def quantserve_detect(checkpoint: Checkpoint) -> bool:
 @hookimpl
 def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
     """That of the first group whose target matches; None where none does, which vLLM then builds unquantized."""
-    group = group_of(checkpoint, linear)
-    return layout_of(group) if group else None
+    return scheme_of(checkpoint, linear)
 
 
 @hookimpl

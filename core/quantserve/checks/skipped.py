@@ -84,9 +84,12 @@ class SkipList:
         if self._match in ("exact", "wildcard") and "experts" in layer and not parts:
             listed = any("experts" in entry and layer in entry for entry in self.entries)
             return listed or (self._match == "wildcard" and named(layer))
+        if self._match == "wildcard" and parts and layer not in self.entries:
+            whole = {part in self.entries for part in parts}
+            return None if len(whole) > 1 else True in whole or named(layer)
         if not parts or named(layer):
             return named(layer)
-        results = {part in self.entries if self._match == "wildcard" else named(part) for part in parts}
+        results = {named(part) for part in parts}
         return results.pop() if len(results) == 1 else None
 
     def judge(self, layers: Mapping[str, Sequence[str]]) -> Mapping[str, bool | None]:

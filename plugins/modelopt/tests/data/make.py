@@ -3,10 +3,9 @@
     pip install nvidia-modelopt==0.47.0    # with transformers 5.19.0 and torch 2.13.0
     python make.py                         # on a CPU
 
-The weights are random (seed 0). ``rounded/NAME.safetensors`` holds the first rows of the weights in float32: of FP8 as
-the tool's quantizers round them, of MXFP8 and NVFP4, which these need a GPU for, as its `dequantize` reads the files.
-`fp8` gets the files that the tool wrote up to 0.29: hf_quant_config.json alone. The files are Apache-2.0, as this
-repository.
+The weights are random (seed 0). ``rounded/NAME.safetensors`` holds the first rows of the weights in float32, as the
+tool's own `dequantize` reads them. `fp8` gets the files that the tool wrote up to 0.29: hf_quant_config.json alone. The
+files are Apache-2.0, as this repository.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.export import export_hf_checkpoint
-from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
+from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor, NVFP4QTensor
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -75,18 +74,12 @@ def write(name: str, settings: dict[str, Any], *, mixture: bool = False, old: bo
             model(torch.randint(0, config.vocab_size, (2, 32)))
 
     model = mtq.quantize(model, copy.deepcopy(settings), calibrate)
-    rounded = {
-        f"{path}.weight": module.weight_quantizer(module.weight.detach().float())
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module.weight_quantizer.num_bits == (4, 3) and name != "mxfp8"
-        if module.weight_quantizer.is_enabled
-    }
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     with torch.no_grad():
         export_hf_checkpoint(model, export_dir=folder)
     (folder / "generation_config.json").unlink()
-    rounded |= read(load_file(folder / "model.safetensors"))
+    rounded = read(load_file(folder / "model.safetensors"))
     (HERE / "rounded").mkdir(exist_ok=True)
     save_file(
         {name: one.detach()[:ROWS].contiguous() for name, one in rounded.items()},
@@ -99,7 +92,7 @@ def write(name: str, settings: dict[str, Any], *, mixture: bool = False, old: bo
 
 
 def read(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights with scales by group of a file, by the tool's own `dequantize`."""
+    """The quantized weights of a file in float32, by the tool's own `dequantize`."""
     found = {}
     for name, weight in tensors.items():
         scale, shape = tensors.get(f"{name}_scale"), list(weight.shape)
@@ -109,6 +102,10 @@ def read(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             found[name] = made.dequantize(scale=scale, double_scale=double, block_sizes={-1: 16})
         elif scale is not None and scale.dtype == torch.uint8:
             found[name] = MXFP8QTensor(weight.shape, torch.float32, weight).dequantize(scale=scale)
+        elif scale is not None:
+            blocks = {0: 128, 1: 128} if scale.ndim == 4 else None
+            scale = scale[:, 0, :, 0] if scale.ndim == 4 else scale[:, None] if scale.ndim == 1 else scale
+            found[name] = FP8QTensor(weight.shape, torch.float32, weight).dequantize(scale=scale, block_sizes=blocks)
     return found
 
 

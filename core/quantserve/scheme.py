@@ -123,7 +123,8 @@ class Scheme:
         bits: width of a code.
         group_size: inputs that share a scale; -1 for all of K.
         scales: what a scale belongs to.
-        activation_bits: 16, or what the kernel rounds activations to.
+        activation_bits: 16, or what the method rounds activations to. Predictions take what that gains from
+            ``quantserve_kernel``, because not every kernel of a method does it.
         kept: bits of a weight in the engine's memory, scales included; None: as many as stored.
 
     A scheme describes one linear of [n, k]. Where a tensor stacks the experts of a layer, they are its first dimension,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantserve.config import is_model_source, load, load_object, model_from_source
+from quantserve.config.paths import WANTED
 from quantserve.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -218,8 +219,11 @@ def test_problems_of_all_files_at_once(write: Write) -> None:
             "configs/q",
             "not read as a hub id: a folder configs exists here\n  fix: correct the path; for a hub id write",
         ),
-        ("empty", "empty: a folder without config.json, and without config files (.yaml, .yml, .json)"),
-        ("notes.txt", "notes.txt: not a config file"),
+        (
+            "empty",
+            f"empty: a folder without config.json, and without config files (.yaml, .yml, .json)\n  fix: {WANTED}",
+        ),
+        ("notes.txt", f"notes.txt: not a config file (.yaml, .yml, .json)\n  fix: {WANTED}"),
         ("w/model.safetensors", "model.safetensors: not a config file (.yaml, .yml, .json)\n  fix: name the folder, w"),
         ("/no/such/place.yaml", "/no/such/place.yaml: no such file or folder"),
         ("x\0y", "'x\\x00y': no such file"),
@@ -256,7 +260,7 @@ def test_a_folder_far_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_at_all() -> None:
-    assert failure() == "nothing to serve: no models are given"
+    assert failure() == f"nothing to serve: no models are given\n  fix: {WANTED}"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -26,7 +26,7 @@ def message(path: Path, data: bytes) -> str:
     [
         (b"", ": an empty file, a config is expected"),
         (b"# only a comment\n", ": an empty file, a config is expected"),
-        (b"- a\n- b\n", ":1: a mapping (`key: value`) is expected, got a list"),
+        (b"- a\n- b\n", ":1: a mapping (`key: value`) is expected, got a list\n  fix: name a config file"),
         (b"just text\n", ":1: a mapping (`key: value`) is expected, got the text 'just text'"),
         (b"42\n", ":1: a mapping (`key: value`) is expected, got the number 42"),
         (b"\0\0\0", ":1: a NUL byte, so this is not a text file"),
@@ -35,7 +35,10 @@ def message(path: Path, data: bytes) -> str:
         (b"a:\n\tb: 1\n", ":2: not valid YAML: a tab where YAML wants spaces\n  fix: indent with spaces"),
         (b"a: \x07\n", ":1: character U+0007 is not allowed"),
         (b"a: b: c\n", ":1: not valid YAML: mapping values are not allowed here"),
-        (b"a: [1, 2\nb: 3\n", ":2: not valid YAML: while parsing a flow sequence"),
+        (
+            b"a: [1, 2\nb: 3\n",
+            ":2: not valid YAML: while parsing a flow sequence, expected ',' or ']', but got ':'\n  fix: ",
+        ),
         (b"a: 1\n---\nb: 2\n", ":2: not valid YAML: a second document begins here (`---`)"),
         (b'a: "\\UFFFFFFFF"\n', ": not valid YAML"),
         (b"a: *nothing\n", ":1: not valid YAML: found undefined alias"),

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from quantserve.config.model import AppConfig, ModelConfig
 from quantserve.config.paths import (
+    EMPTY,
     LORA,
+    WANTED,
     config_files,
     folder_id,
     is_checkpoint,
@@ -142,7 +144,8 @@ class _Loader:
         self.report.raise_problems()
         if not self.models:
             why = f"all {self.disabled} models have `enabled: false`" if self.disabled else "no models are given"
-            raise ConfigError(f"nothing to serve: {why}")
+            fix = "set `enabled: true` for one of them" if self.disabled else WANTED
+            raise ConfigError(f"nothing to serve: {why}\n  fix: {fix}")
         http = self.http[0] if self.http else HttpConfig()
         return AppConfig(models=self.models, http=http, notes=self.report.notes)
 
@@ -182,12 +185,12 @@ class _Loader:
             else:
                 raise ConfigError(f"{label}: {not_found(text, folders)}" if origin else not_found(text, folders))
         except (ConfigError, CheckpointError) as error:
-            self.report.problems.append(str(error))
+            self.report.problems.append(_with_fix(str(error)))
         except PermissionError as error:
             fix = f"let user {os.getuid()} read it, with every folder above it"
             self.report.problems.append(f"{label}: {error.strerror}\n  fix: {fix}")
         except (OSError, ValueError) as error:  # a name the file system refuses, such as one with a NUL
-            self.report.problems.append(f"{label}: {text[:80]!r} is no path: {error}")
+            self.report.problems.append(_with_fix(f"{label}: {text[:80]!r} is no path: {error}"))
 
     def _inline(self, text: str, label: str, folder: Path) -> None:
         doc = parse(text, f"{label} (inline)", folder)
@@ -203,9 +206,7 @@ class _Loader:
         elif path.is_dir():
             files = config_files(path)
             if not files:
-                raise ConfigError(
-                    f"{label}: a folder without config.json, and without config files ({', '.join(SUFFIXES)})"
-                )
+                raise ConfigError(f"{label}: {EMPTY}")
             for file in files:
                 self._file(file)
         elif path.suffix.lower() in SUFFIXES:
@@ -213,9 +214,8 @@ class _Loader:
         elif is_container(path):
             self.models.append(model_from_source(path).located(where))
         else:
-            fix = ""
-            if path.suffix in (".safetensors", ".bin", ".pt"):
-                fix = f"\n  fix: name the folder, {path.parent}"
+            weights = path.suffix in (".safetensors", ".bin", ".pt")
+            fix = f"\n  fix: name the folder, {path.parent}" if weights else ""
             raise ConfigError(f"{label}: not a config file ({', '.join(SUFFIXES)}){fix}")
 
     def _file(self, path: Path) -> None:
@@ -226,16 +226,16 @@ class _Loader:
             self._seen.add(real)
             self.document(read(path))
         except ConfigError as error:
-            self.report.problems.append(str(error))
+            self.report.problems.append(_with_fix(str(error)))
 
     def document(self, doc: Located) -> None:
         """Load one parsed file: a model, an app file or a Ray Serve config."""
         value = doc.value
         self.report.notes += [note for note in doc.repeated if note not in self.report.notes]
         if value is None:
-            self.report.problem(doc, (), "an empty file, a config is expected")
+            self.report.problem(doc, (), "an empty file, a config is expected", WANTED)
         elif not isinstance(value, dict):
-            self.report.problem(doc, (), f"a mapping (`key: value`) is expected, got {got(value)}")
+            self.report.problem(doc, (), f"a mapping (`key: value`) is expected, got {got(value)}", WANTED)
         elif "applications" in value:
             self._serve_config(doc)
         elif any(key in value for key in ("models", "embedding_models", "trtllm_models")):
@@ -252,7 +252,8 @@ class _Loader:
             message = (
                 "no config: an app file has `models:`, a model has `engine_config:`, a Serve config `applications:`"
             )
-            self.report.problem(doc, (key,) if key else (), message + found)
+            fix = "begin a file with one of these keys, or name another file" if key else WANTED
+            self.report.problem(doc, (key,) if key else (), message + found, fix)
 
     def _app(self, doc: Located) -> None:
         for key in doc.value:
@@ -383,3 +384,8 @@ class _Loader:
             self.report.problem(doc, ("args",) if "args" in value else (), "`args: {models: [...]}` is expected")
             return
         self._app(doc.at("args"))
+
+
+def _with_fix(problem: str) -> str:
+    """A problem with a source, and what to name instead where it does not say what to do."""
+    return problem if "\n  fix: " in problem else f"{problem}\n  fix: {WANTED}"

@@ -18,7 +18,11 @@ HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", 
 LORA: Final = (
     "a LoRA adapter (adapter_config.json), not a model\n  fix: merge it into its base model and give that folder"
 )
-EMPTY: Final = "a folder without config.json and without config files (.yaml, .yml, .json)"
+EMPTY: Final = "a folder without config.json, and without config files (.yaml, .yml, .json)"
+WANTED: Final = (
+    "name a config file (.yaml, .yml, .json), a model folder (config.json and weights) or a hub id (org/name)"
+)
+"""What to do about a source that is none of these."""
 MAX_FILES: Final = 1000
 MAX_FOLDERS: Final = 2000
 
@@ -139,10 +143,11 @@ def not_found(text: str, folders: Sequence[Path]) -> str:
             continue
         close = [name for name in names if name.partition(".")[0] == path.name]
         if close := close or get_close_matches(path.name, names, n=3, cutoff=0.6):
-            return f"{shown}: no such file or folder; did you mean {' or '.join(str(path.parent / n) for n in close)}?"
+            meant = " or ".join(str(path.parent / name) for name in close)
+            return f"{shown}: no such file or folder; did you mean {meant}?\n  fix: correct the path"
     if HUB_ID.fullmatch(text):
         return (
             f"{shown}: no such file or folder, and not read as a hub id: a folder {text.split('/', 1)[0]} exists here\n"
             "  fix: correct the path; for a hub id write a model file with engine_config.model_id"
         )
-    return f"{shown}: no such file or folder, and not a hub id (org/name)\n  fix: correct the path or the id"
+    return f"{shown}: no such file or folder, and not a hub id (org/name)\n  fix: correct the path or the id; {WANTED}"

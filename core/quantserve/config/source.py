@@ -25,6 +25,7 @@ MAX_BYTES: Final = 256 * 1024
 MAX_VALUES: Final = 50_000
 MAX_DEPTH: Final = 40
 MAX_PROBLEMS: Final = 20
+CORRECT: Final = "correct this line, or the one before it"
 SUFFIXES: Final = (".yaml", ".yml", ".json")
 
 _TAG: Final = "tag:yaml.org,2002:"
@@ -201,7 +202,7 @@ def _compose(text: str, label: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = ", ".join(part for part in (error.context, error.problem) if part)
-        fix = ""
+        fix = CORRECT
         if "expected a single document" in what:
             what, fix = (
                 "a second document begins here (`---`)",
@@ -212,10 +213,11 @@ def _compose(text: str, label: str) -> yaml.Node | None:
         elif "mapping values are not allowed here" in what:
             fix = 'put text that contains ": " in quotes, and check the indentation'
         at = f"{label}:{mark.line + 1}" if mark else label
-        raise ConfigError(f"{at}: not valid YAML: {what}" + (f"\n  fix: {fix}" if fix else "")) from None
+        raise ConfigError(f"{at}: not valid YAML: {what}\n  fix: {fix}") from None
     except yaml.reader.ReaderError as error:
         line = _line_of(text, error.position)
-        raise ConfigError(f"{label}:{line}: character U+{ord(text[error.position]):04X} is not allowed") from None
+        what = f"character U+{ord(text[error.position]):04X} is not allowed"
+        raise ConfigError(f"{label}:{line}: {what}\n  fix: remove it") from None
     except RecursionError:
         raise ConfigError(f"{label}: nested deeper than {MAX_DEPTH} levels") from None
     except (yaml.YAMLError, ValueError, IndexError, OverflowError) as error:  # e.g. a broken escape: "\UFFFFFFFF"
@@ -229,7 +231,7 @@ def _parse_json(text: str, label: str) -> object:
     try:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{label}:{error.lineno}: not valid JSON: {error.msg}") from None
+        raise ConfigError(f"{label}:{error.lineno}: not valid JSON: {error.msg}\n  fix: {CORRECT}") from None
     except RecursionError:
         raise ConfigError(f"{label}: nested deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:  # an integer of thousands of digits

@@ -42,7 +42,7 @@ class Subject:
 
     Attributes:
         points: the entry points of this environment.
-        registry: of this plugin alone, so that no other one takes part.
+        registry: of this plugin alone, so that no other one takes part; with fp16 where it is no method.
         quick: the same without the guard of each hook; used under `guard`.
         plugin: None where it does not load; `why` then says the reason.
 
@@ -63,6 +63,9 @@ class Subject:
         sides = [p for p in self.points.select(group=ENGINE_GROUP) if origin(p)[0] == self.distribution]
         self.registry = Registry.load({}, EntryPoints([*mine, *sides]))
         self.plugin = self.registry.plugins.get(case.name)
+        if self.plugin and not self.plugin.method:  # a method is needed beside it
+            plain = [point for point in self.points.select(group=GROUP) if point.name == "fp16"]
+            self.registry = Registry.load({}, EntryPoints([*mine, *sides, *plain]))
         failures = [failure for failure in self.registry.failures if failure.name == case.name]
         self.why = str(failures[0].error()) if failures else ""
         self.quick = quick(self.registry)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -19,6 +20,12 @@ for name in [name for name in os.environ if name.startswith("VLLM_")]:
     del os.environ[name]
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
 os.environ["QUANTSERVE_CALIBRATION"] = "/nonexistent/calibration.json"
+# Threads of OpenMP that wait for each other spin. Beside another process that computes they take a processor from those
+# they wait for, and a call of microseconds takes milliseconds.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+# Python sources are compiled once, and not by each of the many processes that tests start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Readline of a process without a terminal says COLUMNS=80, which output would follow.
 for name in ("QUANTSERVE_PLUGINS", "QUANTSERVE_DISABLE", "QUANTSERVE_DEBUG", "QUANTSERVE_API_KEYS", "COLUMNS", "LINES"):
     os.environ.pop(name, None)

@@ -192,7 +192,8 @@ def quantserve_quantizer() -> str | None:
     """Name the callable that quantizes a checkpoint, as ``"module:callable"``; None when there is none.
 
     Fires when somebody quantizes with this method; the named module may import torch. It is called
-    as ``callable(source: Path, destination: Path, **options)`` and writes a whole checkpoint folder.
+    as ``callable(source: Path, destination: Path, **options)`` and writes a whole checkpoint folder. It may also be a
+    class, a ``quantserve_quantize.Quantizer``.
     """
 
 

@@ -153,6 +153,16 @@ def test_convert(ask: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_quantize(ask: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The quantizer is a function, as in 1.0."""
+    model, out = make_llama(tmp_path / "m"), tmp_path / "out"
+    command = ["quantize", str(model), "--method", "old4", "--out", str(out)]
+    assert run(command) == 0
+    assert (out / "config.json").is_file()
+    assert run(command) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
 @pytest.mark.vllm
 def test_their_engine_sides_compute(site: Path) -> None:
     """vLLM builds their methods, and their use of quantserve_kernels is right: y = x W^T against float64."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,8 +39,23 @@ def quantizer_class(method: str) -> tuple[Plugin, type[Quantizer]]:
     """The quantizer of a method.
 
     Raises:
-        UsageError: the method is unknown or has none.
+        UsageError: the method is unknown, has none, or one that is a function.
         PluginError: what its hook names is no quantizer.
+    """
+    plugin, found = named_quantizer(method)
+    if not isinstance(found, type):
+        raise UsageError(f"the quantizer of {method!r} is a function, which only writes checkpoints")
+    if not issubclass(found, Quantizer):
+        raise plugin.defect("quantizer", f"{found.__module__}:{found.__name__} is no quantserve_quantize.Quantizer")
+    return plugin, found
+
+
+def named_quantizer(method: str) -> tuple[Plugin, Callable[..., Any]]:
+    """What the hook of a method's plugin names: a `Quantizer`, or a function that writes a whole checkpoint.
+
+    Raises:
+        UsageError: the method is unknown or has none.
+        PluginError: it cannot be imported.
     """
     registry = Registry.load()
     plugin = registry.find_method(method)
@@ -47,10 +63,7 @@ def quantizer_class(method: str) -> tuple[Plugin, type[Quantizer]]:
     if not reference:
         able = ", ".join(sorted(p.method.name for p in registry.plugins.values() if p.method and _has_quantizer(p)))
         raise UsageError(f"method {method!r} has no quantizer\n  fix: choose one of {able}")
-    found = plugin.load_callable(reference)
-    if not (isinstance(found, type) and issubclass(found, Quantizer)):
-        raise plugin.defect("quantizer", f"{reference} is no quantserve_quantize.Quantizer")
-    return plugin, found
+    return plugin, plugin.load_callable(reference)
 
 
 def _has_quantizer(plugin: Plugin) -> bool:
@@ -80,13 +93,16 @@ def run(
     began: float,
 ) -> int:
     """Quantize, show progress, and print what came out."""
-    plugin, found = quantizer_class(method)
+    plugin, named = named_quantizer(method)
     folder = local_path(model)
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file\n  fix: give the folder of an unquantized checkpoint in safetensors")
+    err = console(stderr=True)
+    if not isinstance(named, type):  # as the hook was in API 1.0
+        return _run_function(named, folder, out, err)
+    _, found = quantizer_class(method)
     quantizer = found(found.Options(**options))
     name = plugin.method.name if plugin.method else method
-    err = console(stderr=True)
     with bars(err) as progress:
         report = quantize(folder, out, quantizer, name, asked, resume, progress)
     if as_json:
@@ -96,6 +112,15 @@ def run(
         err.print(
             f"wrote {escape(str(out))} in {time.monotonic() - began:.0f} s; next: quantserve check {escape(str(out))}"
         )
+    return 0
+
+
+def _run_function(function: Callable[..., Any], folder: Path, out: Path, err: Console) -> int:
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists already\n  fix: name a new folder, or remove it first")
+    with bars(err) as progress:
+        function(folder, out, progress=progress)
+    err.print(f"wrote {escape(str(out))}; next: quantserve check {escape(str(out))}")
     return 0
 
 

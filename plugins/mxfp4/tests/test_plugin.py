@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from helpers.checkpoints import make_llama, read_header, write_safetensors, write_tokenizer
-from helpers.composed import composed, errors
+from helpers.composed import composed, errors, findings
+from quantserve.api import Severity
 
 DATA = Path(__file__).parent / "data" / "gpt-oss"
 EXPERTS = "model.layers.1.mlp.experts"
@@ -124,6 +125,16 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
 def test_blocks_in_another_family(tmp_path: Path) -> None:
     config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
     assert "'qwen3_moe'" in errors(composed(changed(tmp_path / "m", **config)))["mxfp4-family"].message
+
+
+def test_experts_with_tensors_of_their_own(tmp_path: Path) -> None:
+    """vLLM may serve them on GPUs."""
+    tensors: dict[str, Any] = dict.fromkeys(read_header(DATA / "model.safetensors"))
+    for name, shape in {"weight": (64, 48), "weight_scale": (64, 3)}.items():
+        tensors[f"model.layers.0.mlp.experts.0.up_proj.{name}"] = ("U8", shape)
+    folder = changed(tmp_path / "m", tensors, model_type="qwen3_moe")
+    assert "mxfp4-layout" in errors(composed(folder, "cpu"))
+    assert findings(composed(folder))["mxfp4-layout"].severity is Severity.WARNING
 
 
 def test_the_files_of_openai(tmp_path: Path) -> None:

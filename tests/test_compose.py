@@ -248,6 +248,8 @@ def test_a_model_that_names_what_is_not_installed(site: Site, make: Make) -> Non
         make(("policy",))
     with pytest.raises(UsageError, match=r"unknown quantization method 'nf4'.*\n.*install the plugin that serves it"):
         make(quantization="nf4")
+    with pytest.raises(UsageError, match=r"did you mean 'a'\? .*\n  fix: correct the name"):
+        make(quantization="aa")
     with pytest.raises(UsageError, match=r"unknown quantization method 'awq'.*\n.*pip install 'quantserve\[awq\]'"):
         make(quantization="awq")
 

@@ -193,7 +193,10 @@ class Registry:
     def _missing(self, what: str, name: str, known: Iterable[str], where: str) -> Plugin:
         self.why_unusable(name, what, where)
         prefix = f"{where}: " if where else ""
-        raise UsageError(f"{prefix}{unknown_name(what, name, known)}\n  fix: {how_to_install(name)}")
+        message = unknown_name(what, name, known)
+        spelling = name not in OURS and "; did you mean " in message
+        fix = "correct the name; `quantserve list` shows what is installed" if spelling else how_to_install(name)
+        raise UsageError(f"{prefix}{message}\n  fix: {fix}")
 
 
 def _as_it_is(returned: Any) -> Any:

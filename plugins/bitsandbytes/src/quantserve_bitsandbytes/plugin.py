@@ -96,7 +96,6 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
                 "the int8 weights are multiplied with 16-bit activations; LLM.int8() rounds those to 8 bits but for "
                 "outliers (llm_int8_threshold), so answers may differ from transformers' within its rounding",
                 ["llm_int8_threshold"],
-                "none needed",
             )
         return
     uneven = [f"{one.name}: K {one.k}" for one in linears(checkpoint) if one.k % BLOCK and _has(checkpoint, one)]

@@ -103,7 +103,6 @@ def choose(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Kernel
             f"vLLM's own GPTQ cannot serve these files: {problem}. quantserve's engine side does, on "
             "quantserve-kernels",
             ["engine_kwargs.quantization"],
-            "nothing to do",
         )
     ]
     findings += kernel_findings("gptq", "these GPTQ", target)
@@ -143,6 +142,13 @@ def limit_findings(checkpoint: Checkpoint, model: ModelConfig, *, own: bool) -> 
             f"lm_head is quantized, and {written.where} does not say so: vLLM builds it unquantized",
             head,
             'add "lm_head": true to the quantization config',
+        )
+    if written and not head and not own and written.values.get("lm_head"):
+        yield Finding.error(
+            "gptq-lm-head",
+            f"{written.where} says that lm_head is quantized, and it is not: vLLM finds no tensors for it",
+            [f"{written.where}: lm_head"],
+            'set "lm_head" to false',
         )
 
 

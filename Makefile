@@ -6,7 +6,7 @@ PACKAGES := core/quantserve bench/src/quantserve_bench quantize/src/quantserve_q
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick corpus fuzz sanitize arm lint format docs site bench bench-load bench-serving bench-decode bench-kernels bench-gpu soak clean
+.PHONY: help setup dev prepare serve test test-quick corpus fuzz mutants sanitize arm lint format docs site bench bench-load bench-serving bench-decode bench-kernels bench-gpu soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,9 @@ test-quick: dev ## run the tests that start no engine and take seconds
 
 fuzz: dev ## fuzz the readers of headers, configs, pickles and frames; about 20 minutes (ARGS="headers --count 1000 --seed 1")
 	@cd tests && exec ../$(BIN)/python -W ignore -m fuzzing $(ARGS)
+
+mutants: dev ## put small defects into good plugins and see whether the conformance kit catches them; 10 minutes (ARGS="rtn8 --light")
+	@cd tests && exec ../$(BIN)/python -m mutants $(ARGS)
 
 sanitize: dev ## the kernels' CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer; builds for minutes
 	@exec $(BIN)/python kernels/tests/sanitize.py $(ARGS)

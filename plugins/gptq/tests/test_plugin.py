@@ -151,6 +151,7 @@ def test_a_quantized_lm_head_that_the_config_does_not_announce() -> None:
     assert "gptq-lm-head" in codes(checkpoint(tensors=head))
     assert "gptq-lm-head" not in codes(checkpoint(tensors=head), EPYC)  # our engine side looks at the files
     assert "gptq-lm-head" not in codes(checkpoint(config={"lm_head": True}, tensors=head))
+    assert "gptq-lm-head" in codes(checkpoint(config={"lm_head": True}))
 
 
 def test_files_without_a_declared_method() -> None:

@@ -1,0 +1,14 @@
+"""The fp16 plugin passes the conformance kit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quantserve.testing import Case, parametrize_with_checks
+
+CASE = Case("fp16")
+
+
+@parametrize_with_checks(CASE)
+def test_conformance(check: Callable[[], None]) -> None:
+    check()

@@ -186,6 +186,9 @@ def read_args(values: object) -> Args:
     bits, kind, group = values.get("num_bits", 8), str(values.get("type", "int")).lower(), values.get("group_size")
     if type(bits) is not int or bits < 1 or kind not in ("int", "float") or (kind == "float" and bits not in (4, 8)):
         raise ValueError(f"no such values: {str(bits)[:40]} bits of type {kind[:40]!r}")
+    symmetric, dynamic = values.get("symmetric", True), values.get("dynamic") or False
+    if type(symmetric) is not bool or (type(dynamic) is not bool and dynamic != "local"):
+        raise ValueError(f"symmetric is {str(symmetric)[:40]} and dynamic {str(dynamic)[:40]}, not true or false")
     usual = "tensor" if group is None else "channel" if group == -1 else "group"
     strategy, block = str(values.get("strategy") or usual).lower(), values.get("block_structure")
     if strategy not in STRATEGIES:
@@ -198,8 +201,8 @@ def read_args(values: object) -> Args:
     if not pair if strategy == "block" else block is not None:
         raise ValueError(f"block_structure {str(block)[:40]} does not fit strategy {strategy!r}")
     return Args(
-        bits, kind, values.get("symmetric", True) is not False, strategy, group if group != -1 else None,
-        (block[0], block[1]) if block else None, bool(values.get("dynamic")),
+        bits, kind, symmetric, strategy, group if group != -1 else None,
+        (block[0], block[1]) if block else None, bool(dynamic),
         str(values.get("actorder")).lower() in ("group", "dynamic", "true"),
         str(values.get("scale_dtype")).endswith("uint8"),
     )  # fmt: skip

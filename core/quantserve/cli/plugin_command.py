@@ -224,10 +224,13 @@ def _cases(file: Path, name: str) -> list[Case]:
         raise UsageError(f"--case: {file} is no Python file\n  fix: name the file with the plugin's Case")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    sys.path.insert(0, str(file.resolve().parent))  # for modules beside it, as pytest has them
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UsageError(f"--case: {file} cannot be imported: {one_line(error)}\n  fix: correct it") from error
+    finally:
+        sys.path.remove(str(file.resolve().parent))
     values = list(vars(module).values())
     nested = [one for value in values if isinstance(value, list | tuple) for one in value]
     every = list({id(value): value for value in [*values, *nested] if isinstance(value, Case)}.values())

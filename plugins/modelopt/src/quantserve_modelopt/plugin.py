@@ -163,6 +163,9 @@ def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile |
 def settings(checkpoint: Checkpoint) -> Settings | str:
     """The settings that vLLM reads; a text where it would stop at them."""
     config, file = checkpoint.quantization_config or {}, checkpoint.quant_files.get(FILE)
+    if config and not config.get("quant_method"):
+        found = f"quant_algo {body(config).get('quant_algo')!r} of producer {config.get('producer')!r}"
+        return f"without quant_method vLLM reads FP8 and NVFP4 of producer modelopt only, and this is {found}"
     mixed = str(body(config).get("quant_algo")).upper() == MIXED
     try:  # vLLM takes the file where config.json lacks the modules of a mixture
         return read(file if file and mixed and "quantized_layers" not in body(config) else config)

@@ -41,7 +41,7 @@ MIXTURE = SMALL | {
     "num_hidden_layers": 2,
     "moe_intermediate_size": 128,
     "num_experts": 4,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,  # all of them, as in bfloat16 a near tie of the router may choose others
     "norm_topk_prob": True,
     "vocab_size": 256,
 }

@@ -195,6 +195,17 @@ def test_parts_of_a_fused_layer_in_different_groups() -> None:
         linear.QKVParallelLinear(K, 32, 4, 2, False, quant_config=config_of(values), prefix=f"{ATTENTION}.qkv_proj")
 
 
+def test_a_fused_layer_that_the_model_does_not_tell() -> None:
+    """vLLM's Qwen3-MoE says what its dense layers fuse after they are made; the headers tell."""
+    values, modules = written("mixture")
+    config = get_quantization_config(ENGINE).from_config(values)
+    config.maybe_update_config(str(DATA / "mixture"))
+    layer = linear.MergedColumnParallelLinear(K, [256, 256], False, quant_config=config, prefix=f"{MLP}.gate_up_proj")
+    parts = [f"{MLP}.{one}_proj" for one in ("gate", "up")]
+    ours = weight(load(layer, dict(enumerate(modules[part] for part in parts))))
+    assert torch.equal(ours, torch.cat([whole(values, part, modules[part], 256, K) for part in parts]))
+
+
 def dequantize(name: str, destination: Path) -> Path:
     """A checkpoint in float32, by compressed-tensors."""
     values, modules = written(name)

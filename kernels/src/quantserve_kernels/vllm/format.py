@@ -24,6 +24,8 @@ from quantserve_kernels.vllm.loading import attribute
 from quantserve_kernels.vllm.ragged import CSR, Entries, Tensors
 from quantserve_kernels.vllm.scheme import DTYPES, Scheme, dtypes, of_one_expert
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What almost all of vLLM's models fuse."""
 Packed = PackedWeight | tuple[PackedWeight, torch.Tensor | None]
 """A weight, or a weight and int64 [k]: it multiplies ``x[..., order]``."""
 
@@ -203,10 +205,19 @@ class Format(QuantizationConfig):
         return FormatLinearMethod(self, scheme, modules)
 
     def checkpoint_modules(self, prefix: str) -> list[str]:
-        """The checkpoint's modules fused into the engine's layer `prefix`; that name itself where nothing is fused."""
+        """The checkpoint's modules fused into the engine's layer `prefix`; that name itself where nothing is fused.
+
+        Some of vLLM's models tell what they fuse when their layers are made already (dense layers of Qwen3-MoE): then
+        the files tell, if they hold the usual parts.
+        """
         parent, _, last = prefix.rpartition(".")
-        fused = self.packed_modules_mapping.get(last) or [last]
-        return [f"{parent}.{name}" if parent else name for name in fused]
+        dot = f"{parent}." if parent else ""
+        fused = self.packed_modules_mapping.get(last)
+        if not fused:
+            usual = FUSED.get(last, ())
+            stored = usual and any(name.startswith(f"{dot}{usual[0]}.") for name in self._stored)
+            fused = usual if stored else [last]
+        return [f"{dot}{name}" for name in fused]
 
     def _scheme_of(self, module: str, layer: str) -> Scheme | None:
         """The scheme of a quantized module; None where it is plain."""

@@ -35,7 +35,7 @@ def changed(
     folder.mkdir()
     made = json.loads((DATA / source / "config.json").read_text()) | (config or {})
     beside = json.loads((DATA / source / "hf_quant_config.json").read_text())
-    for inner, changes in ((made.get("quantization_config", {}), quantization), (beside["quantization"], file)):
+    for inner, changes in ((made.get("quantization_config") or {}, quantization), (beside["quantization"], file)):
         inner |= copy.deepcopy(changes or {})
         for key in [key for key, value in inner.items() if value is None]:
             del inner[key]
@@ -111,7 +111,7 @@ def test_other_names(tmp_path: Path, name: str) -> None:
 
 
 def test_the_old_file_alone(tmp_path: Path) -> None:
-    config = {"quantization_config": {}}
+    config = {"quantization_config": None}
     for target in ("cpu", "b200"):
         assert not wrong(changed(tmp_path / target, "nvfp4", config=config), target)
     for name, algorithm in (("w4a16", "W4A16_NVFP4"), ("mxfp8", "MXFP8")):

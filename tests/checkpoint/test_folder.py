@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.calls import calls
 from helpers.checkpoints import CHAT_TEMPLATE, LLAMA_70B, REMOVE, make_llama, write_header, write_safetensors
 from quantserve.checkpoint import Checkpoint, Tensor, open_checkpoint
 from quantserve.errors import CheckpointError
@@ -31,14 +31,9 @@ def found(folder: Path, **kwargs: Any) -> dict[str, Finding]:
     return by_code
 
 
-def cost(folder: Path) -> float:
-    """CPU seconds to open a folder, the best of three."""
-    times = []
-    for _ in range(3):
-        begin = time.process_time()
-        open_checkpoint(str(folder))
-        times.append(time.process_time() - begin)
-    return min(times)
+def cost(folder: Path) -> int:
+    """Calls of functions to open a folder."""
+    return calls(lambda: open_checkpoint(str(folder)))
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -324,7 +319,7 @@ def test_large_tokenizer_is_quick(tmp_path: Path, indent: int | None) -> None:
         (folder / "tokenizer.json").write_text(json.dumps(data | {"model": model}, indent=indent))
         assert open_checkpoint(str(folder)).tokenizer["max_token_id"] == 128_009
     (folder / "tokenizer.json").write_text(json.dumps(data, indent=indent))
-    assert cost(folder) < 0.5
+    assert cost(folder) < 10_000  # of 280,000 merges
     (folder / "tokenizer.json").write_text(json.dumps(data, indent=indent)[:-100])
     assert set(found(folder)) == {"tokenizer-invalid"}
 
@@ -385,8 +380,9 @@ def test_relative_and_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("method", ["awq", "squeezellm"])
 def test_70b_is_quick(tmp_path: Path, method: str) -> None:
     folder = make_llama(tmp_path / "m", method, **LLAMA_70B)
-    assert len(open_checkpoint(str(folder)).tensors) > 1200
-    assert cost(folder) < 0.5
+    tensors = len(open_checkpoint(str(folder)).tensors)
+    assert tensors > 1200
+    assert cost(folder) < 100 * tensors
 
 
 def test_70b_is_light(tmp_path: Path) -> None:
@@ -397,7 +393,7 @@ def test_70b_is_light(tmp_path: Path) -> None:
         "assert not {'torch', 'numpy', 'vllm', 'ray', 'huggingface_hub', 'httpx2'} & set(sys.modules);"
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100_000
 
@@ -465,6 +461,4 @@ def test_oversized_json_is_not_read(tmp_path: Path) -> None:
 def test_100_mb_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m")
     write_header(folder / "model.safetensors", b"{}", 2**38, declared_length=2**37)
-    begin = time.process_time()
     assert set(found(folder)) == {"header-oversized"}
-    assert time.process_time() - begin < 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
+from helpers.calls import calls
 from helpers.checkpoints import LLAMA_70B, Spec, llama_tensors
 from quantserve.api import NK, Checkpoint, E, Finding, K, Linear, N, Part, Scheme, SkipList, linears, modules
 from quantserve.checks.scheme import check_schemes
@@ -348,6 +348,7 @@ def test_70b_is_quick() -> None:
     }  # fmt: skip
     sizes = {name: size for name, size in LLAMA_70B.items() if name != "shards"}
     checkpoint = of(llama_tensors("awq", **sizes), config)
-    start = time.process_time()
-    assert check(checkpoint, AWQ, ranks=4, skip=SkipList(["lm_head"])) == []
-    assert time.process_time() - start < 0.5
+    found: list[object] = []
+    made = calls(lambda: found.extend(check(checkpoint, AWQ, ranks=4, skip=SkipList(["lm_head"]))))
+    assert found == []
+    assert made < 100 * len(checkpoint.tensors)

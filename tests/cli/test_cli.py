@@ -155,7 +155,7 @@ print(json.dumps({{
     "modules": list(sys.modules),
 }}), file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     report: dict[str, Any] = json.loads(done.stderr.strip().splitlines()[-1])
     assert report["heavy"] == []
     assert report["exit_code"] == 0
@@ -285,7 +285,7 @@ def command(arguments: Sequence[str], redirect: str, **environ: str) -> subproce
         capture_output=True,
         text=True,
         env={**os.environ, **environ},
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

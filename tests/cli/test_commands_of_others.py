@@ -111,7 +111,7 @@ def test_no_command_is_imported_but_the_one_that_runs(tmp_path: Path, site: Site
 @pytest.mark.parametrize("arguments", [["schema"], ["schema", "--help"]])
 def test_a_command_of_quantserve_looks_for_no_others(arguments: list[str]) -> None:
     code = f"import sys; from quantserve.cli.main import run; run({arguments}); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert "quantserve.plugins.commands" not in done.stdout.splitlines()[-1].split()
 
 
@@ -188,7 +188,7 @@ def test_an_output_that_takes_nothing(site: Site, body: str, redirect: str, exit
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stderr) == (exit_code, stderr)
@@ -279,7 +279,9 @@ def test_an_import_that_ends_the_process_is_named_with_debug(site: Site) -> None
 
     def ended(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "quantserve", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env={**environ, **more}, timeout=60, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, env={**environ, **more}, timeout=300, check=False
+        )
 
     assert ended("list").stderr.splitlines()[-1] == "importing command third (third 1.0)"
     assert ended("hello").stdout == "hello you\n"
@@ -323,7 +325,7 @@ def test_completion_leaves_out_what_is_broken(site: Site) -> None:
 def test_completion_succeeds(site: Site) -> None:
     environ = {**os.environ, "_QUANTSERVE_COMPLETE": "bash_complete", "COMP_WORDS": "quantserve sch", "COMP_CWORD": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "quantserve"], capture_output=True, text=True, env=environ, timeout=60, check=False
+        [sys.executable, "-m", "quantserve"], capture_output=True, text=True, env=environ, timeout=300, check=False
     )
     assert (done.returncode, done.stdout) == (0, "plain,schema\n")
 

@@ -45,7 +45,7 @@ assert "torch" not in sys.modules
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
         env={**os.environ, **environment},
     )

@@ -135,7 +135,7 @@ def test_imports_stay_light() -> None:
         "heavy = {'torch', 'vllm', 'ray', 'transformers', 'numpy', 'jinja2'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code, str(ROOT / "models")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(ROOT / "models")], check=True, timeout=300)
 
 
 def test_models_are_values() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -80,10 +79,8 @@ def test_a_flood_of_problems_is_cut_short(tmp_path: Path) -> None:
 def test_alias_expansion_is_bounded(tmp_path: Path) -> None:
     levels = ["a0: &a0 [" + ", ".join(["x"] * 9) + "]"]
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
-    start = time.monotonic()
-    found = message(tmp_path / "model.yaml", "\n".join(levels).encode())
+    found = message(tmp_path / "model.yaml", "\n".join(levels).encode())  # 9 ** 12 values; pytest's timeout ends it
     assert "more than 50000 values once aliases are expanded" in found
-    assert time.monotonic() - start < 5
 
 
 def test_duplicate_keys_name_both_lines(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class Environment:
     @classmethod
     def make(cls, path: Path) -> Environment:
         """A new, empty one."""
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path)], check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path)], check=True, timeout=300)
         return cls(path)
 
     @property
@@ -69,7 +69,7 @@ class Environment:
             [str(self.path / "bin" / program), *map(str, arguments)],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             cwd=self.path,
             env=self.variables(**variables),
         )

@@ -23,7 +23,7 @@ def prepare(folder: Path, **environment: str) -> subprocess.CompletedProcess[str
         [sys.executable, str(folder / "prepare.py")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, **environment},
     )
 

@@ -69,7 +69,7 @@ class Machine:
             [sys.executable, str(self.root / "scripts" / "setup.py"), *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             env={**os.environ, "PATH": path, **environment},
         )
 

@@ -73,7 +73,7 @@ async def request(
             if leave_after is not None and len([chunk for chunk in answer.chunks if chunk]) >= leave_after:
                 gone.set()
 
-    await asyncio.wait_for(Guard(app)(scope, receive, send), 10)
+    await asyncio.wait_for(Guard(app)(scope, receive, send), 120)
     return answer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from .server import Server
+from .server import HANGS_S, Server
 
 ASK = {"prompt": "Return a copy of the", "max_tokens": 32, "temperature": 0, "ignore_eos": True}
 
@@ -92,14 +92,14 @@ class Clients:
     def stop(self) -> None:
         """Let every client finish its request."""
         self._enough.set()
-        self._thread.join(120)
+        self._thread.join(HANGS_S)
         assert not self._thread.is_alive(), "a request hangs"
 
     def of(self, model: str, since: float = 0.0) -> list[Outcome]:
         """Outcomes of requests to a model that began after `since`."""
         return [outcome for outcome in list(self.outcomes) if outcome.asked.model == model and outcome.began >= since]
 
-    def wait(self, check: Callable[[], bool], seconds: float) -> None:
+    def wait(self, check: Callable[[], bool], seconds: float = HANGS_S) -> None:
         """Wait until `check` holds."""
         deadline = time.monotonic() + seconds
         while not check():

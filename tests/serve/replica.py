@@ -87,7 +87,7 @@ def session_of(send: Send) -> Any:
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
     async def bounded() -> Any:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             return await work()
 
     return uvloop.run(bounded())  # as the gateway and the replicas

@@ -27,6 +27,8 @@ BIN = Path(sys.executable).parent
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 START_S = 400.0
 """Three engines that start at once on two busy cores."""
+HANGS_S = 120.0
+"""After so long what takes a moment on an idle machine is taken for hanging."""
 KEY = "sesame-0123456789"
 EAGER = {"enforce_eager": True, "max_num_seqs": 16}
 """Engine arguments of all tests: compiling takes a minute the first time and changes nothing here."""
@@ -100,7 +102,7 @@ class Server:
                     process.send_signal(number)
             self.process.send_signal(number)
 
-    def stop(self, number: int = signal.SIGINT, seconds: float = 60, to: str = "command") -> int:
+    def stop(self, number: int = signal.SIGINT, seconds: float = HANGS_S, to: str = "command") -> int:
         """Send a signal and wait for the end; returns the exit code."""
         if self.process.poll() is None:
             self.send(number, to)
@@ -182,7 +184,7 @@ def metric(server: Server, app: str, name: str) -> float:
     return sum(map(float, values))
 
 
-def until(check: Callable[[], bool], seconds: float) -> None:
+def until(check: Callable[[], bool], seconds: float = HANGS_S) -> None:
     """Wait until `check` holds; connection errors count as not yet."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -36,7 +36,7 @@ for process in (core, *workers):
 def replica(*bound: int, reserved: int = 1) -> list[str]:
     """A replica with workers bound to these CPUs: returns those found, the CPUs of its threads and of its children."""
     command = [sys.executable, "-c", REPLICA, str(reserved), *map(str, bound)]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    out = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return out.stdout.splitlines()
 
 
@@ -104,7 +104,7 @@ def test_niceness_and_affinity_of_a_process_and_its_children(but_first: bool) ->
         threads = sorted(int(thread.name) for thread in Path(f"/proc/{process.pid}/task").iterdir())
         first, *others = [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads]
         *_, last = [sorted(os.sched_getaffinity(thread)) for thread in threads]
-        out, _ = process.communicate("\n", timeout=60)
+        out, _ = process.communicate("\n", timeout=300)
     assert first == (own if but_first else nicer)
     assert out.strip() == f"{first} {CPUS if but_first else CPUS[1:]}"
     assert others == [nicer]

@@ -58,7 +58,7 @@ def test_the_loops_of_vllms_message_queue_sleep_every_thousandth_turn(name: str)
             assert turns >= 5000
             assert sleeps >= turns // SLEEP_EVERY
     finally:
-        process.join(30)
+        process.join(120)
 
 
 def _gloo(rank: int, init_file: str, interface: str, found: multiprocessing.Queue[tuple[int, float, float]]) -> None:
@@ -101,5 +101,5 @@ def test_the_process_groups_of_a_worker_share_a_thread_unless_the_user_names_int
         assert [found.get(timeout=120) for _ in ranks] == [(threads, 2.0**8, 60.0)] * 2
     finally:
         for rank in ranks:
-            rank.join(30)
+            rank.join(120)
             rank.kill()

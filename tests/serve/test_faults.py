@@ -49,18 +49,18 @@ def health(server: Server) -> tuple[int, dict[str, str]]:
 def test_a_lost_replica_is_replaced(pair: Server, fault: str) -> None:
     replica, (core, *workers) = replicas(pair, "victim")[0], engines(pair, "victim")
     with Clients(pair, KINDS) as load:
-        load.wait(lambda: load.served("victim", 0)() and load.served("other", 0)(), 60)
+        load.wait(lambda: load.served("victim", 0)() and load.served("other", 0)())
         assert health(pair) == (200, {"victim": "ok", "other": "ok"})
-        load.wait(lambda: load.streaming("victim"), 60)
+        load.wait(lambda: load.streaming("victim"))
         hit = time.monotonic()
         target = replica if fault == "replica killed" else core
         target.send_signal(signal.SIGSTOP if fault == "engine hangs" else signal.SIGKILL)
-        until(lambda: health(pair) == (503, {"victim": "unavailable", "other": "ok"}), 40)
-        load.wait(lambda: any(outcome.kind == "refused" for outcome in load.of("victim", hit)), 60)
+        until(lambda: health(pair) == (503, {"victim": "unavailable", "other": "ok"}))
+        load.wait(lambda: any(outcome.kind == "refused" for outcome in load.of("victim", hit)))
         down = time.monotonic()
         load.wait(load.served("victim", down), 180)
-        until(lambda: health(pair)[0] == 200, 10)
-        until(lambda: gone([replica, core, *workers]), 20)
+        until(lambda: health(pair)[0] == 200)
+        until(lambda: gone([replica, core, *workers]))
 
     others = load.of("other")
     assert {outcome.kind for outcome in others} == {"ok"}
@@ -87,18 +87,18 @@ def test_a_lost_replica_is_replaced(pair: Server, fault: str) -> None:
 def test_a_killed_gateway_is_replaced(pair: Server) -> None:
     process = gateway(pair)
     with Clients(pair, KINDS) as load:
-        load.wait(lambda: load.served("victim", 0)() and load.served("other", 0)(), 60)
+        load.wait(lambda: load.served("victim", 0)() and load.served("other", 0)())
         hit = time.monotonic()
         process.kill()
-        process.wait(10)
+        process.wait(120)
         died = time.monotonic()
-        load.wait(lambda: load.served("victim", died)() and load.served("other", died)(), 60)
-    pair.wait_for(r"Gateway process was killed \(signal 9\); restarting it\.", 5)
+        load.wait(lambda: load.served("victim", died)() and load.served("other", died)())
+    pair.wait_for(r"Gateway process was killed \(signal 9\); restarting it\.")
     later = [outcome for outcome in load.outcomes if outcome.began > died]
     assert {outcome.kind for outcome in later} == {"ok"}, later
     before = [outcome for outcome in load.outcomes if outcome.ended < hit]
     assert {outcome.kind for outcome in before} == {"ok"}
     assert gateway(pair).pid != process.pid
     # Nobody reads the answers that the first gateway had asked for.
-    until(lambda: metric(pair, "victim", "vllm:num_requests_running") == 0, 5)
+    until(lambda: metric(pair, "victim", "vllm:num_requests_running") == 0)
     assert health(pair)[0] == 200

@@ -50,5 +50,5 @@ def test_a_full_disk_at_the_start_is_reported_in_one_line(
     finally:
         if running.process.poll() is None:
             running.stop(signal.SIGTERM)
-    running.wait_for(said.format(folder=full), 5)
+    running.wait_for(said.format(folder=full))
     assert "Traceback" not in running.output

@@ -37,7 +37,7 @@ class Streams:
         self.finish = threading.Event()
         self.port = 0
         threading.Thread(target=asyncio.run, args=[self._serve()], daemon=True).start()
-        until(lambda: self.port > 0, 10)
+        until(lambda: self.port > 0)
 
     def close(self) -> None:
         self.finish.set()
@@ -79,7 +79,7 @@ class Gateway:
         self.received: list[str] = []
         self._client = threading.Thread(target=self._stream, daemon=True)
         self._client.start()
-        until(lambda: len(self.received) > 2, 20)
+        until(lambda: len(self.received) > 2)
 
     def _stream(self) -> None:
         body = {"model": "m", "prompt": "x", "stream": True}
@@ -100,8 +100,8 @@ class Gateway:
 
     def ended(self) -> int:
         """The exit code, once process and stream have ended."""
-        code = self.process.wait(20)
-        self._client.join(20)
+        code = self.process.wait(120)
+        self._client.join(120)
         assert not self._client.is_alive()
         return code
 
@@ -114,7 +114,7 @@ class Gateway:
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             with suppress(OSError):
                 pipe.close() if pipe else None
-        self.process.wait(5)
+        self.process.wait(120)
 
 
 @pytest.fixture
@@ -232,10 +232,10 @@ def test_a_gateway_serves_whatever_its_standard_output_is(output: str, tmp_path:
         settings = {"models": [MODEL], "token": TOKEN, "policy": policy}
         process.stdin.write(json.dumps(settings).encode() + b"\n")
         process.stdin.flush()
-        until(lambda: httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200, 20)
+        until(lambda: httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200)
         process.stdin.write(b'{"drain": true}\n')
         process.stdin.flush()
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
     if output == "a file":
@@ -246,7 +246,7 @@ def test_a_gateway_serves_whatever_its_standard_output_is(output: str, tmp_path:
 def test_a_gateway_refuses_standard_input_that_cannot_be_followed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process, _ = start_bare(listener, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert b"standard input must be a pipe" in errors
 
@@ -269,11 +269,11 @@ def parent() -> Iterator[tuple[subprocess.Popen[str], int, Any]]:
     gateway = psutil.Process(pid)
     children = psutil.Process(process.pid).children()
     try:
-        until(lambda: httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).status_code == 200, 30)
+        until(lambda: httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).status_code == 200)
         yield process, port, gateway
     finally:
         process.kill()
-        process.wait(5)
+        process.wait(120)
         for child in children:
             with suppress(psutil.Error):
                 child.kill()
@@ -284,8 +284,8 @@ def test_a_gateway_ends_with_its_parent_although_its_pipe_stays_open(
 ) -> None:
     process, port, gateway = parent
     process.kill()
-    process.wait(5)
-    until(lambda: not gateway.is_running() or gateway.status() == psutil.STATUS_ZOMBIE, 10)
+    process.wait(120)
+    until(lambda: not gateway.is_running() or gateway.status() == psutil.STATUS_ZOMBIE)
     socket.create_server(("127.0.0.1", port)).close()
 
 

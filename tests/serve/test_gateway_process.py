@@ -28,7 +28,7 @@ def described(model_id: str, **limits: object) -> dict[str, object]:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GatewayProcess, str, list[str]]]:
     """A gateway for three models, its address and the reported lines."""
-    monkeypatch.setattr(gateway_process, "HANGS_S", 3.0)
+    monkeypatch.setattr(gateway_process, "HANGS_S", 8.0)
     listener = socket.create_server(("127.0.0.1", 0))
     reported: list[str] = []
     models = [described("here"), described("away"), described("asleep", wakes=True)]
@@ -44,16 +44,16 @@ def test_it_reports_reachable_models_and_is_restarted_when_it_hangs(
     started: tuple[GatewayProcess, str, list[str]],
 ) -> None:
     process, base, reported = started
-    until(lambda: process.reachable == ["asleep"], 30)
+    until(lambda: process.reachable == ["asleep"])
     process.update({"here": [REPLICA]})
-    until(lambda: process.reachable == ["here", "asleep"], 5)
+    until(lambda: process.reachable == ["here", "asleep"])
     assert httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200
     (child,) = [p for p in psutil.Process().children() if "quantserve.serve.gateway.process" in p.cmdline()]
     os.kill(child.pid, signal.SIGSTOP)
-    until(lambda: len(reported) == 2, 10)
-    assert reported[0] == "Gateway process sent no heartbeat for 3 s; killing it."
+    until(lambda: len(reported) == 2)
+    assert reported[0] == "Gateway process sent no heartbeat for 8 s; killing it."
     assert reported[1] == "Gateway process was killed (signal 9); restarting it."
-    until(lambda: process.reachable == ["here", "asleep"], 30)  # the new process got the replicas of the old one
+    until(lambda: process.reachable == ["here", "asleep"])  # the new process got the replicas of the old one
     assert httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200
 
 
@@ -67,12 +67,12 @@ def test_it_keeps_off_the_cpus_that_replicas_compute_on(started: tuple[GatewayPr
         (child,) = [p for p in psutil.Process().children() if "quantserve.serve.gateway.process" in p.cmdline()]
         return int(child.pid)
 
-    until(lambda: process.reachable == ["asleep"], 30)
+    until(lambda: process.reachable == ["asleep"])
     assert os.sched_getaffinity(gateway()) == cpus
     process.update({"here": [{**REPLICA, "cpus": [bound]}]})
     assert os.sched_getaffinity(gateway()) == cpus - {bound}
     os.kill(gateway(), signal.SIGKILL)
-    until(lambda: len(said) == 1 and process.reachable == ["here", "asleep"], 30)
+    until(lambda: len(said) == 1 and process.reachable == ["here", "asleep"])
     assert os.sched_getaffinity(gateway()) == cpus - {bound}  # its successor, too
     process.update({"here": []})
     assert os.sched_getaffinity(gateway()) == cpus

@@ -78,7 +78,7 @@ class Client:
         """Send data again and again, until the server responds or closes."""
         begun = time.monotonic()
         while not select.select([self.socket], [], [], 0.05)[0] and self.send(data):
-            assert time.monotonic() - begun < 20
+            assert time.monotonic() - begun < 120
 
     def rest(self) -> bytes:
         """What arrives until the server closes."""
@@ -173,6 +173,13 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         assert running.errors.read_text() == ""
 
 
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway with the default timeouts."""
+    with gateway(tmp_path_factory.mktemp("patient")) as running:
+        yield running
+
+
 ENDLESS = {
     "tiny headers": (b"GET / HTTP/1.1\r\nhost: x\r\n", b"a: b\r\n" * 20_000),
     "one header": (b"GET / HTTP/1.1\r\nhost: x\r\na: ", b"b" * 120_000),
@@ -186,32 +193,32 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_memory_does_not_grow_with_what_is_not_body(edge: Gateway, name: str) -> None:
+def test_memory_does_not_grow_with_what_is_not_body(patient: Gateway, name: str) -> None:
     start, more = ENDLESS[name]
-    before, sent = edge.memory, 0
-    with Client(edge.port) as client:
+    before, sent = patient.memory, 0
+    with Client(patient.port) as client:
         client.send(start)
         while sent < 39 * MIB and client.send(more):
             sent += len(more)
         status, found = error(client.rest())
     assert (status, found["code"]) == (431, "request_header_fields_too_large")
     assert found["message"].endswith("exceed the limit of 64 KiB.")
-    assert edge.memory - before < 8 * MIB
+    assert patient.memory - before < 8 * MIB
 
 
-def test_a_head_below_the_limit_is_served(edge: Gateway) -> None:
+def test_a_head_below_the_limit_is_served(patient: Gateway) -> None:
     target = b"/v1/models?" + b"q" * 20_000
-    answer = talk(edge.port, b"GET %s HTTP/1.1\r\na: %s\r\n" % (target, b"b" * 40_000) + HEAD)
+    answer = talk(patient.port, b"GET %s HTTP/1.1\r\na: %s\r\n" % (target, b"b" * 40_000) + HEAD)
     assert answer.startswith(b"HTTP/1.1 200 ")
-    answer = talk(edge.port, b"GET %s HTTP/1.1\r\na: %s\r\n" % (target, b"b" * 50_000) + HEAD)
+    answer = talk(patient.port, b"GET %s HTTP/1.1\r\na: %s\r\n" % (target, b"b" * 50_000) + HEAD)
     assert error(answer)[0] == 431
 
 
-def test_a_body_in_tiny_chunks_is_read(edge: Gateway) -> None:
+def test_a_body_in_tiny_chunks_is_read(patient: Gateway) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n" + HEAD
     body = json.dumps({"model": "a", "pad": "x" * 50_000}).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
-    status, found = error(talk(edge.port, head + chunks + b"0\r\n\r\n"))
+    status, found = error(talk(patient.port, head + chunks + b"0\r\n\r\n"))
     assert (status, found["code"]) == (503, "model_unavailable")  # it was read: model `a` has no replica
 
 
@@ -282,7 +289,7 @@ def test_refusals_of_the_server_are_logged(edge: Gateway) -> None:
     def logged() -> set[tuple[str, int, str]]:
         return {(line["path"], line["status"], line.get("error", "")) for line in edge.requests}
 
-    until(lambda: ("/long", 431, "request_header_fields_too_large") in logged(), 20)
+    until(lambda: ("/long", 431, "request_header_fields_too_large") in logged())
     assert ("-", 400, "invalid_http_request") in logged()
 
 
@@ -518,7 +525,7 @@ def test_half_requests_take_no_file_that_the_gateway_needs(tmp_path: Path) -> No
         statuses = sorted(client.rest()[9:12] for client in half)
         assert statuses.count(b"408") >= 127
         assert statuses.count(b"408") + statuses.count(b"503") == 400
-        until(lambda: talk(running.port, b"GET /v1/models HTTP/1.1\r\n" + HEAD).endswith(b"}]}"), 20)
+        until(lambda: talk(running.port, b"GET /v1/models HTTP/1.1\r\n" + HEAD).endswith(b"}]}"))
 
 
 def test_a_deadline_that_is_less_than_a_timer_away_can_be_moved() -> None:
@@ -604,7 +611,7 @@ def streaming(
         yield listener.getsockname()[1], log
     finally:
         log.stop()
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -632,20 +639,20 @@ def test_a_client_that_reads_nothing_is_disconnected(chunks: int) -> None:
         Client(port, buffer=4096) as client,
     ):
         client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert log.began.wait(20)
-        assert chunks == 50 or log.left.wait(20)
+        assert log.began.wait(120)
+        assert chunks == 50 or log.left.wait(120)
         log.stop()
-        assert log.stopped.wait(20)  # not delayed by data that nobody reads
+        assert log.stopped.wait(50)  # not delayed by data that nobody reads
 
 
 def test_a_slow_client_that_reads_is_not_disconnected() -> None:
-    with streaming(chunks=50, size=65536, send_timeout_s=1) as (port, log), Client(port, buffer=65536) as client:
+    with streaming(chunks=50, size=65536, send_timeout_s=2) as (port, log), Client(port, buffer=65536) as client:
         client.send(b"GET / HTTP/1.0\r\n\r\n")
-        assert log.began.wait(20)
+        assert log.began.wait(120)
         found = 0
         while part := client.socket.recv(32768):
             found += len(part)
-            time.sleep(0.02)
+            time.sleep(0.04)
         assert found > 50 * 65536
         assert not log.left.is_set()
 
@@ -654,9 +661,9 @@ def test_the_app_learns_that_a_client_with_a_queued_request_left() -> None:
     with streaming(chunks=10**6, pause=0.01, drain_timeout_s=1) as (port, log):
         with Client(port) as client:
             client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 2)
-            assert log.began.wait(20)
+            assert log.began.wait(120)
             client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-        assert log.left.wait(20)
+        assert log.left.wait(120)
 
 
 def test_trailers_are_not_headers() -> None:
@@ -668,7 +675,7 @@ def test_trailers_are_not_headers() -> None:
 
 
 def test_the_body_timeout_does_not_count_while_the_gateway_does_not_read() -> None:
-    with streaming(wait=1, body_timeout_s=0.3) as (port, log), Client(port) as client:
+    with streaming(wait=3, body_timeout_s=1.5) as (port, log), Client(port) as client:
         client.send(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (16 * MIB) + b"x" * (16 * MIB))
         client.until(b"0\r\n\r\n")
     assert len(log.body) == 16 * MIB
@@ -678,7 +685,7 @@ def test_it_drains_and_leaves_signal_handlers_alone() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with streaming(chunks=50, pause=0.01, drain_timeout_s=20) as (port, log), Client(port) as client:
         client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert log.began.wait(20)
+        assert log.began.wait(120)
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         with Client(port) as idle:
             log.stop()
@@ -692,7 +699,7 @@ def test_connections_have_the_options_that_notice_lost_clients() -> None:
         Client(port) as client,
     ):
         client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert log.began.wait(20)
+        assert log.began.wait(120)
         connections = psutil.Process().net_connections("tcp")
         (accepted,) = [one for one in connections if one.raddr == client.socket.getsockname()]
         with socket.socket(fileno=os.dup(accepted.fd)) as peer:

@@ -50,7 +50,7 @@ print(psutil.pid_exists(orphan))
 
 
 def output(program: str) -> str:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300).stdout
 
 
 def test_killing_ends_orphans_and_processes_that_ignore_signals() -> None:

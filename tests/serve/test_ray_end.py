@@ -56,7 +56,7 @@ def test_calls_that_run_when_ray_is_stopped_do_not_end_this_process(tmp_path: Pa
         return lines[-1:] == ["stopped"]
 
     try:
-        until(ended, 60)
+        until(ended)
     except AssertionError:
         pytest.fail(f"it ended without a word: {lines}")
     assert lines[-2:] == ["own raylet True", "stopped"]

@@ -44,7 +44,7 @@ def run(arguments: Sequence[str], signals: Sequence[tuple[float, int]], ignored:
         for pause, number in signals:
             time.sleep(pause)
             process.send_signal(number)
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     return process.returncode, output.splitlines()

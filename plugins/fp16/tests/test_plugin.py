@@ -119,5 +119,5 @@ def test_light_module_imports_nothing_heavy() -> None:
         "import sys, quantserve_fp16.plugin; "
         "assert not {'torch', 'vllm', 'ray', 'transformers', 'numpy'} & sys.modules.keys()"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -199,4 +199,4 @@ def test_the_light_module_is_light() -> None:
         "import sys, quantserve_gptq.plugin; "
         "assert not {'torch', 'vllm', 'ray', 'transformers'} & sys.modules.keys(), sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +62,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The phases of `make test`; without the option every test runs, one after the other."""
     parser.addoption("--phase", choices=("beside", "alone"), help="only tests that may run beside others, or the rest")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file without a test of the phase `alone` for that phase: importing all takes a minute."""
+    alone = config.getoption("phase") == "alone" and collection_path.name.startswith("test_")
+    return True if alone and collection_path.is_file() and b"mark.alone" not in collection_path.read_bytes() else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is evaluated

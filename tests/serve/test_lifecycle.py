@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import yaml
 
 from quantserve.serve.cpus import NICEST, STEP_BACK
 
-from .server import Server, gateway, gone, model, serve, until
+from .server import HANGS_S, Server, gateway, gone, model, serve, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.alone]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def limping(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 def test_a_failed_model_reports_its_cause_and_the_other_serves(limping: Server) -> None:
-    line = limping.wait_for(r"^\s*broken\s+failed: (.*)$", 5).group(1)
+    line = limping.wait_for(r"^\s*broken\s+failed: (.*)$").group(1)
     assert "No module named 'no_such_module'" in line
     assert "Traceback" not in limping.output
     assert re.search(r"^\s*good\s+ready in [\d.]+ s$", limping.output, re.MULTILINE)
@@ -47,11 +46,9 @@ def test_a_failed_model_reports_its_cause_and_the_other_serves(limping: Server) 
 
 
 def test_requests_to_the_failed_model_get_an_answer(limping: Server) -> None:
-    began = time.monotonic()
     answer = limping.request("POST", "/v1/completions", {"model": "broken", "prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
     assert answer.headers["retry-after"]
-    assert time.monotonic() - began < 10
     health = limping.request("GET", "/health")
     assert (health.status_code, health.json()["models"]) == (503, {"good": "ok", "broken": "unavailable"})
 
@@ -61,9 +58,7 @@ def test_ctrl_c_leaves_no_process(limping: Server, number: int) -> None:
     """Last in this module: it ends the server."""
     before = limping.descendants()
     assert len([p for p in before if "EngineCor" in p.name()]) == 1
-    began = time.monotonic()
     assert limping.stop(number) == 4  # a model failed to start
-    assert time.monotonic() - began < 30
     assert gone(before)
     assert limping.lines[-1].startswith("Stopped in")
     with pytest.raises(httpx.ConnectError):
@@ -96,26 +91,27 @@ def test_one_model_has_the_address_to_itself_and_dies_with_its_server(demo: Path
         ray = [p for p in running.descendants() if p.name().startswith(("gcs_server", "ray::ServeController"))]
         assert [p.nice() for p in ray] == [min(NICEST, own + STEP_BACK)] * 2
         os.kill(running.process.pid, signal.SIGKILL)  # no chance to clean up
-        until(lambda: gone([door]), 5)
+        until(lambda: gone([door]))
         with pytest.raises(httpx.ConnectError):
             httpx.get(running.base + "/health", timeout=5)
-        until(lambda: gone(engine), 40)  # Ray's own agents notice after a minute
+        until(lambda: gone(engine), 50)  # Ray's own agents notice after a minute
     finally:
         running.stop(signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("number", "to"), [(signal.SIGINT, "group"), (signal.SIGTERM, "every process")])
-def test_stopped_while_starting(demo: Path, number: int, to: str) -> None:
-    running = serve(demo / "checkpoint")
+def test_stopped_while_starting(demo: Path, tmp_path: Path, number: int, to: str) -> None:
+    """No request is in progress, so nothing waits for the drain timeout."""
+    app = {"http": {"drain_timeout_s": 3 * HANGS_S}, "models": [model("demo", demo / "checkpoint")]}
+    (tmp_path / "app.yaml").write_text(yaml.safe_dump(app))
+    running = serve(tmp_path / "app.yaml")
     try:
-        running.wait_for("Starting Ray", 60)
-        until(lambda: any("ServeReplica" in p.name() for p in running.descendants()), 60)
+        running.wait_for("Starting Ray")
+        until(lambda: any("ServeReplica" in p.name() for p in running.descendants()))
         before = running.descendants()
-        began = time.monotonic()
     finally:
         code = running.stop(number, to=to)
     assert code == 0
-    assert time.monotonic() - began < 20  # the drain timeout: no request is in progress
     assert gone(before)
     assert "Traceback" not in running.output
 
@@ -125,16 +121,14 @@ def test_a_port_in_use_fails_before_ray_starts(demo: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        began = time.monotonic()
         running = serve(demo / "checkpoint", "--port", str(port))
-        assert running.process.wait(60) == 4
-        assert time.monotonic() - began < 30
-    running.wait_for(rf"port {port} on 127.0.0.1 is already in use", 5)
+        assert running.process.wait(HANGS_S) == 4
+    running.wait_for(rf"port {port} on 127.0.0.1 is already in use")
     assert "Starting Ray" not in running.output
 
 
 def test_a_missing_keys_file_fails_before_ray_starts(demo: Path) -> None:
     running = serve(demo / "checkpoint", "--api-keys-file", "/nowhere/keys")
-    assert running.process.wait(60) == 2
-    running.wait_for("API keys file /nowhere/keys: No such file", 5)
+    assert running.process.wait(HANGS_S) == 2
+    running.wait_for("API keys file /nowhere/keys: No such file")
     assert "Starting Ray" not in running.output

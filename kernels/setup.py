@@ -42,7 +42,8 @@ NEON = [*KERNEL, "-fno-schedule-insns"]
 def sources(machine: str) -> dict[str, list[str]]:
     """The sources for a processor, named as `platform.machine()` does, with the flags of each."""
     # Plain loops in many variants: what -O3 unrolls here only takes time to compile. It takes longest, so it is first.
-    chosen = {"csrc/isa_portable.cpp": [*KERNEL, "-O2"]}
+    # Its vectors pass between functions of this file alone, so that no ABI matters.
+    chosen = {"csrc/isa_portable.cpp": [*KERNEL, "-O2", "-Wno-psabi"]}
     if machine in ("x86_64", "AMD64"):
         chosen |= {
             "csrc/isa_avx2.cpp": [*KERNEL, "-mavx2", "-mfma", "-mf16c"],

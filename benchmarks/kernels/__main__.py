@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels", description=(package.__doc__ or "").partition("\n")[0]
     )
-    out.add_argument("--models", default="7b", metavar="7b,13b,70b", help="of Llama-2, or all; default 7b")
+    out.add_argument("--models", default="7b", metavar="7b,13b,70b,narrow", help="of Llama-2, or all; default 7b")
     out.add_argument("--formats", metavar="A,B", help="or all; an unknown name lists them")
     out.add_argument("--batches", type=numbers, metavar="1,8,64", help="default 1 to 128 by doubling, and 512")
     out.add_argument("--threads", type=numbers, default=(1,), metavar="1,2", help="compute threads; default 1")

@@ -1,4 +1,4 @@
-"""The linears of the Llama-2 models, as vLLM fuses them."""
+"""The linears of the Llama-2 models, as vLLM fuses them, and one of few output features."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ MODELS = {
         "7b": (("qkv", 12288, 4096), ("o", 4096, 4096), ("gate_up", 22016, 4096), ("down", 4096, 11008)),
         "13b": (("qkv", 15360, 5120), ("o", 5120, 5120), ("gate_up", 27648, 5120), ("down", 5120, 13824)),
         "70b": (("qkv", 10240, 8192), ("o", 8192, 8192), ("gate_up", 57344, 8192), ("down", 8192, 28672)),
+        "narrow": (("kv", 1024, 4096),),
     }.items()
 }
 # For the errors: few output features, and the input features of a short and a long row.

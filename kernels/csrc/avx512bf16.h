@@ -12,8 +12,9 @@ struct Avx512Bf16 {
   using Element = uint16_t;
   using Acc = __m512;
   using Vec = __m512i;
-  static constexpr int PARTS = 1, LANES = 32, ROWS = 6, HEIGHT = 4, DIRECT = 16, AHEAD = 8192;
+  static constexpr int PARTS = 1, LANES = 32, ROWS = 6, HEIGHT = 4, DIRECT = 32, AHEAD = 8192;
   static constexpr int TALL = 8, SHALLOW = 6, SPREAD = 4, CHAINS = 12, COLUMN_DIRECT = 32;
+  static constexpr bool COMPUTES = false;
 
   template <int BITS>
   struct Table {

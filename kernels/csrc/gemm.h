@@ -5,9 +5,9 @@
 // one), Vec (decoded weights), PARTS (Vecs per vector of 32), LANES (elements per Vec), HEIGHT and ROWS (rows of x in a
 // register block, beside weights that are decoded there and beside stored ones), DIRECT (rows of x up to which weights
 // are not stored), TALL and SHALLOW (the same two for columns), CHAINS (sums of columns that are added up at once),
-// AHEAD (bytes fetched ahead), Table<bits>, Codes<bits>, Wide<bits>, and the functions used below. It may give
-// `multiply<M>`, `multiply_columns<M>`, and GRAIN with `store_row`: how many consecutive elements of a row are stored
-// together where rows alternate, else LANES.
+// AHEAD (bytes fetched ahead), COMPUTES (whether it has the codings INTEGERS and E4M3), Table<bits>, Codes<bits>,
+// Wide<bits>, and the functions used below. It may give `multiply<M>`, `multiply_columns<M>`, and GRAIN with `store_row`:
+// how many consecutive elements of a row are stored together where rows alternate, else LANES.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -143,26 +143,13 @@ inline void widen(const void* from, Float type, int64_t first, int64_t count, fl
   for (; i < count; ++i) to[i] = load_float(from, type, first + i);
 }
 
-// Sum of a few values, in partial sums. Rows of a sparse part are short, and of every length: no branch on the length up
-// to 32 where the processor can mask.
-inline float total(const float* values, int64_t count) {
-#ifdef __AVX512F__
-  const auto some = [&](int64_t from) {
-    const int64_t left = std::clamp<int64_t>(count - from, 0, 16);
-    return _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), values + from);
-  };
-  __m512 sum = _mm512_add_ps(some(0), some(16));
-  for (int64_t i = 32; i < count; i += 16) sum = _mm512_add_ps(sum, some(i));
-  return _mm512_reduce_add_ps(sum);
-#else
+// Sum of the values of a vector, in partial sums.
+inline float total(const float* values) {
   float part[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
+  for (int i = 0; i < VECTOR; i += 8) {
     for (int j = 0; j < 8; ++j) part[j] += values[i + j];
   }
-  for (int64_t j = 0; j < count - i; ++j) part[j] += values[i + j];
   return ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
-#endif
 }
 
 // As many scales or zeros of neighbouring channels as Acc has lanes.
@@ -177,12 +164,12 @@ inline INLINE Acc lanes_of(const void* from, Float type, int64_t first) {
     return (Acc)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
   }
 #endif
-#ifdef __F16C__
+#ifdef __AVX2__
   if constexpr (LANES == 8) {
-    if (type == Float::f16) {
-      const auto* half = static_cast<const uint16_t*>(from) + first;
-      return (Acc)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
-    }
+    if (type == Float::f32) return (Acc)_mm256_loadu_ps(static_cast<const float*>(from) + first);
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + first));
+    if (type == Float::f16) return (Acc)_mm256_cvtph_ps(words);
+    return (Acc)_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16);
   }
 #endif
   Acc out;
@@ -288,6 +275,9 @@ struct Columns {
   }
 };
 
+// What a decoded 1 stands for. E4M3 is decoded as float16 with the same bits, which has another bias.
+constexpr float unit_of(int coding) { return coding == E4M3 ? 256.0f : 1.0f; }
+
 // c[m * width + i] += x[m] . W[tile * COLUMNS + i] for M rows of x, without the sparse part. `x` is a panel:
 // [features / 2, M, 2]. The sums over a group are scaled, not the weights, and zero points are taken off with the sums of
 // x: nothing is rounded.
@@ -323,13 +313,13 @@ void column_tile(const Weight& w, const typename S::Element* x, const float* sum
     unrolled<H>([&](auto h) INLINE {
       unrolled<(CHAINS - 1) * M>([&](auto i) INLINE { part[0][h][i % M] += part[1 + i / M][h][i % M]; });
       if (!w.scales) {
-        unrolled<M>([&](auto m) INLINE { total[h][m] += part[0][h][m]; });
+        unrolled<M>([&](auto m) INLINE { total[h][m] += part[0][h][m] * unit_of(BITS); });
         return;
       }
       const int64_t at = (tile * w.groups + g) * COLUMNS + h * Shape::LANES;
-      const Acc scale = lanes_of<Acc>(w.scales, w.scale_type, at);
+      const Acc scale = lanes_of<Acc>(w.scales, w.scale_type, at) * unit_of(BITS);
       if (w.zeros && whole) {
-        const Acc zero = lanes_of<Acc>(w.zeros, w.scale_type, at);
+        const Acc zero = lanes_of<Acc>(w.zeros, w.scale_type, at) * (1.0f / unit_of(BITS));
         unrolled<M>([&](auto m) INLINE { part[0][h][m] -= zero * sums[m * w.groups + g]; });
       }
       unrolled<M>([&](auto m) INLINE { total[h][m] += part[0][h][m] * scale; });
@@ -370,6 +360,7 @@ void decode_columns(const Weight& w, int64_t tile, int64_t begin, int64_t end, t
         const int64_t at = (tile * w.groups + b / per_group) * COLUMNS + h * Shape::LANES;
         scale[h] = w.scales ? lanes_of<Acc>(w.scales, w.scale_type, at) : S::zero() + 1.0f;
         offset[h] = w.zeros ? -scale[h] * lanes_of<Acc>(w.zeros, w.scale_type, at) : S::zero();
+        scale[h] = scale[h] * unit_of(BITS);
       });
     }
     const typename S::template Codes<BITS> code(codes);
@@ -560,10 +551,10 @@ struct Gemm {
   static constexpr int64_t DEPTH = 2048;  // input features of a slice: decoded, a tile and a panel of x fit the L1 cache
 
   // Whether each panel of x decodes the weights anew: better than storing them up to some rows, fewer with a sparse
-  // part, which is then added to the stored weights once for all rows. Rows with scales are always stored.
+  // part, which is otherwise added to the stored weights once for all rows. Rows with scales are always stored.
   static bool direct(const Weight& w, int64_t m) {
     if (w.stored || (w.scales && !w.columns)) return false;
-    return m <= (w.rows ? 2 : w.columns ? S::COLUMN_DIRECT : S::DIRECT);
+    return m <= std::min<int64_t>(w.columns ? S::COLUMN_DIRECT : S::DIRECT, w.rows ? 8 : m);
   }
 
   // Rows of x in a panel. Rows stay whole where they meet weights in registers: each is prepared as a panel of its own.
@@ -628,24 +619,25 @@ struct Gemm {
         size = std::min<int64_t>(VECTOR, w.group_padded - offset);
         const int64_t filled = g < w.groups ? std::clamp<int64_t>(w.group - offset, 0, size) : 0;
         const int64_t from = (begin + r) * w.k + g * w.group + offset;
-        if (S::same(source.type) && filled == size && !sums && !plain) {
-          put(static_cast<const Element*>(source.x) + from, size);
-          continue;
-        }
+        const bool as_is = S::same(source.type) && filled == size;
         float values[VECTOR] = {};
-        widen(source.x, source.type, from, filled, values);
-        Element ordered[VECTOR];
-        if constexpr (sizeof(Element) == sizeof(float)) {
-          if (w.columns) std::memcpy(ordered, values, sizeof values);
-          else S::order(values, ordered);
+        if (!as_is || sums || plain) widen(source.x, source.type, from, filled, values);
+        if (as_is) {
+          put(static_cast<const Element*>(source.x) + from, size);
         } else {
-          S::order(values, ordered);
+          Element ordered[VECTOR];
+          if constexpr (sizeof(Element) == sizeof(float)) {
+            if (w.columns) std::memcpy(ordered, values, sizeof values);
+            else S::order(values, ordered);
+          } else {
+            S::order(values, ordered);
+          }
+          put(ordered, size);
         }
-        put(ordered, size);
         if (plain) std::memcpy(plain + (begin + r) * w.k_padded + at, values, sizeof(float) * size);
         if (sums && filled) {
           float& sum = sums[(begin + r) * w.groups + g];
-          sum = total(values, VECTOR) + (offset ? sum : 0.0f);
+          sum = total(values) + (offset ? sum : 0.0f);
         }
       }
     }
@@ -653,6 +645,10 @@ struct Gemm {
 
   static bool run(const Weight& w, const Input& in, const Output& out, const Plan& plan, int64_t begin, int64_t end,
                   char* scratch) {
+    if constexpr (S::COMPUTES) {
+      if (w.coding == INTEGERS) return run_bits<INTEGERS>(w, in, out, plan, begin, end, scratch);
+      if (w.coding == E4M3) return run_bits<E4M3>(w, in, out, plan, begin, end, scratch);
+    }
     switch (w.bits) {
       case 2: return run_bits<2>(w, in, out, plan, begin, end, scratch);
       case 3: return run_bits<3>(w, in, out, plan, begin, end, scratch);
@@ -712,7 +708,7 @@ struct Gemm {
             const auto* x = static_cast<const Element*>(in.x) + m * w.k_padded;
             const float* sums = w.zeros ? in.sums + m * w.groups : nullptr;
             column_rows<S, BITS>(w, x, sums, rows, tile, blocks_of(w, i), to, width);
-          } else {
+          } else if constexpr (BITS <= 8) {
             small_rows<S, BITS>(w, in, m, rows, tile, blocks_of(w, i), to, width);
           }
         }
@@ -740,9 +736,12 @@ struct Gemm {
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t tile = channel / size + t;
         auto* to = decoded + t * size * features;
-        if (w.columns) decode_columns<S, BITS>(w, tile, b, end, to);
-        else if (w.scales) decode_tile<S, BITS, true>(w, tile, b, end, to);
-        else decode_tile<S, BITS, false>(w, tile, b, end, to);
+        if (w.columns) {
+          decode_columns<S, BITS>(w, tile, b, end, to);
+        } else if constexpr (BITS <= 8) {
+          if (w.scales) decode_tile<S, BITS, true>(w, tile, b, end, to);
+          else decode_tile<S, BITS, false>(w, tile, b, end, to);
+        }
         if (w.rows) fine &= add_sparse<S>(w, tile, b * block, features, to);
       }
       for (int64_t p = first; p < last; ++p) {
@@ -771,34 +770,25 @@ struct Gemm {
     return fine;
   }
 
-  // Adds the sparse part of `count` channels times x to y[count]. All products first, many channels at a time, then each
-  // channel's sum.
+  // Adds the sparse part of `count` channels times x to y[count].
   static bool sparse_rows(const Weight& w, int64_t first, int64_t count, const float* x, float* y) {
-    constexpr int64_t CHUNK = 1024;
-    const int32_t* rows = w.rows + first;
-    bool fine = rows[0] >= 0 && rows[count] <= w.nnz;
-    for (int64_t r = 0; r < count; ++r) fine &= rows[r] <= rows[r + 1];
-    if (!fine) return false;
-    for (int64_t begin = rows[0], r = 0; begin < rows[count]; begin += CHUNK) {
-      const int64_t size = std::min<int64_t>(CHUNK, rows[count] - begin), end = begin + size;
-      const int32_t* cols = w.cols + begin;
-      const float* vals = w.vals + begin;
-      uint32_t highest = 0;
-      for (int64_t i = 0; i < size; ++i) highest = std::max(highest, uint32_t(cols[i]));
-      if (highest >= w.k_padded) return false;
-      float products[CHUNK];
-      for (int64_t i = 0; i < size; ++i) {
-        int64_t k = cols[i];
-        asm("" : "+r"(k));  // keeps the compiler from gather instructions, which are slower than single loads
-        products[i] = vals[i] * x[k];
-      }
-      for (; r < count && rows[r] < end; ++r) {
-        const int64_t from = std::max<int64_t>(rows[r], begin), to = std::min<int64_t>(rows[r + 1], end);
-        y[r] += total(products + (from - begin), to - from);
-        if (rows[r + 1] > end) break;  // the rest is in the next chunk
-      }
+    bool fine = true;
+    for (int64_t r = 0; r < count; ++r) {
+      int64_t i = w.rows[first + r];
+      const int64_t end = w.rows[first + r + 1];
+      if (i < 0 || i > end || end > w.nnz) return false;
+      float sum[4] = {};  // chains of additions
+      const auto add = [&](int64_t at, int chain) INLINE {
+        uint64_t k = uint32_t(w.cols[at]);
+        asm("" : "+r"(k));  // no gather instructions and no shuffles, which are slower than single loads
+        if (k < uint64_t(w.k_padded)) sum[chain] += w.vals[at] * x[k];
+        else fine = false;
+      };
+      for (; i + 4 <= end; i += 4) unrolled<4>([&](auto chain) INLINE { add(i + chain, chain); });
+      for (; i < end; ++i) add(i, 0);
+      y[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
-    return true;
+    return fine;
   }
 
   // `above` rows of the results belong to slices before this one.

@@ -13,6 +13,7 @@ struct Avx2 {
   using Vec = __m256;
   static constexpr int PARTS = 4, LANES = 8, ROWS = 2, HEIGHT = 2, DIRECT = 2, AHEAD = 2048;
   static constexpr int TALL = 4, SHALLOW = 4, SPREAD = 1, CHAINS = 8, COLUMN_DIRECT = 8;
+  static constexpr bool COMPUTES = true;
 
   template <int BITS>
   struct Table {
@@ -50,8 +51,13 @@ struct Avx2 {
     template <int J, int P>
     __m256 get(const Table<BITS>& table) const {
       constexpr int HALF = P % 2, ODD = 16 * (P / 2);
-      if constexpr (BITS != 3) return table.template at<BITS * J + ODD>(word<HALF>(0));
-      if constexpr (BITS == 3 && J < 15) return table.template at<3 * (J % 5) + ODD>(word<HALF>(J / 5));
+      if constexpr (BITS == E4M3) return table.template at<J, P / 2>(word<HALF>(0));
+      else if constexpr (BITS != 3) return table.template at<(BITS < 8 ? BITS : 8) * J + ODD>(word<HALF>(0));
+      else return three<J, HALF, ODD>(table);
+    }
+    template <int J, int HALF, int ODD>
+    __m256 three(const Table<BITS>& table) const {
+      if constexpr (J < 15) return table.template at<3 * (J % 5) + ODD>(word<HALF>(J / 5));
       const __m256i first = _mm256_and_si256(_mm256_srli_epi32(word<HALF>(0), 15 + ODD), _mm256_set1_epi32(1));
       const __m256i second = _mm256_and_si256(_mm256_srli_epi32(word<HALF>(1), 14 + ODD), _mm256_set1_epi32(2));
       const __m256i third = _mm256_and_si256(_mm256_srli_epi32(word<HALF>(2), 13 + ODD), _mm256_set1_epi32(4));
@@ -91,6 +97,39 @@ struct Avx2::Table<8> {
   __m256 at(__m256i lanes) const {
     const __m256i index = _mm256_and_si256(_mm256_srli_epi32(lanes, SHIFT), _mm256_set1_epi32(255));
     return _mm256_i32gather_ps(entries, index, 4);
+  }
+};
+
+// Integers as the last bits of 2^23.
+template <>
+struct Avx2::Table<INTEGERS> {
+  __m256i bits;
+  __m256 offset;
+
+  void set(const float* from) {
+    const bool flips = from[128] < from[0];
+    bits = _mm256_set1_epi32(0x4b000000 | (flips ? 128 : 0));
+    offset = _mm256_set1_ps(8388608.0f - (flips ? from[128] : from[0]));
+  }
+  template <int SHIFT>
+  __m256 at(__m256i lanes) const {
+    const __m256i code = _mm256_and_si256(_mm256_srli_epi32(lanes, SHIFT), _mm256_set1_epi32(255));
+    return _mm256_sub_ps(_mm256_castsi256_ps(_mm256_xor_si256(code, bits)), offset);
+  }
+};
+
+template <>
+struct Avx2::Table<E4M3> {
+  void set(const float*) {}
+  // Feature ODD of 8 channels, byte J of their words: E4M3 as float16 with the same bits.
+  template <int J, int ODD>
+  __m256 at(__m256i words) const {
+    const __m128i high =
+        _mm_setr_epi8(-1, J, -1, 4 + J, -1, 8 + J, -1, 12 + J, -1, 2 + J, -1, 6 + J, -1, 10 + J, -1, 14 + J);
+    const __m256i codes = _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(high));
+    const __m256i halves = _mm256_and_si256(_mm256_srai_epi16(codes, 1), _mm256_set1_epi16(int16_t(0xbfff)));
+    const __m256i features = _mm256_permute4x64_epi64(halves, 0xd8);
+    return _mm256_cvtph_ps(ODD ? _mm256_extracti128_si256(features, 1) : _mm256_castsi256_si128(features));
   }
 };
 

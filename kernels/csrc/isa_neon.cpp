@@ -17,6 +17,7 @@ struct Neon {
   using Vec = float32x4x4_t;
   static constexpr int PARTS = 2, LANES = 16, ROWS = 6, HEIGHT = 2, DIRECT = 2, AHEAD = 2048;
   static constexpr int TALL = 4, SHALLOW = 6, SPREAD = 1, CHAINS = 4, COLUMN_DIRECT = 8;
+  static constexpr bool COMPUTES = false;
 
   template <int BITS>
   using Table = FloatTable<BITS>;

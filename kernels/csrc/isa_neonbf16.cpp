@@ -11,6 +11,7 @@ struct NeonBf16 {
   using Vec = bfloat16x8x2_t;
   static constexpr int PARTS = 2, LANES = 16, GRAIN = 4, ROWS = 16, HEIGHT = 4, DIRECT = 4, AHEAD = 4096;
   static constexpr int TALL = 4, SHALLOW = 8, SPREAD = 1, CHAINS = 8, COLUMN_DIRECT = 8;
+  static constexpr bool COMPUTES = false;
 
   static bfloat16x8_t rounded(float32x4_t low, float32x4_t high) {
     return vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(low), high);

@@ -13,6 +13,7 @@ struct Portable {
   using Vec = Lanes;
   static constexpr int PARTS = 4, LANES = 8, ROWS = 1, HEIGHT = 2, DIRECT = 2, AHEAD = 0;
   static constexpr int TALL = 2, SHALLOW = 1, SPREAD = 1, CHAINS = 4, COLUMN_DIRECT = 2;
+  static constexpr bool COMPUTES = false;
 
   template <int BITS>
   struct Table {

@@ -34,6 +34,11 @@ constexpr int VECTOR = 32;
 constexpr int block_vectors(int bits) { return bits == 2 ? 8 : bits == 3 ? 16 : bits == 4 ? 4 : 2; }
 constexpr int block_bytes(int bits) { return bits == 3 ? 192 : 64; }
 
+// Tables of columns of 8 bits that are computed, not looked up, where that is faster: `Weight::coding` is one of these
+// instead of the bits.
+constexpr int INTEGERS = 9;  // table[code] = first + (code ^ flip), integers; flip is 0, or 128 for two's complement
+constexpr int E4M3 = 10;     // 8-bit floats; the codes of NaN stand for 480 and -480
+
 enum class Float : int { f32, f16, bf16 };
 
 struct Weight {
@@ -43,6 +48,7 @@ struct Weight {
   int64_t k_padded;  // in_features as stored: whole blocks
   int64_t group, group_padded, groups;
   bool columns;        // the layout
+  int coding;          // the bits, or INTEGERS or E4M3
   const float* table;  // [n, 2^bits]; of columns [1, 2^bits]
   const void* scales;  // [n / tile, groups, tile] of scale_type, or null
   const void* zeros;   // the same, or null

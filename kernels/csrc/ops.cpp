@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <bit>
+#include <cmath>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -110,7 +111,7 @@ Weight shape_of(int64_t bits, int64_t n, int64_t k, int64_t group_size, bool col
   const int64_t group = group_size == -1 ? k : group_size;
   TORCH_CHECK_VALUE(group >= 1 && k % group == 0, "group_size ", group_size, " does not divide k ", k);
   Weight w{};
-  w.bits = int(bits);
+  w.bits = w.coding = int(bits);
   w.n = n;
   w.k = k;
   w.group = group;
@@ -119,6 +120,20 @@ Weight shape_of(int64_t bits, int64_t n, int64_t k, int64_t group_size, bool col
   w.group_padded = round_up(group, columns ? w.block() : VECTOR);
   w.k_padded = round_up(w.groups * w.group_padded, w.block());
   return w;
+}
+
+// What makes the table of 256 entries, or 8 where they have to be looked up.
+int coding_of(const float* table) {
+  const float first = std::min(table[0], table[128]);
+  const bool flips = table[128] < table[0];
+  bool integers = first == std::floor(first) && std::fabs(first) <= 1 << 20, floats = true;
+  for (int code = 0; code < 256; ++code) {
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp(float(fraction), -9);
+    integers &= table[code] == first + (flips ? code ^ 128 : code);
+    floats &= table[code] == (code < 128 ? size : -size);
+  }
+  return integers ? INTEGERS : floats ? E4M3 : 8;
 }
 
 }  // namespace
@@ -140,6 +155,7 @@ Weight weight_of(const Packed& p) {
   check(p.table, named("table"), {channels, entries}, at::kFloat);
   w.codes = p.codes.const_data_ptr<uint8_t>();
   w.table = p.table.const_data_ptr<float>();
+  if (w.columns && w.bits == 8) w.coding = coding_of(w.table);
   TORCH_CHECK_VALUE(p.scales.has_value() || !p.zeros.has_value(), named("zeros"), " need scales");
   if (p.scales) {
     w.scale_type = float_type(*p.scales, named("scales"));

@@ -84,6 +84,55 @@ def test_eight_bit_floats_by_table(isa: str, kind: torch.dtype, dtype: torch.dty
             _check(case, torch.randn(m, case.weight.k, generator=torch.Generator().manual_seed(m)).to(dtype))
 
 
+def _eight_bit_tables() -> dict[str, Tensor]:
+    """Tables [256] that instruction sets compute, and some that differ from these in one entry."""
+    code = torch.arange(256, dtype=torch.uint8)
+    floats = code.view(torch.float8_e4m3fn).float()
+    floats[[127, 255]] = torch.tensor([480.0, -480.0])  # NaN
+    zeros = floats.clone()
+    zeros[[127, 255]] = 0.0
+    signed = code.view(torch.int8).float()
+    odd = signed.clone()
+    odd[200] = 3.5
+    shifted = {f"from {first}": code.float() + first for first in (0, -128, -131, 1)}
+    halves = code.float() - 127.5
+    return {"e4m3": floats, "e4m3, NaN as 0": zeros, "int8": signed, "int8 but one": odd, "halves": halves, **shifted}
+
+
+@pytest.mark.parametrize("rows", [1, 8, 256])
+@pytest.mark.parametrize("name", _eight_bit_tables())
+def test_every_code_of_eight_bits_is_its_entry(isa: str, name: str, rows: int) -> None:
+    """Rows of the identity give W back, bit by bit: from registers and through memory, with scales and without."""
+    table = _eight_bit_tables()[name]
+    codes = torch.arange(256, dtype=torch.uint8).repeat(19, 1)
+    for scales, zeros in ((None, None), (torch.tensor([[0.5], [-4.0]]), torch.tensor([[2.0], [-64.0]]))):
+        repeat = [None if t is None else t.repeat(10, 1)[:19] for t in (scales, zeros)]
+        weight = kernels.pack(codes, table[None], bits=8, scales=repeat[0], zeros=repeat[1])
+        expected = table.double().expand(19, -1)
+        if repeat[0] is not None and repeat[1] is not None:
+            expected = (expected - repeat[1].double()) * repeat[0].double()
+        y = torch.cat([kernels.linear(x, weight) for x in torch.eye(256).split(rows)])
+        assert torch.equal(y.double(), expected.t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_bits_as_files_have_them(isa: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(12)
+    values = torch.randn(35, 256, generator=g).to(torch.float8_e4m3fn)
+    scales = torch.rand(35, 2, generator=g) + 0.5
+    signed = torch.randint(-128, 128, (35, 256), dtype=torch.int8, generator=g)
+    table = torch.arange(256, dtype=torch.uint8).view(torch.int8).float()[None]
+    for weight, matrix in (
+        (kernels.from_fp8(values, scales[:1], (64, 128)), values.double() * scales[:1].repeat_interleave(128, 1)),
+        (
+            kernels.pack(signed.view(torch.uint8), table, bits=8, scales=scales, group_size=128),
+            signed.double() * scales.double().repeat_interleave(128, 1),
+        ),
+    ):
+        for m in ROWS:
+            _check(Case("8 bits", weight, matrix), torch.randn(m, 256, generator=g).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_a_global_codebook_with_block_scales(isa: str, block: int, dtype: torch.dtype) -> None:

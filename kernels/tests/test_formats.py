@@ -214,3 +214,28 @@ def test_fp4(group: int) -> None:
     packed = codes[:, ::2] | codes[:, 1::2] << 4
     expected = (values.view(40, -1, group) * scales[:, :, None]).view(40, 96)
     assert torch.equal(kernels.from_fp4(packed, scales).dequantize(), expected)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(0.1251220703125, torch.float16), (2.0**-40, torch.bfloat16), (0.1, torch.float32)],
+    ids=["float16", "bfloat16", "neither"],
+)
+@pytest.mark.parametrize("n", [1, 16])
+def test_scales_take_16_bits_where_these_hold_them(scale: float, dtype: torch.dtype, n: int) -> None:
+    codes, zeros = _random(16, 64, 4, 9).to(torch.uint8), torch.full((16, 2), 3.0)
+    table = torch.arange(16.0).expand(n, -1)
+    weight = kernels.pack(codes, table, bits=4, scales=torch.full((16, 2), scale), zeros=zeros, group_size=32)
+    assert weight.scales is not None
+    assert weight.zeros is not None
+    assert weight.scales.dtype == weight.zeros.dtype == dtype
+    assert torch.equal(weight.dequantize(), (codes.float() - 3) * torch.tensor(scale))
+
+
+def test_weights_with_scales_of_different_width_are_one() -> None:
+    codes = _random(16, 32, 4, 10).to(torch.uint8)
+    parts = [
+        kernels.pack(codes, torch.arange(16.0)[None], bits=4, scales=torch.full((16, 1), scale)) for scale in (0.5, 0.1)
+    ]
+    both = kernels.concatenate(parts)
+    assert torch.equal(both.dequantize(), torch.cat([part.dequantize() for part in parts]))

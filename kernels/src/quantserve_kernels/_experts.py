@@ -123,11 +123,9 @@ def _numbers(weight: PackedWeight) -> tuple[int, ...]:
 
 
 def _kind(weight: PackedWeight) -> str:
-    """What weights must share to be one, in words."""
-    scales, zeros = (
-        f"no {name}" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {name}"
-        for name, tensor in (("scales", weight.scales), ("zeros", weight.zeros))
-    )
+    """What weights must share to be one, in words. Scales of different dtypes take the one that holds all."""
+    there = {"scales": weight.scales, "zeros": weight.zeros}
+    scales, zeros = (name if tensor is not None else f"no {name}" for name, tensor in there.items())
     return f"k {weight.k}, {weight.bits} bits, group size {weight.group_size}, {scales}, {zeros}"
 
 

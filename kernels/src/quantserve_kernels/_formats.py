@@ -226,8 +226,11 @@ def from_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = Non
             raise ValueError(f"scales has shape {list(scales.shape)}, expected {expected} of {rows} x {columns} blocks")
         group = gcd(k, columns)  # the last block may be narrower
         scales = scales.repeat_interleave(columns // group, 1)[:, : k // group].repeat_interleave(rows, 0)[:n]
-    table = values.nan_to_num(0.0, 0.0, 0.0)[None]
-    return pack(channels, table, bits=8, shape=(n, k), scales=scales.float(), group_size=group)
+    # No weight has the codes that are not finite. With E4M3's as the numbers that follow, the table can be computed.
+    table = values.nan_to_num(0.0, 0.0, 0.0)
+    if weight.dtype == torch.float8_e4m3fn:
+        table[[127, 255]] = torch.tensor([480.0, -480.0], device=weight.device)
+    return pack(channels, table[None], bits=8, shape=(n, k), scales=scales.float(), group_size=group)
 
 
 def from_fp4(packed: Tensor, scales: Tensor) -> PackedWeight:

@@ -28,8 +28,8 @@ class PackedWeight:
     Attributes:
         codes: uint8 (CPU) or int32 (GPU), in the layout of the device's kernel: see `layout`.
         table: float32 [n, 2**bits], a codebook per channel, or [1, 2**bits].
-        scales: float16, bfloat16 or float32; [n/tile, k/group_size, tile] (CPU; tile is 16 where
-            all channels share a table, else 4) or [n, k/group_size] (GPU); None for none.
+        scales: float16 or bfloat16, or float32 where neither holds all values; [n/tile, k/group_size, tile] (CPU; tile
+            is 16 where all channels share a table, else 4) or [n, k/group_size] (GPU); None for none.
         zeros: the same shape and dtype; None for none.
         rows, cols, vals: int32 [n + 1], int32 [nnz], float32 [nnz]; a CSR matrix, columns rising in each row; or None.
         bits: 2, 3, 4 or 8.
@@ -233,6 +233,7 @@ def pack(
             zeros = _checked(zeros, "zeros", [(n, numbers.groups)], dtype, table.device)
         if columns:
             table, scales, zeros = _suited_to_bfloat16(table, scales, zeros)
+        scales, zeros = _narrowed(scales, zeros)
     rows, cols, vals = (None, None, None) if sparse is None else _checked_csr(*sparse, table, n, k, numbers, layout)
     _refuse_infinity(table, scales, zeros, vals, layout)
     if scales is not None:
@@ -381,6 +382,17 @@ def _suited_to_bfloat16(table: Tensor, scales: Tensor, zeros: Tensor | None) -> 
     errors = (stretched.bfloat16().double() / factors - table.double()).square().sum(1)
     best = factors[errors.argmin()].float()
     return table * best, scales.float() / best, None
+
+
+def _narrowed(scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The same values in 16 bits, where a dtype of 16 bits holds all of them exactly: they are read at every call."""
+    if scales.dtype == torch.float32:
+        for dtype in (torch.float16, torch.bfloat16):
+            narrow = scales.to(dtype), None if zeros is None else zeros.to(dtype)
+            pairs = zip(narrow, (scales, zeros), strict=True)
+            if all(a is None or b is None or torch.equal(a.to(b.dtype), b) for a, b in pairs):
+                return narrow
+    return scales, zeros
 
 
 def _checked_csr(

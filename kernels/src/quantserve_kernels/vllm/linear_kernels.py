@@ -100,7 +100,6 @@ class CodebookLinearKernel(MPLinearKernel):
         scale = scales.data if scales.output_dim == 0 else scales.data.t()  # [n, k / group]
         if lost := int(scale.isnan().sum()):
             raise ValueError(f"{lost} of {scale.numel()} values of {self.w_s_name} never arrived, or are NaN")
-        scale = _narrowest(scale)
         zero = None
         # Types with a bias have no zeros. AWQ files have them even if their config says `zero_point: false`.
         if not kind.has_bias() and zeros is not None:
@@ -185,14 +184,3 @@ def _say_once() -> None:
         layers = f"{len(_new)} on {CodebookLinearKernel.__name__}"
         logger.info_once("Quantized linear layers: %s (instruction set %s)", layers, status().instruction_set)
         _new.clear()
-
-
-def _narrowest(scales: Tensor) -> Tensor:
-    """Scales in float32 in the 16-bit dtype they were stored in, if they were in one."""
-    if scales.dtype != torch.float32:
-        return scales
-    for dtype in (torch.float16, torch.bfloat16):
-        narrow = scales.to(dtype)
-        if torch.equal(narrow.to(torch.float32), scales):
-            return narrow
-    return scales

@@ -90,7 +90,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
         log, out = Path(folder, "log"), Path(folder, "out.json")
         spec = {
-            "environment": {**_surroundings(), **environment},
+            "environment": {**_surroundings(), **_binding(engine_args.get("tensor_parallel_size", 1)), **environment},
             "engine_args": {"model": str(model), **ARGUMENTS, **engine_args},
             "prompts": prompts,
             "tokens": tokens,
@@ -103,6 +103,12 @@ def run(
             raise RuntimeError(f"engine failed: {failure}\n{output[-40000:]}")
         results = json.loads(out.read_text())
     return Run([Generation(list(prompt), *item) for prompt, item in zip(prompts, results, strict=True)], output)
+
+
+def _binding(ranks: int) -> dict[str, str]:
+    """By itself vLLM binds one rank to each NUMA node; several on one node need their cores named."""
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join((cores * ranks)[:ranks])} if ranks > 1 else {}
 
 
 def _surroundings() -> dict[str, str]:

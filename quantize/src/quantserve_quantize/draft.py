@@ -176,12 +176,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def save_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all."""
+    """Write tensors as safetensors, whole or not at all.
+
+    Raises:
+        UsageError: the disk refuses.
+    """
     part = path.with_name(path.name + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.rename(path)
+    with disk(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.rename(path)
 
 
 def join(parts: list[Path], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

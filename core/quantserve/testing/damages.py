@@ -212,7 +212,8 @@ def _values(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, str):
         yield "wrong value", "quantserve-none"
     elif isinstance(value, list) and value and all(type(one) is int for one in value):
-        yield from (("wrong value", other) for other in ([max(1, one // 2) for one in value], [0 for _ in value], value[:-1]))
+        halves = [max(1, one // 2) for one in value]
+        yield from (("wrong value", other) for other in (halves, [0 for _ in value], value[:-1]))
 
 
 def _changed(settings: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:

@@ -97,6 +97,12 @@ def test_the_changelog_for_authors_has_every_version() -> None:
     ]
 
 
+def test_the_changelog_for_authors_names_what_came_after_1_0() -> None:
+    text = (ROOT / "docs" / "api-changes.md").read_text()
+    old = (ROOT / "tests/data/old4/src/quantserve_old4/plugin.py").read_text()
+    assert [name for name in api.__all__ if not re.search(rf"\b{name}\b", old) and f"`{name}`" not in text] == []
+
+
 def test_a_name_that_has_aged_warns_at_the_line_that_imports_it(site: Site) -> None:
     site.install("old", "from quantserve.api import Part\nfrom quantserve.api import Expected, check_linears\n")
     with warnings.catch_warnings(record=True) as caught:

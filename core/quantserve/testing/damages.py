@@ -118,6 +118,9 @@ def odd_configs(good: Checkpoint) -> Iterator[Damage]:
     for value in values:
         made = {**good.config, "quantization_config": value}
         yield Damage("config odd", "", f"quantization_config {value!r}", replace(good, config=made, quant_files={}))
+    other = {key: value for key, value in good.config.items() if key != "quantization_config"}
+    elsewhere = replace(good, config={**other, "compression_config": {"bits": 4}}, quant_files={})
+    yield Damage("config elsewhere", "", "settings without quant_method in compression_config", elsewhere)
     yield Damage("config empty", "", "an empty config.json", replace(good, config={}, quant_files={}))
     yield Damage("tensors none", "", "no tensors", replace(good, tensors={}))
     plain = {name: replace(tensor, shape=()) for name, tensor in good.tensors.items()}
@@ -173,7 +176,9 @@ def _dtypes(dtype: str) -> tuple[str, ...]:
     """Dtypes that no reader takes for this one."""
     if dtype not in DTYPE_BITS:
         return ("I64", "F64")
-    return ("I16", "U8") if dtype in FLOAT else ("F32", "I16" if dtype != "I16" else "I32")
+    if dtype in FLOAT:
+        return ("I16", "U8")
+    return ("F32", {"I8": "U8", "U8": "I8", "I16": "I32"}.get(dtype, "I16"))
 
 
 def _settings(good: Checkpoint) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -208,7 +213,7 @@ def _values(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, bool):
         yield "wrong value", not value
     elif isinstance(value, int | float):
-        yield from (("wrong value", other) for other in (value + 1, -7))
+        yield from (("wrong value", other) for other in (value + 1, value - 1, -7))
     elif isinstance(value, str):
         yield "wrong value", "quantserve-none"
     elif isinstance(value, list) and value and all(type(one) is int for one in value):

@@ -71,7 +71,7 @@ def kernel_profiles(subject: Subject) -> Iterator[str]:
             yield f"{what}: the profile names no source or no kernel"
 
 
-@check("R02-stored-bits", "kernel", "scheme")
+@check("R02-stored-bits", "method", "scheme")
 def stored_bits(subject: Subject) -> Iterator[str]:
     """The widths of the schemes are the method's, and a profile's stored bits at most 1.5 times those of the files.
 

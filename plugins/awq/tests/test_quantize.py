@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.composed import composed, errors
+from helpers.engines import run
 from quantserve.api import DISABLED_KERNELS, OUR_KERNEL, VLLM_KERNEL
 from quantserve.errors import UserError
 from quantserve_awq import _quantize
@@ -155,19 +153,6 @@ def test_refuses(model: Path, exported: Path, tmp_path: Path) -> None:
         dequantize_checkpoint(model, out)
 
 
-ENGINE = """
-import json, sys
-from vllm import LLM, SamplingParams, TokensPrompt
-
-if __name__ == "__main__":
-    kwargs, prompts, tokens = json.loads(sys.argv[1])
-    engine = LLM(skip_tokenizer_init=True, max_model_len=256, max_num_seqs=8, seed=0, **kwargs)
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    outputs = engine.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling)
-    print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
-"""
-
-
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -192,30 +177,17 @@ def test_vllm_answers_like_transformers_in_float32(
     composition = composed(exported, "cpu")
     kwargs = {key: setting.value for key, setting in composition.engine_kwargs.items()} | options
     assert kwargs["quantization"] == "awq"
-    kwargs["model"] = str(exported)
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment |= composition.engine_environment | {
+    environment = composition.engine_environment | {
         DISABLED_KERNELS: OUR_KERNEL if kernel == VLLM_KERNEL else VLLM_KERNEL
     }
-    if ranks := options.get("tensor_parallel_size"):
-        cores = [str(core) for core in sorted(os.sched_getaffinity(0))] * int(str(ranks))
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores[: int(str(ranks))])
-    run = subprocess.run(
-        [sys.executable, "-c", ENGINE, json.dumps([kwargs, prompts, 32])],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=environment,
-    )
-    assert run.returncode == 0, (run.stdout + run.stderr)[-8000:]
-    assert f"Using {kernel} for mixed-precision linear" in run.stdout + run.stderr
+    ended = run(exported, environment, prompts=prompts, tokens=32, max_model_len=256, seed=0, **kwargs)
+    assert f"Using {kernel} for mixed-precision linear" in ended.output
     if kernel == OUR_KERNEL:
-        assert "Quantized linear layers: " in run.stdout + run.stderr
-    answers = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("TOKENS")).split(" ", 1)[1])
+        assert "Quantized linear layers: " in ended.output
 
     reference = LlamaForCausalLM.from_pretrained(dequantized, dtype=torch.float32)
     clear = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in ((one.prompt, one.tokens) for one in ended.generations):
         assert len(answer) == 32
         with torch.no_grad():
             logits = reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]

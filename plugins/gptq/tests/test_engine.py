@@ -1,12 +1,9 @@
-"""The real engine, started as planned, against transformers in float32 on weights decoded by `test_files`' decoder."""
+"""The real engine, started as planned but not compiled, against transformers in float32 on weights decoded by `test_files`' decoder."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,22 +16,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.composed import composed, errors
+from helpers.engines import run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 DATA = Path(__file__).parent / "data"
 GROUP, BITS = 32, 3
-ENGINE = """
-import json, sys
-from vllm import LLM, SamplingParams, TokensPrompt
-
-if __name__ == "__main__":
-    kwargs, prompts, tokens = json.loads(sys.argv[1])
-    engine = LLM(skip_tokenizer_init=True, **kwargs)
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    outputs = engine.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling)
-    print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
-"""
 
 
 def stream(words: Tensor) -> Tensor:
@@ -69,25 +56,16 @@ def test_act_order_with_3_bits_and_zeros(tmp_path: Path) -> None:
     assert not errors(composition)
     kwargs = {key: setting.value for key, setting in composition.engine_kwargs.items()}
     assert kwargs["quantization"] == "gptq_codebook"
-    kwargs |= {"model": str(folder), "dtype": "float16", "max_model_len": 128}
     generator = torch.Generator().manual_seed(11)
     prompts = [torch.randint(3, 128, (length,), generator=generator).tolist() for length in (5, 17, 40)]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", ENGINE, json.dumps([kwargs, prompts, 32])],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=environment | composition.engine_environment,
-    )
-    assert run.returncode == 0, (run.stdout + run.stderr)[-8000:]
-    answers = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("TOKENS")).split(" ", 1)[1])
+    kwargs |= {"dtype": "float16", "enforce_eager": True}
+    ended = run(folder, composition.engine_environment, prompts=prompts, tokens=32, **kwargs)
 
     config.pop("quantization_config")
     reference = LlamaForCausalLM(LlamaConfig(**config)).float()
     reference.load_state_dict(plain)
     clear = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in ((one.prompt, one.tokens) for one in ended.generations):
         with torch.no_grad():
             logits = reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         best = logits.topk(2)

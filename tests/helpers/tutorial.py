@@ -14,8 +14,12 @@ from helpers.environments import ROOT
 PAGE = ROOT / "docs" / "plugins.md"
 
 
-def make(base: Path) -> tuple[Path, int]:
+def make(base: Path, python: Path | str = sys.executable) -> tuple[Path, int]:
     """Follow the page in an empty folder.
+
+    Args:
+        base: the folder.
+        python: of the environment in which quantserve is installed.
 
     Returns:
         The project, and how many lines of it are not as they were generated.
@@ -23,7 +27,7 @@ def make(base: Path) -> tuple[Path, int]:
     command = re.search(r"^    quantserve (new-plugin log4 .*)\n    cd (\S+)$", PAGE.read_text(), re.MULTILINE)
     assert command
     words = [word.strip('"') for word in re.findall(r'"[^"]+"|\S+', command[1])]
-    done = subprocess.run([sys.executable, "-m", "quantserve", *words], cwd=base, capture_output=True, text=True)
+    done = subprocess.run([str(python), "-m", "quantserve", *words], cwd=base, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     project, lines = base / command[2], 0
     for path, code in blocks():

@@ -42,10 +42,10 @@ class Author(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def author(tmp_path_factory: pytest.TempPathFactory) -> Author:
-    """Follow docs/plugins.md from `quantserve new-plugin` to the wheel."""
+def author(before: tuple[Environment, Any], tmp_path_factory: pytest.TempPathFactory) -> Author:
+    """Follow docs/plugins.md from the `quantserve new-plugin` of the installed wheel to a wheel."""
     base = tmp_path_factory.mktemp("author")
-    project, lines = tutorial.make(base)
+    project, lines = tutorial.make(base, before[0].python)
     build(project, base / "dist")
     (wheel,) = base.glob("dist/*.whl")
     return Author(project, wheel, lines)

@@ -1,4 +1,4 @@
-"""The real engine, as planned but eager, against transformers in float32 on weights decoded by `test_files`' decoder."""
+"""A real engine, as planned but eager, against transformers in float32 on weights decoded by `test_files`' decoder."""
 
 from __future__ import annotations
 

@@ -95,15 +95,16 @@ def _register(request: Mapping[str, Any], found: Problems) -> None:
     """Call it in an engine that asks for another plugin, and then twice in one that asks for it."""
     module, _, name = str(request["side"]).partition(":")
     own = {*request["methods"], request["declared"], "quantserve"}
-    before, environ, folder = _classes(own), dict(os.environ), os.getcwd()
+    before, every, environ, folder = _classes(own), _classes(set()), dict(os.environ), os.getcwd()
     os.environ.update(VLLM_PLUGINS="other", QUANTSERVE_ENGINE_PLUGINS="")
     try:
         register = getattr(import_module(module), name)
         register()
-        changed = [method for method, one in _classes(set(OTHERS) & own).items() if one.startswith("quantserve")]
-        if changed and any(not method.startswith("quantserve") for method in changed):
-            vllms = [method for method in changed if _vllm_has(method)]
-            found["engines"] += [f"engines that do not ask for the plugin lose vLLM's {method!r}" for method in vllms]
+        found["engines"] += [
+            f"engines that do not ask for the plugin lose vLLM's {method!r}"
+            for method, one in _classes(set()).items()
+            if one != every.get(method, one) and every[method].startswith("vllm.")
+        ]
         os.environ.update(environ)
         register()
         register()
@@ -141,10 +142,6 @@ def _classes(without: set[str]) -> dict[str, str]:
                 one = quantization.get_quantization_config(method)
                 made[method] = f"{one.__module__}.{one.__qualname__}"
     return made
-
-
-def _vllm_has(method: str) -> bool:
-    return method in getattr(quantization.QuantizationMethods, "__args__", ())
 
 
 def _override(request: Mapping[str, Any]) -> Iterator[str]:

@@ -20,8 +20,12 @@ _CALL = """
 from importlib import import_module
 from pathlib import Path
 module, _, name = sys.argv[1].partition(":")
-getattr(import_module(module), name)(Path(sys.argv[2]), Path(sys.argv[3]))
-answer(sorted(file.name for file in Path(sys.argv[3]).iterdir()))
+found = getattr(import_module(module), name)
+if isinstance(found, type):
+    answer("class")
+else:
+    found(Path(sys.argv[2]), Path(sys.argv[3]))
+    answer("done")
 """
 
 
@@ -46,6 +50,8 @@ def quantizer(subject: Subject) -> Iterator[str]:
         if answer.problem:
             yield f"{reference}: {answer.problem}"
             return
+        if answer.value == "class":
+            raise Skip(f"{reference} is a class, which `quantserve quantize` runs")
         opened = open_checkpoint(str(destination), readers=subject.registry.readers)
         if not claims(subject, opened):
             yield f"{reference} writes what quantserve_detect does not claim"

@@ -34,7 +34,7 @@ test-quick: dev ## run the tests that start no engine and take seconds
 fuzz: dev ## fuzz the readers of headers, configs, pickles and frames; about 20 minutes (ARGS="headers --count 1000 --seed 1")
 	@cd tests && exec ../$(BIN)/python -W ignore -m fuzzing $(ARGS)
 
-mutants: dev ## put small defects into good plugins and see whether the conformance kit catches them; 10 minutes (ARGS="rtn8 --light")
+mutants: dev ## put small defects into good plugins and see whether the conformance kit catches them; up to half an hour (ARGS="rtn8 --light")
 	@cd tests && exec ../$(BIN)/python -m mutants $(ARGS)
 
 sanitize: dev ## the kernels' CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer; builds for minutes

@@ -1,6 +1,6 @@
 """Put small defects into good plugins, one at a time, and see whether the conformance kit catches each.
 
-    make mutants                          # all of them; about 15 minutes on two cores
+    make mutants                          # all of them; up to half an hour on two cores
     make mutants ARGS="rtn8 --light"      # of one plugin, without those that need a process with vLLM
 
 Prints the check that caught each, and exits 1 when fewer than 95 % are caught.

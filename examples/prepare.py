@@ -18,6 +18,7 @@ from pathlib import Path
 
 from quantserve.errors import QuantserveError, UsageError
 from quantserve.plugins.registry import Hooks, Plugin, Registry
+from quantserve_quantize import Quantizer, run
 
 DEMO = Path(__file__).resolve().parent / "demo-model"
 CHECKPOINT = DEMO / "checkpoint"
@@ -43,11 +44,20 @@ def export(plugin: Plugin, destination: Path) -> bool:
     quantize = plugin.load_callable(quantizer)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=destination.parent) as scratch:
         made = Path(scratch) / destination.name
-        quantize(CHECKPOINT, made)
+        if isinstance(quantize, type):
+            plain = plugin_quantizer(quantize, sensitivity="none")  # k-means without calibration
+            run.quantize(CHECKPOINT, made, plain, destination.name, run.Asked())
+        else:
+            quantize(CHECKPOINT, made)
         (made / STAMP).write_text(made_from + "\n")
         shutil.rmtree(destination, ignore_errors=True)
         made.rename(destination)
     return True
+
+
+def plugin_quantizer(kind: type[Quantizer], **options: object) -> Quantizer:
+    """A quantizer with options."""
+    return kind(kind.Options(**options))
 
 
 def fingerprint(plugin: Plugin) -> str:

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from helpers.checkpoints import Spec, make_llama
 from helpers.composed import composed, errors
+from helpers.quantized import squeezellm
 from quantserve.api import Checkpoint, quantizable
 from quantserve.errors import UserError
 from quantserve_awq._quantize import quantize as awq
-from quantserve_squeezellm._quantize import quantize as squeezellm
 
 METHODS: dict[str, Callable[..., None]] = {"awq": awq, "squeezellm": squeezellm}
 MLP = [f"model.layers.{layer}.mlp.{name}.weight" for layer in (0, 1) for name in ("gate_proj", "up_proj", "down_proj")]

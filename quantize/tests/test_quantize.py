@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny_squeezellm import projections, write_llama
 from quantserve.errors import CheckpointError, UsageError
 from quantserve_quantize.run import Asked, quantize
-from quantserve_squeezellm.quantizer import Options, SqueezeLLM
+from quantserve_squeezellm.quantizer import SqueezeLLM, SqueezeLLMOptions
 
 TEXT = " ".join(f"w{number % 97}" for number in range(4000))
 
@@ -56,7 +56,7 @@ def run(
     source: Path, out: Path, text: Path | None, resume: bool = False, asked: Any = None, **options: Any
 ) -> dict[str, Any]:
     given = asked or Asked(text, samples=4, length=32)
-    return quantize(source, out, SqueezeLLM(Options(**options)), "squeezellm", given, resume)
+    return quantize(source, out, SqueezeLLM(SqueezeLLMOptions(**options)), "squeezellm", given, resume)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -85,7 +85,7 @@ def test_every_tensor_is_there_and_errors_are_those_of_the_files(
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     provenance = json.loads((tmp_path / "out/quantserve.json").read_text())
-    assert provenance["options"] == {**Options().__dict__, **options}
+    assert provenance["options"] == {**SqueezeLLMOptions().__dict__, **options}
     assert "tokenizer.json" in digests(tmp_path / "out")
     assert ("calibration" in provenance) == (options.get("sensitivity") != "none")
 
@@ -127,7 +127,7 @@ import os, signal, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
 from quantserve_quantize import draft, run
-from quantserve_squeezellm.quantizer import Options, SqueezeLLM
+from quantserve_squeezellm.quantizer import SqueezeLLM, SqueezeLLMOptions
 
 write, left = draft.Draft.write, {left}
 
@@ -139,7 +139,8 @@ def dying(self, part, tensors, about):
     write(self, part, tensors, about)
 
 draft.Draft.write = dying
-run.quantize(Path({source!r}), Path({out!r}), SqueezeLLM(Options()), "squeezellm", run.Asked(Path({text!r}), 4, 32))
+asked = run.Asked(Path({text!r}), 4, 32)
+run.quantize(Path({source!r}), Path({out!r}), SqueezeLLM(SqueezeLLMOptions()), "squeezellm", asked)
 """
 
 
@@ -170,7 +171,7 @@ def test_a_full_disk_is_said_and_the_run_can_be_resumed(
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a write beyond it fails as on a full disk
     try:
-        with pytest.raises(UsageError, match=r"cannot write .*--resume|cannot write .*writable place"):
+        with pytest.raises(UsageError, match=r"(?s)cannot write .*--resume"):
             run(source, tmp_path / "out", text)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from helpers.engines import Generation, compare, generate
+from helpers.quantized import squeezellm as quantize
 from helpers.tiny_squeezellm import (
     LAYERS,
     llama_config,
@@ -30,7 +31,6 @@ from helpers.tiny_squeezellm import (
 )
 from quantserve_squeezellm._convert import convert
 from quantserve_squeezellm._dequantize import dequantize_checkpoint
-from quantserve_squeezellm._quantize import quantize
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -16,13 +16,24 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from helpers.checkpoints import make_llama
+from helpers.quantized import squeezellm as quantize
 from helpers.tiny_squeezellm import projections, write_llama
+from quantserve.api import Linear
 from quantserve.errors import CheckpointError, UsageError
 from quantserve_kernels import unpack_stream
+from quantserve_quantize import Statistics
 from quantserve_squeezellm import _packing
 from quantserve_squeezellm._files import ShardWriter
 from quantserve_squeezellm._kmeans import codebooks, encode
-from quantserve_squeezellm._quantize import quantize, quantize_matrix
+from quantserve_squeezellm.quantizer import SqueezeLLM, SqueezeLLMOptions
+
+
+def quantize_matrix(weight: torch.Tensor, bits: int, sparsity: float = 0.0) -> Any:
+    """The tensors of one weight, by suffix, every weight of the same cost."""
+    n, k = weight.shape
+    quantizer = SqueezeLLM(SqueezeLLMOptions(bits=bits, sparsity=sparsity, sensitivity="none"))
+    return quantizer.quantize(Linear("model.layers.0.mlp.up_proj", n, k, "column"), weight, Statistics()).tensors
 
 
 def _best_cost(values: list[float], clusters: int) -> float:
@@ -99,14 +110,12 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("bits", "sparsity"), [(4, 0.0), (3, 0.45)])
 def test_a_folder_becomes_a_checkpoint_with_everything_it_needs(tmp_path: Path, bits: int, sparsity: float) -> None:
     source = write_llama(tmp_path / "float", dtype=torch.bfloat16, bias=True)
-    steps: list[tuple[str, int, int]] = []
-    quantize(source, tmp_path / "out", bits=bits, sparsity=sparsity, progress=lambda *step: steps.append(step))
+    quantize(source, tmp_path / "out", bits=bits, sparsity=sparsity)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "squeezellm"
     assert config["quantization_config"]["wbits"] == bits
     assert (tmp_path / "out/tokenizer_config.json").exists()
-    assert steps[-1][1:] == (len(before), len(before))
     for module, (n, k) in projections().items():
         original = before.pop(f"{module}.weight").float()
         layer = {suffix: after.pop(f"{module}.{suffix}") for suffix in ("qweight", "lookup_table")}
@@ -153,17 +162,20 @@ def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(tmp_path: Path) 
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="bits is 5"):
         quantize(source, out, bits=5)
-    with pytest.raises(UsageError, match="sparsity is 100"):
+    with pytest.raises(UsageError, match="sparsity is 100; expected 0 to 50"):
         quantize(source, out, sparsity=100)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="no model folder"):
         quantize(tmp_path / "absent", out)
     odd = write_llama(tmp_path / "odd")
     _damage(odd, **{"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 40)})
-    with pytest.raises(CheckpointError, match=r"up_proj.weight has 40 in_features.*multiple of 32"):
+    with pytest.raises(CheckpointError, match=r"up_proj.weight of .* is \[8, 40\]; config.json makes it \[384, 256\]"):
         quantize(odd, out)
+    narrow = make_llama(tmp_path / "narrow", hidden=48, heads=3, kv_heads=3, intermediate=96)
+    with pytest.raises(UsageError, match=r"q_proj: K is 48, not a multiple of 32"):
+        quantize(narrow, out)
     nan = write_llama(tmp_path / "nan")
-    _damage(nan, **{"model.layers.1.mlp.up_proj.weight": torch.full((8, 64), float("nan"))})
-    with pytest.raises(CheckpointError, match="NaN or infinity"):
+    _damage(nan, **{"model.layers.1.mlp.up_proj.weight": torch.full((384, 256), float("nan"))})
+    with pytest.raises(CheckpointError, match="NaN or infinities"):
         quantize(nan, out)
     quantize(source, tmp_path / "done")
     with pytest.raises(CheckpointError, match="quantized already"):
@@ -174,7 +186,7 @@ def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(tmp_path: Path) 
     assert (tmp_path / "done/model.safetensors").stat() == stamp
     broken = write_llama(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="safetensors"):
         quantize(broken, out)
     assert not out.exists()
     assert not list(tmp_path.glob(".*"))

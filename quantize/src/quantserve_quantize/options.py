@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from quantserve.errors import UsageError
+
 
 def option(
     default: Any, help: str, *, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None
@@ -23,6 +25,23 @@ def option(
     """
     about = {"help": help, "choices": tuple(choices), "low": low, "high": high}
     return dataclasses.field(default=default, metadata=about)
+
+
+def checked(options: Any) -> Any:
+    """The options, if each is of its choices and within its bounds.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for field in dataclasses.fields(options):
+        about, value = field.metadata, getattr(options, field.name)
+        low, high = about["low"], about["high"]
+        if about["choices"] and value not in about["choices"]:
+            known = ", ".join(map(str, about["choices"]))
+            raise UsageError(f"{field.name} is {value!r}; expected one of {known}")
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise UsageError(f"{field.name} is {value!r}; expected {low} to {high}")
+    return options
 
 
 def click_options(options: type) -> list[click.Option]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from quantserve.api import Linear
+from quantserve_quantize.options import checked
 
 
 class Need(Enum):
@@ -89,14 +90,14 @@ class Quantizer:
         experts: whether listed experts are quantized, too.
     """
 
-    Options: ClassVar[type]
+    Options: ClassVar[Any]
     needs: frozenset[Need] = frozenset()
     prepares: bool = False
     dtype: str | None = None
     experts: bool = False
 
     def __init__(self, options: Any) -> None:
-        self.options = options
+        self.options = checked(options)
 
     def refusal(self, linear: Linear) -> str:
         """Why a linear cannot be quantized, with the fix; "" when it can. Asked before any work."""

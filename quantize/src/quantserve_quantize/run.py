@@ -152,6 +152,13 @@ def chosen(weights: Weights, quantizer: Quantizer, method: str) -> dict[str, Lin
             f"{weights.folder} has no weight of {len(absent)} linears that config.json describes. First: {absent[0]}\n"
             "  fix: use the whole checkpoint; experts must be stored one by one, not stacked in one tensor"
         )
+    for name, linear in linears.items():
+        found = weights.checkpoint.tensors[f"{name}.weight"].shape
+        if found != (linear.n, linear.k):
+            raise CheckpointError(
+                f"{name}.weight of {weights.folder} is {list(found)}; config.json makes it [{linear.n}, {linear.k}]\n"
+                "  fix: take config.json and weights of one model"
+            )
     if calibrated and (experts := [name for name, linear in linears.items() if linear.fused == "experts"]):
         raise UsageError(
             f"{method} calibrates, which mixtures of experts are not served with yet. First: {experts[0]}\n"

@@ -123,8 +123,8 @@ def quantserve_quality(bits: int) -> QualityNote | None:
 
 @hookimpl
 def quantserve_quantizer() -> str:
-    """Plain k-means; needs torch."""
-    return "quantserve_squeezellm._quantize:quantize"
+    """Weighted k-means; needs torch and quantserve-quantize."""
+    return "quantserve_squeezellm.quantizer:SqueezeLLM"
 
 
 @hookimpl

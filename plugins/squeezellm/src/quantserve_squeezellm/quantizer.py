@@ -19,7 +19,7 @@ CHUNK = 4_000_000
 
 
 @dataclass(frozen=True)
-class Options:
+class SqueezeLLMOptions:
     """Options of `quantserve quantize --method squeezellm`."""
 
     bits: int = option(4, "Bits of a code.", choices=(3, 4))
@@ -38,18 +38,20 @@ class Options:
         "inputs (one block in memory), or none (no calibration).",
         choices=("gradients", "inputs", "none"),
     )
+    experts: bool = option(False, "Quantize the experts of mixtures too, which are then served on CPUs only.")
 
 
 class SqueezeLLM(Quantizer):
     """See the module."""
 
-    Options = Options
-    options: Options
+    Options = SqueezeLLMOptions
+    options: SqueezeLLMOptions
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: SqueezeLLMOptions) -> None:
         super().__init__(options)
         needs = {"gradients": {Need.GRADIENTS, Need.SQUARES}, "inputs": {Need.SQUARES}, "none": set[Need]()}
         self.needs = frozenset(needs[options.sensitivity])
+        self.experts = options.experts
 
     def refusal(self, linear: Linear) -> str:
         """K has to fill whole words."""

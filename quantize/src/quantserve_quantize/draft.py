@@ -90,6 +90,10 @@ class Draft:
         """A file of the run that is not part of the output."""
         return self.folder / name
 
+    def discard(self) -> None:
+        """Remove all that was done, where going on with it can lead nowhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def finish(self, parts: Iterable[str], files: Mapping[str, str], copies: Iterable[Path]) -> None:
         """Join the parts to shards, add the other files, and let the folder become the destination.
 

@@ -109,7 +109,11 @@ def quantize(
         progress("quantizing", number, len(parts))
         known = draft.done(part)
         if known is None:
-            tensors, known = steps.make(part, names)
+            try:
+                tensors, known = steps.make(part, names)
+            except CheckpointError:
+                draft.discard()
+                raise
             draft.write(part, tensors, known)
         done[part] = known
     progress("quantizing", len(parts), len(parts))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from quantserve.api import Linear
+from quantserve.api import Checkpoint, Linear
 from quantserve_quantize.options import checked
 
 
@@ -99,12 +99,18 @@ class Quantizer:
     def __init__(self, options: Any) -> None:
         self.options = checked(options)
 
+    def begin(self, checkpoint: Checkpoint, linears: Sequence[Linear]) -> None:
+        """Look at the source and at the linears to quantize, before `refusal` and any work; may set `dtype`."""
+
     def refusal(self, linear: Linear) -> str:
         """Why a linear cannot be quantized, with the fix; "" when it can. Asked before any work."""
         return ""
 
     def prepare(self, block: Block) -> None:
-        """Change the weights of a block without changing its output, before its linears are quantized."""
+        """Change the weights of a block without changing its output, before its linears are quantized.
+
+        Statistics are those of the block as it was: squares, and what `needs` names; they are measured again after.
+        """
 
     def quantize(self, linear: Linear, weight: Tensor, statistics: Statistics) -> Quantized:
         """Quantize one weight, float32 [n, k]."""

@@ -166,8 +166,9 @@ def chosen(weights: Weights, quantizer: Quantizer, method: str) -> dict[str, Lin
     if calibrated and (experts := [name for name, linear in linears.items() if linear.fused == "experts"]):
         raise UsageError(
             f"{method} calibrates, which mixtures of experts are not served with yet. First: {experts[0]}\n"
-            "  fix: use a method that needs no calibration"
+            "  fix: use a method, or options of this one, that need no calibration"
         )
+    quantizer.begin(weights.checkpoint, list(linears.values()))
     refused = [(name, reason) for name, linear in linears.items() if (reason := quantizer.refusal(linear))]
     if refused:
         raise UsageError(
@@ -268,11 +269,12 @@ class _Steps:
             return run_block(module, hidden, self.arguments[path])
 
         block = Block(path, module, linears, {name: Statistics() for name in linears}, self.hidden, run)
+        needed = self.quantizer.needs - {Need.GRADIENTS}
         with torch.no_grad():
             if self.quantizer.prepares:
-                measure(block, frozenset({Need.SQUARES}))
+                measure(block, needed | {Need.SQUARES})
                 self.quantizer.prepare(block)
-            measure(block, self.quantizer.needs - {Need.GRADIENTS})
+            measure(block, needed)
             for name in linears:
                 block.statistics[name].gradients = self.gradients.get(name)
             tensors: dict[str, Tensor] = {}
@@ -286,9 +288,8 @@ class _Steps:
                     continue
                 stored = self.weights.get(name)
                 changed = leaf in before and not torch.equal(before[leaf], module.get_parameter(leaf).data)
-                tensors[name] = self._kept(
-                    name, module.get_parameter(leaf).data.to(stored.dtype) if changed else stored
-                )
+                value = module.get_parameter(leaf).data if changed else stored
+                tensors[name] = self._kept(name, value if self.quantizer.dtype else value.to(stored.dtype))
             self.hidden = [run(hidden) for hidden in self.hidden]
         skeleton.unload(path)
         # What this block needs stays until its part is written: a run that is stopped here repeats the block.

@@ -16,8 +16,9 @@ from torch import Tensor
 from benchmarks.console import say, shown
 from benchmarks.decode.shapes import Shape
 from quantserve_awq._quantize import quantize as quantize_awq
+from quantserve_kernels import pack_stream
 from quantserve_squeezellm._files import SafetensorsFolder, ShardWriter, new_folder, read_json, write_json
-from quantserve_squeezellm._packing import pack, quantization_config
+from quantserve_squeezellm._packing import quantization_config
 
 SEED = 20261124
 GROUP_SIZE = 128
@@ -90,7 +91,7 @@ def make_squeezellm(bits: int) -> Callable[[Shape, Path], None]:
             for done, name in enumerate(names, start=1):
                 if name.endswith("_proj.weight"):
                     codes, table = quantile_codes(source.get(name), bits)
-                    writer.add(name.removesuffix("weight") + "qweight", pack(codes, bits))
+                    writer.add(name.removesuffix("weight") + "qweight", pack_stream(codes, bits))
                     writer.add(name.removesuffix("weight") + "lookup_table", table)
                 else:
                     writer.add(name, source.get(name))

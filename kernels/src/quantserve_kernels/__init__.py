@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         from_nf4,
         from_squeezellm,
         input_order,
+        pack_stream,
         unpack_stream,
     )
     from quantserve_kernels._ops import instruction_set, load
@@ -49,6 +50,7 @@ __all__ = [
     "linear",
     "load",
     "pack",
+    "pack_stream",
     "status",
     "unpack_stream",
 ]
@@ -63,6 +65,7 @@ _HOMES = {
         "from_nf4",
         "from_squeezellm",
         "input_order",
+        "pack_stream",
         "unpack_stream",
     ),
     "_ops": ("instruction_set", "load"),

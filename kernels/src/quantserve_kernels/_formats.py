@@ -65,6 +65,29 @@ def unpack_stream(words: Tensor, bits: int) -> Tensor:
     return torch.stack(planes, dim=1).permute(2, 0, 1).reshape(n, -1)
 
 
+def pack_stream(codes: Tensor, bits: int) -> Tensor:
+    """int32 words [k*bits/32, n] of codes [n, k]; the inverse of `unpack_stream`.
+
+    Raises:
+        ValueError: the codes do not fill whole words, or one needs more bits.
+    """
+    n, k = codes.shape
+    period = 32 // gcd(bits, 32)  # codes that end with a word
+    if k % period:
+        raise ValueError(f"{k} codes of {bits} bits do not fill whole words; K must be a multiple of {period}")
+    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < 2**bits):
+        raise ValueError(f"codes {int(codes.min())}..{int(codes.max())} do not fit {bits} bits (0..{2**bits - 1})")
+    groups = codes.t().reshape(k // period, period, n).to(torch.int64)
+    words = torch.zeros(k // period, period * bits // 32, n, dtype=torch.int64, device=codes.device)
+    for j in range(period):
+        word, shift = divmod(j * bits, 32)
+        words[:, word] |= groups[:, j] << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[:, word + 1] |= groups[:, j] >> (32 - shift)
+    words = words.reshape(-1, n)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
 def from_squeezellm(
     qweight: Tensor, lookup_table: Tensor, sparse: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> PackedWeight:

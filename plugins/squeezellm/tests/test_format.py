@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantserve_kernels import unpack_stream
+from quantserve_kernels import pack_stream, unpack_stream
 from quantserve_squeezellm import _packing
 
 
 def _words(codes: list[int], bits: int) -> list[int]:
-    return [word & 0xFFFFFFFF for word in _packing.pack(torch.tensor([codes]), bits)[:, 0].tolist()]
+    return [word & 0xFFFFFFFF for word in pack_stream(torch.tensor([codes]), bits)[:, 0].tolist()]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def _words(codes: list[int], bits: int) -> list[int]:
 )
 def test_the_vectors_of_the_specification(bits: int, codes: list[int], words: list[int]) -> None:
     assert _words(codes, bits) == words
-    packed = _packing.pack(torch.tensor([codes]), bits)
+    packed = pack_stream(torch.tensor([codes]), bits)
     assert unpack_stream(packed, bits).tolist() == [codes]
 
 
@@ -38,7 +38,7 @@ def test_packing_is_a_little_endian_bit_stream_and_unpacking_undoes_it(
     bits: int, n: int, blocks: int, seed: int
 ) -> None:
     codes = torch.randint(0, 2**bits, (n, 32 * blocks), generator=torch.Generator().manual_seed(seed))
-    packed = _packing.pack(codes, bits)
+    packed = pack_stream(codes, bits)
     assert packed.shape == (blocks * bits, n)
     assert packed.dtype == torch.int32
     assert torch.equal(unpack_stream(packed, bits).long(), codes)
@@ -49,19 +49,19 @@ def test_packing_is_a_little_endian_bit_stream_and_unpacking_undoes_it(
 @pytest.mark.parametrize(("bits", "k"), [(4, 12), (3, 8), (3, 48)])
 def test_codes_that_do_not_fill_whole_words_are_refused(bits: int, k: int) -> None:
     with pytest.raises(ValueError, match="multiple of"):
-        _packing.pack(torch.zeros(2, k, dtype=torch.int64), bits)
+        pack_stream(torch.zeros(2, k, dtype=torch.int64), bits)
 
 
 def test_codes_too_large_are_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.\.8 do not fit 3 bits"):
-        _packing.pack(torch.tensor([[8] + [0] * 31]), 3)
+        pack_stream(torch.tensor([[8] + [0] * 31]), 3)
 
 
 def _layer(bits: int, n: int, k: int, seed: int, full: bool) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     sparse = torch.randn(n, k, generator=g) * (torch.rand(n, k, generator=g) < 0.05)
     tensors = {
-        "qweight": _packing.pack(torch.randint(0, 2**bits, (n, k), generator=g), bits),
+        "qweight": pack_stream(torch.randint(0, 2**bits, (n, k), generator=g), bits),
         "lookup_table": torch.randn(n, 2**bits, generator=g),
         **_packing.to_csr(sparse),
     }

@@ -36,33 +36,6 @@ def bits_of(lookup_table_columns: int) -> int | None:
     return {2**bits: bits for bits in BITS}.get(lookup_table_columns)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes [n, k], each in 0..2**bits-1, into int32 words [k*bits/32, n].
-
-    Per channel the words are one little-endian bit stream: code k takes bits k*bits to k*bits+bits-1.
-
-    Raises:
-        ValueError: k does not fill whole words, or a code needs more bits.
-    """
-    n, k = codes.shape
-    if k * bits % 32 or k % k_multiple(bits):
-        raise ValueError(
-            f"{k} codes of {bits} bits do not fill whole words; K must be a multiple of {k_multiple(bits)}"
-        )
-    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < 2**bits):
-        raise ValueError(f"codes {int(codes.min())}..{int(codes.max())} do not fit {bits} bits (0..{2**bits - 1})")
-    period = k_multiple(bits)
-    groups = codes.t().reshape(k // period, period, n).to(torch.int64)
-    words = torch.zeros(k // period, period * bits // 32, n, dtype=torch.int64, device=codes.device)
-    for j in range(period):
-        word, shift = divmod(j * bits, 32)
-        words[:, word] |= groups[:, j] << shift & 0xFFFFFFFF
-        if shift + bits > 32:
-            words[:, word + 1] |= groups[:, j] >> (32 - shift)
-    words = words.reshape(-1, n)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
 def to_csr(matrix: Tensor) -> dict[str, Tensor]:
     """The nonzeros of a matrix [n, k] as `rows` [n+1], `cols` [nnz] (int32) and `vals` [nnz] (float32)."""
     n_index, k_index = matrix.nonzero(as_tuple=True)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from quantserve.api import Linear
+from quantserve_kernels import pack_stream
 from quantserve_quantize import Need, Quantized, Quantizer, Statistics, option
 from quantserve_squeezellm._kmeans import codebooks, encode
-from quantserve_squeezellm._packing import dequantize, pack, quantization_config, to_csr
+from quantserve_squeezellm._packing import dequantize, quantization_config, to_csr
 
 CHUNK = 4_000_000
 """Weights clustered at once, which bounds the float64 working copies to some hundred MB."""
@@ -74,7 +75,7 @@ class SqueezeLLM(Quantizer):
             tables.append(table)
             codes.append(encode(dense[rows], table))
         table, code = torch.cat(tables), torch.cat(codes)
-        tensors = {"qweight": pack(code, self.options.bits), "lookup_table": table}
+        tensors = {"qweight": pack_stream(code, self.options.bits), "lookup_table": table}
         if bool(outliers.any()):
             # The sparse part holds what the codebook leaves over, so both together give the weight.
             tensors |= to_csr(torch.where(outliers, weight - table.gather(1, code.to(torch.int64)), 0.0))

@@ -86,10 +86,14 @@ def stored_bits(subject: Subject) -> Iterator[str]:
     width = {round(scheme.bits) for _, scheme in quantized}
     if not weights or len(width) > 1 or len(quantized) != len(subject.quantized):
         return
-    names = {name for linear, _ in quantized for name in linear.names}
-    held = sum(
-        one.nbytes for name, one in subject.good.tensors.items() if name.startswith(tuple(f"{n}." for n in names))
+    # The tensors of stacked experts may continue the module's name: ``experts.gate_up_proj_blocks``.
+    begins = tuple(
+        f"{name}{mark}"
+        for linear, _ in quantized
+        for name in linear.names
+        for mark in ("._" if linear.stacked else ".")
     )
+    held = sum(one.nbytes for name, one in subject.good.tensors.items() if name.startswith(begins))
     for what, bits, profile in kernels(subject):
         if bits in width and profile.bits_per_weight > 1.5 * 8 * held / weights:
             yield f"{what}: bits_per_weight is {profile.bits_per_weight:g}, and the files hold {8 * held / weights:.2f}"

@@ -75,7 +75,8 @@ class Setup:
         self.log = self.venv / "setup.log"
         self.stamp = self.venv / "setup.json"
         self.constraints = root / "constraints" / f"{device}.txt"
-        self.editable = [root, root / "bench", root / "quantize", *(path.parent for path in sorted(root.glob("plugins/*/pyproject.toml")))]
+        plugins = (path.parent for path in sorted(root.glob("plugins/*/pyproject.toml")))
+        self.editable = [root, root / "bench", root / "quantize", *plugins]
         self.projects = [folder / "pyproject.toml" for folder in self.editable]
         self.kernels = root / "kernels"
 

@@ -85,14 +85,12 @@ class Quantizer:
     Attributes:
         Options: a dataclass of `option` fields; they become options of the command.
         needs: what is to be measured; empty for a method that needs weights only, which then runs without transformers.
-        prepares: whether `prepare` changes blocks.
         dtype: of the tensors that stay unquantized, ``bfloat16`` or ``float16``; None keeps the source's.
         experts: whether listed experts are quantized, too.
     """
 
     Options: ClassVar[Any]
     needs: frozenset[Need] = frozenset()
-    prepares: bool = False
     dtype: str | None = None
     experts: bool = False
 
@@ -109,7 +107,7 @@ class Quantizer:
     def prepare(self, block: Block) -> None:
         """Change the weights of a block without changing its output, before its linears are quantized.
 
-        Statistics are those of the block as it was: squares, and what `needs` names; they are measured again after.
+        Statistics are those of the block as it was; whoever changes the input of a linear changes them accordingly.
         """
 
     def quantize(self, linear: Linear, weight: Tensor, statistics: Statistics) -> Quantized:

@@ -84,7 +84,7 @@ def quantize(
     weights = Weights(folder)
     linears = chosen(weights, quantizer, method)
     torch.manual_seed(asked.seed)
-    calibrated = bool(quantizer.needs) or quantizer.prepares
+    calibrated = bool(quantizer.needs)
     samples = calibration.read(asked.text, folder, asked.samples, asked.length, asked.seed) if calibrated else None
     about = {
         "method": method,
@@ -145,7 +145,7 @@ def chosen(weights: Weights, quantizer: Quantizer, method: str) -> dict[str, Lin
         CheckpointError: there are none, or their weights are missing.
         UsageError: the quantizer cannot quantize one.
     """
-    calibrated = bool(quantizer.needs) or quantizer.prepares
+    calibrated = bool(quantizer.needs)
     linears = {linear.name: linear for linear in quantizable(weights.checkpoint, experts=quantizer.experts)}
     if not linears:
         raise CheckpointError(
@@ -269,12 +269,9 @@ class _Steps:
             return run_block(module, hidden, self.arguments[path])
 
         block = Block(path, module, linears, {name: Statistics() for name in linears}, self.hidden, run)
-        needed = self.quantizer.needs - {Need.GRADIENTS}
         with torch.no_grad():
-            if self.quantizer.prepares:
-                measure(block, needed | {Need.SQUARES})
-                self.quantizer.prepare(block)
-            measure(block, needed)
+            measure(block, self.quantizer.needs - {Need.GRADIENTS})
+            self.quantizer.prepare(block)
             for name in linears:
                 block.statistics[name].gradients = self.gradients.get(name)
             tensors: dict[str, Tensor] = {}

@@ -18,17 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.tiny_squeezellm import projections, write_llama
+from helpers.words import TEXT, write_words
 from quantserve.errors import CheckpointError, UsageError
 from quantserve_quantize.run import Asked, quantize
 from quantserve_squeezellm.quantizer import SqueezeLLM, SqueezeLLMOptions
-
-TEXT = " ".join(f"w{number % 97}" for number in range(4000))
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_llama(tmp_path_factory.mktemp("source") / "tiny", dtype=torch.bfloat16)
-    tokenizer(folder)
+    write_words(folder)
     return folder
 
 
@@ -37,19 +36,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-def tokenizer(folder: Path) -> None:
-    """A tokenizer of whole words."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0} | {f"w{number}": number + 1 for number in range(97)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
 
 
 def run(

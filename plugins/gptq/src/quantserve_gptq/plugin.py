@@ -129,3 +129,9 @@ def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile |
 def quantserve_quality(bits: int) -> QualityNote | None:
     """The perplexity of GPTQ in the AWQ paper."""
     return speed.quality(bits)
+
+
+@hookimpl
+def quantserve_quantizer() -> str:
+    """Error after error spread by the Hessian; needs torch, quantserve-kernels and quantserve-quantize."""
+    return "quantserve_gptq.quantizer:GPTQ"

@@ -111,6 +111,12 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 
 
 @hookimpl
+def quantserve_quantizer() -> str:
+    """Rounding to the nearest; needs torch and quantserve-quantize."""
+    return "quantserve_fp8.quantizer:Fp8"
+
+
+@hookimpl
 def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
     """quantserve's kernel on CPUs; vLLM's on GPUs, as assumed."""
     if engine != "vllm-0.32" or target.device == "cpu":

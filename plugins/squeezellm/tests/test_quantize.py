@@ -36,34 +36,46 @@ def quantize_matrix(weight: torch.Tensor, bits: int, sparsity: float = 0.0) -> A
     return quantizer.quantize(Linear("model.layers.0.mlp.up_proj", n, k, "column"), weight, Statistics()).tensors
 
 
-def _best_cost(values: list[float], clusters: int) -> float:
-    """The cost of the best possible 1-D clustering, by dynamic programming over all cuts."""
-    values = sorted(values)
+def _best_cost(values: torch.Tensor, weights: torch.Tensor, clusters: int) -> float:
+    """The cost of the best possible weighted 1-D clustering of [k] values, by dynamic programming over all cuts."""
+    values, order = values.double().sort()
+    weights = weights.double()[order]
+    k = len(values)
+    cost = torch.full((k + 1, k + 1), float("inf"), dtype=torch.float64)
+    cost.fill_diagonal_(0.0)
+    for i in range(k):  # clusters that begin at i, by their ends
+        mass = weights[i:].cumsum(0)
+        distance = values[i:] - values[i]
+        cost[i, i + 1 :] = (weights[i:] * distance**2).cumsum(0) - (weights[i:] * distance).cumsum(0) ** 2 / mass
+    best = cost[0]
+    for _ in range(clusters - 1):
+        best = (best[:, None] + cost).min(0).values
+    return float(best[-1])
 
-    def cost(i: int, j: int) -> float:
-        part = values[i:j]
-        mean = sum(part) / len(part)
-        return sum((v - mean) ** 2 for v in part)
 
-    best = [0.0] + [float("inf")] * len(values)
-    for _ in range(clusters):
-        best = [0.0] + [min([best[i] + cost(i, j) for i in range(j)]) for j in range(1, len(values) + 1)]
-    return best[-1]
-
-
-def test_codebooks_come_close_to_the_best_possible_clustering() -> None:
+def _rows(kind: str, n: int, k: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
-    rows = torch.cat(
-        [
-            torch.randn(4, 128, generator=g),
-            torch.distributions.Laplace(0, 1).icdf(torch.rand(4, 128, generator=g) * 0.99 + 0.005),
-        ]
-    )
-    table = codebooks(rows, 8)
-    found = (rows - table.gather(1, encode(rows, table).long())).square().sum(1)
-    best = torch.tensor([_best_cost(row, 8) for row in rows.tolist()])
-    assert (found >= best - 1e-4).all()
-    assert (found / best).mean() < 1.1
+    rows = torch.randn(n, k, generator=g)
+    if kind == "heavy tails":
+        rows /= torch.randn(n, k, 3, generator=g).square().mean(2).sqrt()
+    return (rows * 8).round() / 8 if kind == "few values" else rows
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "few values"])
+@pytest.mark.parametrize(("k", "clusters"), [(128, 8), (768, 16)])
+def test_codebooks_come_close_to_the_best_possible_clustering(
+    kind: str, weighted: bool, k: int, clusters: int
+) -> None:
+    rows = _rows(kind, 6, k)
+    weights = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)) ** 4 if weighted else rows * 0 + 1
+    table = codebooks(rows, clusters, weights if weighted else None)
+    found = (weights * (rows - table.gather(1, encode(rows, table).long())) ** 2).double().sum(1)
+    pairs = zip(rows, weights, strict=True)
+    best = torch.tensor([_best_cost(*pair, clusters) for pair in pairs], dtype=torch.float64)
+    assert (found >= best * (1 - 1e-5)).all()
+    assert (found / best).max() < 1.01
+    assert (found / best).mean() < 1.002
 
 
 @settings(max_examples=40, deadline=None)

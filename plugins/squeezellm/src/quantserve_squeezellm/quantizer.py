@@ -12,11 +12,11 @@ from torch import Tensor
 from quantserve.api import Linear
 from quantserve_kernels import pack_stream
 from quantserve_quantize import Need, Quantized, Quantizer, Statistics, option
-from quantserve_squeezellm._kmeans import codebooks, encode
+from quantserve_squeezellm._kmeans import CANDIDATES, codebooks, encode
 from quantserve_squeezellm._packing import dequantize, quantization_config, to_csr
 
 CHUNK = 4_000_000
-"""Weights clustered at once, which bounds the float64 working copies to some hundred MB."""
+"""Weights, or pairs of candidates for borders, clustered at once: some hundred MB of working copies."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SqueezeLLM(Quantizer):
         if cost is not None or bool(outliers.any()):
             cost = (torch.ones_like(weight) if cost is None else cost).masked_fill(outliers, 0.0)
         tables, codes = [], []
-        step = max(1, CHUNK // weight.shape[1])
+        step = max(1, CHUNK // max(weight.shape[1], CANDIDATES**2))
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             table = codebooks(dense[rows], 2**self.options.bits, None if cost is None else cost[rows])

@@ -17,6 +17,7 @@ from quantserve_kernels._status import Status, status
 if TYPE_CHECKING:
     from quantserve_kernels._experts import ACTIVATIONS, concatenate, experts
     from quantserve_kernels._formats import (
+        NF4,
         from_awq,
         from_fp4,
         from_fp8,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACTIVATIONS",
     "BITS",
+    "NF4",
     "Linear",
     "PackedWeight",
     "Status",
@@ -58,6 +60,7 @@ __all__ = [
 _HOMES = {
     "_experts": ("ACTIVATIONS", "concatenate", "experts"),
     "_formats": (
+        "NF4",
         "from_awq",
         "from_fp4",
         "from_fp8",

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quantserve_quantize.options import option
-    from quantserve_quantize.quantizer import Block, Need, Quantized, Quantizer, Statistics
+    from quantserve_quantize.quantizer import Block, Need, Quantized, Quantizer, Statistics, unquantized
 
-__all__ = ["Block", "Need", "Quantized", "Quantizer", "Statistics", "option"]
+__all__ = ["Block", "Need", "Quantized", "Quantizer", "Statistics", "option", "unquantized"]
 
 
 def __getattr__(name: str) -> object:

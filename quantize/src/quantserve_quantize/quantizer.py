@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from quantserve.api import Checkpoint, Linear
+from quantserve.api import Checkpoint, Linear, linears
 from quantserve_quantize.options import checked
 
 
@@ -131,3 +131,16 @@ class Quantizer:
             made: `Quantized.config` of every linear, by path.
         """
         raise NotImplementedError
+
+
+def unquantized(checkpoint: Checkpoint, chosen: Sequence[Linear]) -> list[str]:
+    """The linears that stay as they are, by path, and lm_head: for configs that name them.
+
+    Args:
+        checkpoint: the source.
+        chosen: the linears to quantize.
+    """
+    quantized = {linear.name for linear in chosen}
+    every = [one.name for linear in linears(checkpoint) for one in linear.each()]
+    heads = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith("lm_head.weight")]
+    return [name for name in (*every, *heads) if name not in quantized]

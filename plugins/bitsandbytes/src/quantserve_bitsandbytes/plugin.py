@@ -115,6 +115,12 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 
 
 @hookimpl
+def quantserve_quantizer() -> str:
+    """NF4; needs torch, quantserve-kernels and quantserve-quantize."""
+    return "quantserve_bitsandbytes.quantizer:Nf4"
+
+
+@hookimpl
 def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
     """Four bits with a float32 scale for 64 weights, eight with one for a channel."""
     kept = 4 + 32 / BLOCK if bits == 4 else 8.0

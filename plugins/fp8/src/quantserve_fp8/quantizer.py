@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantserve.api import Checkpoint, Linear, linears
+from quantserve.api import Checkpoint, Linear
 from quantserve_fp8.format import block_of
-from quantserve_quantize import Quantized, Quantizer, Statistics, option
+from quantserve_quantize import Quantized, Quantizer, Statistics, option, unquantized
 
 BLOCK = 128
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -37,12 +37,9 @@ class Fp8(Quantizer):
     kept: Sequence[str] = ()
     """Linears that stay unquantized, by path."""
 
-    def begin(self, checkpoint: Checkpoint, linears_: Sequence[Linear]) -> None:
+    def begin(self, checkpoint: Checkpoint, linears: Sequence[Linear]) -> None:
         """Note what stays unquantized: the config names it."""
-        quantized = {linear.name for linear in linears_}
-        every = [one.name for linear in linears(checkpoint) for one in linear.each()]
-        heads = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith("lm_head.weight")]
-        self.kept = [name for name in (*every, *heads) if name not in quantized]
+        self.kept = unquantized(checkpoint, linears)
 
     def refusal(self, linear: Linear) -> str:
         """Whole blocks only: parts of a fused layer would meet within one."""

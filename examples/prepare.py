@@ -22,7 +22,11 @@ from quantserve_quantize import Quantizer, run
 
 DEMO = Path(__file__).resolve().parent / "demo-model"
 CHECKPOINT = DEMO / "checkpoint"
-METHODS = ("awq", "squeezellm")
+METHODS: dict[str, dict[str, object]] = {
+    "awq": {"scales": "none", "clip": False},
+    "squeezellm": {"sensitivity": "none"},
+}
+"""Methods with options that need no calibration."""
 STAMP = "made-from.txt"
 
 
@@ -41,23 +45,15 @@ def export(plugin: Plugin, destination: Path) -> bool:
     if not quantizer:
         raise UsageError(f"method {destination.name!r} ({plugin.distribution} {plugin.version}) names no quantizer")
     print(f"making examples/demo-model/{destination.name}", flush=True)
-    quantize = plugin.load_callable(quantizer)
+    kind: type[Quantizer] = plugin.load_callable(quantizer)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix=".export-", dir=destination.parent) as scratch:
         made = Path(scratch) / destination.name
-        if isinstance(quantize, type):
-            plain = plugin_quantizer(quantize, sensitivity="none")  # k-means without calibration
-            run.quantize(CHECKPOINT, made, plain, destination.name, run.Asked())
-        else:
-            quantize(CHECKPOINT, made)
+        plain = kind(kind.Options(**METHODS[destination.name]))
+        run.quantize(CHECKPOINT, made, plain, destination.name, run.Asked())
         (made / STAMP).write_text(made_from + "\n")
         shutil.rmtree(destination, ignore_errors=True)
         made.rename(destination)
     return True
-
-
-def plugin_quantizer(kind: type[Quantizer], **options: object) -> Quantizer:
-    """A quantizer with options."""
-    return kind(kind.Options(**options))
 
 
 def fingerprint(plugin: Plugin) -> str:

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 from helpers.checkpoints import Spec, make_llama
 from helpers.composed import composed, errors
-from helpers.quantized import squeezellm
+from helpers.quantized import awq, squeezellm
 from quantserve.api import Checkpoint, quantizable
 from quantserve.errors import UserError
-from quantserve_awq._quantize import quantize as awq
 
 METHODS: dict[str, Callable[..., None]] = {"awq": awq, "squeezellm": squeezellm}
 MLP = [f"model.layers.{layer}.mlp.{name}.weight" for layer in (0, 1) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -97,14 +96,14 @@ def test_awq_keeps_bfloat16_where_vllm_refuses_float16(tmp_path: Path, model_typ
 
 def test_an_awq_group_that_does_not_fit_names_those_that_do(tmp_path: Path) -> None:
     smollm = make_llama(tmp_path / "m", hidden=576, heads=9, kv_heads=3, intermediate=1536)
-    with pytest.raises(UserError, match=r"in_features 576 is not a multiple of group_size 128") as raised:
+    with pytest.raises(UserError, match=r"q_proj: K is 576, not a multiple of the group size 128") as raised:
         awq(smollm, tmp_path / "out")
-    assert "group_size 64 or 32, which works for all 14 linears" in str(raised.value)
+    assert "--group-size 64 or 32, which works for all 14 linears" in str(raised.value)
     assert not (tmp_path / "out").exists()
     awq(smollm, tmp_path / "out", group_size=64)
     assert not errors(composed(tmp_path / "out", "a100-80g"))
     odd = make_llama(tmp_path / "odd", hidden=48, heads=3, kv_heads=3, intermediate=80)
-    with pytest.raises(UserError, match="group_size -1"):
+    with pytest.raises(UserError, match="--group-size -1"):
         awq(odd, tmp_path / "again")
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from benchmarks.console import say, shown
 from benchmarks.decode.shapes import Shape
-from quantserve_awq._quantize import quantize as quantize_awq
+from quantserve_awq.quantizer import Awq, AwqOptions
 from quantserve_kernels import pack_stream
+from quantserve_quantize.run import Asked, quantize
 from quantserve_squeezellm._files import SafetensorsFolder, ShardWriter, new_folder, read_json, write_json
 from quantserve_squeezellm._packing import quantization_config
 
@@ -71,13 +72,9 @@ def weights(shape: Shape) -> Iterator[tuple[str, Tensor]]:
 
 
 def make_awq(shape: Shape, path: Path) -> None:
-    """Rounded to nearest by the plugin's own exporter."""
-    quantize_awq(
-        shape.checkpoint("bf16"),
-        path,
-        group_size=GROUP_SIZE,
-        progress=lambda name, done, total: progress("AWQ", done + 1, total),
-    )
+    """Rounded to nearest by the plugin's own quantizer."""
+    plain = Awq(AwqOptions(group_size=GROUP_SIZE, scales="none", clip=False))
+    quantize(shape.checkpoint("bf16"), path, plain, "awq", Asked())
 
 
 def make_squeezellm(bits: int) -> Callable[[Shape, Path], None]:

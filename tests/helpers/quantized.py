@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from quantserve_awq.quantizer import Awq, AwqOptions
 from quantserve_quantize.run import Asked, quantize
 from quantserve_squeezellm.quantizer import SqueezeLLM, SqueezeLLMOptions
+
+
+def awq(source: Path, out: Path, **options: Any) -> None:
+    """AWQ by rounding to nearest."""
+    quantize(source, out, Awq(AwqOptions(scales="none", clip=False, **options)), "awq", Asked())
 
 
 def squeezellm(source: Path, out: Path, **options: Any) -> None:

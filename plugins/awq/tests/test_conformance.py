@@ -11,10 +11,10 @@ from quantserve.testing import Case, parametrize_with_checks, write_llama
 
 def written(folder: Path) -> None:
     """A small Llama in groups of 128."""
-    from quantserve_awq._quantize import quantize
+    from helpers.quantized import awq
 
     folder.rmdir()
-    quantize(write_llama(folder.with_name("plain"), hidden=256, intermediate=512), folder)
+    awq(write_llama(folder.with_name("plain"), hidden=256, intermediate=512), folder)
 
 
 def reference(folder: Path) -> Mapping[str, Any]:

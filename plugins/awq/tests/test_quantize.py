@@ -1,156 +1,245 @@
-"""The AWQ exporter: what it writes, what it refuses, and vLLM's answers against transformers in float32."""
+"""The AWQ quantizer: what it writes, that its folds change nothing, what it refuses, and vLLM's answers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    PreTrainedConfig,
+    StableLmConfig,
+)
 
+from helpers.checkpoints import make_llama
 from helpers.composed import composed, errors
 from helpers.engines import run
+from helpers.quantized import awq
+from helpers.tokenizer import write_words
 from quantserve.api import DISABLED_KERNELS, OUR_KERNEL, VLLM_KERNEL
-from quantserve.errors import UserError
-from quantserve_awq import _quantize
-from quantserve_awq._quantize import dequantize_checkpoint, quantize
+from quantserve.errors import UsageError
+from quantserve_awq.quantizer import Awq, AwqOptions
+from quantserve_quantize import Quantized, Statistics
+from quantserve_quantize.dequantized import Dequantized
+from quantserve_quantize.run import Asked, quantize
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+LARGER = SMALL | {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+}
 
 
-def make_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A small Llama with random weights, large enough for answers with clear preferences."""
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.12,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    (folder / "tokenizer_config.json").write_text('{"model_max_length": 512}')
-    (folder / "quantize_config.json").write_text('{"left": "over"}')
+def make_model(folder: Path, config: PreTrainedConfig, deviation: float = 0.12, dtype: Any = torch.float16) -> Path:
+    """A model with random weights, some inputs of its linears much larger than others, and a tokenizer of words."""
+    generator = torch.Generator().manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * deviation
+        if "norm" in name and parameter.ndim == 1:
+            parameter.data[::7] += 4
+    model.to(dtype).save_pretrained(folder)
+    write_words(folder, 97)
     return folder
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("float") / "model")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    numbers = torch.randint(97, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"w{number}" for number in numbers))
+    return path
 
 
 @pytest.fixture(scope="module")
-def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    destination = tmp_path_factory.mktemp("awq") / "export"
-    quantize(model, destination)
-    return destination
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("small") / "model", LlamaConfig(**SMALL))
 
 
-@pytest.fixture(scope="module")
-def dequantized(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    destination = tmp_path_factory.mktemp("back") / "float"
-    dequantize_checkpoint(exported, destination)
-    return destination
+class Noting(Awq):
+    """Keeps the weights for which the tensors are meant to stand."""
+
+    def __init__(self, options: AwqOptions) -> None:
+        super().__init__(options)
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def quantize(self, linear: Any, weight: torch.Tensor, statistics: Statistics) -> Quantized:
+        made = super().quantize(linear, weight, statistics)
+        self.weights[linear.name] = made.weight
+        return made
 
 
-def test_export_is_a_complete_checkpoint(model: Path, exported: Path) -> None:
-    config = json.loads((exported / "config.json").read_text())
+class Unrounded(Awq):
+    """Writes the weights as they are after scaling, as an unquantized checkpoint in float32."""
+
+    def quantize(self, linear: Any, weight: torch.Tensor, statistics: Statistics) -> Quantized:
+        return Quantized({"weight": weight}, weight)
+
+
+def asked(text: Path) -> Asked:
+    return Asked(text, samples=8, length=32)
+
+
+def independent(folder: Path, module: str) -> np.ndarray[Any, Any]:
+    """The weight of a linear, float32 [n, k], read nibble by nibble."""
+    tensors = load_file(folder / "model.safetensors")
+    words, zeros, scales = (tensors[f"{module}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
+    k, n = words.shape[0], words.shape[1] * 8
+    weight = np.empty((n, k), np.float32)
+    for channel in range(n):
+        shift = np.uint32(4 * (0, 4, 1, 5, 2, 6, 3, 7)[channel % 8])
+        code = words[:, channel // 8].view(np.uint32) >> shift & np.uint32(15)
+        zero = zeros[:, channel // 8].view(np.uint32) >> shift & np.uint32(15)
+        per_group = code.reshape(len(zeros), -1).astype(np.float32) - zero[:, None].astype(np.float32)
+        weight[channel] = (per_group * scales[:, channel, None].astype(np.float32)).reshape(-1)
+    return weight
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": -1}, {"clip": False}, {"scales": "none"}])
+def test_the_files_stand_for_the_weights_of_the_quantizer(
+    small: Path, text: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    quantizer = Noting(AwqOptions(**{"group_size": 32, **options}))
+    quantize(small, tmp_path / "out", quantizer, "awq", asked(text))
+    assert len(quantizer.weights) == 2 * len(PROJECTIONS)
+    for module, weight in quantizer.weights.items():
+        assert np.array_equal(independent(tmp_path / "out", module), weight.numpy())
+    assert not errors(composed(tmp_path / "out", "a100-80g"))
+
+
+@pytest.mark.parametrize(
+    ("config", "folded"),
+    [
+        (LlamaConfig(**SMALL), ["input_layernorm", "post_attention_layernorm"]),
+        (LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True), ["input_layernorm", "post_attention_layernorm"]),
+        (StableLmConfig(**SMALL), ["input_layernorm", "post_attention_layernorm"]),  # norms have a bias
+        (Gemma3TextConfig(**SMALL), ["input_layernorm", "pre_feedforward_layernorm"]),  # norms multiply by 1 + w
+        (Olmo2Config(**SMALL), []),  # norms come after the linears
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_folds_keep_the_output(text: Path, tmp_path: Path, config: PreTrainedConfig, folded: list[str]) -> None:
+    """Before rounding, every architecture answers as it did; scales went where its structure allows."""
+    dtype = torch.bfloat16 if "gemma" in config.model_type else torch.float16
+    source = make_model(tmp_path / "model", config, dtype=dtype)
+    quantize(source, tmp_path / "out", Unrounded(AwqOptions(group_size=32)), "awq", asked(text))
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    del settings["quantization_config"]
+    (tmp_path / "out/config.json").write_text(json.dumps(settings))
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    for layer in (0, 1):
+        norms = {f"model.layers.{layer}.{norm}.weight" for norm in folded}
+        assert {name for name in changed if f".{layer}." in name and "norm.weight" in name} == norms
+        assert {f"model.layers.{layer}.mlp.{one}_proj.weight" for one in ("up", "down")} < changed
+        assert {f"model.layers.{layer}.self_attn.{one}_proj.weight" for one in ("v", "o")} < changed
+    ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, found = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+            for folder in (source, tmp_path / "out")
+        )
+    biased = any(name.endswith(".bias") for name in changed)  # and rounded to float16 again
+    assert (found - expected).abs().max() < (1e-2 if biased else 1e-4) * expected.std()
+
+
+def test_scales_and_clipping_lower_the_error(small: Path, text: Path, tmp_path: Path) -> None:
+    ids = torch.randint(97, (8, 32), generator=torch.Generator().manual_seed(2))
+
+    def error(**options: Any) -> float:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        quantize(small, out, Awq(AwqOptions(group_size=32, **options)), "awq", asked(text))
+        with torch.no_grad():
+            return float((dequantized(out)(ids).logits - dequantized(small)(ids).logits).square().mean())
+
+    plain = error(scales="none", clip=False)
+    assert error(scales="none") < 0.95 * plain
+    assert error(clip=False) < 0.8 * plain
+    assert error() < error(clip=False)
+
+
+def dequantized(folder: Path) -> LlamaForCausalLM:
+    """transformers' model, in float32, of a checkpoint or of the weights for which a quantized one stands."""
+    weights = Dequantized(folder, Awq)
+    settings = json.loads((folder / "config.json").read_text())
+    settings.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).float().eval()
+    model.load_state_dict({name: weights.finite(name) for name in model.state_dict()})
+    return model
+
+
+def test_plain_rounding_needs_no_text(small: Path, tmp_path: Path) -> None:
+    awq(small, tmp_path / "out", group_size=32)
+    config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["quantization_config"] == {
         "quant_method": "awq",
         "bits": 4,
-        "group_size": 128,
+        "group_size": 32,
         "zero_point": True,
         "version": "gemm",
     }
-    assert config["torch_dtype"] == "float16"
-    assert "dtype" not in config
-    assert config["hidden_size"] == 256
-    names = {path.name for path in exported.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer_config.json", "generation_config.json"} == names
-    tensors = load_file(exported / "model.safetensors")
-    assert tensors["model.layers.0.mlp.down_proj.qweight"].shape == (384, 32)
-    assert tensors["lm_head.weight"].dtype == torch.float16
-    assert len([name for name in tensors if name.endswith(".scales")]) == 3 * len(PROJECTIONS)
-    found = errors(composed(exported, "cpu"))
-    assert found.keys() <= {"tokenizer-missing"}
+    assert config.get("dtype", config.get("torch_dtype")) == "float16"
+    before, after = load_file(small / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    for name, tensor in before.items():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] not in PROJECTIONS:
+            assert torch.equal(after[name], tensor)
+            continue
+        step = after[f"{module}.scales"].float().T.repeat_interleave(32, 1)
+        distance = (torch.from_numpy(independent(tmp_path / "out", module)) - tensor.float()).abs()
+        assert (distance <= step * 1.01).all()
+        assert distance.mean() < 0.26 * step.mean()
+    assert "calibration" not in json.loads((tmp_path / "out/quantserve.json").read_text())
 
 
-def test_dequantized_weights_are_near_the_originals(model: Path, exported: Path, dequantized: Path) -> None:
-    original, back = load_file(model / "model.safetensors"), load_file(dequantized / "model.safetensors")
-    packed = load_file(exported / "model.safetensors")
-    assert back.keys() == original.keys()
-    for name, weight in original.items():
-        assert back[name].dtype == torch.float32
-        error = (back[name] - weight).abs().max()
-        if name.rsplit(".", 2)[1] in PROJECTIONS:
-            assert 0 < error <= packed[name.replace(".weight", ".scales")].max() * 1.01
-        else:
-            assert error <= weight.abs().max() * 2**-11  # rounded to float16
-    config = json.loads((dequantized / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert config["torch_dtype"] == "float32"
-
-
-def test_shards(model: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_quantize, "SHARD_BYTES", 300_000)
-    quantize(model, tmp_path / "export")
-    index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
-    files = sorted(path.name for path in (tmp_path / "export").glob("*.safetensors"))
-    assert len(files) > 2
-    assert sorted(set(index["weight_map"].values())) == files
-    merged = {name: tensor for file in files for name, tensor in load_file(tmp_path / "export" / file).items()}
-    whole = load_file(exported / "model.safetensors")
-    assert merged.keys() == whole.keys()
-    assert all(torch.equal(merged[name], whole[name]) for name in whole)
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
-    dequantize_checkpoint(tmp_path / "export", tmp_path / "back")
-
-
-def test_progress_and_group_size(model: Path, tmp_path: Path) -> None:
-    steps: list[tuple[str, int, int]] = []
-    quantize(model, tmp_path / "export", group_size=32, progress=lambda *step: steps.append(step))
-    assert [done for _, done, _ in steps] == list(range(len(steps)))
-    assert {total for _, _, total in steps} == {len(steps)}
-    tensors = load_file(tmp_path / "export" / "model.safetensors")
-    assert tensors["model.layers.0.mlp.down_proj.scales"].shape == (12, 256)
-    assert not errors(composed(tmp_path / "export")).keys() - {"tokenizer-missing"}
-
-
-def refuses(source: Path, destination: Path, words: str, **options: int) -> None:
-    """The export fails with these words and leaves nothing behind."""
-    before = sorted(destination.parent.iterdir())
-    with pytest.raises(UserError, match=words):
-        quantize(source, destination, **options)
-    assert sorted(destination.parent.iterdir()) == before
-
-
-def test_refuses(model: Path, exported: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_quantized_is_refused(small: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refuses(exported, out, "already quantized")
-    refuses(model, exported, "exists already")
-    refuses(tmp_path / "nowhere", out, "cannot read")
-    refuses(model, out, "in_features 256 is not a multiple of group_size 96", group_size=96)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "config.json").write_text("{}")
-    refuses(empty, out, "no safetensors")
-    save_file({"model.embed_tokens.weight": torch.zeros(8, 8)}, empty / "model.safetensors")
-    refuses(empty, out, "no linear to quantize")
-    huge = {"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 128), "model.norm.weight": torch.tensor([1e6])}
-    save_file(huge, empty / "model.safetensors")
-    refuses(empty, out, "model.norm.weight does not fit float16.*1e\\+06")
-    (empty / "model.safetensors").write_bytes(b"cut")
-    refuses(empty, out, "cannot read")
-    with pytest.raises(UserError, match="no AWQ checkpoint"):
-        dequantize_checkpoint(model, out)
+    with pytest.raises(UsageError, match="group_size is 96; expected one of 32, 64, 128, -1"):
+        awq(small, out, group_size=96)
+    with pytest.raises(UsageError, match=r"(?s)down_proj: K is 96, not a multiple .* 64\n.*--group-size 32, which"):
+        awq(small, out, group_size=64)
+    odd = make_llama(tmp_path / "odd", hidden=36, heads=3, kv_heads=3, intermediate=96)
+    with pytest.raises(UsageError, match="N is 36, not a multiple of the 8 codes in a word"):
+        awq(odd, out, group_size=-1)
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[int, Path]:
+    """Checkpoints large enough for answers with clear preferences, by group size."""
+    folder = tmp_path_factory.mktemp("served")
+    source = make_model(folder / "model", LlamaConfig(**LARGER))
+    made = {group: folder / str(group) for group in (64, 128)}
+    for group, out in made.items():
+        quantize(source, out, Awq(AwqOptions(group_size=group)), "awq", asked(text))
+    return made
 
 
 @pytest.mark.vllm
@@ -166,26 +255,24 @@ def test_refuses(model: Path, exported: Path, tmp_path: Path) -> None:
     ids=["ours", "ours-compiled", "ours-two-ranks", "vllms"],
 )
 def test_vllm_answers_like_transformers_in_float32(
-    model: Path, exported: Path, dequantized: Path, tmp_path: Path, kernel: str, options: dict[str, object], sure: float
+    served: dict[int, Path], kernel: str, options: dict[str, object], sure: float
 ) -> None:
-    if options.get("tensor_parallel_size"):  # half of down_proj's 384 inputs is no whole number of groups of 128
-        exported, dequantized = tmp_path / "export", tmp_path / "plain"
-        quantize(model, exported, group_size=64)
-        dequantize_checkpoint(exported, dequantized)
+    # Half of down_proj's 384 inputs is no whole number of groups of 128.
+    folder = served[64 if options.get("tensor_parallel_size") else 128]
     generator = torch.Generator().manual_seed(11)
     prompts = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in (5, 17, 40, 64)]
-    composition = composed(exported, "cpu")
+    composition = composed(folder, "cpu")
     kwargs = {key: setting.value for key, setting in composition.engine_kwargs.items()} | options
     assert kwargs["quantization"] == "awq"
     environment = composition.engine_environment | {
         DISABLED_KERNELS: OUR_KERNEL if kernel == VLLM_KERNEL else VLLM_KERNEL
     }
-    ended = run(exported, environment, prompts=prompts, tokens=32, max_model_len=256, seed=0, **kwargs)
+    ended = run(folder, environment, prompts=prompts, tokens=32, max_model_len=256, seed=0, **kwargs)
     assert f"Using {kernel} for mixed-precision linear" in ended.output
     if kernel == OUR_KERNEL:
         assert "Quantized linear layers: " in ended.output
 
-    reference = LlamaForCausalLM.from_pretrained(dequantized, dtype=torch.float32)
+    reference = dequantized(folder)
     clear = 0
     for prompt, answer in ((one.prompt, one.tokens) for one in ended.generations):
         assert len(answer) == 32

@@ -51,13 +51,49 @@ def unpack(words: Tensor) -> Tensor:
     return torch.stack(columns, dim=-1).reshape(rows, count * PER_WORD)
 
 
-def quantize_linear(weight: Tensor, group_size: int, dtype: torch.dtype = torch.float16) -> PackedLinear:
-    """Round a weight [n, k] to the nearest of 16 levels per (n, group of k).
+class Rounded(NamedTuple):
+    """A weight on its levels.
+
+    Attributes:
+        codes: 0..15, float32 [n, groups, group].
+        zeros: 0..15, float32 [n, groups, 1].
+        scales: float32 [n, groups, 1].
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    scales: Tensor
+
+    def weight(self) -> Tensor:
+        """The weight, float32 [n, k]."""
+        return ((self.codes - self.zeros) * self.scales).flatten(1)
+
+    def packed(self, dtype: torch.dtype) -> PackedLinear:
+        """The stored tensors, with scales in a dtype that holds them."""
+        return PackedLinear(
+            qweight=pack(self.codes.flatten(1).T.to(torch.int32)),
+            qzeros=pack(self.zeros.squeeze(-1).T.to(torch.int32)),
+            scales=self.scales.squeeze(-1).T.to(dtype).contiguous(),
+        )
+
+
+def rounded(groups: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Rounded:
+    """Round to the nearest of 16 levels between two bounds.
 
     Args:
-        weight: any float dtype; computed in float32.
-        group_size: inputs that share a scale and a zero; -1 is all of k.
-        dtype: of the scales, float16 or bfloat16.
+        groups: weights, float32 [n, groups, group].
+        low: of the levels, at most 0, float32 [n, groups, 1]: the zero point is one of 0..15, so zero is a level.
+        high: the same, at least 0.
+        dtype: of the stored scales, float16 or bfloat16.
+    """
+    # Codes are chosen for the rounded scale that is stored, not for the exact one.
+    scales = ((high - low).clamp(min=1e-5) / LARGEST).to(dtype).to(torch.float32)
+    zeros = (-torch.round(low / scales)).clamp(0, LARGEST)
+    return Rounded((torch.round(groups / scales) + zeros).clamp(0, LARGEST), zeros, scales)
+
+
+def grouped(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight [n, k] as float32 [n, groups, group], and the bounds of each group, which include zero.
 
     Raises:
         ValueError: k is no multiple of the group, or n no multiple of 8.
@@ -69,19 +105,21 @@ def quantize_linear(weight: Tensor, group_size: int, dtype: torch.dtype = torch.
     if n % PER_WORD:
         raise ValueError(f"out_features {n} is not a multiple of {PER_WORD}, the codes in one int32 word")
     groups = weight.to(torch.float32).reshape(n, k // group, group)
-    # Zero is always inside the range: the zero point is one of 0..15, so a group of one sign would be clipped.
-    low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
-    high = groups.amax(dim=-1, keepdim=True).clamp(min=0)
-    # Codes are chosen for the rounded scale that is stored, not for the exact one.
-    scale = ((high - low).clamp(min=1e-5) / LARGEST).to(dtype)
-    step = scale.to(torch.float32)
-    zero = (-torch.round(low / step)).clamp(0, LARGEST)
-    codes = (torch.round(groups / step) + zero).clamp(0, LARGEST)
-    return PackedLinear(
-        qweight=pack(codes.reshape(n, k).T.to(torch.int32)),
-        qzeros=pack(zero.squeeze(-1).T.to(torch.int32)),
-        scales=scale.squeeze(-1).T.contiguous(),
-    )
+    return groups, groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+
+
+def quantize_linear(weight: Tensor, group_size: int, dtype: torch.dtype = torch.float16) -> PackedLinear:
+    """Round a weight [n, k] to the nearest of 16 levels per (n, group of k).
+
+    Args:
+        weight: any float dtype; computed in float32.
+        group_size: -1 for one group.
+        dtype: of the scales, float16 or bfloat16.
+
+    Raises:
+        ValueError: see `grouped`.
+    """
+    return rounded(*grouped(weight, group_size), dtype).packed(dtype)
 
 
 def dequantize_linear(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ def quantserve_quality(bits: int) -> QualityNote | None:
 
 @hookimpl
 def quantserve_quantizer() -> str:
-    """Round to nearest; needs torch."""
-    return "quantserve_awq._quantize:quantize"
+    """Activation-aware scales, clipping, rounding to nearest; needs torch."""
+    return "quantserve_awq.quantizer:Awq"
 
 
 def kernel_choice(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> KernelChoice:

@@ -115,6 +115,12 @@ def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target:
 
 
 @hookimpl
+def quantserve_quantizer() -> str:
+    """Half-quadratic rounding; needs torch and quantserve-quantize."""
+    return "quantserve_hqq.quantizer:Hqq"
+
+
+@hookimpl
 def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile | None:
     """With groups of 64, a float16 scale and zero each."""
     return codebook_kernel(target, bits, engine, bits + 0.5, benchmark="quantserve_hqq._benchmark:make")

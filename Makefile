@@ -6,7 +6,7 @@ PACKAGES := core/quantserve bench/src/quantserve_bench quantize/src/quantserve_q
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick corpus fuzz mutants sanitize arm lint format docs site bench bench-load bench-serving bench-decode bench-kernels bench-gpu soak clean
+.PHONY: help setup dev prepare serve test test-quick corpus fuzz mutants sanitize arm lint format docs site bench bench-load bench-serving bench-decode bench-kernels bench-gpu bench-quality soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -82,6 +82,9 @@ bench-kernels: dev ## kernel speed against torch, vLLM and memory bandwidth (ARG
 
 bench-gpu: dev ## kernel speed against cuBLAS on an NVIDIA GPU, and a decode loop; 80 s (ARGS="--models 70b")
 	@exec $(BIN)/python -m benchmarks.gpu $(ARGS)
+
+bench-quality: dev ## what SmolLM2-135M loses in every method; quantizes ten times, an hour on two cores (ARGS="--only awq,gptq")
+	@exec $(BIN)/python -m benchmarks.quality $(ARGS)
 
 soak: dev ## a server under mixed load with a fault every minute, and what it lost or leaked; an hour (ARGS="--minutes 3")
 	@$(BIN)/python examples/prepare.py

@@ -106,7 +106,7 @@ def _lloyd(values: Tensor, sums: Tensor, borders: Tensor) -> Tensor:
     Returns:
         Centres [n, clusters], ascending.
     """
-    n, k = values.shape
+    k = values.shape[1]
     inner = borders.T.contiguous()
     centres = values.gather(1, pad(inner, (1, 0)).clamp(max=k - 1))
     for _ in range(ITERATIONS):

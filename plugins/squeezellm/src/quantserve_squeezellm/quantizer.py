@@ -35,7 +35,7 @@ class SqueezeLLMOptions:
     )
     sensitivity: str = option(
         "gradients",
-        "Weights of the k-means: squared gradients of the loss (the whole model in float32, three times), mean squared "
+        "Weights of the k-means: squared gradients of the loss (the whole model in float32, twice), mean squared "
         "inputs (one block in memory), or none (no calibration).",
         choices=("gradients", "inputs", "none"),
     )

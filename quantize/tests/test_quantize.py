@@ -18,16 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.tiny_squeezellm import projections, write_llama
-from helpers.words import TEXT, write_words
+from helpers.tokenizer import write_words
 from quantserve.errors import CheckpointError, UsageError
 from quantserve_quantize.run import Asked, quantize
 from quantserve_squeezellm.quantizer import SqueezeLLM, SqueezeLLMOptions
+
+TEXT = " ".join(f"w{number % 97}" for number in range(4000))
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_llama(tmp_path_factory.mktemp("source") / "tiny", dtype=torch.bfloat16)
-    write_words(folder)
+    write_words(folder, 97)
     return folder
 
 

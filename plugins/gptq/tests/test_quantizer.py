@@ -16,7 +16,7 @@ from torch import Tensor
 
 from helpers.composed import composed, errors
 from helpers.tiny_squeezellm import projections, write_llama
-from helpers.words import TEXT, write_words
+from helpers.tokenizer import write_words
 from quantserve.api import Linear
 from quantserve.errors import UsageError
 from quantserve_gptq._columns import inverse_factor
@@ -151,9 +151,9 @@ def test_what_does_not_fit_is_refused_with_what_would(options: dict[str, Any], n
 @pytest.mark.parametrize("options", [{}, {"sym": False, "act_order": "on"}], ids=str)
 def test_a_model_passes_its_check(tmp_path: Path, options: dict[str, Any]) -> None:
     source = write_llama(tmp_path / "source", dtype=torch.bfloat16)
-    write_words(source)
+    write_words(source, 97)
     text = tmp_path / "text.txt"
-    text.write_text(TEXT)
+    text.write_text(" ".join(f"w{number * number % 97}" for number in range(2000)))
     report = quantize(source, tmp_path / "out", GPTQ(GPTQOptions(**options)), "gptq", Asked(text, 4, 64))
     assert not errors(composed(tmp_path / "out"))
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]

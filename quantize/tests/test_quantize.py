@@ -225,6 +225,13 @@ def test_bad_sources_are_refused_and_leave_nothing(source: Path, text: Path, tmp
     assert not out.exists()
 
 
+def test_inputs_that_overflow_are_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.v_proj.weight"
+    huge = load_file(source / "model.safetensors")[name] * 1e30
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.o_proj: its inputs are NaN or infinite"):
+        run(damaged(source, tmp_path / "huge", **{name: huge}), tmp_path / "out", text, sensitivity="inputs")
+
+
 def test_bad_texts_are_refused(source: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("w1 w2 w3")

@@ -387,6 +387,11 @@ def measure(block: Block, needs: frozenset[Need]) -> None:
     for name, linear in block.linears.items():
         if (total := sums.get(first_of[linear.group])) is None:
             continue
+        if not bool(total.isfinite().all()):
+            raise CheckpointError(
+                f"{name}: its inputs are NaN or infinite in float32 when the model reads the calibration text\n"
+                "  fix: use a model that works; `quantserve serve` of the source shows whether it does"
+            )
         mean = total / tokens
         statistics = block.statistics[name]
         statistics.hessian = mean if mean.ndim == 2 else None

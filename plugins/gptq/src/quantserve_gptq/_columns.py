@@ -86,8 +86,8 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """
     damped = hessian.double()
     diagonal = damped.diagonal().clone()
-    diagonal[diagonal == 0] = 1.0  # an input that is always zero
-    mean = diagonal.mean()
+    mean = float(diagonal.mean()) or 1.0
+    diagonal[diagonal == 0] = mean  # an input that is always zero
     while True:
         damped.diagonal().copy_(diagonal + damp * mean)
         # The Cholesky factor of H in reverse order is one of H from the other side, and its inverse is U.

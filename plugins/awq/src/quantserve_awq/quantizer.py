@@ -17,6 +17,8 @@ from quantserve_quantize import Block, Need, Quantized, Quantizer, Statistics, o
 GROUPS = (128, 64, 32)
 """Group sizes that vLLM's fast kernels take, beside -1."""
 ALPHAS = tuple(step / 20 for step in range(21))
+ROWS = 1024
+"""Output channels, evenly spaced, that are enough to choose one number."""
 SHRINK = tuple(1 - step / 20 for step in range(11))
 """Shares of a group's bounds that clipping tries."""
 
@@ -136,6 +138,7 @@ class Awq(Quantizer):
         hessian = block.statistics[quantized[0]].hessian
         assert hessian is not None
         weight = torch.cat([fold.linears[path].weight.data for path in quantized])
+        weight = weight[:: max(1, len(weight) // ROWS)]
         least, best = float("inf"), torch.ones_like(mean)
         for alpha in ALPHAS:
             scales = mean.clamp_min(1e-4) ** alpha

@@ -107,6 +107,12 @@ def test_an_awq_group_that_does_not_fit_names_those_that_do(tmp_path: Path) -> N
         awq(odd, tmp_path / "again")
 
 
+def test_a_mixture_is_not_calibrated(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)awq calibrates, which mixtures .*experts\.0\.w1.*need no calibration"):
+        awq(mixtral(tmp_path / "m"), tmp_path / "out", scales="search")
+    assert not (tmp_path / "out").exists()
+
+
 def test_stacked_experts_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     extra: dict[str, Spec] = {f"model.layers.{i}.block_sparse_moe.experts.w1": ("F16", (2, 512, 256)) for i in (0, 1)}
     folder = make_llama(tmp_path / "m", config=MIXTRAL, drop=MLP, extra=extra)

@@ -39,11 +39,11 @@ VARIANTS = {
     "squeezellm-3-sparse": "squeezellm --bits 3 --sparsity 0.45",
     "awq-64": "awq --group-size 64",
     "gptq-64": "gptq --bits 4 --group-size 64",
+    "hqq-64": "hqq --bits 4 --group-size 64",
     "nf4": "bitsandbytes",
     "fp8": "fp8",
 }
 """Name of the folder -> method and its options."""
-UNCALIBRATED = {"squeezellm-4-none", "nf4", "fp8"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +75,7 @@ def write_texts(out: Path) -> dict[str, dict[str, Any]]:
     pages = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in PAGES)
     sonnets = SONNETS.read_text(encoding="utf-8")
     texts = {
-        "calibration": shortened("\n\n".join(docstrings()), CALIBRATION_BYTES),
+        "calibration": shortened("\n\n".join(docstrings(CALIBRATION_BYTES)), CALIBRATION_BYTES),
         "evaluation": shortened(pages, EVALUATION_BYTES - len(sonnets.encode())) + "\n\n" + sonnets,
     }
     made = {}
@@ -85,11 +85,11 @@ def write_texts(out: Path) -> dict[str, dict[str, Any]]:
     return made
 
 
-def docstrings() -> Iterator[str]:
-    """Docstrings of Python's standard library, in the order of its files; without tests and generated tables."""
+def docstrings(size: int) -> Iterator[str]:
+    """Docstrings of Python's standard library, at least `size` bytes, in the order of its files; none of tests."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
-        if {"site-packages", "test", "tests", "lib2to3", "idlelib", "encodings"} & set(path.relative_to(library).parts):
+        if {"site-packages", "test", "tests", "lib2to3", "idlelib"} & set(path.relative_to(library).parts):
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -100,6 +100,9 @@ def docstrings() -> Iterator[str]:
                 text = ast.get_docstring(node) or ""
                 if len(text) > 200:
                     yield text
+                    size -= len(text.encode())
+        if size <= 0:
+            return
 
 
 def shortened(text: str, size: int) -> str:
@@ -154,9 +157,8 @@ def benchmark(options: argparse.Namespace, command: str) -> program.Found:
         if folder.exists():
             continue
         method, *given = VARIANTS[name].split()
-        if name not in UNCALIBRATED:
-            given += ["--calibration", str(options.out / "calibration.txt"), "--length", str(LENGTH)]
-            given += ["--samples", str(options.calibration_samples)]
+        given += ["--calibration", str(options.out / "calibration.txt"), "--length", str(LENGTH)]
+        given += ["--samples", str(options.calibration_samples)]
         began = time.monotonic()
         quantserve("quantize", str(base), "--method", method, *given, "--out", str(folder), "--resume")
         found["seconds"][name] = time.monotonic() - began

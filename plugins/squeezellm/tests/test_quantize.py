@@ -64,9 +64,7 @@ def _rows(kind: str, n: int, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "few values"])
 @pytest.mark.parametrize(("k", "clusters"), [(128, 8), (768, 16)])
-def test_codebooks_come_close_to_the_best_possible_clustering(
-    kind: str, weighted: bool, k: int, clusters: int
-) -> None:
+def test_codebooks_come_close_to_the_best_possible_clustering(kind: str, weighted: bool, k: int, clusters: int) -> None:
     rows = _rows(kind, 6, k)
     weights = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)) ** 4 if weighted else rows * 0 + 1
     table = codebooks(rows, clusters, weights if weighted else None)

@@ -107,6 +107,16 @@ def test_an_awq_group_that_does_not_fit_names_those_that_do(tmp_path: Path) -> N
         awq(odd, tmp_path / "again")
 
 
+def test_awq_names_what_stays_unquantized(tmp_path: Path) -> None:
+    left = [f"model.layers.{layer}.self_attn.q_a_proj" for layer in (0, 1)]
+    extra: dict[str, Spec] = {f"{name}.weight": ("F16", (64, 256)) for name in left}
+    config = {"model_type": "unheard_of", "architectures": ["UnheardOf"]}
+    awq(make_llama(tmp_path / "m", config=config, extra=extra), tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["modules_to_not_convert"] == left
+    assert not {code for code in errors(composed(tmp_path / "out", "a100-80g")) if code.startswith("awq")}
+
+
 def test_a_mixture_is_not_calibrated(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)awq calibrates, which mixtures .*experts\.0\.w1.*need no calibration"):
         awq(mixtral(tmp_path / "m"), tmp_path / "out", scales="search")

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantserve.api import Checkpoint, Linear, refuses_float16
 from quantserve_awq._folds import Fold, Trial, folds
 from quantserve_awq._format import BITS, PER_WORD, Rounded, dequantize_linear, grouped, rounded
-from quantserve_quantize import Block, Need, Quantized, Quantizer, Statistics, option
+from quantserve_quantize import Block, Need, Quantized, Quantizer, Statistics, option, unquantized
 
 GROUPS = (128, 64, 32)
 """Group sizes that vLLM's fast kernels take, beside -1."""
@@ -51,9 +51,11 @@ class Awq(Quantizer):
         self.needs = frozenset({Need.HESSIAN} if options.scales == "search" or options.clip else ())
         self.dtype = "float16"
         self.fix = ""
+        self.kept: list[str] = []
 
     def begin(self, checkpoint: Checkpoint, linears: Sequence[Linear]) -> None:
-        """Take the dtype that vLLM runs the model in, and find the group sizes that fit."""
+        """Take the dtype that vLLM runs the model in, and note what stays unquantized and which group sizes fit."""
+        self.kept = [name for name in unquantized(checkpoint, linears) if not name.endswith("lm_head")]
         self.dtype = "bfloat16" if refuses_float16(checkpoint) else "float16"
         fitting = [str(group) for group in GROUPS if not any(linear.k % group for linear in linears)] or ["-1"]
         self.fix = f"give --group-size {' or '.join(fitting)}, which works for all {len(linears)} linears"
@@ -91,13 +93,14 @@ class Awq(Quantizer):
 
     def quantization_config(self, made: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """As AutoAWQ writes it."""
-        return {
+        config: dict[str, Any] = {
             "quant_method": "awq",
             "bits": BITS,
             "group_size": self.options.group_size,
             "zero_point": True,
             "version": "gemm",
         }
+        return config | {"modules_to_not_convert": self.kept} if self.kept else config
 
     @property
     def _torch_dtype(self) -> torch.dtype:

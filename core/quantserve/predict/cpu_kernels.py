@@ -89,7 +89,8 @@ class CpuKernels:
 
         Args:
             target: the CPU.
-            ours, theirs: quantserve's and vLLM's; None for vLLM's kernel for 4 bits, as assumed from AWQ.
+            ours: quantserve's.
+            theirs: vLLM's; None for vLLM's kernel for 4 bits, as assumed from AWQ.
             bits: of a weight.
         """
         theirs = theirs or self._as_for_awq(ours, target)

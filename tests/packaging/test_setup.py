@@ -99,7 +99,7 @@ def test_cpu_setup_installs_pinned_and_once(machine: Machine) -> None:
     assert kernels.endswith(f" --no-build-isolation --editable {machine.root / 'kernels'}")
     assert "hatchling" in hatchling
     plugins = list((machine.root / "plugins").glob("*/pyproject.toml"))
-    assert project.count("--editable") == 2 + len(plugins)  # the core and bench
+    assert project.count("--editable") == 3 + len(plugins)  # the core, bench and quantize
     assert all("--constraint" in call for call in machine.calls() if " install " in call)
     assert "download.pytorch.org" not in "".join(machine.calls())
 

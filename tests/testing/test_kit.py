@@ -74,7 +74,7 @@ def test_a_good_plugin_passes(site: Site) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "check"),
     [
-        ('("I8",)', '("I8", "I16")', "V04-wrong-dtype"),
+        ('("I8",)', '("I8", "U8")', "V04-wrong-dtype"),
         ('if config.get("bits") != 8', "if False", "V10-setting-value"),
         ("if not any(", "if False and any(", "V06-unquantized"),
         ('.get("quant_method") == "mine"', '.get("quant_method") != "x"', "D03-nothing"),
@@ -111,7 +111,7 @@ def test_a_plugin_that_does_not_load_fails_one_check(site: Site) -> None:
 
 
 def test_expected_failures_are_strict(site: Site) -> None:
-    code = PLUGIN.replace('("I8",)', '("I8", "I16")')
+    code = PLUGIN.replace('("I8",)', '("I8", "U8")')
     found = outcomes(
         site, code, only=("V03", "V04"), expected_failures={"V04-wrong-dtype": "w", "V03-wrong-shape": "w"}
     )
@@ -130,7 +130,7 @@ def test_capabilities_are_those_of_the_plugin(site: Site) -> None:
 
 
 def test_reports(site: Site) -> None:
-    site.install("quantserve-mine", PLUGIN.replace('("I8",)', '("I8", "I16")'), name="mine")
+    site.install("quantserve-mine", PLUGIN.replace('("I8",)', '("I8", "U8")'), name="mine")
     report = run_checks(Case("mine", checkpoint=CHECKPOINT), only=("V04", "V05"))
     assert report.exit_code == 3
     suite = ElementTree.fromstring(report.to_junit())

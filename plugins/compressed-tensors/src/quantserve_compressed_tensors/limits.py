@@ -141,7 +141,12 @@ def limit_findings(checkpoint: Checkpoint, model: ModelConfig, target: Target) -
     for kind, group, every, _ in kinds(checkpoint):
         if reason := _no_kernel(kind, group, target):
             message = f"{len(every)} linears are {kind.name}, and {reason}. First: {every[0].name}"
-            yield _error("device", message, _names(every), "use another export of the model, or another target")
+            yield _error(
+                "compressed-tensors-device",
+                message,
+                _names(every),
+                "use another export of the model, or another target",
+            )
 
 
 def _no_kernel(kind: Kind, group: Group, target: Target) -> str:
@@ -159,7 +164,7 @@ def _order_findings(checkpoint: Checkpoint, ranks: int) -> Iterator[Finding]:
         message = f"act-order scatters groups over all inputs of {len(cut)} linears, which are experts or which "
         message += f"tensor_parallel_size {ranks} divides. First: {cut[0].name}"
         fix = "use an export with actorder static, or none; for other linears than experts, 1 rank will do"
-        yield _error("act-order", message, _names(cut), fix)
+        yield _error("compressed-tensors-act-order", message, _names(cut), fix)
 
 
 # --- the config -------------------------------------------------------------------------------------------
@@ -172,18 +177,22 @@ def config_findings(config: Config, checkpoint: Checkpoint, target: Target) -> I
         problems = ("there are no config_groups, so vLLM builds every linear unquantized, and the files are quantized",)
     if problems:
         fix = "restore the config.json of these files, or quantize the model again with a current llm-compressor"
-        yield _error("bad-keys", f"vLLM cannot read the quantization_config: {problems[0]}", problems, fix)
+        yield _error(
+            "compressed-tensors-bad-keys", f"vLLM cannot read the quantization_config: {problems[0]}", problems, fix
+        )
     for group in config.groups:
         if kind_of(group) is None:
             message = f"config_groups.{group.name}: vLLM 0.32 has no layers for weights ({group.weights}) with "
             message += f"activations ({group.inputs or 'in 16 bits'}) in format {group.format}"
             fix = "use a W4A16, W8A8, FP8 or NVFP4 export of the model"
-            yield _error("scheme", message, [f"{_WHERE}config_groups.{group.name}"], fix)
+            yield _error("compressed-tensors-scheme", message, [f"{_WHERE}config_groups.{group.name}"], fix)
     every = Counter(target for group in config.groups for target in group.targets)
     if several := [target for target, count in every.items() if count > 1]:
         last = config.targets[several[0]].name
         message = f"several groups have the target {several[0]!r}; vLLM takes the last one ({last}) for all its modules"
-        yield _error("targets", message, several, "give the groups targets of their own, as patterns")
+        yield _error(
+            "compressed-tensors-targets", message, several, "give the groups targets of their own, as patterns"
+        )
     if config.slow:
         message = f"the files are not compared with the config: target {config.slow[0][:80]!r} may take long"
         fix = "write the targets as names of modules, or as simpler patterns"
@@ -191,15 +200,15 @@ def config_findings(config: Config, checkpoint: Checkpoint, target: Target) -> I
     if mixed := _mixed_layers(checkpoint):
         message = f"the linears of {len(mixed)} fused layers belong to different groups; vLLM needs one. First: "
         fix = "quantize q, k and v alike, gate and up alike, and all linears of the experts of a layer"
-        yield _error("mixed-layer", message + mixed[0], mixed, fix)
+        yield _error("compressed-tensors-mixed-layer", message + mixed[0], mixed, fix)
     sparsity, transforms = (config.values.get(key) or {} for key in ("sparsity_config", "transform_config"))
     if sparsity.get("targets") or config.values.get("format") in ("marlin-24", "sparse-24-bitmask"):
         message, fix = "the weights are stored sparse (2:4); vLLM 0.32 no longer reads that", "use a dense export"
-        yield _error("sparse", message, [f"{_WHERE}sparsity_config"], fix)
+        yield _error("compressed-tensors-sparse", message, [f"{_WHERE}sparsity_config"], fix)
     if transforms.get("config_groups") and (target.device == "cpu" or vllm_problem(checkpoint, target)):
         message = "the activations are rotated while serving (transform_config), which is not served on CPUs"
         fix = "serve the model on a GPU, or use an export without transforms"
-        yield _error("transform", message, [f"{_WHERE}transform_config"], fix)
+        yield _error("compressed-tensors-transform", message, [f"{_WHERE}transform_config"], fix)
 
 
 def _mixed_layers(checkpoint: Checkpoint) -> list[str]:
@@ -220,10 +229,10 @@ def silent_findings(config: Config, checkpoint: Checkpoint, model: ModelConfig, 
     if heads and checkpoint.text_config.get("tie_word_embeddings") is True:
         message = "lm_head is quantized, and tie_word_embeddings is true: vLLM takes the embedding for lm_head"
         fix = 'set "tie_word_embeddings" to false in config.json if lm_head has weights of its own'
-        yield _error("lm-head", message, heads, fix)
+        yield _error("compressed-tensors-lm-head", message, heads, fix)
     elif heads and not config.slow and config.of(heads[0].rpartition(".")[0]) is None:
         message = "lm_head is quantized, and no target names it: vLLM's class of it is no Linear, and it is built plain"
-        yield _error("lm-head", message, heads, 'add "re:.*lm_head" to the targets of its group')
+        yield _error("compressed-tensors-lm-head", message, heads, 'add "re:.*lm_head" to the targets of its group')
     rounded = [one for one in kinds(checkpoint) if one[0].name == "MXFP4" and one[1].inputs is None]
     if rounded and (target.capability or 0) >= 100:
         left_out = disabled_kernels(engine_environment(model, target) | mxfp4_environment(checkpoint, model, target))
@@ -233,7 +242,7 @@ def silent_findings(config: Config, checkpoint: Checkpoint, model: ModelConfig, 
         if experts or _W4A4 not in left_out:
             fix = "serve it on a GPU before Blackwell, whose kernel keeps 16 bits" if experts else fix
             names = [group.name for _, group, _, _ in rounded]
-            yield _error("mxfp4-activations", f"{message}(vllm issue 56770)", names, fix)
+            yield _error("compressed-tensors-mxfp4-activations", f"{message}(vllm issue 56770)", names, fix)
     model_type = str(checkpoint.text_config.get("model_type"))
     version = re.match(r"(\d{1,4})\.(\d{1,4})", str(config.values.get("version") or "0.0"))
     four = [group for group in members(checkpoint) if group.weights.is_("int", 4, "group")]
@@ -249,24 +258,28 @@ def silent_findings(config: Config, checkpoint: Checkpoint, model: ModelConfig, 
 
 def _cache_findings(config: Config, checkpoint: Checkpoint, asked: str) -> Iterator[Finding]:
     scheme, scales = config.values.get("kv_cache_scheme"), [one for one in checkpoint.tensors if one.endswith(_CACHE)]
-    code, where = "compressed-tensors-kv-cache", [f"{_WHERE}kv_cache_scheme"]
+    where = [f"{_WHERE}kv_cache_scheme"]
     if not isinstance(scheme, dict):
         if scales and not asked.startswith("fp8"):
             message = f"the files hold {len(scales)} scales of an FP8 KV cache, which are not used: no kv_cache_scheme"
             fix = "set engine_kwargs.kv_cache_dtype to fp8 for a cache of half the size"
-            yield Finding.info(code, message, scales[:SHOWN], fix)
+            yield Finding.info("compressed-tensors-kv-cache", message, scales[:SHOWN], fix)
         return
     kind, bits, strategy = (scheme.get(key) for key in ("type", "num_bits", "strategy"))
     if (kind, bits) != ("float", 8) or strategy not in ("tensor", "attn_head") or not scheme.get("symmetric"):
         message = f"kv_cache_scheme is {bits} bits, {kind}, by {strategy}; vLLM takes symmetric FP8 by tensor or "
         fix = "set kv_cache_scheme to null, or export the model again"
-        yield Finding.error(code, f"{message}attn_head", where, fix)
+        yield Finding.error("compressed-tensors-kv-cache", f"{message}attn_head", where, fix)
     elif not asked.startswith(("auto", "fp8")):
         message = f"the files are calibrated for an FP8 KV cache, and kv_cache_dtype is {asked}"
-        yield Finding.warning(code, message, ["engine_kwargs.kv_cache_dtype"], "leave kv_cache_dtype out")
+        yield Finding.warning(
+            "compressed-tensors-kv-cache", message, ["engine_kwargs.kv_cache_dtype"], "leave kv_cache_dtype out"
+        )
     elif not scales and not scheme.get("dynamic") and checkpoint.tensors_complete:
         message = "kv_cache_scheme asks for an FP8 KV cache, and the files have no k_scale and v_scale: vLLM takes 1.0"
-        yield Finding.warning(code, message, where, "compare a few answers with kv_cache_dtype bfloat16")
+        yield Finding.warning(
+            "compressed-tensors-kv-cache", message, where, "compare a few answers with kv_cache_dtype bfloat16"
+        )
 
 
 def _names(every: Sequence[Linear]) -> list[str]:
@@ -274,4 +287,4 @@ def _names(every: Sequence[Linear]) -> list[str]:
 
 
 def _error(code: str, message: str, where: Sequence[str], fix: str) -> Finding:
-    return Finding.error(f"{NAME}-{code}", message, list(where[:SHOWN]), fix)
+    return Finding.error(code, message, list(where[:SHOWN]), fix)

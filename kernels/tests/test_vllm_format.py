@@ -312,6 +312,35 @@ def test_scales_keep_the_dtype_of_the_file_and_x_may_have_any() -> None:
         torch.testing.assert_close(out.double(), x.to(dtype).double() @ matrix.t(), rtol=0.02, atol=0.05)
 
 
+class Thirds(Format):
+    """Codes of 4 bits for a table that bfloat16 cannot hold, made without a dtype."""
+
+    name = "thirds-of-the-tests"
+
+    def scheme(self, module: str) -> Scheme | None:
+        return Scheme({"codes": Part((N(), K()), ("U8",))}, bits=4)
+
+    def arrange(self, suffix: str, tensor: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+        assert torch.tensor([1 / 3]).dtype == torch.float32
+        return tensor
+
+    def pack(self, tensors: Mapping[str, Tensor], sparse: CSR | None) -> PackedWeight:
+        return pack(tensors["codes"], torch.tensor([[code / 3 for code in range(16)]]), bits=4)
+
+
+def test_the_code_of_a_format_has_float32_as_default_while_vllm_loads_in_another_dtype() -> None:
+    codes = torch.randint(0, 16, (64, HIDDEN), dtype=torch.uint8)
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads
+    try:
+        layer = linear.RowParallelLinear(HIDDEN, 64, bias=False, quant_config=Thirds(), prefix=f"{ATTENTION}.o_proj")
+        load(layer, {None: {"codes": codes}})
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x = torch.randn(2, HIDDEN)
+    close(layer(x)[0], x, codes.double() / 3)
+
+
 def test_optional_parts_may_be_absent() -> None:
     tensors, matrix = affine(64, HIDDEN, 16, zeros=False)
     x = torch.randn(2, HIDDEN)

@@ -252,7 +252,7 @@ def from_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = Non
     # No weight has the codes that are not finite. With E4M3's as the numbers that follow, the table can be computed.
     table = values.nan_to_num(0.0, 0.0, 0.0)
     if weight.dtype == torch.float8_e4m3fn:
-        table[[127, 255]] = torch.tensor([480.0, -480.0], device=weight.device)
+        table[[127, 255]] = torch.tensor([480.0, -480.0], dtype=torch.float32, device=weight.device)
     return pack(channels, table[None], bits=8, shape=(n, k), scales=scales.float(), group_size=group)
 
 
@@ -275,7 +275,7 @@ def from_fp4(packed: Tensor, scales: Tensor) -> PackedWeight:
         part = packed[first:last]
         return torch.stack((part & 15, part >> 4), dim=-1).reshape(last - first, k)
 
-    table = torch.tensor(E2M1, device=packed.device)[None]
+    table = torch.tensor(E2M1, dtype=torch.float32, device=packed.device)[None]
     return pack(channels, table, bits=4, shape=(n, k), scales=scales, group_size=group)
 
 

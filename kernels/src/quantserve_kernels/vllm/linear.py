@@ -13,7 +13,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from quantserve_kernels import Linear, PackedWeight, check_bias
-from quantserve_kernels.vllm.loading import LayerLoading
+from quantserve_kernels.vllm.loading import LayerLoading, float32_by_default
 from quantserve_kernels.vllm.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class FormatLinearMethod(LinearMethodBase):
         dummy = engine is not None and engine.load_config.load_format == "dummy"
         loading: LayerLoading = layer.format_loading
         tensors, sparse = loading.finish(verify=not dummy)
-        with blaming(layer, "convert the checkpoint again"):
+        with blaming(layer, "convert the checkpoint again"), float32_by_default():
             packed = self.format.pack_as(self.scheme, tensors, sparse)
             weight, order = packed if isinstance(packed, tuple) else (packed, None)
             if (weight.n, weight.k) != (loading.n, loading.k):

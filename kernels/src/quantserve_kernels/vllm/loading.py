@@ -6,7 +6,8 @@ cut those that grow with N; the others are kept for each module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,17 @@ from quantserve_kernels.vllm.shards import Loader, ShardId, Shards
 
 if TYPE_CHECKING:
     from quantserve_kernels.vllm.format import Format
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """While a format's code runs: vLLM makes its dtype the default, and a table made without one would be rounded."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def attribute(suffix: str) -> str:
@@ -134,7 +146,8 @@ class LayerLoading:
         n, k = self.shards.n(shard), self.shards.k
         if n is not None:
             try:
-                tensor = self.format.arrange(suffix, tensor, self.scheme, (n, k))
+                with float32_by_default():
+                    tensor = self.format.arrange(suffix, tensor, self.scheme, (n, k))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}. Fix: the quantization config must be that of these files") from None
         if tensor.dtype not in known:

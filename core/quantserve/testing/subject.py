@@ -55,7 +55,10 @@ class Subject:
         self.points, _ = installed(GROUPS)
         mine = [point for point in self.points.select(group=GROUP) if point.name == case.name]
         if not mine:
-            raise UsageError(unknown_name("plugin", case.name, {p.name for p in self.points.select(group=GROUP)}))
+            known = {point.name for point in self.points.select(group=GROUP)}
+            raise UsageError(
+                f"{unknown_name('plugin', case.name, known)}\n  fix: correct the name, or install the plugin first"
+            )
         if odd := set(case.capabilities or ()) - set(CAPABILITIES):
             raise UsageError(unknown_name("capability", min(odd), CAPABILITIES))
         self.point = mine[0]

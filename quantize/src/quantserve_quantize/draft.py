@@ -159,7 +159,11 @@ def disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "free some space, then repeat the command with --resume" if full else "choose a writable place"
+        fix = (
+            "free some space, then repeat the command; quantize goes on with --resume"
+            if full
+            else "choose a writable place"
+        )
         raise UsageError(f"cannot write {error.filename or path}: {error.strerror or error}\n  fix: {fix}") from error
     except Exception as error:  # safetensors has an exception of its own for a full disk
         if type(error).__name__ != "SafetensorError":

@@ -96,7 +96,10 @@ def run(
     plugin, named = named_quantizer(method)
     folder = local_path(model)
     if not folder.is_dir():
-        raise UsageError(f"{folder} is a file\n  fix: give the folder of an unquantized checkpoint in safetensors")
+        raise UsageError(
+            f"{folder} is a file\n"
+            "  fix: give the folder of a checkpoint in safetensors; `quantserve convert` makes one of other files"
+        )
     err = console(stderr=True)
     if not isinstance(named, type):  # as the hook was in API 1.0
         return _run_function(named, folder, out, err)

@@ -17,7 +17,7 @@ from quantserve_quantize.command import imported
 @click.option("--samples", type=click.IntRange(1, 100_000), help="Samples; default: all of the text, at most 28.")
 @click.option("--engine", is_flag=True, help="Serve the models with vLLM and read their log-probabilities.")
 @click.option("--url", metavar="URL", help="Ask a running server; MODEL and BASE are ids of its models.")
-@click.option("--tokenizer", metavar="MODEL", help="Where the tokenizer is, for --url; default: BASE.")
+@click.option("--tokenizer", metavar="MODEL", help="Where the tokenizer is; needed with --url.")
 @click.option("--api-key", metavar="KEY", envvar="QUANTSERVE_API_KEY", help="For --url; or set QUANTSERVE_API_KEY.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder for JSON, Markdown, plot.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -22,6 +22,7 @@ from quantserve.errors import UsageError
 from quantserve_quantize import through_server, through_transformers
 from quantserve_quantize.calibration import encode, text_of
 from quantserve_quantize.dequantized import Dequantized
+from quantserve_quantize.draft import disk
 from quantserve_quantize.measures import Scores, by_position, summary, worst
 from quantserve_quantize.plots import draw
 from quantserve_quantize.program import bars, quantizer_class
@@ -51,6 +52,14 @@ def run(asked: Asked, out: Path | None, as_json: bool) -> int:
     if asked.engine and asked.url:
         raise UsageError("--engine and --url exclude each other\n  fix: leave one out")
     err = console(stderr=True)
+    if asked.url and not asked.tokenizer:
+        raise UsageError(
+            "--url needs the tokenizer of the models, to cut the text into tokens\n"
+            "  fix: add --tokenizer with the folder or hub id of one of them"
+        )
+    if out is not None:
+        with disk(out):
+            out.mkdir(parents=True, exist_ok=True)
     where = local_path(asked.tokenizer or asked.reference)
     ids = encode(text_of(asked.text, "quality.txt"), where)
     samples = cut(ids, asked)
@@ -58,10 +67,10 @@ def run(asked: Asked, out: Path | None, as_json: bool) -> int:
         reference, scores = _scored(asked, samples, progress)
     report = reported(asked, samples, reference, scores, where)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "quality.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (out / "quality.md").write_text(markdown(report), encoding="utf-8")
-        draw(scores, asked.length, out)
+        with disk(out):
+            (out / "quality.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (out / "quality.md").write_text(markdown(report), encoding="utf-8")
+            draw(scores, asked.length, out)
     if as_json:
         click.echo(json.dumps(report))
     else:

@@ -65,9 +65,9 @@ class MeasuredQuality:
 
 
 def record_name(checkpoint: Checkpoint) -> str:
-    """The record's file beside the weights: ``quality.json``, or ``NAME.quality.json`` for a file ``NAME.gguf``."""
+    """The record's file beside the weights: ``measured-quality.json``, or ``NAME.measured-quality.json`` for ``NAME.gguf``."""
     stem = PurePath(checkpoint.container[0]).stem + "." if checkpoint.container else ""
-    return f"{stem}quality.json"
+    return f"{stem}measured-quality.json"
 
 
 def measured_quality(checkpoint: Checkpoint) -> MeasuredQuality | None:

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from quantserve.checkpoint.data import Checkpoint
-from quantserve.checkpoint.text import BadJson, parse_json
+from quantserve.checkpoint.text import BadJson, parse_json, shown
 
 MAX_BYTES = 1 << 20
 
@@ -57,7 +57,8 @@ class MeasuredQuality:
     @property
     def measured_on(self) -> str:
         """``28 x 512 tokens of eval.txt against smollm2, through transformers``."""
-        return f"{self.samples} x {self.length} tokens of {self.text} against {self.reference}, through {self.through}"
+        text, reference, through = map(shown, (self.text, self.reference, self.through))
+        return f"{self.samples} x {self.length} tokens of {text} against {reference}, through {through}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as the record holds it."""
@@ -65,7 +66,7 @@ class MeasuredQuality:
 
 
 def record_name(checkpoint: Checkpoint) -> str:
-    """The record's file beside the weights: ``measured-quality.json``, or ``NAME.measured-quality.json`` for ``NAME.gguf``."""
+    """The record's file: ``measured-quality.json``, or ``NAME.measured-quality.json`` beside ``NAME.gguf``."""
     stem = PurePath(checkpoint.container[0]).stem + "." if checkpoint.container else ""
     return f"{stem}measured-quality.json"
 

@@ -117,4 +117,9 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "kernel_measured_here": bool(candidate.made and candidate.made.measured),
         "published": candidate.published.to_json() if candidate.published else None,
         "quality": candidate.quality.to_json() if candidate.quality else None,
+        "measured_quality": (
+            {**candidate.measured.to_json(), "increase": round(candidate.measured.increase, 4)}
+            if candidate.measured
+            else None
+        ),
     }

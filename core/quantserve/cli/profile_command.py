@@ -172,14 +172,14 @@ def print_steps(out: Console, advice: Advice, loads: Sequence[Workload]) -> None
 
 
 def print_refusals(out: Console, advice: Advice) -> None:
-    """What cannot be served on this target, and why."""
+    """What is left out, and why."""
     for candidate in advice.candidates:
         if candidate.failure:
             message, _, fix = str(candidate.failure).partition("\n  fix: ")
             out.print(f"  [red]{escape(candidate.label)}[/] failed: {escape(message)}", soft_wrap=True)
             out.print(f"    [green]fix[/] {escape(fix)}", soft_wrap=True)
         elif candidate.refusal:
-            out.print(f"  [red]{escape(candidate.label)}[/] cannot be served: {escape(candidate.refusal)}")
+            out.print(f"  [red]{escape(candidate.label)}[/] is left out: {escape(candidate.refusal)}")
     left = [one for one in advice.candidates if one.made is None and not one.failure and not one.refusal]
     for name in dict.fromkeys(candidate.method.name for candidate in left):
         out.print(f"  [yellow]{escape(name)}[/]: its plugin describes no kernel, so there is no prediction")

@@ -35,6 +35,7 @@ from quantserve.planning.advise import (
     concurrencies,
     leaders,
     ranked,
+    within_loss,
 )
 from quantserve.plugins.registry import how_to_install
 from quantserve.predict.workload import Workload, find_workload
@@ -62,6 +63,8 @@ COLUMNS = (
 @click.option("--method", "methods", multiple=True, metavar="METHOD", help="Only this method; may be repeated.")
 @click.option("--by", "order", type=click.Choice(ORDERS), default="throughput", show_default=True,
               help="What to rank the methods by.")  # fmt: skip
+@click.option("--max-loss", type=click.FloatRange(0, 1000), metavar="PERCENT",
+              help="Only methods with a perplexity at most so much above the 16-bit model's.")  # fmt: skip
 @click.option("--most", type=click.IntRange(1, MOST_USERS), default=256, show_default=True,
               help="Largest number of concurrent clients to compare.")  # fmt: skip
 @click.option("--tensor-parallel-size", "ranks", type=click.IntRange(1, 64),
@@ -75,6 +78,7 @@ def command(
     workload_name: str,
     methods: tuple[str, ...],
     order: str,
+    max_loss: float | None,
     most: int,
     ranks: int | None,
     plot: Path | None,
@@ -94,6 +98,8 @@ def command(
     if config is not None and config.exists():
         raise UsageError(f"{config} exists already\n  fix: name a new file")
     advice = advice_for(source, target, methods, ranks)
+    if max_loss is not None:
+        advice = within_loss(advice, max_loss / 100)
     order_of = ranked(advice, workload, order)
     if not order_of:
         if any(candidate.failure for candidate in advice.candidates) and advice.exit_code:
@@ -166,21 +172,27 @@ def print_ranking(out: Console, advice: Advice, workload: Workload, order: str, 
     close = [i.candidate.label for i in order_of[1:] if i.prediction.band(i.per_device)[1] > least]
     if close and order == "throughput":
         out.print(f"  not certain: the band of the first overlaps with {escape(', '.join(close))}")
-    notes = {f"{c.label}: {c.quality.measured_on} ({c.quality.source})" for c in map(_candidate, order_of) if c.quality}
-    for note in sorted(notes):
+    for note in sorted({note for item in order_of if (note := source_of_quality(item.candidate))}):
         out.print(f"  [dim]quality, {escape(note)}[/]", soft_wrap=True)
     out.print()
 
 
-def _candidate(item: Ranked) -> Candidate:
-    return item.candidate
-
-
 def quality(candidate: Candidate) -> str:
-    """The published rise of perplexity."""
+    """The rise of perplexity, measured or published."""
+    if candidate.measured:
+        return f"{candidate.measured.increase:+.1%} measured"
     if candidate.bits >= 16:
         return "as it is"
-    return f"+{candidate.quality.increase:.1%}" if candidate.quality else "unknown"
+    return f"{candidate.quality.increase:+.1%}" if candidate.quality else "unknown"
+
+
+def source_of_quality(candidate: Candidate) -> str:
+    """Where `quality` comes from; "" where it needs no word."""
+    if candidate.measured:
+        return f"{candidate.label}: measured of these files: {candidate.measured.measured_on}"
+    if candidate.bits >= 16 or not candidate.quality:
+        return ""
+    return f"{candidate.label}: published for {candidate.quality.measured_on} ({candidate.quality.source})"
 
 
 def print_leaders(out: Console, changes: Sequence[Stretch]) -> None:

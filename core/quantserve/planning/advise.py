@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from math import log
+from math import isinf, log
 from typing import Any, TypeVar
 
 from quantserve.checkpoint import Checkpoint, open_checkpoint
+from quantserve.checkpoint.quality import MeasuredQuality, measured_quality
 from quantserve.checks.linear import check_shards
 from quantserve.checks.memory import MemoryEstimate, estimate
 from quantserve.checks.model import check_service
@@ -53,7 +54,8 @@ class Candidate:
         refusal: why it cannot be served on this target; "" when it can.
         made: what predictions rest on; None when nothing can be predicted.
         published: the row of a published table for exactly this, at whatever tensor parallel size.
-        quality: the published cost in quality; None when unknown.
+        quality: the cost in quality as published for another model; None when unknown.
+        measured: what `quantserve quality` measured of these files; it counts before what was published.
         failure: a hook of the plugin that failed; nothing is predicted then.
     """
 
@@ -70,6 +72,7 @@ class Candidate:
     made: Expectation | None
     published: PerformanceProfile | None
     quality: QualityNote | None
+    measured: MeasuredQuality | None = None
     failure: PluginError | None = None
 
     @property
@@ -254,6 +257,7 @@ def _candidates(
             made=None if failures else made,
             published=published,
             quality=quality,
+            measured=measured_quality(checkpoint) if in_files else None,
             failure=next(iter(failures), None),
         )
 
@@ -376,8 +380,8 @@ def ranked(advice: Advice, workload: Workload, order: str = "throughput") -> lis
 
     Args:
         order: ``throughput`` (output tokens per second and device), ``latency`` (E2E), ``memory`` (weights on all
-            devices) or ``quality`` (published rise of perplexity; unknown last, 16 bits first). What is within 2 %
-            counts as equal, and the smaller loss of quality comes first.
+            devices) or ``quality`` (`loss_of`; unknown last). What is within 2 % counts as equal, and the smaller
+            loss of quality comes first.
     """
     usable = [
         Ranked(candidate, prediction)
@@ -403,10 +407,33 @@ def _level(value: float) -> int:
 
 
 def loss_of(candidate: Candidate) -> float:
-    """Published rise of perplexity as a share; 0 at 16 bits, infinite when unknown."""
+    """Rise of perplexity as a share: measured, else 0 at 16 bits, else published, else infinite."""
+    if candidate.measured:
+        return candidate.measured.increase
     if candidate.bits >= 16:
         return 0.0
     return candidate.quality.increase if candidate.quality else float("inf")
+
+
+def within_loss(advice: Advice, most: float) -> Advice:
+    """The same advice, in which methods that lose more are refused, and those of which the loss is unknown.
+
+    Args:
+        most: rise of perplexity as a share.
+    """
+    return replace(advice, candidates=[_within_loss(candidate, most) for candidate in advice.candidates])
+
+
+def _within_loss(candidate: Candidate, most: float) -> Candidate:
+    loss = loss_of(candidate)
+    if candidate.refusal or loss <= most:
+        return candidate
+    if isinf(loss):
+        why = "its loss of quality is unknown; `quantserve quality` measures it"
+    else:
+        kind = "measured" if candidate.measured else "published"
+        why = f"its perplexity is {100 * loss:.1f} % higher ({kind}), and {100 * most:g} % are allowed"
+    return replace(candidate, refusal=why)
 
 
 @dataclass(frozen=True)

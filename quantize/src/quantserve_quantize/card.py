@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantserve.checkpoint.quality import MeasuredQuality
 
-def card(report: Mapping[str, Any]) -> str:
-    """Markdown with what was done, and the linears with the largest errors."""
+
+def card(report: Mapping[str, Any], quality: MeasuredQuality | None = None) -> str:
+    """Markdown with what was done, what was measured, and the linears with the largest errors."""
     options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
     lines = [
         f"# {report['source']} in {report['method']}",
@@ -19,6 +21,17 @@ def card(report: Mapping[str, Any]) -> str:
     ]
     if found := report.get("calibration"):
         lines += [f"Calibrated with {found['samples']} samples of {found['length']} tokens of `{found['text']}`.", ""]
+    if quality:
+        lines += [
+            f"Measured on {quality.measured_on} ({quality.date}):",
+            "",
+            "| | perplexity | over the reference | KL mean | same top |",
+            "|---|---:|---:|---:|---:|",
+            f"| {quality.reference} | {quality.baseline:.3f} | 1 | | |",
+            f"| this model | {quality.perplexity:.3f} | {quality.increase + 1:.4f} | {quality.kl_mean:.4f} "
+            f"| {_percent(quality.same_top)} |",
+            "",
+        ]
     rows = sorted(report["layers"].items(), key=lambda row: -(row[1]["output_error"] or row[1]["weight_error"]))
     lines += [
         "The linears with the largest errors, relative to weight and output:",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -26,9 +29,11 @@ from quantserve_quantize.draft import disk
 from quantserve_quantize.measures import Scores, by_position, summary, worst
 from quantserve_quantize.plots import draw
 from quantserve_quantize.program import bars, quantizer_class
-from quantserve_quantize.source import Weights
+from quantserve_quantize.record import keep, opened
+from quantserve_quantize.source import Weights, fingerprint
 
 MOST_SAMPLES = 28
+TEXT = "quality.txt"
 HEADINGS = ("model", "size", "bits", "perplexity", "over reference", "KL mean", "KL 99.9 %", "same top")
 
 
@@ -61,16 +66,18 @@ def run(asked: Asked, out: Path | None, as_json: bool) -> int:
         with disk(out):
             out.mkdir(parents=True, exist_ok=True)
     where = local_path(asked.tokenizer or asked.reference)
-    ids = encode(text_of(asked.text, "quality.txt"), where)
+    ids = encode(text_of(asked.text, TEXT), where)
     samples = cut(ids, asked)
     with bars(err) as progress:
         reference, scores = _scored(asked, samples, progress)
-    report = reported(asked, samples, reference, scores, where)
+        report = reported(asked, samples, reference, scores, where, progress)
     if out is not None:
         with disk(out):
             (out / "quality.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (out / "quality.md").write_text(markdown(report), encoding="utf-8")
             draw(scores, asked.length, out)
+    if not asked.url:
+        record(report, err)
     if as_json:
         click.echo(json.dumps(report))
     else:
@@ -78,6 +85,16 @@ def run(asked: Asked, out: Path | None, as_json: bool) -> int:
         if out is not None:
             err.print(f"wrote {escape(str(out))}")
     return 0
+
+
+def record(report: Mapping[str, Any], err: Console) -> None:
+    """Keep the figures beside the weights; a folder that cannot be written is left without."""
+    for model in report["models"]:
+        try:
+            if path := keep(report, model):
+                err.print(f"recorded in {escape(str(path))}")
+        except OSError as error:
+            err.print(f"not recorded beside {escape(model['model'])}: {error.strerror or error}")
 
 
 def cut(ids: Tensor, asked: Asked) -> Tensor:
@@ -153,23 +170,34 @@ def _through_engine(asked: Asked, samples: Tensor, progress: Any) -> tuple[Score
 
 
 def reported(
-    asked: Asked, samples: Tensor, reference: Scores, scores: Mapping[str, Scores], tokenizer: Path
+    asked: Asked,
+    samples: Tensor,
+    reference: Scores,
+    scores: Mapping[str, Scores],
+    tokenizer: Path,
+    progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """All results as plain data."""
     from transformers import AutoTokenizer
 
     decode = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).decode
+    text = text_of(asked.text, TEXT)
     through = "server" if asked.url else "engine" if asked.engine else "transformers"
     return {
-        "reference": {"model": asked.reference, **summary(reference, reference)},
+        "reference": {
+            "model": asked.reference,
+            **({} if asked.url else files(asked.reference, progress)),
+            **summary(reference, reference),
+        },
         "through": through,
         "text": str(asked.text or "built-in"),
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "samples": samples.shape[0],
         "length": samples.shape[1],
         "models": [
             {
                 "model": label,
-                **({} if asked.url else size(label)),
+                **({} if asked.url else files(label, progress)),
                 **summary(score, reference),
                 "worst": worst(score, samples, decode),
                 "by_position": by_position(score, samples.shape[1]),
@@ -179,13 +207,15 @@ def reported(
     }
 
 
-def size(model: str) -> dict[str, Any]:
-    """Bytes of the weight files, and bits per weight of the quantized linears where the files say so."""
-    folder = local_path(model)
-    made: dict[str, Any] = {"bytes": open_checkpoint(str(folder)).weight_bytes}
-    provenance = folder / "quantserve.json" if folder.is_dir() else folder
-    if provenance.name == "quantserve.json" and provenance.is_file():
-        made["bits_per_weight"] = json.loads(provenance.read_text(encoding="utf-8")).get("bits_per_weight")
+def files(model: str, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Bytes and hash of the weight files, and bits per weight of the quantized linears where the files say so."""
+    checkpoint = opened(model)
+    made: dict[str, Any] = {
+        "bytes": checkpoint.weight_bytes,
+        "sha256": fingerprint(checkpoint, partial(progress, model)),
+    }
+    if provenance := checkpoint.quant_files.get("quantserve.json"):
+        made["bits_per_weight"] = provenance.get("bits_per_weight")
     return made
 
 

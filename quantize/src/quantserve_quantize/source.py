@@ -73,22 +73,29 @@ class Weights:
         return tensor
 
     def fingerprint(self, progress: Callable[[int, int], None]) -> str:
-        """SHA-256 of config.json and of every weight file, as hex."""
-        paths = [self.folder / "config.json", *sorted(set(self.files.values()))]
-        total, done, digest = sum(path.stat().st_size for path in paths), 0, hashlib.sha256()
-        for path in paths:
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-                    done += len(chunk)
-                    progress(done, total)
-        return digest.hexdigest()
+        """See `fingerprint`."""
+        return fingerprint(self.checkpoint, progress)
 
     def companions(self) -> list[Path]:
         """Tokenizer, chat template, generation config and licence."""
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(found)
+
+
+def fingerprint(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> str:
+    """SHA-256 of config.json and of every weight file of a local checkpoint, as hex."""
+    assert checkpoint.path is not None
+    names = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    paths = [checkpoint.path / name for name in ("config.json", *names) if name in checkpoint.files]
+    total, done, digest = sum(path.stat().st_size for path in paths), 0, hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                done += len(chunk)
+                progress(done, total)
+    return digest.hexdigest()
 
 
 def checked(folder: Path) -> Checkpoint:

@@ -1,5 +1,6 @@
 """The config: what a person writes, read with file:line, migrated from RayLLM and checked."""
 
+from quantserve.config.explorer import ExplorerConfig
 from quantserve.config.generation import GenerateKwargs, Generation, PromptFormat
 from quantserve.config.json_schema import json_schema
 from quantserve.config.loading import is_model_source, load, load_object, model_from_source
@@ -11,6 +12,7 @@ __all__ = [
     "AutoscalingConfig",
     "DeploymentConfig",
     "EngineConfig",
+    "ExplorerConfig",
     "GenerateKwargs",
     "Generation",
     "HttpConfig",

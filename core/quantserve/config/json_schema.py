@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantserve.config.engine_args import ENGINE, FRONTEND, MOVED
+from quantserve.config.explorer import ExplorerConfig
 from quantserve.config.model import ModelConfig
 from quantserve.config.schema import RUNTIME_ENV_KEYS, HttpConfig
 
@@ -14,7 +15,8 @@ def json_schema() -> dict[str, Any]:
     from pydantic.json_schema import models_json_schema  # slow to import, and used by one command
 
     _, schema = models_json_schema(
-        [(ModelConfig, "validation"), (HttpConfig, "validation")], ref_template="#/$defs/{model}"
+        [(ModelConfig, "validation"), (HttpConfig, "validation"), (ExplorerConfig, "validation")],
+        ref_template="#/$defs/{model}",
     )
     definitions: dict[str, Any] = schema["$defs"]
     engine = definitions["EngineConfig"]["properties"]
@@ -42,6 +44,7 @@ def json_schema() -> dict[str, Any]:
                 "anyOf": [path, model, {"type": "array", "minItems": 1, "items": {"anyOf": [path, model]}}],
             },
             "http": {"$ref": "#/$defs/HttpConfig", "description": "Where the API listens."},
+            "explorer": {"$ref": "#/$defs/ExplorerConfig", "description": "The web page at `/`."},
         },
     }
     return {

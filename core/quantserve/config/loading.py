@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from quantserve.config.explorer import ExplorerConfig
 from quantserve.config.model import AppConfig, ModelConfig
 from quantserve.config.paths import (
     EMPTY,
@@ -30,13 +31,13 @@ from quantserve.config.report import Report, got, unknown_key
 from quantserve.config.schema import HttpConfig
 from quantserve.config.source import SUFFIXES, Located, from_object, parse, read
 from quantserve.errors import CheckpointError, ConfigError
-from quantserve.system.homes import expand, parted, snapshot_in
+from quantserve.system.homes import expand, is_bucket, parted, snapshot_in
 
 IMPORT_PATH: Final = "quantserve.serve.app:build"
 RAYLLM_IMPORT_PATHS: Final = ("rayllm.backend:router_application", "rayllm.backend:llm_application")
 
 _MODEL_KEYS: Final = tuple(ModelConfig.model_fields)
-_APP_KEYS: Final = ("models", "http")
+_APP_KEYS: Final = ("models", "http", "explorer")
 _SERVE_KEYS: Final = (
     "applications", "http_options", "proxy_location", "grpc_options", "logging_config", "controller_options",
     "tracing_config", "target_capacity",
@@ -50,7 +51,7 @@ _APPLICATION_KEYS: Final = (
 def load(sources: Sequence[str | Path]) -> AppConfig:
     """Load app files, model files, folders of them (recursively) and bare models.
 
-    A bare model is a folder with a ``config.json``, or a hub id ``org/name``; it gets defaults.
+    A bare model is a folder with a ``config.json``, a hub id ``org/name`` or a URL of a bucket; it gets defaults.
 
     Raises:
         ConfigError: with file:line, what is wrong and the fix; all problems of all files at once.
@@ -79,14 +80,14 @@ def load_object(obj: object, where: str) -> AppConfig:
 
 
 def is_model_source(source: str | Path) -> bool:
-    """Whether `source` names a bare model (checkpoint folder or hub id), not a config."""
+    """Whether `source` names a bare model (checkpoint folder, hub id or URL of a bucket), not a config."""
     place, choice = parted(str(source))
     path = expand(place)
     if path.is_dir():
         return bool(choice) or is_checkpoint(snapshot_in(path))
     if path.exists():
         return is_container(path)
-    return is_hub_id(str(source), [Path()])
+    return is_bucket(str(source)) or is_hub_id(str(source), [Path()])
 
 
 def model_from_source(
@@ -97,7 +98,7 @@ def model_from_source(
     max_model_len: int | None = None,
     allow_pickle: bool | None = None,
 ) -> ModelConfig:
-    """A model with defaults for a checkpoint folder or hub id.
+    """A model with defaults for a checkpoint folder, hub id or URL of a bucket.
 
     Raises:
         ConfigError: `source` is neither, or an argument is out of range.
@@ -112,6 +113,9 @@ def model_from_source(
         real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name  # a cached file is a link
         chosen = f":{choice}" if choice else ""
         engine = {"model_id": folder_id(path) + chosen, "hf_model_id": str(real) + chosen}
+    elif is_bucket(str(source)):
+        chosen = f":{choice}" if choice else ""
+        engine = {"model_id": folder_id(Path("/", place.partition("://")[2])) + chosen, "hf_model_id": str(source)}
     if quantization:
         engine["engine_kwargs"] = {"quantization": quantization}
     if max_model_len is not None:
@@ -136,6 +140,7 @@ class _Loader:
         self.models: list[ModelConfig] = []
         self.disabled = 0
         self.http: tuple[HttpConfig, Located] | None = None
+        self.explorer: tuple[ExplorerConfig, Located] | None = None
         self._seen: set[Path] = set()
 
     def app(self) -> AppConfig:
@@ -147,7 +152,8 @@ class _Loader:
             fix = "set `enabled: true` for one of them" if self.disabled else WANTED
             raise ConfigError(f"nothing to serve: {why}\n  fix: {fix}")
         http = self.http[0] if self.http else HttpConfig()
-        return AppConfig(models=self.models, http=http, notes=self.report.notes)
+        explorer = self.explorer[0] if self.explorer else ExplorerConfig()
+        return AppConfig(models=self.models, http=http, explorer=explorer, notes=self.report.notes)
 
     def _unique(self) -> None:
         seen: dict[str, ModelConfig] = {}
@@ -162,6 +168,16 @@ class _Loader:
                 f"{model.where}: {model.model_id!r} has {same}, at {first.where}\n"
                 "  fix: give each model its own engine_config.model_id, and folders of one name commands of their own"
             )
+        names = {model.model_id: model for model in self.models}
+        for model in self.models:
+            for adapter in model.adapters:
+                first = names.setdefault(adapter.name, model)
+                if first is not model:
+                    what = "is an id" if adapter.name == first.model_id else "is the name of an adapter"
+                    self.report.problems.append(
+                        f"{model.where}: the adapter name {adapter.name!r} {what} of the model at {first.where}\n"
+                        "  fix: give every model and every adapter a name of its own"
+                    )
 
     def named(self, text: str, label: str, folders: Sequence[Path], origin: Located | None) -> None:
         """Load what a string names: a path (tried in each of `folders`), a hub id, or inline YAML."""
@@ -180,7 +196,7 @@ class _Loader:
                     return
             if origin and ("\n" in text or ": " in text or text.lstrip().startswith("{")):
                 self._inline(text, label, folders[0])
-            elif is_hub_id(text, folders):
+            elif is_bucket(text) or is_hub_id(text, folders):
                 self.models.append(model_from_source(text).located(label))
             else:
                 raise ConfigError(f"{label}: {not_found(text, folders)}" if origin else not_found(text, folders))
@@ -267,6 +283,8 @@ class _Loader:
                 self.report.problem(doc, (key,), *unknown_key(key, list(_APP_KEYS)))
         if doc.value.get("http") is not None:
             self._http(doc.at("http"))
+        if doc.value.get("explorer") is not None:
+            self._explorer(doc.at("explorer"))
         if "models" in doc.value:
             self._models(doc.at("models"))
 
@@ -315,6 +333,8 @@ class _Loader:
                 except CheckpointError as error:
                     self.report.problem(doc, ("engine_config", "hf_model_id"), *str(error).split("\n  fix: "))
                     return
+        for adapter in engine.adapters:
+            adapter.source = resolved(adapter.source, doc.folder)
         if engine.tokenizer_id is not None:
             engine.tokenizer_id = resolved(engine.tokenizer_id, doc.folder)
         template = engine.generation.chat_template
@@ -341,6 +361,17 @@ class _Loader:
         if self.http and self.http[0] != http:
             self.report.problem(doc, (), f"differs from `http` at {self.http[1].where()}", "keep one")
         self.http = (http, doc)
+
+    def _explorer(self, doc: Located) -> None:
+        try:
+            explorer = ExplorerConfig.model_validate(doc.value)
+        except ValidationError as error:
+            self.report.invalid(doc, error, ExplorerConfig)
+            return
+        explorer.votes_file = os.path.abspath((doc.folder or Path()) / expand(explorer.votes_file))
+        if self.explorer and self.explorer[0] != explorer:
+            self.report.problem(doc, (), f"differs from `explorer` at {self.explorer[1].where()}", "keep one")
+        self.explorer = (explorer, doc)
 
     def _serve_config(self, doc: Located) -> None:
         for key in doc.value:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from quantserve.config.engine_args import SINGLE, engine_argument_problem, frontend_argument_problem
+from quantserve.config.explorer import ExplorerConfig
 from quantserve.config.generation import Generation
 from quantserve.config.paths import is_model_id
 from quantserve.config.report import Fault, fault, faults, got
@@ -283,6 +284,7 @@ class AppConfig(BaseModel):
     Attributes:
         models: the enabled ones; ids and routes are unique.
         http: where the API listens.
+        explorer: the web page at ``/``.
         notes: what was migrated, dropped or looks unintended: ``file:line: ...``.
     """
 
@@ -290,4 +292,5 @@ class AppConfig(BaseModel):
 
     models: list[ModelConfig] = Field(description="The models to serve.")
     http: HttpConfig = Field(default_factory=lambda: HttpConfig(), description="Where the API listens.")
+    explorer: ExplorerConfig = Field(default_factory=lambda: ExplorerConfig(), description="The web page at `/`.")
     notes: list[str] = Field(default_factory=list, description="Remarks from loading.")

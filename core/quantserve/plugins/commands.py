@@ -8,92 +8,34 @@ that command is run.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, EntryPoints
-from typing import Final
+from importlib.metadata import EntryPoints
+from typing import ClassVar, Final
 
 import click
 
-from quantserve.errors import PluginError, QuantserveError, UsageError
-from quantserve.plugins import foreign
-from quantserve.plugins.entry_points import (
-    duplicate,
-    installed,
-    left_out,
-    named_for,
-    names_in,
-    origin,
-    package_of,
-    resolve,
-    unique,
-    unmet_requirement,
-    unusable_name,
-)
-from quantserve.text import harmless
+from quantserve.errors import QuantserveError
+from quantserve.plugins.entry_points import installed, named_for, names_in, origin, unique, unusable_name
+from quantserve.plugins.extension import Extension, switched_off, without_rivals
 
 GROUP: Final = "quantserve.commands"
 
 
 @dataclass(frozen=True)
-class Command:
-    """A command of another distribution.
+class Command(Extension):
+    """A command of another distribution; its name is what a user types."""
 
-    Attributes:
-        name: of the entry point; what a user types.
-        distribution, version: where it was installed from.
-        point: the entry point.
-        ours: whether it is one of this project's, so that its defects are bugs of quantserve.
-        refusal: why it cannot be used, whatever its module holds.
-    """
-
-    name: str
-    distribution: str
-    version: str
-    point: EntryPoint
-    ours: bool = False
-    refusal: QuantserveError | None = None
-
-    @property
-    def origin(self) -> str:
-        """``quantserve-hello 1.0``, harmless for a terminal."""
-        return harmless(f"{self.distribution} {self.version}", 100)
+    kind: ClassVar[str] = "command"
 
     def load(self) -> click.Command:
-        """Import the command.
+        """Import the command; raises as `Extension.load`."""
+        command: click.Command = super().load()
+        return command
 
-        Raises:
-            PluginError: it is defective, or its name belongs to another distribution.
-            UsageError: it is switched off.
-        """
-        if self.refusal:
-            raise self.refusal
-        if unmet := unmet_requirement(self.point):
-            raise self.defect("requires", *unmet)
-        what = f"command {self.name} ({self.origin})"
-        if os.environ.get("QUANTSERVE_DEBUG"):
-            foreign.say(f"importing {what}")
-        try:
-            return foreign.run(
-                self._resolve, what, foreign.hook_seconds() * foreign.IMPORT_PARTS, f"loading {what} ..."
-            )
-        except foreign.Raised as raised:
-            raise self.blame(raised.error, "load") from raised.error
-
-    def blame(self, error: BaseException, stage: str = "run") -> PluginError:
-        """The error that blames this command for an exception of its code."""
-        return self.defect(stage, foreign.reason(error, package_of(self.point)))
-
-    def defect(self, stage: str, reason: str, fix: str = "") -> PluginError:
-        """The error that blames this command."""
-        return PluginError(self.name, self.distribution, self.version, stage, reason, fix, kind="command")
-
-    def _resolve(self) -> click.Command:
-        found = resolve(self.point)
-        if not isinstance(found, click.Command):
-            raise foreign.Breach(f"{self.point.value!r:.80} is a {type(found).__name__}, not a click command")
-        return found
+    def problem(self, found: object) -> str:
+        """Why it is no command."""
+        return "" if isinstance(found, click.Command) else f"is a {type(found).__name__}, not a click command"
 
 
 def find(
@@ -118,25 +60,19 @@ def find(
     found = sorted(unique(points.select(group=GROUP)), key=lambda point: (point.name, origin(point)))
     commands = []
     for point in found:
-        distribution, version = origin(point)
-        ours = point.name in extras and named_for(distribution, extras[point.name][0])
-        command = Command(point.name, distribution, version, point, ours)
+        command = Command.of(point)
+        ours = point.name in extras and named_for(command.distribution, extras[point.name][0])
+        command = replace(command, ours=ours)
         commands.append(replace(command, refusal=_refusal(command, builtin, extras, denied)))
-    owners = defaultdict(list)
-    for command in commands:
-        if not command.refusal:
-            owners[command.name].append((command.distribution, command.version))
-    return [_without_rivals(command, owners[command.name]) for command in commands]
+    return without_rivals(commands)
 
 
 def _refusal(
     command: Command, builtin: Collection[str], extras: Mapping[str, tuple[str, str]], denied: frozenset[str]
 ) -> QuantserveError | None:
     name = command.name
-    if off := left_out(command.point, None, denied):
-        return UsageError(
-            f"command {name!r} of {command.origin} is switched off: {off}\n  fix: remove it from QUANTSERVE_DISABLE"
-        )
+    if off := switched_off(command, denied):
+        return off
     if name in builtin:
         return command.defect("names", f"{name!r} is a command of quantserve itself")
     if name in extras and not command.ours:
@@ -144,8 +80,3 @@ def _refusal(
     if reason := unusable_name(name):
         return command.defect("names", reason)
     return None
-
-
-def _without_rivals(command: Command, owners: Sequence[tuple[str, str]]) -> Command:
-    clash = None if command.refusal else duplicate(command.name, owners, command.distribution)
-    return replace(command, refusal=command.defect("duplicate", *clash)) if clash else command

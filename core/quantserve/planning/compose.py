@@ -19,7 +19,7 @@ from quantserve.model.layers import linears
 from quantserve.model.modules import modules, undescribed
 from quantserve.once import once, share
 from quantserve.planning.detection import Detected, detect, own_copy
-from quantserve.planning.expectation import EXPECTED_WORKLOAD, as_profile, expectation, kernel_name
+from quantserve.planning.expectation import ALONE, EXPECTED_WORKLOAD, as_profile, expectation, kernel_name
 from quantserve.planning.plugin_arguments import checked, unsafe
 from quantserve.planning.settings import CORE, Setting, Settings
 from quantserve.plugins.contract import (
@@ -57,6 +57,7 @@ class Composition:
         stored: the linears by their schemes; None when the method has no schemes.
         memory: what it will need; None when the config is too broken to tell.
         expected: what the method plugin knows was measured of exactly this, else what is predicted; None when neither.
+        alone: what is predicted for one request at a time, where `expected` is a prediction.
         engine_environment: variables with which this model's processes load the plugins' engine sides, and no others.
     """
 
@@ -72,6 +73,7 @@ class Composition:
     stored: Stored | None
     memory: MemoryEstimate | None
     expected: PerformanceProfile | None
+    alone: PerformanceProfile | None
     engine_environment: Mapping[str, str]
 
     @property
@@ -149,8 +151,9 @@ def compose(
         said = []  # nothing would run it
     expected = _expected(hooks, method_plugin, checkpoint, model, target) if predict else None
     argument = kwargs["quantization"].value if "quantization" in kwargs else None
+    alone = None
     if predict and expected is None and method_plugin and memory and memory.fits:
-        expected = _predicted(
+        expected, alone = _predicted(
             hooks, method_plugin, checkpoint, effective, target, memory, argument, environment, stored
         )
     findings += [*conflicts, *unsettled, *(finding.said_by("core") for finding in said)]
@@ -171,6 +174,7 @@ def compose(
         stored=stored,
         memory=memory,
         expected=expected,
+        alone=alone,
         engine_environment=registry.engine_environment(plugins, own=target.device == "cpu"),
     )
 
@@ -330,9 +334,13 @@ def _predicted(
     argument: object,
     environment: Mapping[str, str],
     stored: Stored | None,
-) -> PerformanceProfile | None:
+) -> tuple[PerformanceProfile | None, PerformanceProfile | None]:
+    """For `EXPECTED_WORKLOAD`, and for one request at a time."""
     made = expectation(
         plugin, checkpoint, model, target, memory,
         hooks=hooks, argument=argument, environment=environment, stored=stored,
     )  # fmt: skip
-    return as_profile(made, made.predict(EXPECTED_WORKLOAD), target) if made else None
+    if made is None:
+        return None, None
+    several, alone = (as_profile(made, made.predict(load), target) for load in (EXPECTED_WORKLOAD, ALONE))
+    return several, alone

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from quantserve.target import Target
 
 EXPECTED_WORKLOAD = WORKLOADS["llmperf"]
+ALONE = WORKLOADS["single"]
 
 
 @dataclass(frozen=True)

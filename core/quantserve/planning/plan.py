@@ -19,6 +19,7 @@ from quantserve.config import ModelConfig
 from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
 from quantserve.planning.compose import Composition
+from quantserve.planning.facts import facts
 from quantserve.planning.settings import Setting
 from quantserve.system.environment import (
     KV_CACHE_SPACE,
@@ -59,7 +60,11 @@ class Plan(BaseModel):
         environment_provenance: source of each variable in it that a plugin or the config sets.
         kernel: name of the quantized linears' kernel; "" when the method plugin gives none.
         memory: memory estimate, bytes per device.
+        bits, bits_per_weight: width of the quantized weights, and stored bits of one; None when the files do not tell.
+        dtype: of activations; None when unknown.
         expected: expected performance, or None.
+        alone: the prediction for one request at a time, where `expected` is one.
+        quality: what quantizing lost, as `quantserve.planning.facts.quality` gives it.
         description, url: shown by ``/v1/models``.
         findings: warnings and notes on the model.
     """
@@ -85,7 +90,12 @@ class Plan(BaseModel):
     environment_provenance: dict[str, str] = {}
     kernel: str = ""
     memory: dict[str, Any] | None = None
+    bits: int | None = None
+    bits_per_weight: float | None = None
+    dtype: str | None = None
     expected: dict[str, Any] | None = None
+    alone: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
     description: str | None = None
     url: str | None = None
     findings: list[dict[str, Any]] = []
@@ -127,6 +137,8 @@ def make_plan(composition: Composition) -> Plan:
         kernel=composition.kernel,
         memory=composition.memory.to_json() if composition.memory else None,
         expected=composition.expected.to_json() if composition.expected else None,
+        alone=composition.alone.to_json() if composition.alone else None,
+        **facts(composition),
         description=model.engine_config.model_description,
         url=model.engine_config.model_url,
         findings=[finding.to_json() for finding in composition.findings],

@@ -21,7 +21,7 @@ TOKENIZER_FILES: Final = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
-_ADAPTER: Final = "adapter_config.json"
+ADAPTER: Final = "adapter_config.json"
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -30,7 +30,7 @@ def json_names(source: Source) -> list[str]:
     names = ["config.json", PARAMS, "tokenizer_config.json", "tokenizer.json", "added_tokens.json"]
     names += ["special_tokens_map.json", "sentence_bert_config.json", *_quant_names(source)]
     if "config.json" not in source.files:
-        names.append(_ADAPTER)
+        names.append(ADAPTER)
     if "tokenizer.json" not in source.files:
         names.append("vocab.json")
     return [name for name in names if name in source.files and not _too_far(source, name)]
@@ -83,15 +83,15 @@ def read_configs(
 
 
 def _no_config(source: Source) -> Finding:
-    adapter, _ = read_object(source, _ADAPTER, "config-missing", "")
+    adapter, _ = read_object(source, ADAPTER, "config-missing", "")
     if adapter is not None:
         base = adapter.get("base_model_name_or_path")
         of = f" {shown(base)}" if isinstance(base, str) else ""
         return Finding.error(
             "config-missing",
-            f"config.json is missing: the files are a LoRA adapter ({_ADAPTER}), not a model",
-            (_ADAPTER,),
-            f"merge it into its base model{of} and give that folder",
+            f"config.json is missing: the files are a LoRA adapter ({ADAPTER}), not a model",
+            (ADAPTER,),
+            f"list it in engine_config.adapters of its base model{of}",
         )
     return Finding.error(
         "config-missing",
@@ -114,7 +114,7 @@ def _quant_names(source: Source) -> list[str]:
 
 
 def _too_far(source: Source, name: str) -> bool:
-    return source.location == "hub" and source.files.get(name, 0) > MAX_REMOTE_TOKENIZER
+    return source.location in ("hub", "bucket") and source.files.get(name, 0) > MAX_REMOTE_TOKENIZER
 
 
 def _json_type(value: object) -> str:

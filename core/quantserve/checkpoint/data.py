@@ -13,7 +13,7 @@ from quantserve.families import completed
 from quantserve.finding import Finding
 from quantserve.once import once
 
-Location = Literal["local", "cache", "hub"]
+Location = Literal["local", "cache", "hub", "bucket"]
 EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 
 DTYPE_BITS: Final[Mapping[str, int]] = MappingProxyType(
@@ -74,10 +74,10 @@ class Checkpoint:
     """Everything that can be known about a checkpoint without reading weights.
 
     Attributes:
-        source: what the user named: a folder or ``org/name``.
-        location: ``local`` folder, HF ``cache`` or the ``hub`` itself.
-        path: the folder, None on the hub.
-        revision: commit of a cached or remote checkpoint.
+        source: what the user named: a folder, ``org/name`` or ``s3://bucket/folder``.
+        location: ``local`` folder, ``cache`` of the hub or of buckets, the ``hub`` itself or a ``bucket``.
+        path: the folder, None on the hub and in a bucket.
+        revision: commit of a cached or remote checkpoint; of a bucket the digest of its files' names, sizes and tags.
         files: top-level file name -> bytes; -1 when a hub mirror does not say.
         config: config.json; empty when it is missing or invalid (then ``problems`` says so).
         quant_files: top-level ``*quant*.json`` files that parse, by name.

@@ -7,14 +7,12 @@ drops the token when a redirect leaves the host.
 
 from __future__ import annotations
 
-import io
 import json
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from huggingface_hub import constants, get_session, get_token, hf_hub_url
@@ -22,17 +20,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]
 
-from quantserve.checkpoint.data import Location
 from quantserve.checkpoint.local import Folder
-from quantserve.checkpoint.safetensors import FIRST_READ
+from quantserve.checkpoint.ranges import Remote
 from quantserve.checkpoint.text import shown, some
 from quantserve.errors import CheckpointError
-from quantserve.finding import Finding
 
 TransportError: Final[type[Exception]] = HfHubHTTPError.__bases__[0]
 """The base of all errors of the HTTP library huggingface_hub uses (httpx or its successor)."""
 
-THREADS: Final = 8
 ATTEMPTS: Final = 3
 MAX_LISTING: Final = 32 * 2**20
 MAX_SKIPPED: Final = 110 * 2**20
@@ -82,16 +77,10 @@ def _cached(repo: str, revision: str | None) -> Folder | None:
 
 
 @dataclass
-class Repository:
+class Repository(Remote):
     """The top-level files of a repository at one commit. See `Source`."""
 
-    repo: str
-    revision: str | None
-    files: dict[str, int]
-    findings: list[Finding] = field(default_factory=list)
-    location: Location = "hub"
-    path: Path | None = None
-    _fetched: dict[str, bytes] = field(default_factory=dict)
+    repo: str = ""
 
     @classmethod
     def listed(cls, repo: str, revision: str | None) -> Repository:
@@ -111,84 +100,15 @@ class Repository:
         sizes = {name: size if type(size) is int and size >= 0 else -1 for name, size in files.items()}
         return cls(
             repo=repo,
+            location="hub",
             revision=commit if isinstance(commit, str) else revision,
             files={name: sizes[name] for name in sorted(sizes) if "/" not in name and "\0" not in name},
         )
 
-    def prefetch(self, sizes: Iterable[tuple[str, int]]) -> None:
-        """Fetch the beginnings of several files at once."""
-        wanted = [(name, FIRST_READ if size < 0 else size) for name, size in sizes if self.files[name] != 0]
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="quantserve-hub") as pool:
-            for name, start, total in pool.map(self._start, wanted):
-                if start is not None:
-                    self._fetched[name] = start
-                if total is not None and self.files[name] < 0:
-                    self.files[name] = total
-
-    def _start(self, item: tuple[str, int]) -> tuple[str, bytes | None, int | None]:
-        name, size = item
-        try:
-            return name, *self._request(name).read(0, size)
-        except OSError:  # this file alone: said again when it is opened
-            return name, None, None
-
-    def _request(self, name: str) -> _Request:
+    def ranges(self, name: str) -> _Request:
+        """One of `files`."""
         url = hf_hub_url(self.repo, name, revision=self.revision)
         return _Request(self.repo, self.revision, name, url)
-
-    def open(self, name: str) -> BinaryIO:
-        """Open one of `files` for reading by ranges."""
-        made = RangeFile(self._request(name), self.files[name], self._fetched.pop(name, b""))
-        return cast(BinaryIO, made)
-
-
-class RangeFile(io.RawIOBase):
-    """A remote file: every read outside the bytes at hand is one range request."""
-
-    def __init__(self, request: _Request, size: int, start: bytes = b"") -> None:
-        super().__init__()
-        self._request, self._size = request, size
-        self._at, self._first, self._block = 0, 0, start
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always, except from the end of a file of unknown size."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move; costs nothing until the next read."""
-        if whence == io.SEEK_END:
-            if self._size < 0:
-                self._size = self._request.size()
-            offset += self._size
-        elif whence == io.SEEK_CUR:
-            offset += self._at
-        self._at = max(0, offset)
-        return self._at
-
-    def tell(self) -> int:
-        """Position of the next read."""
-        return self._at
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Read `size` bytes, less only at the end of the file."""
-        if self._size >= 0:
-            left = max(0, self._size - self._at)
-            size = left if size < 0 else min(size, left)
-        if size < 0:
-            raise OSError("the size of the file is not known")
-        inside = self._at - self._first
-        if size and not (inside >= 0 and inside + size <= len(self._block)):
-            self._block, total = self._request.read(self._at, max(size, FIRST_READ))
-            self._first, inside = self._at, 0
-            if self._size < 0 and total is not None:
-                self._size = total
-        data = self._block[inside : inside + size]
-        self._at += len(data)
-        return data
 
 
 @dataclass(frozen=True)

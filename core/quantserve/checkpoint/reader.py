@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePath
-from typing import Final
+from pathlib import PurePath
 
 from quantserve.checkpoint import weights
 from quantserve.checkpoint.configs import json_names, read_configs
 from quantserve.checkpoint.containers import Reader, chosen, container_file, containers
 from quantserve.checkpoint.data import Checkpoint
-from quantserve.checkpoint.local import Folder, find_folder, missing, nothing_here
+from quantserve.checkpoint.local import Folder, nothing_here
 from quantserve.checkpoint.mistral import PARAMS, is_mistral_format, translated
+from quantserve.checkpoint.places import find_source
 from quantserve.checkpoint.source import Source
-from quantserve.checkpoint.text import shown
 from quantserve.errors import CheckpointError
 from quantserve.finding import Severity
-from quantserve.system.homes import parted
-
-_HUB_ID: Final = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?(?<![.-])", re.ASCII)
+from quantserve.system.homes import is_bucket, parted
 
 
 def open_checkpoint(
@@ -31,12 +27,13 @@ def open_checkpoint(
 
     An existing path wins; otherwise `source` is a hub id, looked up in the HF cache first (a snapshot with config
     and all weight files is used as it is) and then on the hub by range requests. HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE,
-    HF_HUB_CACHE and HF_HUB_DOWNLOAD_TIMEOUT are respected; nothing is written to the cache.
+    HF_HUB_CACHE and HF_HUB_DOWNLOAD_TIMEOUT are respected. The files of a bucket are read in the same way. Nothing is
+    written to a cache.
 
     Args:
-        source: a folder, ``org/name`` or ``org/name@revision``; with a reader also a file, or one of these with
-            ``:CHOICE``.
-        revision: branch, tag or commit of a hub id.
+        source: a folder, ``org/name``, ``org/name@revision``, ``s3://bucket/folder`` or ``gs://bucket/folder``; with a
+            reader also a file, or one of these with ``:CHOICE``.
+        revision: branch, tag or commit of a hub id; of a bucket the digest of its files.
         allow_pickle: read names and shapes of ``.bin`` and ``.pt`` files, without running what is in them.
         readers: of containers other than safetensors. They are asked where a file of theirs is chosen, or where there
             are no weights that the core reads itself.
@@ -47,38 +44,18 @@ def open_checkpoint(
     """
     by_suffix = {suffix: reader for reader in readers for suffix in reader.suffixes}
     place, choice = parted(source)
-    if file := container_file(place, by_suffix):
+    if is_bucket(place) and PurePath(place).suffix in by_suffix:
+        place, _, choice = place.rpartition("/")
+    elif file := container_file(place, by_suffix):
         place, choice = str(file.parent), file.name
-    folder = find_folder(place)
-    if folder is not None:
-        opened: Source = Folder(folder)
-        names = chosen(opened, by_suffix, choice, source)
-        known = {"config.json", PARAMS} & opened.files.keys() or any(name.endswith(".gguf") for name in opened.files)
-        if not known and not names and not weights.weight_names(opened.files):
-            raise CheckpointError(nothing_here(Folder(folder)))
-    else:
-        opened = _open_hub(place, revision, partial(_lacking, suffixes=by_suffix, choice=choice))
-        names = chosen(opened, by_suffix, choice, source)
+    opened = find_source(place, revision, partial(_lacking, suffixes=by_suffix, choice=choice))
+    names = chosen(opened, by_suffix, choice, source)
+    known = {"config.json", PARAMS} & opened.files.keys() or any(name.endswith(".gguf") for name in opened.files)
+    if not known and not names and not weights.weight_names(opened.files) and isinstance(opened, Folder):
+        raise CheckpointError(nothing_here(opened))
     if names:
         return _read_container(source, opened, names, by_suffix[PurePath(names[0]).suffix])
     return _read(source, opened, allow_pickle)
-
-
-def _open_hub(source: str, revision: str | None, lacking: Callable[[Folder], list[str]]) -> Source:
-    repo, at, named = source.partition("@")
-    if at:
-        if not named or revision not in {None, named}:
-            raise CheckpointError(
-                f"{shown(source)!r} and revision {revision!r} name different revisions\n  fix: give the revision once"
-            )
-        revision = named
-    if not _HUB_ID.fullmatch(repo):
-        if not repo:
-            raise CheckpointError("the name of the model is empty\n  fix: name a folder or a hub id, org/name")
-        raise CheckpointError(missing(source, Path(source)))
-    from quantserve.checkpoint.hub import open_repository  # huggingface_hub takes 0.3 s to import
-
-    return open_repository(repo, revision, lacking)
 
 
 def _lacking(folder: Folder, suffixes: Collection[str], choice: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -62,9 +62,15 @@ def missing_files(source: Source) -> list[str]:
     return [name for finding in probe.findings if finding.code == "shard-missing" for name in finding.offenders]
 
 
-def read_weights(source: Source, allow_pickle: bool) -> Weights:
-    """Read the headers of the files vLLM would choose: safetensors, else ``.bin``, else ``.pt``."""
-    names = weight_names(source.files)
+def read_weights(source: Source, allow_pickle: bool, among: Collection[str] | None = None) -> Weights:
+    """Read the headers of the files vLLM would choose: safetensors, else ``.bin``, else ``.pt``.
+
+    Args:
+        source: the files.
+        allow_pickle: whether ``.bin`` and ``.pt`` may be read.
+        among: the files to choose from; default all.
+    """
+    names = weight_names(source.files if among is None else {name: source.files[name] for name in among})
     safetensors = [name for name in names if name.endswith(".safetensors")]
     pickles = [n for n in names if n.endswith(".bin")] or [n for n in names if n.endswith(".pt")]
     weights = Weights()

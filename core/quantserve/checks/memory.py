@@ -26,6 +26,7 @@ from quantserve.model.layers import (
     other_tensors,
 )
 from quantserve.model.linear import Linear, shard_k, shard_n
+from quantserve.model.lora import lora_bytes
 from quantserve.model.modules import modules
 from quantserve.once import once
 from quantserve.scheme import Dim, Scheme
@@ -76,6 +77,7 @@ class MemoryEstimate:
         bytes_per_sequence: KV cache of one sequence of that length on one rank; 0 when unknown.
         sequences: sequences of that length that fit at once.
         cpu_kv_cache_gib: value for ``VLLM_CPU_KVCACHE_SPACE``, a whole number of GiB per rank.
+        adapters_bytes: slots of LoRA adapters; 0 without ``enable_lora``.
         impossible: ``weights`` or ``cache`` when that does not fit even where every estimate is too high; else "".
         notes: how the numbers were found, where that is not obvious.
     """
@@ -91,6 +93,7 @@ class MemoryEstimate:
     bytes_per_sequence: int
     sequences: float
     cpu_kv_cache_gib: int
+    adapters_bytes: int = 0
     impossible: str = ""
     notes: tuple[str, ...] = ()
 
@@ -103,6 +106,8 @@ class MemoryEstimate:
         """Plain data for ``--json`` and the plan."""
         made = {**asdict(self), "fits": self.fits}
         del made["impossible"]  # the findings have it
+        if not self.adapters_bytes:
+            del made["adapters_bytes"]
         return made
 
 
@@ -251,24 +256,25 @@ def _estimate(
     step = max_num_batched_tokens(model, target)
     overhead = _overhead(checkpoint, model, target, ranks, dtype_bytes, step, length)
     one_sequence = cache.bytes_of_sequence(length, step)
+    adapters = lora_bytes(checkpoint, model, target, ranks, dtype_bytes)
     workers_of_a_node = -(-ranks // max(target.count, 1))
     if target.device == "cpu":
         budget = int(target.memory_bytes * _CPU_USABLE) // workers_of_a_node
-        room = budget - weights - overhead
+        room = budget - weights - overhead - adapters
         gib = _cpu_cache_gib(model, target, room, one_sequence)
         left = gib * GIB if gib * GIB <= max(room, 0) else room
     else:
         budget = int(target.memory_bytes * _utilization(model))
         gib = 1
         given = model.engine_kwargs.get("kv_cache_memory_bytes")
-        room = budget - weights - overhead
+        room = budget - weights - overhead - adapters
         left = min(given, room) if isinstance(given, int) else room
         if shares_gpu(model, target) and not isinstance(given, int):
             least = cache.bytes_of_sequence(_whole_blocks(model, length), step)
             left = min(room, max(least, room - int(budget * _SHARED_GPU_MARGIN)))
     left = max(left, 0)
     hard = int(target.memory_bytes / workers_of_a_node) if target.device == "cpu" else budget
-    most = hard - int(weights * (1 - _WEIGHTS_OFF)) - int(overhead * (1 - _OVERHEAD_OFF))
+    most = hard - int(weights * (1 - _WEIGHTS_OFF)) - int((overhead + adapters) * (1 - _OVERHEAD_OFF))
     sizes = read_sizes(checkpoint)
     configured = entry(checkpoint.text_config.get("model_type")) is not None
     off = _CACHE_OFF if sizes and sizes.known else _CACHE_OFF_DERIVED if configured else _CACHE_OFF_UNKNOWN
@@ -285,6 +291,7 @@ def _estimate(
         bytes_per_sequence=one_sequence,
         sequences=math.floor(100 * left / one_sequence) / 100 if one_sequence else 0.0,
         cpu_kv_cache_gib=gib,
+        adapters_bytes=adapters,
         impossible=impossible,
         notes=tuple(cache.notes),
     )
@@ -371,11 +378,12 @@ def _judge(
 ) -> Iterator[Finding]:
     """An error where the model cannot fit whatever the estimate's uncertainty; a warning where it may not."""
     where = f"{target.name} ({gib(target.memory_bytes)})"
-    need = result.weights_bytes + result.overhead_bytes
+    need = result.weights_bytes + result.overhead_bytes + result.adapters_bytes
     each = " per rank" if result.ranks > 1 else ""
     asked = result.cpu_kv_cache_gib * GIB
     length = f"{result.max_model_len:,}-token sequence"
     sum_of = f"weights {gib(result.weights_bytes)} + working memory {gib(result.overhead_bytes)}"
+    sum_of += f" + LoRA {gib(result.adapters_bytes)}" if result.adapters_bytes else ""
     if result.impossible == "weights" or result.kv_cache_bytes <= 0:
         severity, code = _severity(result, "memory-does-not-fit", "memory-tight")
         yield severity(

@@ -116,6 +116,9 @@ REMOVED: Final = {
 }
 """Arguments of RayLLM's vLLM that have no successor and can be dropped without loss."""
 
+LORA_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for ``max_lora_rank``."""
+
 SINGLE: Final = {
     "pipeline_parallel_size": "pipeline",
     "data_parallel_size": "data",

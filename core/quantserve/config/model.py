@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from quantserve.config.engine_args import SINGLE, engine_argument_problem, frontend_argument_problem
+from quantserve.config.adapters import AdapterConfig, adapter_faults
+from quantserve.config.engine_args import LORA_RANKS, SINGLE, engine_argument_problem, frontend_argument_problem
 from quantserve.config.explorer import ExplorerConfig
 from quantserve.config.generation import Generation
-from quantserve.config.paths import is_model_id
+from quantserve.config.paths import usable_id
 from quantserve.config.report import Fault, fault, faults, got
 from quantserve.config.schema import DeploymentConfig, HttpConfig, ScalingConfig, check_runtime_env
 from quantserve.config.section import Section
@@ -26,6 +25,7 @@ DTYPES = {
     "float32": "float32",
 }
 DEFAULT_MAX_ONGOING_REQUESTS = 256
+_COUNTS = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_loras", "max_cpu_loras")
 
 
 class EngineConfig(Section):
@@ -57,6 +57,9 @@ class EngineConfig(Section):
         description="Ray runtime environment of the replica and its workers: env_vars, pip, working_dir... Its "
         "env_vars win over what plugins ask for.",
     )
+    adapters: list[AdapterConfig] = Field(
+        default_factory=list, description="LoRA adapters served beside the model, each under its own name."
+    )
     allow_pickle: bool = Field(
         default=False, description="Read .bin and .pt weights, with an unpickler that builds tensors and nothing else."
     )
@@ -64,15 +67,7 @@ class EngineConfig(Section):
     @field_validator("model_id")
     @classmethod
     def _usable_in_a_url(cls, value: str) -> str:
-        value = unicodedata.normalize("NFC", value)  # as keyboards and clients write it
-        if len(value.encode()) > 200:
-            raise fault(f"an id of {len(value.encode())} bytes; at most 200 fit into a URL", fix="give a shorter one")
-        if not is_model_id(value):
-            raise fault(
-                f"{value[:60]!r} cannot be an id in the API: use letters, digits and . _ - : @ + in parts joined by /",
-                fix="give the folder in hf_model_id and a plain name here" if re.match(r"[./~\\]", value) else "",
-            )
-        return value
+        return usable_id(value)
 
     @field_validator("hf_model_id", "tokenizer_id", "revision")
     @classmethod
@@ -112,6 +107,13 @@ class EngineConfig(Section):
         return {**kwargs, **normalised}
 
     @model_validator(mode="after")
+    def _adapters_fit(self) -> EngineConfig:
+        found = list(adapter_faults(self.adapters, self.model_id, self.engine_kwargs, self.frontend_kwargs))
+        if found:
+            raise faults(found)
+        return self
+
+    @model_validator(mode="after")
     def _batch_holds_a_prompt(self) -> EngineConfig:
         kwargs, context = self.engine_kwargs, self.max_total_tokens
         budget = kwargs.get("max_num_batched_tokens")
@@ -129,10 +131,12 @@ def _checked(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     """The values quantserve itself relies on, normalised, and what is wrong with them."""
     result: dict[str, Any] = {}
     wrong: list[Fault] = []
-    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+    for name in (*_COUNTS, "max_lora_rank"):
         value = kwargs.get(name)
         if value is not None and (type(value) is not int or value < 1):
             wrong.append((name, f"must be a whole number of at least 1, got {got(value)}", ""))
+        elif value is not None and name == "max_lora_rank" and value not in LORA_RANKS:
+            wrong.append((name, f"must be one of {', '.join(map(str, LORA_RANKS))}, got {value}", ""))
     share = kwargs.get("gpu_memory_utilization")
     if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
         wrong.append(("gpu_memory_utilization", f"must be a number above 0 and at most 1, got {got(share)}", ""))
@@ -256,6 +260,11 @@ class ModelConfig(Section):
     def request_defaults(self) -> dict[str, Any]:
         """Request fields and the values they get when a client leaves them out."""
         return self.engine_config.generation.request_defaults()
+
+    @property
+    def adapters(self) -> list[AdapterConfig]:
+        """The LoRA adapters served beside the model."""
+        return self.engine_config.adapters
 
     @property
     def allow_pickle(self) -> bool:

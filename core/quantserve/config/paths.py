@@ -10,17 +10,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
+from quantserve.config.report import fault
 from quantserve.config.source import SUFFIXES
 from quantserve.errors import ConfigError
 from quantserve.system.homes import expand, parted, url_mistake
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 LORA: Final = (
-    "a LoRA adapter (adapter_config.json), not a model\n  fix: merge it into its base model and give that folder"
+    "a LoRA adapter (adapter_config.json), not a model\n  fix: list it in engine_config.adapters of its base model"
 )
 EMPTY: Final = "a folder without config.json, and without config files (.yaml, .yml, .json)"
 WANTED: Final = (
-    "name a config file (.yaml, .yml, .json), a model folder (config.json and weights) or a hub id (org/name)"
+    "name a config file (.yaml, .yml, .json), a model folder (config.json and weights), a hub id (org/name) or a "
+    "bucket (s3://, gs://)"
 )
 """What to do about a source that is none of these."""
 MAX_FILES: Final = 1000
@@ -118,6 +120,23 @@ def folder_id(path: Path) -> str:
 def is_model_id(text: str) -> bool:
     """Whether a text can be the id of a model: parts joined by ``/`` that begin with a letter or digit."""
     return all(part[:1].isalnum() and all(map(fits_id, part)) for part in text.split("/"))
+
+
+def usable_id(text: str) -> str:
+    """A name as the id of a model or adapter in the API, in normal form; the fault of a validator where it cannot be.
+
+    Raises:
+        PydanticCustomError: it is too long, or has characters that an id cannot have.
+    """
+    text = unicodedata.normalize("NFC", text)  # as keyboards and clients write it
+    if len(text.encode()) > 200:
+        raise fault(f"an id of {len(text.encode())} bytes; at most 200 fit into a URL", fix="give a shorter one")
+    if not is_model_id(text):
+        raise fault(
+            f"{text[:60]!r} cannot be an id in the API: use letters, digits and . _ - : @ + in parts joined by /",
+            fix="give the folder in hf_model_id and a plain name here" if re.match(r"[./~\\]", text) else "",
+        )
+    return text
 
 
 def fits_id(char: str) -> bool:

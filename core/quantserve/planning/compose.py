@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 from quantserve.checkpoint import Checkpoint, open_checkpoint, overridden
+from quantserve.checkpoint.adapter import Adapter
+from quantserve.checks.adapters import check_adapters
 from quantserve.checks.memory import MemoryEstimate, estimate
 from quantserve.checks.model import check_model
 from quantserve.checks.scheme import check_schemes
@@ -18,6 +20,7 @@ from quantserve.method import Method, PerformanceProfile
 from quantserve.model.layers import linears
 from quantserve.model.modules import modules, undescribed
 from quantserve.once import once, share
+from quantserve.planning.adapters import lora_arguments, open_adapters
 from quantserve.planning.detection import Detected, detect, own_copy
 from quantserve.planning.expectation import ALONE, EXPECTED_WORKLOAD, as_profile, expectation, kernel_name
 from quantserve.planning.plugin_arguments import checked, unsafe
@@ -59,6 +62,7 @@ class Composition:
         expected: what the method plugin knows was measured of exactly this, else what is predicted; None when neither.
         alone: what is predicted for one request at a time, where `expected` is a prediction.
         engine_environment: variables with which this model's processes load the plugins' engine sides, and no others.
+        adapters: the LoRA adapters served beside the model.
     """
 
     model: ModelConfig
@@ -75,6 +79,7 @@ class Composition:
     expected: PerformanceProfile | None
     alone: PerformanceProfile | None
     engine_environment: Mapping[str, str]
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -121,6 +126,7 @@ def compose(
     )
     if reader := registry.reader_plugin(opened.container):
         extra.append(reader)
+    adapters = open_adapters(model)
     checkpoint = overridden(opened, model.engine_kwargs.get("hf_overrides"))
     detected = Detected(named) if named else detect(checkpoint, registry)
     method_plugin = detected.plugin
@@ -129,7 +135,9 @@ def compose(
     plugins = tuple(dict.fromkeys([method_plugin, *extra] if method_plugin else extra))
     hooks = Hooks(plugins)
     method = method_plugin.method if method_plugin else None
-    kwargs, conflicts = _merge_kwargs(hooks, checkpoint, model, target, method)
+    kwargs, conflicts = _merge_kwargs(
+        hooks, checkpoint, model, target, method, lora_arguments(adapters, model.engine_kwargs)
+    )
     variables, unsettled = _merge_variables(hooks, checkpoint, model, target)
     environment = {name: str(setting.value) for name, setting in variables.items()}
     effective = with_environment(_with_kwargs(model, kwargs), environment)
@@ -138,6 +146,7 @@ def compose(
     dtype_by = dtype.source if dtype and dtype.source != "config" else ""
     checked_model = check_model(checkpoint, effective, target, method, dtype_by)
     findings += [finding if finding.source else finding.said_by("core") for finding in checked_model]
+    findings += [one.said_by("core") for one in check_adapters(adapters, checkpoint, effective, target)]
     stored = None
     if method_plugin and method:
         said, stored = _check_schemes(hooks, method_plugin, method, checkpoint, effective)
@@ -176,6 +185,7 @@ def compose(
         expected=expected,
         alone=alone,
         engine_environment=registry.engine_environment(plugins, own=target.device == "cpu"),
+        adapters=adapters,
     )
 
 
@@ -260,7 +270,12 @@ def _validate(
 
 
 def _merge_kwargs(
-    hooks: Hooks, checkpoint: Checkpoint, model: ModelConfig, target: Target, method: Method | None
+    hooks: Hooks,
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    target: Target,
+    method: Method | None,
+    lora: Mapping[str, object],
 ) -> tuple[dict[str, Setting], list[Finding]]:
     """Merge what core, plugins and the user want; the user wins, plugins that disagree are named."""
     settings = Settings(
@@ -268,6 +283,7 @@ def _merge_kwargs(
     )
     if method and method.vllm_name:
         settings.add(CORE, {"quantization": method.vllm_name})
+    settings.add(CORE, lora)
     for plugin in hooks.plugins:
         settings.add(plugin.name, _plugin_kwargs(hooks, plugin, checkpoint, model, target))
     return settings.merged(), settings.conflicts

@@ -136,13 +136,24 @@ def snapshot_in(folder: Path) -> Path:
     )
 
 
+def is_bucket(source: str) -> bool:
+    """Whether a model is named by its place in an object store, ``s3://bucket/folder`` or ``gs://bucket/folder``."""
+    return source.startswith(("s3://", "gs://"))
+
+
 def url_mistake(source: str) -> str:
     """What is wrong with a URL where a model is expected, and the fix; "" when `source` is none."""
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
+    if is_bucket(source) or not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
         return ""
     hub = re.match(r"https?://(?:huggingface|hf)\.co/([\w.-]+/[\w.-]+)", source)
-    fix = f"name it {hub[1]}" if hub else "download the model, and name its folder"
-    return f"a URL, where a folder or a model of the Hub (org/name) is expected\n  fix: {fix}"
+    other = re.match(r"(?:s3a|s3n|gcs)://(.*)", source)
+    if hub:
+        fix = f"name it {hub[1]}"
+    elif other:
+        fix = f"write {'gs' if source.startswith('gcs') else 's3'}://{other[1]}"
+    else:
+        fix = "download the model, and name its folder"
+    return f"a URL, where a folder, a model of the Hub (org/name) or a bucket (s3://, gs://) is expected\n  fix: {fix}"
 
 
 def temporary_folder() -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from quantserve.config.engine_args import REMOVED, unverifiable
 from quantserve.config.report import Report
 from quantserve.config.source import KeyPath, Located, is_rayllm
+from quantserve.system.homes import is_bucket
 
 RAYLLM_CONTEXT: Final = 2048
 """Default of ``max_total_tokens`` in RayLLM."""
@@ -59,6 +60,7 @@ def migrate(doc: Located, report: Report) -> bool:
     work.deployment()
     work.scaling()
     work.drop((), "multiplex_config", "RayLLM never used it")
+    work.lora()
     if rayllm and "max_total_tokens" not in engine:
         engine["max_total_tokens"] = RAYLLM_CONTEXT
         report.note(
@@ -166,16 +168,37 @@ class _Migration:
             self.note((*at, "tokenizer_id"), "`tokenizer_id` takes effect now; RayLLM used it for embeddings only")
         for key in ("s3_mirror_config", "gcs_mirror_config"):
             if key in engine:
-                mirror = engine.pop(key)
-                uri = mirror.get("bucket_uri") if isinstance(mirror, dict) else None
-                self.report.problem(
-                    self.doc,
-                    (*at, key),
-                    "weight mirrors are not supported: checkpoints are checked before the start, so they must be in a "
-                    "folder or on a hub",
-                    f"copy {uri or 'the bucket'} to a folder that all nodes can read and set hf_model_id to it, "
-                    "or set HF_ENDPOINT to a hub mirror",
-                )
+                self._mirror(engine, key)
+
+    def _mirror(self, engine: dict[str, Any], key: str) -> None:
+        """A bucket that RayLLM copied the weights from is the source of the model."""
+        mirror = engine.pop(key)
+        uri = mirror.get("bucket_uri") if isinstance(mirror, dict) else None
+        at = ("engine_config", key)
+        if not isinstance(uri, str) or not is_bucket(uri):
+            self.report.problem(
+                self.doc, at, "names no bucket: bucket_uri is missing, or begins with neither s3:// nor gs://",
+                "set hf_model_id to the URL of the folder, s3://BUCKET/FOLDER",
+            )  # fmt: skip
+            return
+        engine["hf_model_id"] = uri
+        self.note(at, f"`{key}.bucket_uri` is now `hf_model_id: {uri}`; the bucket's credentials come from the shell")
+
+    def lora(self) -> None:
+        """Ray Serve LLM's ``lora_config``, whose adapters are found in a bucket when a request names one."""
+        lora = self.section("lora_config")
+        if "lora_config" not in self.doc.value:
+            return
+        self.doc.value.pop("lora_config")
+        path = lora.get("dynamic_lora_loading_path")
+        place = f"{str(path).rstrip('/')}/NAME" if path else "FOLDER"
+        self.report.problem(
+            self.doc,
+            ("lora_config",),
+            "adapters are not looked up when a request names them: they are checked before the start",
+            f"list them: engine_config.adapters: [{{name: NAME, source: {place}}}]; max_num_adapters_per_replica is "
+            "engine_kwargs.max_loras",
+        )
 
     def engine_kwargs(self, kwargs: dict[str, Any], engine: dict[str, Any]) -> None:
         at = ("engine_config", "engine_kwargs")

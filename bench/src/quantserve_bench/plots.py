@@ -71,11 +71,12 @@ def draw(measurements: Sequence[Measurement]) -> list[Plot]:
             matplotlib.rcParams["svg.hashsalt"] = f"quantserve-{name}"
             figure = painter(complete)
             if figure is not None:
-                plots.append(_written(figure, title, name))
+                plots.append(written(figure, title, name))
     return plots
 
 
-def _written(figure: Any, title: str, name: str) -> Plot:
+def written(figure: Any, title: str, name: str) -> Plot:
+    """A figure of matplotlib as SVG and PNG, and closed."""
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=160)

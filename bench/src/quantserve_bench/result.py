@@ -110,6 +110,8 @@ class Result:
     finish_reason: str | None = None
     _reads: list[tuple[float, bytes]] = field(default_factory=list, repr=False)
     _reader: ResponseReader | None = field(default=None, repr=False)
+    _texts: list[str] = field(default_factory=list, repr=False)
+    _done: bool = field(default=False, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -151,32 +153,43 @@ class Result:
         elif "text/event-stream" in reader.headers.get("content-type", ""):
             self._decode_stream(messages(reader.body), [at for at, _ in reads])
         else:
-            self._decode_answer(b"".join(part for _, part in reader.body))
+            self.take_answer(b"".join(part for _, part in reader.body))
         return self
 
     def _decode_stream(self, stream: Sequence[Message], times: Sequence[float]) -> None:
-        done = False
-        texts = []
         for message in stream:
-            if message.data.strip() == b"[DONE]":
-                done = True
-                continue
-            try:
-                value = json.loads(message.data)
-            except ValueError:
-                value = None
-            if not isinstance(value, dict):
-                # After a failure the rest of a stream adds no information.
-                self.failure = self.failure or Failure("protocol", f"an event is no JSON object: {message.data[:80]!r}")
-                continue
+            self.take(message, times[message.read])
+        self.finish()
+
+    def take(self, message: Message, at: float) -> Event | None:
+        """Add one event of the stream; None for one that shows nothing: the end, or a failure.
+
+        Args:
+            message: in the order of arrival.
+            at: when it came, on the clock of `time.perf_counter`, in seconds.
+        """
+        if message.data.strip() == b"[DONE]":
+            self._done = True
+            return None
+        try:
+            value = json.loads(message.data)
             if value.get("error") or message.name == b"error":
                 self.failure = _error_event(value)
-                continue
-            event = self._event(value, times[message.read], message.read)
-            texts.append(event.text)
-            self.events.append(event)
-        self.text = "".join(texts)
-        if self.failure is None and not done and self.finish_reason is None:
+                return None
+            event = self._event(value, at, message.read)
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            # After a failure the rest of a stream adds no information.
+            said = f"an event is no JSON object of OpenAI's API: {message.data[:80]!r}"
+            self.failure = self.failure or Failure("protocol", said)
+            return None
+        self._texts.append(event.text)
+        self.events.append(event)
+        return event
+
+    def finish(self) -> None:
+        """The stream has ended: join its text, and see whether it is whole."""
+        self.text = "".join(self._texts)
+        if self.failure is None and not self._done and self.finish_reason is None:
             self.failure = Failure("incomplete", "the stream ended without [DONE] and without a finish reason")
 
     def _event(self, value: Mapping[str, Any], at: float, read: int) -> Event:
@@ -193,20 +206,22 @@ class Result:
         tokens = self.usage.completion if isinstance(usage, dict) and self.usage and kind is not Kind.USAGE else None
         return Event(at, read, kind, text, tokens)
 
-    def _decode_answer(self, body: bytes) -> None:
+    def take_answer(self, body: bytes) -> None:
+        """Decode an answer that is no stream."""
         try:
             value = json.loads(body)
             choices = value.get("choices") or ()
             if value.get("error"):
                 self.failure = _error_event(value)
-        except (ValueError, AttributeError):
-            self.failure = self.failure or Failure("protocol", f"the answer is no JSON object: {body[:80]!r}")
+            for choice in choices:
+                message = choice.get("message") or {}
+                reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
+                self.text += reasoning + (message.get("content") or choice.get("text") or "")
+                self.finish_reason = choice.get("finish_reason")
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            said = f"the answer is no JSON object of OpenAI's API: {body[:80]!r}"
+            self.failure = self.failure or Failure("protocol", said)
             return
-        for choice in choices:
-            message = choice.get("message") or {}
-            reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
-            self.text += reasoning + (message.get("content") or choice.get("text") or "")
-            self.finish_reason = choice.get("finish_reason")
         if isinstance(value.get("usage"), dict):
             self.usage = _usage(value["usage"])
 
@@ -216,12 +231,18 @@ def _delta(choice: Mapping[str, Any]) -> tuple[Kind, str]:
     delta = choice.get("delta")
     if delta is None:
         text = choice.get("text") or ""
-        return (Kind.CONTENT if text else Kind.EMPTY), text
+        return (Kind.CONTENT if text else Kind.EMPTY), _text(text)
     if content := delta.get("content"):
-        return Kind.CONTENT, content
+        return Kind.CONTENT, _text(content)
     if reasoning := delta.get("reasoning") or delta.get("reasoning_content"):
-        return Kind.REASONING, reasoning
+        return Kind.REASONING, _text(reasoning)
     return (Kind.TOOL_CALL if delta.get("tool_calls") else Kind.EMPTY), ""
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("text is expected")
+    return value
 
 
 def _usage(usage: Mapping[str, Any]) -> Usage:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 MAX_HEAD = 64 << 10
 MAX_LINE = 4 << 10
+MAX_EVENT = 16 << 20
 BLANK_LINE = re.compile(rb"(?>\r\n|\r|\n){2,}")
 """End of an event; atomic, or a single CRLF would pass for two line ends."""
 LINE_END = re.compile(rb"\r\n|\r|\n")
@@ -201,6 +202,40 @@ def messages(body: Sequence[tuple[int, bytes]]) -> list[Message]:
             # `complete` is where the blank line ends: the offset of its last byte is one less.
             found.append(Message(reads[bisect_right(ends, complete - 1)], name, data))
     return found
+
+
+class MessageReader:
+    """The same for a reader that shows events as they come: feed it every read in order."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes, read: int) -> list[Message]:
+        """The events that this read completes.
+
+        Raises:
+            ProtocolError: an event is longer than `MAX_EVENT`.
+        """
+        begun = max(0, len(self._buffer) - 3)  # a blank line of two CRLF may have come in part
+        self._buffer += data
+        found, start = [], 0
+        for end in BLANK_LINE.finditer(self._buffer, begun):
+            found += _message(self._buffer[start : end.start()], read)
+            start = end.end()
+        self._buffer = self._buffer[start:]
+        if len(self._buffer) > MAX_EVENT:
+            raise ProtocolError(f"an event is longer than {MAX_EVENT >> 20} MiB")
+        return found
+
+    def end(self, read: int) -> list[Message]:
+        """The event that the stream ended within, if there is one."""
+        rest, self._buffer = self._buffer, b""
+        return _message(rest, read)
+
+
+def _message(event: bytes, read: int) -> list[Message]:
+    name, data = _fields(event)
+    return [] if data is None else [Message(read, name, data)]
 
 
 def _spans(whole: bytes) -> Iterable[tuple[int, int, int]]:

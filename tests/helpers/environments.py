@@ -16,6 +16,7 @@ PROJECTS = {
     "quantserve": ROOT,
     "quantserve-bench": ROOT / "bench",
     "quantserve-quantize": ROOT / "quantize",
+    "quantserve-client": ROOT / "client",
     "quantserve-kernels": ROOT / "kernels",
     **{f"quantserve-{name}": path for name, path in PLUGINS.items()},
 }

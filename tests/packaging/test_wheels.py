@@ -130,7 +130,7 @@ def test_every_plugin_has_its_entry_points(dist: Path) -> None:
 def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
     about = metadata(dist, "quantserve")
     extras = set(about.get_all("Provides-Extra") or [])
-    assert extras == {*PLUGINS, "kernels", "all", "bench", "quantize", "cpu", "cuda"}
+    assert extras == {*PLUGINS, "kernels", "all", "bench", "quantize", "client", "cpu", "cuda"}
     required = [Requirement(text) for text in about.get_all("Requires-Dist") or []]
     versions = {name: metadata(dist, name)["Version"] for name in PROJECTS}
     pins = dict(
@@ -144,7 +144,7 @@ def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
         assert requirement.name in known
         assert requirement.specifier.contains(known[requirement.name]), requirement
     for extra, expected in {
-        "all": {*PLUGINS, "bench", "quantize"},
+        "all": {*PLUGINS, "bench", "quantize", "client"},
         "bench": {"bench"},
         "awq": {"awq"},
         "kernels": {"kernels"},
@@ -183,8 +183,12 @@ def test_wheels_work_in_an_empty_environment(dist: Path, tmp_path: Path) -> None
     assert report["failures"] == []
     assert [(row["name"], row["state"]) for row in report["commands"]] == [
         ("bench", "ok"),
+        ("chat", "ok"),
+        ("evaluate", "ok"),
+        ("models", "ok"),
         ("quality", "ok"),
         ("quantize", "ok"),
+        ("query", "ok"),
     ]
     heavy = environment.run("quantserve", "quantize", "model", "--method", "awq", "--out", "out")
     assert heavy.returncode == 2, heavy.stderr

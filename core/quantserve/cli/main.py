@@ -27,6 +27,8 @@ COMMANDS = {
     "check": "Check models from file headers, without loading weights or using a GPU.",
     "plan": "Print how models would be run: engine arguments, placement, memory.",
     "serve": "Check, plan and serve models behind an OpenAI-compatible API.",
+    "status": "Show the servers that this user runs on this machine.",
+    "stop": "Stop a server that this user runs on this machine.",
     "profile": "Print the expected performance of a model: published numbers and a prediction.",
     "recommend": "Rank the quantization methods for a model, a target and a workload.",
     "calibrate": "Measure this machine, to base predictions on its real speed.",
@@ -37,6 +39,10 @@ COMMANDS = {
     "new-plugin": "Write a complete distribution for a new plugin or command.",
 }
 EXTRAS = {
+    "query": ("client", "Ask one or several models, and see their answers side by side."),
+    "chat": ("client", "Chat with a model."),
+    "models": ("client", "Show the models of a server."),
+    "evaluate": ("client", "Score models on questions with reference answers, or by a judge."),
     "bench": ("bench", "Measure models under load, and compare with the expected performance."),
     "quantize": ("quantize", "Make a quantized checkpoint of an unquantized one."),
     "quality": ("quantize", "Measure what quantized models lost against the model they were made from."),

@@ -13,6 +13,7 @@ from quantserve.cli.sources import Outcome, choose_target, load_sources, outcome
 from quantserve.errors import QuantserveError, UsageError
 from quantserve.planning.plan import make_plans, refusal, require_gpus
 from quantserve.plugins.registry import Registry
+from quantserve.serve.driver.detach import detach as detached
 
 SERVING: Final = ("vllm", "ray", "starlette", "uvicorn", "httptools", "uvloop", "msgspec", "prometheus_client")
 """Modules that serving imports and checking does not."""
@@ -23,6 +24,9 @@ SERVING: Final = ("vllm", "ray", "starlette", "uvicorn", "httptools", "uvloop", 
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 picks a free one; default 8000.")
 @click.option("--api-keys-file", metavar="FILE", help="File with one API key per line; or set QUANTSERVE_API_KEYS.")
+@click.option("--detach", is_flag=True, help="Serve in the background: return when the models are ready.")
+@click.option("--log", metavar="FILE", help="Log of --detach; default: a new file in ~/.cache/quantserve/logs.")
+@click.option("--no-explorer", is_flag=True, help="Show no web page at /.")
 @click.option("--keep-going", is_flag=True,
               help="Serve the other models if some are refused, and exit with 0 if some fail.")  # fmt: skip
 def command(
@@ -31,14 +35,22 @@ def command(
     host: str | None,
     port: int | None,
     api_keys_file: str | None,
+    no_explorer: bool,
     keep_going: bool,
+    detach: bool,
+    log: str | None,
     **bare: object,
 ) -> int:
     """Check, plan and serve models behind an OpenAI-compatible API.
 
     All models are at /v1, selected by the "model" field of a request; each one is also at /MODEL_ID/v1. Press Ctrl-C to
-    stop.
+    stop; `quantserve status` and `quantserve stop` know the server, too.
     """
+    if log and not detach:
+        raise UsageError("--log is the log of --detach\n  fix: add --detach, or leave --log out")
+    background = detached(log) if detach else None
+    if isinstance(background, int):
+        return background
     app = load_sources(sources, **bare)  # type: ignore[arg-type]
     target = choose_target(target_name)
     results = list(outcomes(app.models, Registry.load(), target))
@@ -55,7 +67,8 @@ def command(
     _require_engine()
     from quantserve.serve.driver.run import serve_plans
 
-    return serve_plans(plans, http, keep_going=keep_going)
+    explorer = None if no_explorer else app.explorer
+    return serve_plans(plans, http, keep_going=keep_going, sources=sources, detached=background, explorer=explorer)
 
 
 def _require_engine() -> None:

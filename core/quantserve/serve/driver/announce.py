@@ -22,7 +22,21 @@ def say(line: str) -> None:
         os.close(null)
 
 
-def announce(ready: Sequence[Plan], wanted: int, host: str, port: int, keys: bool) -> None:
+def base_url(host: str, port: int) -> str:
+    """The address from this machine."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def announce(
+    ready: Sequence[Plan],
+    wanted: int,
+    host: str,
+    port: int,
+    keys: bool,
+    stop: str = "Press Ctrl-C to stop.",
+    page: bool = False,
+) -> None:
     """Print the addresses and a request to try.
 
     Args:
@@ -30,9 +44,10 @@ def announce(ready: Sequence[Plan], wanted: int, host: str, port: int, keys: boo
         wanted: number of models that were to be served.
         host, port: the listening address.
         keys: whether requests need a key.
+        stop: how to stop the server.
+        page: whether there is a page at ``/``.
     """
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    base = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    base = base_url(host, port)
     first = ready[0]
     together = ["all models"] if wanted > 1 else []
     width = max(map(len, [*together, *(plan.model_id for plan in ready)]))
@@ -41,11 +56,13 @@ def announce(ready: Sequence[Plan], wanted: int, host: str, port: int, keys: boo
         say(f"  {name:{width}}  {base}/v1")
     for plan in ready:
         say(f"  {plan.model_id:{width}}  {base}{plan.route_prefix}/v1")
+    if page:
+        say(f"Explorer: {base}/")
     body = {"model": first.model_id, "messages": [{"role": "user", "content": "What does str.join do?"}]}
     key = ' -H "Authorization: Bearer $KEY"' if keys else ""
     say("Try:")
     say(f"  curl {base}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
-    say("Press Ctrl-C to stop.")
+    say(stop)
 
 
 def is_loopback(host: str) -> bool:

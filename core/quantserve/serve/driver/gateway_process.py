@@ -73,6 +73,11 @@ class GatewayProcess:
         return list(self._status.get("reachable", ()))
 
     @property
+    def page(self) -> bool:
+        """Whether there is a page at ``/``."""
+        return bool(self._status.get("page"))
+
+    @property
     def settled(self) -> bool:
         """Whether all replicas are healthy and no request is queued."""
         return bool(self._status.get("settled"))

@@ -11,11 +11,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from quantserve.config import HttpConfig
+from quantserve.config import ExplorerConfig, HttpConfig
 from quantserve.errors import EngineError, one_line
 from quantserve.planning.plan import Plan
 from quantserve.serve.cpus import keep_off
-from quantserve.serve.driver.announce import announce, is_loopback, say
+from quantserve.serve.driver.announce import announce, base_url, is_loopback, say
+from quantserve.serve.driver.detach import Detached
 from quantserve.serve.driver.gateway_process import GatewayProcess
 from quantserve.serve.driver.processes import Processes
 from quantserve.serve.driver.progress import Progress
@@ -27,6 +28,7 @@ from quantserve.serve.gateway.upstreams.discovery import poll_replicas
 from quantserve.serve.replica.vllm import patches
 from quantserve.serve.signals import Stopped, StopSignal
 from quantserve.system.environment import API_KEYS
+from quantserve.system.servers import Record
 
 POLL_S: Final = 0.5
 WATCH_S: Final = 5.0
@@ -40,7 +42,15 @@ STOPPED_AT_ONCE: Final = 130
 """Exit code after a second signal."""
 
 
-def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = False) -> int:
+def serve_plans(
+    plans: Sequence[Plan],
+    http: HttpConfig,
+    *,
+    keep_going: bool = False,
+    sources: Sequence[str] = (),
+    detached: Detached | None = None,
+    explorer: ExplorerConfig | None = None,
+) -> int:
     """Serve the planned models behind one address until SIGINT, SIGTERM or SIGHUP; returns the exit code.
 
     Each model is a Ray Serve application. The gateway at the address routes to all of them: at ``/v1`` by the ``model``
@@ -50,6 +60,9 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
         plans: at least one; ids differ.
         http: address, API keys and limits.
         keep_going: return 0 although some models failed to start; otherwise 4 then.
+        sources: configs and models as on the command line, for `quantserve status`.
+        detached: the process that waits for this one; None in the foreground.
+        explorer: config of the page at ``/``; None without a page.
 
     Raises:
         EngineError: the port is in use, Ray or all models failed to start, or Ray died.
@@ -68,30 +81,54 @@ def serve_plans(plans: Sequence[Plan], http: HttpConfig, *, keep_going: bool = F
             f"Warning: listening on {http.host} without API keys: anyone who can reach this machine can use the API. "
             f"Set {API_KEYS} or --api-keys-file."
         )
-    server = _Server(plans, policy, listener)
+    record = Record(
+        os.environ,
+        url=base_url(http.host, port),
+        keys=policy.has_keys,
+        drain_s=policy.drain_timeout_s,
+        sources=tuple(sources),
+        models=tuple(plan.model_id for plan in plans),
+        log=detached.log if detached else "",
+    )
+    server = _Server(plans, policy, listener, record, explorer)
     stop = StopSignal(server.end)
     try:
         say(f"Starting Ray and {_count(plans)}; small models take 30 to 90 s, large ones several minutes.")
         server.start(stop)
         ready = server.ready
-        announce(ready, len(plans), http.host, port, policy.has_keys)
+        how_to_stop = {"stop": detached.stop_line} if detached else {}
+        announce(ready, len(plans), http.host, port, policy.has_keys, page=server.page, **how_to_stop)
         if server.failed:
             say(f"Not served, because they failed to start (reasons above): {', '.join(server.failed)}")
+        record.update(state="ready", failed=tuple(server.failed))
+        if detached:
+            detached.ready(keep_going or not server.failed)
         server.watch(stop)
     except Stopped:
         pass
     finally:
+        record.update(state="stopping")
         server.stop()
+        record.remove()
     return EngineError.exit_code if server.failed and not keep_going else 0
 
 
 class _Server:
     """Ray, the models and the gateway."""
 
-    def __init__(self, plans: Sequence[Plan], policy: Policy, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        policy: Policy,
+        listener: socket.socket,
+        record: Record,
+        explorer: ExplorerConfig | None,
+    ) -> None:
         self._plans = plans
         self._policy = policy
         self._listener = listener
+        self._record = record
+        self._explorer = explorer
         self._processes = Processes()
         self._gateway: GatewayProcess | None = None
         self._discovery: _Discovery | None = None
@@ -102,6 +139,11 @@ class _Server:
     def ready(self) -> list[Plan]:
         """The models that are served."""
         return [plan for plan in self._plans if self._progress and plan.app_name in self._progress.ready]
+
+    @property
+    def page(self) -> bool:
+        """Whether there is a page at ``/``."""
+        return self._gateway is not None and self._gateway.page
 
     @property
     def failed(self) -> list[str]:
@@ -125,6 +167,7 @@ class _Server:
             "models": describe_models(self._plans, created, self._policy),
             "token": token,
             "policy": self._policy.model_dump(mode="json"),
+            "explorer": self._explorer.model_dump(mode="json") if self._explorer else None,
         }
         self._gateway = GatewayProcess(self._listener, settings, say)
         stop.run(lambda: _deploy(self._plans, token))
@@ -174,6 +217,7 @@ class _Server:
         if self._gateway:
             self._gateway.end()
         self._processes.kill()
+        self._record.remove()
         say("Stopped at once.")
         os._exit(STOPPED_AT_ONCE)
 

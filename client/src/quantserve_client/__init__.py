@@ -1,0 +1,1 @@
+"""A client in the terminal: the commands `query`, `chat`, `models` and `evaluate` of quantserve."""

@@ -60,6 +60,8 @@ def print_plan(out: Console, plan: Plan) -> None:
         "kernel": plan.kernel,
         "environment": json.dumps(plan.runtime_env),
         "variables": ", ".join(f"{name} set by {source}" for name, source in plan.environment_provenance.items()),
+        "adapters": ", ".join(f"{one['name']} ({one['path']})" for one in plan.frontend_args.get("lora_modules") or []),
+        "downloads": ", ".join(f"{one['source']} ({gib(sum(one['files'].values()))})" for one in plan.downloads),
         "request defaults": json.dumps(plan.request_defaults) if plan.request_defaults else "",
         "memory": _memory(plan),
         "expected": _expected(plan),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from quantserve.checkpoint.adapter import Adapter, open_adapter
+from quantserve.checkpoint.downloads import folder_of
 from quantserve.checks.adapters import largest_rank
 from quantserve.config import ModelConfig
 from quantserve.config.engine_args import LORA_RANKS
@@ -41,3 +42,9 @@ def lora_arguments(adapters: Sequence[Adapter], given: Mapping[str, Any]) -> dic
         "max_cpu_loras": max(slots, len(adapters)),
         "max_lora_rank": next((one for one in LORA_RANKS if one >= rank), LORA_RANKS[-1]),
     }
+
+
+def lora_modules(adapters: Sequence[Adapter], model_id: str) -> dict[str, Any]:
+    """The argument of vLLM's server that names the adapters; empty without adapters."""
+    modules = [{"name": one.name, "path": str(folder_of(one)), "base_model_name": model_id} for one in adapters]
+    return {"lora_modules": modules} if modules else {}

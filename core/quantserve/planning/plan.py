@@ -14,10 +14,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from quantserve.checkpoint import Checkpoint
+from quantserve.checkpoint.downloads import folder_of, wanted
 from quantserve.checks.memory import shares_gpu
 from quantserve.config import ModelConfig
 from quantserve.errors import ConfigError, FindingsError
 from quantserve.finding import Finding
+from quantserve.planning.adapters import lora_modules
 from quantserve.planning.compose import Composition
 from quantserve.planning.facts import facts
 from quantserve.planning.settings import Setting
@@ -29,7 +31,7 @@ from quantserve.system.environment import (
     engine_environment,
     with_environment,
 )
-from quantserve.system.homes import parted
+from quantserve.system.homes import is_bucket, parted
 
 # Ray's default is whole CPUs, with which three small models could not share a laptop.
 DEFAULT_CPUS_PER_CPU_REPLICA = 0.1
@@ -50,7 +52,7 @@ class Plan(BaseModel):
         target: the hardware planned for (`Target` as JSON).
         engine_args: vLLM ``EngineArgs``.
         provenance: source of each engine argument: ``core``, ``config`` or a plugin's name.
-        frontend_args: arguments of vLLM's OpenAI server (tool parser and the like).
+        frontend_args: arguments of vLLM's OpenAI server (tool parser, LoRA adapters and the like).
         chat_template: Jinja text that replaces the tokenizer's own, or None.
         request_defaults: default values of request fields.
         app_name, route_prefix: the Ray Serve application.
@@ -65,6 +67,8 @@ class Plan(BaseModel):
         expected: expected performance, or None.
         alone: the prediction for one request at a time, where `expected` is one.
         quality: what quantizing lost, as `quantserve.planning.facts.quality` gives it.
+        downloads: files of buckets and adapters that `quantserve.checkpoint.downloads.fetch` brings to the machine
+            before the engine starts.
         description, url: shown by ``/v1/models``.
         findings: warnings and notes on the model.
     """
@@ -96,6 +100,7 @@ class Plan(BaseModel):
     expected: dict[str, Any] | None = None
     alone: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
+    downloads: list[dict[str, Any]] = []
     description: str | None = None
     url: str | None = None
     findings: list[dict[str, Any]] = []
@@ -125,7 +130,7 @@ def make_plan(composition: Composition) -> Plan:
         target=asdict(composition.target),
         engine_args={key: settings[key].value for key in sorted(settings)},
         provenance={key: settings[key].source for key in sorted(settings)},
-        frontend_args=dict(model.frontend_kwargs),
+        frontend_args={**model.frontend_kwargs, **lora_modules(composition.adapters, model.model_id)},
         chat_template=model.chat_template,
         request_defaults=dict(model.request_defaults),
         app_name=_app_name(model),
@@ -139,6 +144,7 @@ def make_plan(composition: Composition) -> Plan:
         expected=composition.expected.to_json() if composition.expected else None,
         alone=composition.alone.to_json() if composition.alone else None,
         **facts(composition),
+        downloads=list(filter(None, map(wanted, (composition.checkpoint, *composition.adapters)))),
         description=model.engine_config.model_description,
         url=model.engine_config.model_url,
         findings=[finding.to_json() for finding in composition.findings],
@@ -265,6 +271,10 @@ def _core_settings(composition: Composition) -> dict[str, Setting]:
 
 def _identity(model: ModelConfig, checkpoint: Checkpoint) -> tuple[str, str | None]:
     """What vLLM loads, and its revision: a folder, a container file, or a hub id with the choice of a file."""
+    if is_bucket(checkpoint.source):
+        folder = folder_of(checkpoint)
+        assert folder is not None
+        return str(folder / checkpoint.container[0] if checkpoint.container else folder), None
     if checkpoint.location == "local":
         files = [str(checkpoint.path / name) for name in checkpoint.container] if checkpoint.path else []
         return (*files, model.source)[0], model.revision

@@ -25,6 +25,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import FrontendArgs, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
@@ -176,6 +177,8 @@ def arguments(plan: Plan) -> tuple[Namespace, AsyncEngineArgs]:
         raise EngineError(f"the installed vLLM has no engine argument {', '.join(unknown)}")
     engine_args = AsyncEngineArgs(**{key: _typed(key, value, known[key]) for key, value in plan.engine_args.items()})
     frontend = FrontendArgs(**{"chat_template": plan.chat_template, **plan.frontend_args})
+    if frontend.lora_modules:
+        frontend.lora_modules = [_typed("lora_modules", one, LoRAModulePath) for one in frontend.lora_modules]
     values = {field.name: getattr(frontend, field.name) for field in dataclasses.fields(frontend)}
     values |= {field.name: getattr(engine_args, field.name) for field in dataclasses.fields(engine_args)}
     args = Namespace(**values, headless=False, grpc=False, api_server_count=1)

@@ -117,12 +117,6 @@ def test_awq_names_what_stays_unquantized(tmp_path: Path) -> None:
     assert not {code for code in errors(composed(tmp_path / "out", "a100-80g")) if code.startswith("awq")}
 
 
-def test_a_mixture_is_not_calibrated(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)awq calibrates, which mixtures .*experts\.0\.w1.*need no calibration"):
-        awq(mixtral(tmp_path / "m"), tmp_path / "out", scales="search")
-    assert not (tmp_path / "out").exists()
-
-
 def test_stacked_experts_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     extra: dict[str, Spec] = {f"model.layers.{i}.block_sparse_moe.experts.w1": ("F16", (2, 512, 256)) for i in (0, 1)}
     folder = make_llama(tmp_path / "m", config=MIXTRAL, drop=MLP, extra=extra)

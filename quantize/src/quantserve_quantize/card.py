@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantserve.checkpoint.quality import MeasuredQuality
+from quantserve_quantize.quantizer import FEWEST
 
 
 def card(report: Mapping[str, Any], quality: MeasuredQuality | None = None) -> str:
@@ -21,6 +22,8 @@ def card(report: Mapping[str, Any], quality: MeasuredQuality | None = None) -> s
     ]
     if found := report.get("calibration"):
         lines += [f"Calibrated with {found['samples']} samples of {found['length']} tokens of `{found['text']}`.", ""]
+    if "few_tokens" in report:
+        lines += [few_tokens(report), ""]
     if quality:
         lines += [
             f"Measured on {quality.measured_on} ({quality.date}):",
@@ -47,6 +50,16 @@ def card(report: Mapping[str, Any], quality: MeasuredQuality | None = None) -> s
         "",
     ]
     return "\n".join(lines)
+
+
+def few_tokens(report: Mapping[str, Any]) -> str:
+    """Which experts had no statistics of their own."""
+    few = report["few_tokens"]
+    experts = sum("tokens" in layer for layer in report["layers"].values())
+    return (
+        f"{len(few)} of {experts} linears of experts saw fewer than {FEWEST} tokens of the calibration text and were "
+        f"weighed by the inputs of all experts of their layer. First: `{few[0]}`. A longer text reaches more experts."
+    )
 
 
 def _percent(value: float | None) -> str:

@@ -28,6 +28,7 @@ from quantserve.cli.convert_command import local_path
 from quantserve.cli.output import console
 from quantserve.errors import UsageError
 from quantserve.plugins.registry import Hooks, Plugin, Registry
+from quantserve_quantize.card import few_tokens
 from quantserve_quantize.options import click_options
 from quantserve_quantize.quantizer import Quantizer
 from quantserve_quantize.run import Asked, quantize
@@ -112,6 +113,8 @@ def run(
         click.echo(json.dumps({**report, "folder": str(out)}))
     else:
         show(report)
+        if "few_tokens" in report:
+            err.print(f"[yellow]note[/] {escape(few_tokens(report))}", soft_wrap=True)
         err.print(
             f"wrote {escape(str(out))} in {time.monotonic() - began:.0f} s; next: quantserve check {escape(str(out))}"
         )

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from quantserve.api import Checkpoint, Linear, linears
 from quantserve_quantize.options import checked
 
+FEWEST = 128
+"""Tokens that an expert has to see for statistics of its own; below it gets those of all experts of its layer."""
+
 
 class Need(Enum):
     """What a quantizer needs to know about a linear beside its weight."""
@@ -31,12 +34,15 @@ class Statistics:
     Attributes:
         squares: float32 [k], the mean of x^2 over the tokens.
         hessian: float32 [k, k], the mean of x x^T over the tokens.
-        gradients: float32 [n, k], the mean over the samples of the squared gradient of the loss.
+        gradients: float32 [n, k], the mean over the samples of the squared gradient of the loss; None also where the
+            loss does not depend on the linear.
+        tokens: how many the linear has seen; those of an expert are the ones routed to it.
     """
 
     squares: Tensor | None = None
     hessian: Tensor | None = None
     gradients: Tensor | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from quantserve_quantize import calibration
 from quantserve_quantize.card import card
 from quantserve_quantize.draft import Draft, must_be_new, save_whole
 from quantserve_quantize.gradients import squared
-from quantserve_quantize.quantizer import Block, Need, Quantizer, Statistics
+from quantserve_quantize.quantizer import FEWEST, Block, Need, Quantizer, Statistics
 from quantserve_quantize.skeleton import Skeleton, run_block
 from quantserve_quantize.source import Weights
 
@@ -128,6 +128,8 @@ def quantize(
             name: {key: value for key, value in layer.items() if key != "config"} for name, layer in layers.items()
         },
     }
+    if few := [name for name, layer in layers.items() if layer.get("tokens", FEWEST) < FEWEST]:
+        report["few_tokens"] = few
     files = {
         "config.json": _json({**model_config(weights, quantizer), "quantization_config": config}),
         "quantserve.json": _json(report),
@@ -145,7 +147,6 @@ def chosen(weights: Weights, quantizer: Quantizer, method: str) -> dict[str, Lin
         CheckpointError: there are none, or their weights are missing.
         UsageError: the quantizer cannot quantize one.
     """
-    calibrated = bool(quantizer.needs)
     linears = {linear.name: linear for linear in quantizable(weights.checkpoint, experts=quantizer.experts)}
     if not linears:
         raise CheckpointError(
@@ -163,11 +164,6 @@ def chosen(weights: Weights, quantizer: Quantizer, method: str) -> dict[str, Lin
                 f"{name}.weight of {weights.folder} is {list(found)}; config.json makes it [{linear.n}, {linear.k}]\n"
                 "  fix: take config.json and weights of one model"
             )
-    if calibrated and (experts := [name for name, linear in linears.items() if linear.fused == "experts"]):
-        raise UsageError(
-            f"{method} calibrates, which mixtures of experts are not served with yet. First: {experts[0]}\n"
-            "  fix: use a method, or options of this one, that need no calibration"
-        )
     quantizer.begin(weights.checkpoint, list(linears.values()))
     refused = [(name, reason) for name, linear in linears.items() if (reason := quantizer.refusal(linear))]
     if refused:
@@ -273,7 +269,8 @@ class _Steps:
             measure(block, self.quantizer.needs - {Need.GRADIENTS})
             self.quantizer.prepare(block)
             for name in linears:
-                block.statistics[name].gradients = self.gradients.get(name)
+                gradients = self.gradients.get(name)
+                block.statistics[name].gradients = gradients if gradients is not None and gradients.any() else None
             tensors: dict[str, Tensor] = {}
             layers: dict[str, Any] = {}
             for name in linears:
@@ -327,6 +324,8 @@ class _Steps:
             "bytes": sum(tensor.nbytes for tensor in made.tensors.values()),
             "config": dict(made.config),
         }
+        if statistics.tokens is not None and self.linears[name].fused == "experts":
+            layers[name]["tokens"] = statistics.tokens
         return made.weight
 
     def _kept(self, name: str, tensor: Tensor) -> Tensor:
@@ -364,35 +363,57 @@ def output_error(weight: Tensor, quantized: Tensor, statistics: Statistics) -> f
 
 
 def measure(block: Block, needs: frozenset[Need]) -> None:
-    """Run a block over its inputs and note the statistics of its linears; fused ones share theirs, as their inputs."""
+    """Run a block over its inputs and note the statistics of its linears; fused ones share theirs, as their inputs.
+
+    An expert that sees fewer than `FEWEST` tokens gets the statistics of all experts of its layer.
+    """
     first_of: dict[str, str] = {}
     for name, linear in block.linears.items():
-        first_of.setdefault(linear.group, name)
+        first_of.setdefault(_input_of(linear), name)
     sums: dict[str, Tensor] = {}
-    tokens = 0
+    tokens = dict.fromkeys(first_of, 0)
     handles = []
-    for name in first_of.values():
+    for taken, name in first_of.items():
 
-        def note(module: Any, inputs: tuple[Tensor, ...], name: str = name) -> None:
+        def note(module: Any, inputs: tuple[Tensor, ...], taken: str = taken) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
             found = x.T @ x if Need.HESSIAN in needs else x.square().sum(0)
-            sums[name] = sums[name] + found if name in sums else found
+            sums[taken] = sums[taken] + found if taken in sums else found
+            tokens[taken] += len(x)
 
         handles.append(block.module_of(name).register_forward_pre_hook(note))
     for hidden in block.inputs if needs else ():
         block.run(hidden)
-        tokens += len(hidden)
     for handle in handles:
         handle.remove()
     for name, linear in block.linears.items():
-        if (total := sums.get(first_of[linear.group])) is None:
+        own = _input_of(linear)
+        block.statistics[name].tokens = tokens[own] if needs else None
+        alike = [own]
+        if tokens[own] < FEWEST and linear.fused == "experts":
+            alike = [_input_of(other) for other in block.linears.values() if _alike(other, linear)]
+        parts = [one for one in dict.fromkeys(alike) if one in sums]
+        if not parts:
             continue
+        total = reduce(torch.add, (sums[one] for one in parts))
         if not bool(total.isfinite().all()):
             raise CheckpointError(
                 f"{name}: its inputs are NaN or infinite in float32 when the model reads the calibration text\n"
                 "  fix: use a model that works; `quantserve serve` of the source shows whether it does"
             )
-        mean = total / tokens
+        mean = total / sum(tokens[one] for one in parts)
         statistics = block.statistics[name]
         statistics.hessian = mean if mean.ndim == 2 else None
         statistics.squares = mean.diagonal().clone() if mean.ndim == 2 else mean
+
+
+def _input_of(linear: Linear) -> str:
+    """The same for linears that take the same input."""
+    if linear.fused != "experts":
+        return linear.group
+    return linear.name if linear.parallel == "row" else linear.name.rpartition(".")[0]
+
+
+def _alike(one: Linear, other: Linear) -> bool:
+    """Whether both are experts of a layer, and take inputs of one kind."""
+    return one.fused == "experts" and (one.group, one.parallel) == (other.group, other.parallel)

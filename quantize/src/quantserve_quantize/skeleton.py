@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantserve.errors import CheckpointError, one_line
+from quantserve_quantize.experts import list_experts
 from quantserve_quantize.source import Weights
 
 
@@ -162,6 +163,7 @@ def build(weights: Weights) -> Any:
             f"{weights.folder}: transformers cannot build this model: {one_line(error)}\n"
             "  fix: use a method that needs no calibration, or a newer transformers"
         ) from error
+    list_experts(model, weights.files)
     return model.eval().requires_grad_(False)
 
 

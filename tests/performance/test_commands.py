@@ -13,6 +13,7 @@ import pytest
 from cli.test_cli import light, refusal
 from helpers.checkpoints import make_llama
 from helpers.predicted import LLAMA_7B, LLAMA_70B, MISTRAL, MIXTRAL, QWEN
+from quantserve.checkpoint import open_checkpoint
 from quantserve.cli.main import run
 from quantserve.config import model_from_source
 from quantserve.planning.advise import advise, concurrencies, leaders, ranked
@@ -144,6 +145,68 @@ def test_quality_is_published_or_unknown(bare: Bare, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "+2.4%" in out
     assert "arXiv 2306.00978" in out
+
+
+def measured(folder: Path, **changes: object) -> None:
+    """A record of `quantserve quality` beside the weights: 8 % more perplexity."""
+    record = {
+        "perplexity": 10.8, "baseline": 10, "kl_mean": 0.08, "same_top": 0.9, "tokens": 14308, "samples": 28,
+        "length": 512, "text": "eval.txt", "text_sha256": "0", "reference": "base", "reference_sha256": "0",
+        "weights_sha256": "0", "through": "transformers", "date": "2026-11-30",
+        "weight_bytes": open_checkpoint(str(folder)).weight_bytes, **changes,
+    }  # fmt: skip
+    (folder / "measured-quality.json").write_text(json.dumps(record))
+
+
+def test_what_was_measured_of_these_files_counts_before_what_was_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_llama(tmp_path / "m", "awq", hidden=512, intermediate=1024)
+    asked = ["recommend", str(folder), "--target", "a100-80g"]
+    published = {one["key"]: one for one in printed(capsys, *asked, "--json")["methods"]}["awq-4"]
+    assert published["measured_quality"] is None
+    measured(folder)
+    own = {one["key"]: one for one in printed(capsys, *asked, "--json")["methods"]}["awq-4"]
+    assert own["measured_quality"]["increase"] == 0.08
+    assert own["quality"] == published["quality"]
+    assert run(asked) == 0
+    out = capsys.readouterr().out
+    assert "awq: measured of these files: 28 x 512 tokens of eval.txt against base, through transformers" in out
+    assert "squeezellm 4-bit: published for " in out
+
+    by_quality = printed(capsys, *asked, "--by", "quality", "--json")["methods"]
+    places = {one["key"]: one["place"] for one in by_quality if one["place"]}
+    assert places["fp16-16"] == 1
+    assert places["squeezellm-4"] < places["awq-4"]  # published +1.8 %, measured +8 %
+
+
+@pytest.mark.parametrize(
+    "changes", [{"weight_bytes": 1}, {"perplexity": "12"}, {"baseline": 0}, {"tokens": None}, {"kl_mean": 10**400}]
+)
+def test_a_record_of_other_weights_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object]
+) -> None:
+    folder = make_llama(tmp_path / "m", "awq")
+    measured(folder, **changes)
+    found = printed(capsys, "recommend", folder, "--target", "a100-80g", "--method", "awq", "--json")
+    assert found["methods"][0]["measured_quality"] is None
+
+
+def test_a_largest_loss_leaves_methods_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_llama(tmp_path / "m", "awq", hidden=512, intermediate=1024)
+    measured(folder)
+    asked = ["recommend", folder, "--target", "a100-80g", "--json", "--max-loss"]
+
+    def refusals(percent: str) -> dict[str, str | None]:
+        return {one["key"]: one["refusal"] for one in printed(capsys, *asked, percent)["methods"]}
+
+    assert refusals("8.1")["awq-4"] is None
+    strict = refusals("5")
+    assert strict["awq-4"] == "its perplexity is 8.0 % higher (measured), and 5 % are allowed"
+    assert strict["fp16-16"] is None
+    assert "unknown; `quantserve quality` measures it" in (strict["gguf-4"] or "")
+    text = refusal(capsys, ["recommend", str(folder), "--target", "a100-80g", "--method", "awq", "--max-loss", "1"], 1)
+    assert "8.0 % higher (measured), and 1 % are allowed" in text
 
 
 def test_the_plot_is_an_svg_with_a_line_for_each_method(

@@ -1,12 +1,12 @@
 # `make serve` on a fresh machine: install, prepare, serve the demo three ways. `make help` lists the rest.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := core/quantserve bench/src/quantserve_bench quantize/src/quantserve_quantize kernels/src/quantserve_kernels $(wildcard plugins/*/src/quantserve_*) \
+PACKAGES := core/quantserve bench/src/quantserve_bench quantize/src/quantserve_quantize client/src/quantserve_client kernels/src/quantserve_kernels $(wildcard plugins/*/src/quantserve_*) \
 	examples/plugins/quantserve-rtn8/src/quantserve_rtn8 benchmarks
 CONFIG ?= models/demo.yaml
 ARGS ?=
 
-.PHONY: help setup dev prepare serve test test-quick corpus fuzz mutants sanitize arm lint format docs site bench bench-load bench-serving bench-decode bench-kernels bench-gpu bench-quality soak clean
+.PHONY: help setup dev prepare serve smollm2 test test-quick corpus fuzz mutants matrix sanitize arm lint format docs site bench bench-load bench-serving bench-decode bench-kernels bench-gpu bench-quality soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,6 +24,9 @@ prepare: setup ## make the quantized exports of the demo model
 serve: prepare ## serve the demo as fp16, awq and squeezellm at once (CONFIG=, ARGS=--port 9000)
 	@exec $(BIN)/quantserve serve $(CONFIG) $(ARGS)
 
+smollm2: dev ## make SmolLM2 in bf16, AWQ and SqueezeLLM of its GGUF file for CONFIG=models/smollm2.yaml, and measure them
+	@$(BIN)/python examples/smollm2.py
+
 test: dev ## run all tests, real engines included, most of them in parallel (ARGS="tests/serve -k drain")
 	@$(BIN)/python examples/prepare.py
 	@exec $(BIN)/python scripts/run_tests.py $(ARGS)
@@ -37,6 +40,9 @@ fuzz: dev ## fuzz the readers of headers, configs, pickles and frames; about 20 
 mutants: dev ## put small defects into good plugins and see whether the conformance kit catches them; up to half an hour (ARGS="rtn8 --light")
 	@cd tests && exec ../$(BIN)/python -m mutants $(ARGS)
 
+matrix: dev ## greedy tokens of all methods, dtypes, ranks and modes against transformers; an hour (ARGS="--only fp8")
+	@cd tests && exec ../$(BIN)/python -W ignore -m matrix $(ARGS)
+
 sanitize: dev ## the kernels' CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer; builds for minutes
 	@exec $(BIN)/python kernels/tests/sanitize.py $(ARGS)
 
@@ -49,7 +55,7 @@ corpus: dev ## judge public checkpoints of all families and print the table (ARG
 lint: dev ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(PACKAGES) scripts examples/prepare.py kernels/setup.py
+	$(BIN)/mypy $(PACKAGES) scripts examples/prepare.py examples/smollm2.py kernels/setup.py
 	$(BIN)/lint-imports
 
 format: dev ## format the code
@@ -93,4 +99,4 @@ soak: dev ## a server under mixed load with a fault every minute, and what it lo
 clean: ## remove what can be made again, .venv excepted
 	rm -rf build dist kernels/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -rf examples/demo-model/awq examples/demo-model/squeezellm
-	find core bench quantize kernels plugins tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find core bench quantize client kernels plugins tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,11 +14,12 @@ pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from vllm.model_executor.layers import linear
 
 import quantserve_bitsandbytes
 from helpers.engines import compare, generate
+from helpers.plain import write_plain
 from helpers.vllm_layers import FUSED, become, load, surroundings
 from quantserve_bitsandbytes._vllm import Bitsandbytes
 
@@ -41,7 +42,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return partial(become, monkeypatch)
 
 
-def _files(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Bitsandbytes]:
+def _files(name: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Bitsandbytes]:
     """The tensors of a checkpoint, what bitsandbytes makes of its modules in float32, and the format of its config."""
     config = Bitsandbytes.from_config(json.loads((DATA / name / "config.json").read_text())["quantization_config"])
     config.packed_modules_mapping = FUSED
@@ -120,16 +121,15 @@ def test_a_state_of_another_linear_is_refused(change: dict[str, Any], words: str
         load(layer, {None: parts})
 
 
+def plain(name: str | Path, destination: Path) -> Path:
+    """A checkpoint with the weights that bitsandbytes dequantized."""
+    tensors, expected, _ = _files(name)
+    weights = {key: one for key, one in tensors.items() if not any(key.startswith(f"{m}.") for m in expected)}
+    weights |= {f"{module}.weight": weight for module, weight in expected.items()}
+    return write_plain(DATA / name, destination, weights)
+
+
 @pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path) -> None:
-    tensors, expected, _ = _files("nf4")
-    weights = {name: one for name, one in tensors.items() if not any(name.startswith(f"{m}.") for m in expected)}
-    weights |= {f"{module}.weight": weight for module, weight in expected.items()}
-    config = json.loads((DATA / "nf4/config.json").read_text())
-    del config["quantization_config"]
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    (plain / "config.json").write_text(json.dumps(config))
-    save_file(weights, plain / "model.safetensors", {"format": "pt"})
-    generations = generate(DATA / "nf4", "bitsandbytes", tmp_path / "out.json", dtype="float32", enforce_eager=True)
-    compare(plain, generations, clear=0.02, close=0.02)
+    generations = generate(DATA / "nf4", "bitsandbytes", dtype="float32", enforce_eager=True)
+    compare(plain("nf4", tmp_path / "plain"), generations, clear=0.02, close=0.02)

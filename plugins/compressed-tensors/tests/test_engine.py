@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 import quantserve_compressed_tensors
 from helpers.engines import compare, generate
+from helpers.plain import write_plain
 from helpers.vllm_layers import FUSED, become, load, surroundings
 from quantserve_compressed_tensors.config import ENGINE
 
@@ -52,7 +52,7 @@ def config_of(values: dict[str, Any]) -> Any:
     return made
 
 
-def written(name: str) -> tuple[dict[str, Any], dict[str, Tensors]]:
+def written(name: str | Path) -> tuple[dict[str, Any], dict[str, Tensors]]:
     """The quantization config of a checkpoint, and its tensors by module, without those that the engine leaves out."""
     values = json.loads((DATA / name / "config.json").read_text())["quantization_config"]
     modules: dict[str, Tensors] = {}
@@ -75,7 +75,7 @@ def weight(layer: Any) -> Tensor:
     return out.t()
 
 
-def size_of(name: str, module: str) -> tuple[int, int]:
+def size_of(name: str | Path, module: str) -> tuple[int, int]:
     """Out_features and in_features in the models of make.py."""
     leaf, width = module.rpartition(".")[2], 64 if ".experts." in module else 256
     return {
@@ -221,7 +221,7 @@ def decompressed(stored: Tensors, entry: dict[str, Any], size: tuple[int, int]) 
     return weight
 
 
-def plain(name: str, destination: Path) -> Path:
+def plain(name: str | Path, destination: Path) -> Path:
     """A checkpoint in float32, by compressed-tensors."""
     values, modules = written(name)
     tensors = {}
@@ -232,13 +232,8 @@ def plain(name: str, destination: Path) -> Path:
                 if config_of({**values, "config_groups": {"one": one}}).config.of(module)
             )  # fmt: skip
             stored = {"weight": decompressed(stored, entry, size_of(name, module))}
-        tensors[f"{module}.weight"] = stored["weight"].float().contiguous()
-    shutil.copytree(DATA / name, destination)
-    save_file(tensors, destination / "model.safetensors", {"format": "pt"})
-    config = json.loads((destination / "config.json").read_text())
-    del config["quantization_config"]
-    (destination / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    return destination
+        tensors[f"{module}.weight"] = stored["weight"]
+    return write_plain(DATA / name, destination, tensors)
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +14,13 @@ pytest.importorskip("vllm")
 pytest.importorskip("transformers")
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 import quantserve_fp8
 from helpers.engines import compare, generate
+from helpers.plain import write_plain
 from helpers.vllm_layers import FUSED, become, load, surroundings
 
 pytestmark = [
@@ -105,28 +104,23 @@ def test_a_scale_that_never_arrives() -> None:
         load(layer, {None: {"weight": weight(64, 256)}})
 
 
-def dequantize(destination: Path) -> Path:
-    """The data as float32, by transformers."""
+def plain(folder: Path, destination: Path) -> Path:
+    """A checkpoint in blocks as float32, by transformers."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     op = Fp8Dequantize(SimpleNamespace(quantization_config=None))
-    tensors = load_file(DATA / "model.safetensors")
-    plain = {}
-    for name, tensor in tensors.items():
-        if name.endswith("_scale_inv"):
-            continue
-        scale = tensors.get(f"{name}_scale_inv")
-        plain[name] = tensor.float() if scale is None else op._dequantize_one(tensor, scale, torch.float32)
-    shutil.copytree(DATA, destination)
-    save_file(plain, destination / "model.safetensors", {"format": "pt"})
-    config = json.loads((destination / "config.json").read_text())
-    del config["quantization_config"]
-    (destination / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    return destination
+    tensors = load_file(folder / "model.safetensors")
+    scaled = {name.removesuffix("_scale_inv") for name in tensors if name.endswith("_scale_inv")}
+    weights = {
+        name: op._dequantize_one(tensor, tensors[f"{name}_scale_inv"], torch.float32) if name in scaled else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("_scale_inv")
+    }
+    return write_plain(folder, destination, weights)
 
 
 @pytest.mark.slow
 def test_an_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
     """Linears and experts in blocks."""
     generations = generate(DATA, "fp8", tmp_path / "out.json", dtype="bfloat16", enforce_eager=True)
-    compare(dequantize(tmp_path / "plain"), generations, clear=0.3, close=0.3)
+    compare(plain(DATA, tmp_path / "plain"), generations, clear=0.3, close=0.3)

@@ -35,20 +35,24 @@ DATA = Path(__file__).parent / "data"
 START_S = 500
 
 
-def test_greedy_tokens_of_a_file_with_nine_types(tmp_path: Path) -> None:
-    """q, k and v in two types, which one fused layer computes, and an output layer in Q6_K."""
-    file = DATA / "llama.gguf"
-    folder = folder_of(str(file), None, tmp_path / "cache")
+def plain(file: Path, destination: Path) -> Path:
+    """The checkpoint that a file stands for, in float32."""
+    folder = folder_of(str(file), None, destination.with_name("cache"))
     assert folder is not None
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with file.open("rb") as opened:
         model.load_state_dict(dict(weights(opened, config, {}, torch.float32)))
-    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(destination)
+    return destination
+
+
+def test_greedy_tokens_of_a_file_with_nine_types(tmp_path: Path) -> None:
+    """q, k and v in two types, which one fused layer computes, and an output layer in Q6_K."""
     arguments = {"load_format": "gguf", "quantization": "gguf", "dtype": "float32", "enforce_eager": True}
-    generations = generate(file, "gguf", tmp_path / "out.json", **arguments)
-    compare(tmp_path / "plain", generations, clear=1e-3, close=1e-3)
+    generations = generate(DATA / "llama.gguf", "gguf", **arguments)
+    compare(plain(DATA / "llama.gguf", tmp_path / "plain"), generations, clear=1e-3, close=1e-3)
 
 
 @pytest.mark.ray

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +17,7 @@ pytest.importorskip("vllm")
 pytest.importorskip("transformers")
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
@@ -31,6 +30,7 @@ from vllm.model_executor.layers.quantization.modelopt import (
 
 import quantserve_modelopt
 from helpers.engines import compare, generate
+from helpers.plain import write_plain
 from helpers.vllm_layers import FUSED, become, load, surroundings
 from quantserve.api import SkipList
 from quantserve_modelopt.format import ARGUMENTS, MIXED, read
@@ -78,7 +78,7 @@ def dequantized(tensors: Tensors, module: str) -> Tensor:
     return values * (scale.double()[:, None] if scale.ndim == 1 else scale.double())
 
 
-def file(name: str) -> Tensors:
+def file(name: str | Path) -> Tensors:
     return dict(load_file(DATA / name / "model.safetensors"))
 
 
@@ -279,18 +279,11 @@ def test_settings_are_read_as_vllm_reads_them() -> None:
 # --- an engine ----------------------------------------------------------------------------------------------------
 
 
-def plain_copy(name: str, destination: Path) -> Path:
+def plain(name: str | Path, destination: Path) -> Path:
     """The folder dequantized to float32."""
-    shutil.copytree(DATA / name, destination)
     tensors = file(name)
-    weights = [key for key in tensors if key.endswith(".weight")]
-    plain = {key: dequantized(tensors, key.removesuffix(".weight")).float() for key in weights}
-    save_file(plain, destination / "model.safetensors", {"format": "pt"})
-    config = json.loads((destination / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (destination / "hf_quant_config.json").unlink()
-    (destination / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    return destination
+    weights = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
+    return write_plain(DATA / name, destination, {f"{one}.weight": dequantized(tensors, one) for one in weights})
 
 
 @pytest.mark.slow
@@ -298,4 +291,4 @@ def test_an_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
     """Linears and experts in NVFP4; the config declares an FP8 KV cache, and the plan one of 16 bits."""
     options = {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "enforce_eager": True}
     generations = generate(DATA / "qwen3-moe", "modelopt", tmp_path / "out.json", **options)
-    compare(plain_copy("qwen3-moe", tmp_path / "plain"), generations, clear=0.3, close=0.3)
+    compare(plain("qwen3-moe", tmp_path / "plain"), generations, clear=0.3, close=0.3)

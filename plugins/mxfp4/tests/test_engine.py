@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ pytest.importorskip("vllm")
 pytest.importorskip("transformers")
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -27,6 +25,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 
 import quantserve_mxfp4
 from helpers.engines import compare, generate
+from helpers.plain import write_plain
 from helpers.vllm_layers import become, surroundings
 from quantserve_kernels.vllm import experts
 
@@ -68,7 +67,7 @@ def tensors() -> dict[str, Tensor]:
     return {name: tensor for name, tensor in files.items() if name.startswith(f"{PREFIX}.")}
 
 
-def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same with the experts that transformers makes of them, [e, k, n] in float32."""
     made = {name: one.float() for name, one in tensors.items() if not name.endswith(("_blocks", "_scales"))}
     for name in [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]:
@@ -108,7 +107,7 @@ def test_weights_are_those_that_transformers_dequantizes(tensors: dict[str, Tens
     """Bit for bit, with every scale that is none of NaN and overflow."""
     name, every = f"{PREFIX}.down_proj_scales", torch.arange(253, dtype=torch.uint8)
     tensors[name].view(-1)[: len(every)] = every
-    layer, matrices = routed(tensors), plain(tensors)
+    layer, matrices = routed(tensors), dequantized(tensors)
     for stack, weight in (("gate_up_proj", layer.w13), ("down_proj", layer.w2)):
         expected = matrices[f"{PREFIX}.{stack}"].transpose(1, 2)
         assert torch.equal(weight.dequantize().view(expected.shape), expected)
@@ -121,7 +120,7 @@ def test_ranks_add_up_to_transformers_experts(
 ) -> None:
     """With inputs so large that gate and up are clamped, and without."""
     reference = GptOssExperts(GptOssConfig.from_pretrained(DATA))
-    reference.load_state_dict({name.removeprefix(f"{PREFIX}."): one for name, one in plain(tensors).items()})
+    reference.load_state_dict({name.removeprefix(f"{PREFIX}."): one for name, one in dequantized(tensors).items()})
     drawn = torch.Generator().manual_seed(0)
     x = size * torch.randn(7, HIDDEN, generator=drawn)
     ids = torch.stack([torch.randperm(EXPERTS, generator=drawn)[:CHOICES] for _ in x]).to(torch.int32)
@@ -158,13 +157,13 @@ def test_blocks_that_ranks_would_cut_are_refused(
         routed(tensors, 4)
 
 
+def plain(folder: Path, destination: Path) -> Path:
+    """The files with the experts that transformers makes of them."""
+    return write_plain(folder, destination, dequantized(load_file(folder / "model.safetensors")))
+
+
 @pytest.mark.slow
 def test_an_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
     """With sinks, sliding windows and biases."""
-    shutil.copytree(DATA, tmp_path / "plain")
-    save_file(plain(load_file(DATA / "model.safetensors")), tmp_path / "plain/model.safetensors", {"format": "pt"})
-    config = json.loads((DATA / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "plain/config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     generations = generate(DATA, "mxfp4", dtype="float32", enforce_eager=True)
-    compare(tmp_path / "plain", generations, clear=1e-3, close=1e-3)
+    compare(plain(DATA, tmp_path / "plain"), generations, clear=1e-3, close=1e-3)

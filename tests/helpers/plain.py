@@ -1,0 +1,32 @@
+"""Checkpoints in float32, to compare what an engine makes of a quantized one with transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_plain(source: Path, destination: Path, weights: Mapping[str, Tensor]) -> Path:
+    """The folder of a quantized checkpoint with other weights.
+
+    Args:
+        source: its config.json, less what it says of quantization, and its tokenizer are kept.
+        destination: a new folder.
+        weights: all tensors; stored in float32.
+
+    Returns:
+        The destination.
+    """
+    shutil.copytree(source, destination, ignore=shutil.ignore_patterns("*.safetensors", "*quant*config.json"))
+    config = json.loads((source / "config.json").read_text())
+    for key in ("quantization_config", "torch_dtype"):
+        config.pop(key, None)
+    (destination / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    floats = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    save_file(floats, destination / "model.safetensors", {"format": "pt"})
+    return destination

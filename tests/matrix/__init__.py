@@ -1,0 +1,1 @@
+"""Greedy tokens of every method, dtype, number of ranks and mode, against transformers: `make matrix`."""

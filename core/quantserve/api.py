@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 from quantserve.checkpoint import Checkpoint, Tensor, open_checkpoint
 from quantserve.checkpoint.containers import BadContainer, Contents, Reader
 from quantserve.checkpoint.source import Source
-from quantserve.checks.linear import check_shards, quantized_linears
+from quantserve.checks.linear import check_fused_blocks, check_shards, quantized_linears
 from quantserve.checks.skipped import SkipList
 from quantserve.finding import Finding, Severity
 from quantserve.hookspecs import API_MINOR as MINOR
@@ -101,6 +101,7 @@ __all__ = [
     "Target",
     "Tensor",
     "WrittenConfig",
+    "check_fused_blocks",
     "check_fused_groups",
     "check_linears",
     "check_shards",

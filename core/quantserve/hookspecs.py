@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PROJECT = "quantserve"
 API_VERSION = 1
 """Rises when a hook or a type of ``quantserve.api`` changes in a way that breaks plugins."""
-API_MINOR = 2
+API_MINOR = 3
 """Rises when something is added; docs/api-changes.md says what."""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -82,23 +82,30 @@ def read_header(file: Path) -> dict[str, Spec]:
     return {name: (one["dtype"], tuple(one["shape"])) for name, one in header.items() if name != "__metadata__"}
 
 
-def variant(folder: Path, source: Path, tensors: Mapping[str, Spec | None] | None = None, **quantization: Any) -> Path:
+def variant(
+    folder: Path,
+    source: Path,
+    tensors: Mapping[str, Spec | None] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **quantization: Any,
+) -> Path:
     """A checkpoint as its header and config.json say, without its data, changed; with a tokenizer.
 
     Args:
         folder: to make.
         source: folder of the checkpoint, which has one file.
         tensors: to add or replace; None leaves one out.
+        config: keys merged into config.json.
         quantization: keys merged into `quantization_config`; the value REMOVE deletes one.
     """
     folder.mkdir()
     specs = {**read_header(source / "model.safetensors"), **(tensors or {})}
     write_safetensors(folder / "model.safetensors", {name: spec for name, spec in specs.items() if spec})
-    config = json.loads((source / "config.json").read_text())
-    settings = {**config["quantization_config"], **quantization}
-    config["quantization_config"] = {key: value for key, value in settings.items() if value is not REMOVE}
-    (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(folder, config["vocab_size"])
+    made = {**json.loads((source / "config.json").read_text()), **(config or {})}
+    if settings := {**(made.get("quantization_config") or {}), **quantization}:
+        made["quantization_config"] = {key: value for key, value in settings.items() if value is not REMOVE}
+    (folder / "config.json").write_text(json.dumps(made))
+    write_tokenizer(folder, made["vocab_size"])
     return folder
 
 

@@ -33,6 +33,12 @@ def errors(composition: Composition) -> dict[str, Finding]:
     return {finding.code: finding for finding in composition.findings if finding.severity is Severity.ERROR}
 
 
+def wrong(folder: Path, target: str = "a100-80g", ranks: int = 1) -> dict[str, Finding]:
+    """The errors of a checkpoint by code, apart from those about its tokenizer, which test data has none of."""
+    found = errors(composed(folder, target, ranks))
+    return {code: finding for code, finding in found.items() if not code.startswith("tokenizer")}
+
+
 def findings(composition: Composition) -> dict[str, Finding]:
     """All findings by code."""
     return {finding.code: finding for finding in composition.findings}

@@ -111,3 +111,25 @@ def check_shards(
         ]
 
     return list(shard_findings(bad, ranks, code, why, fix))
+
+
+def check_fused_blocks(quantized: Iterable[Linear], ranks: int, rows: int, *, code: str) -> list[Finding]:
+    """Check that vLLM's own layers can hold scales of blocks, which they put side by side for the parts of a layer.
+
+    Args:
+        quantized: the linears with such scales.
+        ranks: tensor parallel size.
+        rows: out_features of a block. Every part of a fused layer but the last needs whole blocks on each rank.
+        code: the whole code of the finding.
+    """
+    parts: dict[str, list[Linear]] = {}
+    for linear in quantized:
+        if linear.fused != "experts":  # which are separate matrices
+            parts.setdefault(linear.group, []).append(linear)
+    inner = [linear for every in parts.values() for linear in every[:-1]]
+    why = f"vLLM puts the scales of blocks of fused parts side by side, so all but the last need whole blocks of {rows}"
+
+    def bad(ranks: int) -> list[str]:
+        return [problem for one in inner if (problem := misaligned(one, "column", ranks, rows))]
+
+    return list(shard_findings(bad, ranks, code, why))

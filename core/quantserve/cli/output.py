@@ -88,7 +88,9 @@ def kv_cache(memory: Mapping[str, Any]) -> str:
         return "unknown"
     if not memory["max_model_len"]:
         return f"{memory['kv_tokens']:,} tokens"
-    return f"{memory['sequences']:,.1f} x {memory['max_model_len']:,} tokens"
+    sequences = memory["sequences"]
+    count = f"{sequences:.1f}" if sequences < 10 else f"{int(sequences):,}"
+    return f"{count} x {memory['max_model_len']:,} tokens"
 
 
 def target_label(target: Target) -> str:

@@ -24,14 +24,17 @@ NAMES = [
 Q = NAMES[0][0]
 
 
-def fp8(path: Path, scale: str = "block", *, changes: dict[str, Any] | None = None, **options: Any) -> Path:
+def fp8(
+    path: Path, scale: str = "block", *, changes: dict[str, Any] | None = None, kv_heads: int = 4, **options: Any
+) -> Path:
     """A Llama whose linears are FP8, with scales of a kind: block, tensor, channel or none."""
     extra: dict[str, Any] = dict(options.pop("extra", {}))
     override = {}
     for name, (n, k) in NAMES:
+        n = 64 * kv_heads if name.endswith(("k_proj", "v_proj")) else n
         override[f"{name}.weight"] = ("F8_E4M3", (n, k))
         if scale == "block":
-            extra[f"{name}.weight_scale_inv"] = ("F32", (n // 128, k // 128))
+            extra[f"{name}.weight_scale_inv"] = ("F32", (-(-n // 128), k // 128))
         elif scale != "none":
             extra[f"{name}.weight_scale"] = ("F32", () if scale == "tensor" else (n, 1))
     config: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -43,7 +46,7 @@ def fp8(path: Path, scale: str = "block", *, changes: dict[str, Any] | None = No
         hidden=512,
         intermediate=1024,
         heads=8,
-        kv_heads=4,
+        kv_heads=kv_heads,
         dtype="BF16",
         extra=extra,
         override=override,
@@ -71,6 +74,14 @@ def test_what_transformers_wrote(tmp_path: Path) -> None:
 def test_a_rank_gets_whole_blocks(tmp_path: Path) -> None:
     found = errors(composed(fp8(tmp_path / "m"), "h100", 4))
     assert "64 is not a multiple of 128" in found["fp8-group-splits-ranks"].message.replace("256/4 = ", "")
+
+
+@pytest.mark.parametrize(("kv_heads", "target", "refused"), [(1, "h100", True), (1, "cpu", False), (2, "h100", False)])
+def test_parts_of_a_fused_layer_are_whole_blocks(tmp_path: Path, kv_heads: int, target: str, refused: bool) -> None:
+    found = errors(composed(fp8(tmp_path / "m", kv_heads=kv_heads), target))
+    assert ("fp8-blocks" in found) == refused
+    if refused:
+        assert "k_proj: N 64 is not a multiple of 128" in found["fp8-blocks"].message
 
 
 def test_scales_are_missing(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -11,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from helpers.checkpoints import write_safetensors
-from helpers.composed import composed, errors, findings, text
+from helpers.checkpoints import REMOVE, variant
+from helpers.composed import composed, findings, text, wrong
 from quantserve.checkpoint import open_checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -31,27 +30,14 @@ def changed(
     config: Change | None = None,
     tensors: Change | None = None,
 ) -> Path:
-    """A copy of the headers of a checkpoint with changes; what is None is left out."""
-    folder.mkdir()
-    made = json.loads((DATA / source / "config.json").read_text()) | (config or {})
+    """The headers of a checkpoint with changes, and its hf_quant_config.json; what is None is left out."""
+    changes = {key: REMOVE if value is None else value for key, value in (quantization or {}).items()}
+    variant(folder, DATA / source, tensors, config, **changes)
     beside = json.loads((DATA / source / "hf_quant_config.json").read_text())
-    for inner, changes in ((made.get("quantization_config") or {}, quantization), (beside["quantization"], file)):
-        inner |= copy.deepcopy(changes or {})
-        for key in [key for key, value in inner.items() if value is None]:
-            del inner[key]
-    (folder / "config.json").write_text(json.dumps(made))
+    settings = beside["quantization"] | (file or {})
+    beside["quantization"] = {key: value for key, value in settings.items() if value is not None}
     (folder / "hf_quant_config.json").write_text(json.dumps(beside))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text("{}")
-    held = {name: (one.dtype, one.shape) for name, one in open_checkpoint(str(DATA / source)).tensors.items()}
-    held |= tensors or {}
-    write_safetensors(folder / "model.safetensors", {name: one for name, one in held.items() if one is not None})
     return folder
-
-
-def wrong(folder: Path, target: str = "h100", ranks: int = 1) -> dict[str, Any]:
-    found = errors(composed(folder, target, ranks))
-    return {code: finding for code, finding in found.items() if not code.startswith("tokenizer")}
 
 
 # --- good checkpoints: the files of the tool ---------------------------------------------------------------------
@@ -98,6 +84,17 @@ def test_the_declared_cache_is_the_plans() -> None:
 def test_float16_files(tmp_path: Path, target: str) -> None:
     folder = changed(tmp_path / "m", "mxfp8", config={"dtype": "float16"})
     assert not wrong(folder, target)
+
+
+def test_blocks_of_fused_parts(tmp_path: Path) -> None:
+    """k of one head is half a block."""
+    halves: Change = {}
+    for one in "kv":
+        halves[f"{LAYER}.self_attn.{one}_proj.weight"] = ("F8_E4M3", (64, 128))
+        halves[f"{LAYER}.self_attn.{one}_proj.weight_scale"] = ("F32", (1, 1, 1, 1))
+    folder = changed(tmp_path / "m", "fp8-block", config={"num_key_value_heads": 1}, tensors=halves)
+    assert "N 64 is not a multiple of 128" in wrong(folder)["modelopt-blocks"].message
+    assert not wrong(folder, "cpu")
 
 
 # --- declared in the files ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from quantserve.api import (
     KernelChoice,
     Linear,
     Target,
+    check_fused_blocks,
     check_shards,
     disabled_kernels,
     engine_environment,
@@ -134,7 +135,7 @@ def limit_findings(checkpoint: Checkpoint, model: ModelConfig, target: Target) -
     if problem := vllm_problem(checkpoint, target):
         message = f"vLLM's own method cannot serve these files: {problem}. quantserve's engine side does, weights only"
         where = ["engine_kwargs.quantization"]
-        yield Finding.info("compressed-tensors-engine", f"{message}: activations keep 16 bits", where, "nothing to do")
+        yield Finding.info("compressed-tensors-engine", f"{message}: activations keep 16 bits", where)
         yield from kernel_findings(NAME, NAME, target, checkpoint, scheme_of)
         yield from _order_findings(checkpoint, model.tensor_parallel_size)
         return
@@ -147,6 +148,8 @@ def limit_findings(checkpoint: Checkpoint, model: ModelConfig, target: Target) -
                 _names(every),
                 "use another export of the model, or another target",
             )
+        if block := group.weights.block:
+            yield from check_fused_blocks(every, model.tensor_parallel_size, block[0], code="compressed-tensors-blocks")
 
 
 def _no_kernel(kind: Kind, group: Group, target: Target) -> str:

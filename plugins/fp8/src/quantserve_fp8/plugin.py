@@ -6,6 +6,7 @@ GPUs are served by vLLM's own method, CPUs by quantserve's kernels, weights only
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from quantserve.api import (
@@ -17,11 +18,14 @@ from quantserve.api import (
     Scheme,
     SkipList,
     Target,
+    check_fused_blocks,
     codebook_kernel,
     hookimpl,
     kernel_findings,
     method_dtype,
     once,
+    quantized_linears,
+    shard_k,
 )
 from quantserve_fp8.format import WEIGHT, block_of, scheme, skip_key, skipped
 
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
 SHOWN = 8
+SMALLEST_BLOCK = 32
+"""vLLM's kernel for experts takes parts of blocks, no smaller ones than this."""
 _WHERE = "quantization_config"
 _CACHE = (".k_scale", ".v_scale", ".kv_scale")
 
@@ -92,6 +98,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     yield from scale_findings(checkpoint, config)
     if gpu:
         yield from gpu_findings(checkpoint, config)
+        yield from block_findings(checkpoint, model)
     if scales := [name for name in checkpoint.tensors if name.endswith(_CACHE)]:
         asked = model.engine_kwargs.get("kv_cache_dtype", "auto")
         if not str(asked).startswith("fp8"):
@@ -234,4 +241,29 @@ def gpu_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[
             "FP8 in blocks on Gemma 4 was reported to answer with wrong text (vllm issue 39407)",
             ["model_type"],
             "compare a few answers with the unquantized model, or use an export with scales per channel",
+        )
+
+
+def block_findings(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Finding]:
+    """Blocks that vLLM's layers cannot hold: it stops, or places scales over those of another part."""
+    found, ranks = stored_scheme(checkpoint), model.tensor_parallel_size
+    if found is None or found.scales != "block":
+        return
+    rows, columns = block_of(settings(checkpoint)) or (1, 1)
+    every = quantized_linears(checkpoint, lambda linear: found)[0]
+    yield from check_fused_blocks(every, ranks, rows, code="fp8-blocks")
+    if model.engine_kwargs.get("enable_expert_parallel"):
+        ranks = 1
+    odd = []
+    for linear in every:
+        width = shard_k(linear, ranks)
+        if linear.fused == "experts" and linear.parallel == "row" and (width % rows or (ranks > 1 and width % columns)):
+            odd += [f"{linear.name}: {width} inputs a rank"] * (gcd(rows, columns, width, linear.n) < SMALLEST_BLOCK)
+    if odd:
+        yield Finding.error(
+            "fp8-blocks",
+            f"vLLM serves experts in blocks of {rows} x {columns}, or in parts of blocks down to {SMALLEST_BLOCK}, and "
+            f"the width of {len(odd)} layers' experts is a multiple of neither. First: {odd[0]}",
+            odd[:SHOWN],
+            "set another scaling_config.num_workers, or engine_kwargs.enable_expert_parallel",
         )

@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 
-from quantserve.api import Checkpoint, Finding, Target, linears, modules, once, other_tensors
+from quantserve.api import Checkpoint, Finding, Target, check_fused_blocks, linears, modules, once, other_tensors
 from quantserve_modelopt.format import (
     ARGUMENTS,
     BLOCK,
@@ -17,6 +17,7 @@ from quantserve_modelopt.format import (
     MIXED,
     NAMES,
     NVFP4,
+    SIDE,
     W4A16,
     Settings,
     body,
@@ -98,7 +99,7 @@ def cpu_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def gpu_findings(checkpoint: Checkpoint, config: Settings, target: Target) -> Iterator[Finding]:
+def gpu_findings(checkpoint: Checkpoint, config: Settings, target: Target, ranks: int) -> Iterator[Finding]:
     """What vLLM's own methods overlook or refuse."""
     method, algorithms = ARGUMENTS[config.algorithm], config.algorithms()
     if target.device == "cuda" and (target.capability or 99) < (needed := CAPABILITY.get(method, 0)):
@@ -111,6 +112,9 @@ def gpu_findings(checkpoint: Checkpoint, config: Settings, target: Target) -> It
     if algorithms & {NVFP4, W4A16} and config.group_size != GROUP:
         message = f"group_size is {config.group_size}, and vLLM's kernels for NVFP4 read groups of {GROUP}"
         yield Finding.error("modelopt-group-size", message, ["group_size"], "quantize the model again in groups of 16")
+    stored = set(quantized(checkpoint))
+    blocks = [one for one in linears(checkpoint) if one.name in stored and config.of(one.name) == BLOCK]
+    yield from check_fused_blocks(blocks, ranks, SIDE, code="modelopt-blocks")
     alone = {CHANNEL, BLOCK} if config.algorithm != MIXED else {CHANNEL}
     bad = [one.name for one in linears(checkpoint) if one.fused == "experts" and config.of(one.name) in alone]
     if bad:

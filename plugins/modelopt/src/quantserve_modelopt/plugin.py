@@ -118,7 +118,8 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         yield Finding.error("modelopt-not-quantized", message, where, fix)
     elif checkpoint.tensors_complete:
         yield from list_findings(checkpoint, config, cpu=cpu)
-        yield from cpu_findings(checkpoint) if cpu else gpu_findings(checkpoint, config, target)
+        ranks = model.tensor_parallel_size
+        yield from cpu_findings(checkpoint) if cpu else gpu_findings(checkpoint, config, target, ranks)
         default = CACHES.get(config.cache, "auto") if not cpu else "auto"
         yield from cache_findings(checkpoint, config, str(model.engine_kwargs.get("kv_cache_dtype", default)))
 

@@ -20,6 +20,7 @@ from quantserve import __version__
 from quantserve.checks.packages import NEEDS, how_to_install
 from quantserve.cli.output import console, print_json, table, target_label
 from quantserve.errors import UsageError
+from quantserve.plugins import pages
 from quantserve.plugins.registry import Registry
 from quantserve.serve.replica.vllm import patches
 from quantserve.system.homes import Homes, look
@@ -72,6 +73,7 @@ def examine(quick: bool) -> Iterator[Row]:
     """All rows, cheapest first."""
     target = find_target(None)
     yield from _plugins()
+    yield _page()
     yield _hardware(target)
     yield _engine()
     yield from _torch()
@@ -112,6 +114,17 @@ def _plugins() -> Iterator[Row]:
     if registry.plugins:
         times = sorted((plugin.import_s, plugin.name) for plugin in registry.plugins.values())
         yield Row("plugin imports", "ok", ", ".join(f"{name} {seconds:.2f} s" for seconds, name in reversed(times)))
+
+
+def _page() -> Row:
+    """The web page at ``/``."""
+    origin, failure = pages.examine()
+    if failure:
+        return Row("explorer", "warning", f"{origin}: {failure.stage}: {failure.reason}; GET / shows JSON", failure.fix)
+    if not origin:
+        detail = "not installed: GET / shows JSON; pip install 'quantserve[explorer]' brings the web page"
+        return Row("explorer", "ok", detail)
+    return Row("explorer", "ok", origin)
 
 
 def _hardware(target: Target) -> Row:

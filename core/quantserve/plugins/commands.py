@@ -28,9 +28,9 @@ class Command(Extension):
 
     kind: ClassVar[str] = "command"
 
-    def load(self) -> click.Command:
+    def load(self, seconds: float | None = None) -> click.Command:
         """Import the command; raises as `Extension.load`."""
-        command: click.Command = super().load()
+        command: click.Command = super().load(seconds)
         return command
 
     def problem(self, found: object) -> str:

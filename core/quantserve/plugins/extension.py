@@ -51,8 +51,11 @@ class Extension:
         """``quantserve-hello 1.0``, harmless for a terminal."""
         return harmless(f"{self.distribution} {self.version}", 100)
 
-    def load(self) -> Any:
+    def load(self, seconds: float | None = None) -> Any:
         """Import what the entry point names.
+
+        Args:
+            seconds: time limit; default: that of plugins.
 
         Raises:
             PluginError: it is defective, or its name belongs to another distribution.
@@ -66,9 +69,8 @@ class Extension:
         if os.environ.get("QUANTSERVE_DEBUG"):
             foreign.say(f"importing {what}")
         try:
-            return foreign.run(
-                self._resolve, what, foreign.hook_seconds() * foreign.IMPORT_PARTS, f"loading {what} ..."
-            )
+            limit = foreign.hook_seconds() * foreign.IMPORT_PARTS if seconds is None else seconds
+            return foreign.run(self._resolve, what, limit, f"loading {what} ...")
         except foreign.Raised as raised:
             raise self.blame(raised.error, "load") from raised.error
 

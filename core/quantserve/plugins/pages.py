@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoints
 from typing import Any, ClassVar, Final
 
-from quantserve.errors import QuantserveError
+from quantserve.errors import PluginError, QuantserveError, UsageError
 from quantserve.plugins.entry_points import installed, names_in, origin, unique
 from quantserve.plugins.extension import Extension, switched_off, without_rivals
 
@@ -27,9 +27,9 @@ class Page(Extension):
 
     kind: ClassVar[str] = "page"
 
-    def load(self) -> Callable[[Mapping[str, Any]], Any]:
+    def load(self, seconds: float | None = None) -> Callable[[Mapping[str, Any]], Any]:
         """Import the callable; raises as `Extension.load`."""
-        made: Callable[[Mapping[str, Any]], Any] = super().load()
+        made: Callable[[Mapping[str, Any]], Any] = super().load(seconds)
         return made
 
     def problem(self, found: object) -> str:
@@ -54,3 +54,17 @@ def find(environ: Mapping[str, str] = os.environ, points: EntryPoints | None = N
             refusal = page.defect("names", f"the only page is {NAME!r}", f"name the entry point {NAME}")
         pages.append(replace(page, refusal=refusal))
     return without_rivals(pages)
+
+
+def examine() -> tuple[str, PluginError | None]:
+    """The installed page for `quantserve doctor`: its distribution ("" without one), and why it cannot be used."""
+    failed: tuple[str, PluginError] | None = None
+    for page in find():
+        try:
+            page.load()
+            return page.origin, None
+        except PluginError as error:
+            failed = failed or (page.origin, error)
+        except UsageError:
+            pass
+    return failed or ("", None)

@@ -59,7 +59,8 @@ def build(args: dict[str, Any]) -> Application:
     token, created = cluster_secret()
     children = {plan.model_id: model_application(plan, token, loopback=False) for plan in plans}
     models = describe_models(plans, created, policy)
-    return gateway_application(models, children, token, policy.model_dump(mode="json"))
+    explorer = config.explorer.model_dump(mode="json")
+    return gateway_application(models, children, token, policy.model_dump(mode="json"), explorer)
 
 
 def plan_all(config: AppConfig, target: Target) -> list[Plan]:

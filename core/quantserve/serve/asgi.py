@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -219,10 +219,23 @@ def internal_error(status: int) -> Refused:
     return Refused(status, message, headers={"retry-after": "5"} if status == 503 else None)
 
 
-async def answer_lifespan(receive: Receive, send: Send) -> None:
-    """The lifespan protocol of an app with nothing to start or stop."""
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
+async def answer_lifespan(
+    receive: Receive, send: Send, work: Callable[[], Coroutine[Any, Any, None]] | None = None
+) -> None:
+    """The lifespan protocol.
+
+    Args:
+        work: runs beside the app, from its startup to its shutdown.
+    """
+    task: asyncio.Task[None] | None = None
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup" and work is not None:
+                task = asyncio.create_task(work())
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    finally:
+        if task is not None:
+            task.cancel()

@@ -7,7 +7,8 @@ interface between vLLM's own nodes) controls the engine and is closed.
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
@@ -56,6 +57,13 @@ _SLASHES: Final = re.compile(r"/{2,}")
 def is_client_path(path: str) -> bool:
     """Whether clients may use this path of vLLM's server; ``path`` may also be a template of its API schema."""
     return path in CLIENT_PATHS or _ONE_RESPONSE.fullmatch(path) is not None
+
+
+def local_path(scope: Mapping[str, Any]) -> str:
+    """The normalized path of an ASGI scope below the mount point, whether or not the server removed the prefix."""
+    root = scope.get("root_path", "")
+    path: str = scope["path"]
+    return normalized(f"/{path[len(root) :] if root and path.startswith(root) else path}")
 
 
 def normalized(path: str) -> str:

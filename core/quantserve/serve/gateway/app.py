@@ -11,7 +11,9 @@ from starlette.types import ASGIApp
 from quantserve.errors import ConfigError
 from quantserve.serve.gateway.metrics.collect import GatewayMetrics, MetricsEndpoint
 from quantserve.serve.gateway.middleware.limits import Policy, layers
+from quantserve.serve.gateway.page import Page, make_page, page_settings
 from quantserve.serve.gateway.routing.router import RESERVED, Router, ServedModel, model_aliases, model_card
+from quantserve.serve.gateway.routing.status import Status, details
 from quantserve.serve.gateway.upstreams.directory import Directory
 from quantserve.serve.gateway.upstreams.pool import Limits
 from quantserve.serve.gateway.upstreams.proxy import RemoteModel
@@ -24,7 +26,7 @@ DEFAULT_ONGOING = 256
 
 
 def describe_models(plans: Sequence[Plan], created: int, policy: Policy) -> list[dict[str, Any]]:
-    """The models as the gateway needs them, as JSON: card, route, aliases and limits.
+    """The models as the gateway needs them, as JSON: card, route, aliases, limits and details for ``/status``.
 
     Args:
         created: Unix time for ``/v1/models``.
@@ -35,6 +37,7 @@ def describe_models(plans: Sequence[Plan], created: int, policy: Policy) -> list
             "route": plan.route_prefix,
             "aliases": model_aliases(plan),
             "limits": asdict(limits_of(plan, policy)),
+            "details": details(plan, model_aliases(plan)),
         }
         for plan in plans
     ]
@@ -77,7 +80,12 @@ def timing_of(policy: Policy) -> Timing:
     return Timing(policy.connect_timeout_s, policy.replica_timeout_s, policy.client_buffer_kb << 10)
 
 
-def public_app(models: Sequence[Mapping[str, Any]], directory: Directory, policy: Policy) -> ASGIApp:
+def public_app(
+    models: Sequence[Mapping[str, Any]],
+    directory: Directory,
+    policy: Policy,
+    page: Page | None = None,
+) -> ASGIApp:
     """The app at the public address: limits, keys, logs and metrics around the router to the models' pools."""
     metrics = GatewayMetrics([model["card"] for model in models], lambda: directory.pools.values())
     served = []
@@ -85,4 +93,20 @@ def public_app(models: Sequence[Mapping[str, Any]], directory: Directory, policy
         pool = directory.pools[str(model["card"]["id"])]
         app = RemoteModel(pool, policy.request_timeout_s, policy.max_attempts)
         served.append(ServedModel(model["card"], app, pool.healthy, model["route"], model["aliases"]))
-    return layers(Router(served, MetricsEndpoint(metrics), policy.health_cache_s), policy, [metrics])
+    endpoint = MetricsEndpoint(metrics)
+    status = Status(models, directory.pools.values, endpoint)
+    router = Router(served, endpoint, policy.health_cache_s, status, page, endpoint.sample)
+    return layers(router, policy, [metrics], page.public if page else None)
+
+
+def installed_page(
+    explorer: Mapping[str, Any] | None, policy: Policy, models: Sequence[Mapping[str, Any]]
+) -> Page | None:
+    """The page at ``/``; None where there is none or none is wanted.
+
+    Args:
+        explorer: the section of the config, as JSON; None without a page.
+    """
+    if explorer is None or not explorer.get("enabled"):
+        return None
+    return make_page(page_settings(explorer, policy, models))

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
-from quantserve.serve.gateway.app import public_app, timing_of
+from quantserve.serve.gateway.app import installed_page, public_app, timing_of
 from quantserve.serve.gateway.middleware.api_keys import forget_variable
 from quantserve.serve.gateway.middleware.limits import Policy
 from quantserve.serve.gateway.upstreams.directory import Directory
@@ -31,15 +31,21 @@ class GatewayServer:
         models: as from `served.describe_models`, each with a handle of its deployment.
         token: authenticates it to replicas.
         policy: limits, keys and logging, as JSON.
+        explorer: config of the page at ``/``, as JSON; None without a page.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, models: Sequence[Mapping[str, Any]], token: str, policy: Mapping[str, Any]
+        self,
+        models: Sequence[Mapping[str, Any]],
+        token: str,
+        policy: Mapping[str, Any],
+        explorer: Mapping[str, Any] | None = None,
     ) -> None:
         forget_variable()
         settings = Policy.model_validate(policy)
         self._directory = Directory(models, token, timing_of(settings))
-        self._app = public_app(models, self._directory, settings)
+        page = installed_page(explorer, settings, models)
+        self._app = public_app(models, self._directory, settings, page)
         handles = {str(model["card"]["id"]): model["handle"] for model in models}
         self._polling = asyncio.get_running_loop().create_task(poll_replicas(self._directory, handles, POLL_S))
         with contextlib.suppress(TimeoutError):
@@ -58,7 +64,11 @@ class GatewayServer:
 
 
 def gateway_application(
-    models: Sequence[Mapping[str, Any]], children: Mapping[str, Application], token: str, policy: Mapping[str, Any]
+    models: Sequence[Mapping[str, Any]],
+    children: Mapping[str, Application],
+    token: str,
+    policy: Mapping[str, Any],
+    explorer: Mapping[str, Any] | None = None,
 ) -> Application:
     """The gateway and all models as one application."""
     bound = [{**model, "handle": children[str(model["card"]["id"])]} for model in models]
@@ -70,4 +80,4 @@ def gateway_application(
         graceful_shutdown_timeout_s=float(policy["request_timeout_s"]),
         max_surge_percent=100,
     )
-    return deployment.bind(bound, token, dict(policy))
+    return deployment.bind(bound, token, dict(policy), explorer and dict(explorer))

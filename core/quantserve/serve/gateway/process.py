@@ -2,12 +2,14 @@
 
 `python -m quantserve.serve.gateway.process FD` inherits the listening socket as file descriptor FD.
 
-Standard input has one JSON object per line: first the settings (`models`, `token`, `policy`, and maybe `parent`), then
+Standard input has one JSON object per line: first the settings (`models`, `token`, `policy`, and maybe `explorer`, the
+config of the page at ``/``, and `parent`), then
 `{"replicas": ...}` by model id whenever they change, and `{"drain": true}` at shutdown.
 
 Standard output has the status, one JSON object per line, at every change and every second as a heartbeat: `wanted`, the
 models with queued requests and no replica; `reachable`, the models whose requests are accepted; `settled`, whether all
-replicas are healthy and no request is queued; `waiting`, the number of queued requests by model.
+replicas are healthy and no request is queued; `waiting`, the number of queued requests by model; `page`, whether there
+is a page at ``/``.
 
 SIGTERM, SIGINT and SIGHUP drain it as well, unless they are blocked or ignored; `quantserve serve` blocks them.
 
@@ -32,7 +34,7 @@ from typing import Any, Final, cast
 
 import uvloop
 
-from quantserve.serve.gateway.app import public_app, timing_of
+from quantserve.serve.gateway.app import installed_page, public_app, timing_of
 from quantserve.serve.gateway.http.server import HttpServer
 from quantserve.serve.gateway.middleware.access_log import AccessLog
 from quantserve.serve.gateway.middleware.limits import Policy
@@ -65,7 +67,8 @@ class Gateway:
         self._parent = int(settings.get("parent") or os.getppid())
         self._policy = Policy.model_validate(settings["policy"])
         self._directory = Directory(settings["models"], settings["token"], timing_of(self._policy))
-        self._app = public_app(settings["models"], self._directory, self._policy)
+        self._page = installed_page(settings.get("explorer"), self._policy, settings["models"])
+        self._app = public_app(settings["models"], self._directory, self._policy, self._page)
         self._server = HttpServer(self._app, self._policy)
         self._server.config.timeout_graceful_shutdown = cast(int, self._policy.drain_timeout_s + LAST_WORDS_S)
 
@@ -116,7 +119,7 @@ class Gateway:
         os.set_blocking(output, False)
         last, when, unwritten = "", 0.0, b""
         while os.getppid() == self._parent:
-            line = json.dumps(self._directory.status)
+            line = json.dumps({**self._directory.status, "page": self._page is not None})
             if not unwritten and (line != last or time.monotonic() - when > HEARTBEAT_S):
                 unwritten = line.encode() + b"\n"
                 last, when = line, time.monotonic()

@@ -36,7 +36,7 @@ BUCKETS: Final = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0
 )  # fmt: skip
 """Upper bounds of the histograms in seconds: from a cached first byte to the longest answer."""
-PATHS: Final = CLIENT_PATHS | {"/v1/models", "/health", "/openapi.json", "/docs"}
+PATHS: Final = CLIENT_PATHS | {"/v1/models", "/health", "/status", "/openapi.json", "/docs"}
 """Values of the ``path`` label. The ID of ``/v1/models/ID`` is cut off; all other paths are ``other``."""
 REASONS: Final = {
     400: "invalid", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "invalid", 408: "timeout",
@@ -50,11 +50,15 @@ OTHER: Final = "other"
 WINDOW_S: Final = 300.0
 """Averaging window of the observed performance."""
 SCRAPE_TIMEOUT_S: Final = 1.0
+SAMPLE_S: Final = WINDOW_S / 10
+"""Time between two looks at the engines' metrics when nobody asks for them."""
 _LONGEST_TEXT: Final = 16 << 20
 _MOST_CODES: Final = 64
 _MOST_MARKS: Final = 100
 
 logger = logging.getLogger(__name__)
+
+Texts = list[tuple[dict[str, str], bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,15 @@ def expected_means(profile: Mapping[str, Any]) -> dict[str, float]:
     return {name: number for name, number in found.items() if number}
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What the engines of a model did in the time that its means cover: seconds, requests, output tokens of those."""
+
+    seconds: float
+    requests: float
+    tokens: float
+
+
 class Observed:
     """Means per model over a sliding window, from the cumulative metrics of the replicas' vLLM.
 
@@ -111,14 +124,16 @@ class Observed:
         clock: seconds, monotonic.
     """
 
+    REQUESTS: Final = "vllm:time_to_first_token_seconds_count"
+    TOKENS: Final = "vllm:request_generation_tokens_sum"
     RATIOS: Final[Mapping[str, tuple[str, str]]] = {
-        "ttft_seconds": ("vllm:time_to_first_token_seconds_sum", "vllm:time_to_first_token_seconds_count"),
+        "ttft_seconds": ("vllm:time_to_first_token_seconds_sum", REQUESTS),
         "tpot_seconds": (
             "vllm:request_time_per_output_token_seconds_sum",
             "vllm:request_time_per_output_token_seconds_count",
         ),
         # Per user, like the expected value: tokens of the completed requests / their total duration.
-        "output_tokens_per_second": ("vllm:request_generation_tokens_sum", "vllm:e2e_request_latency_seconds_sum"),
+        "output_tokens_per_second": (TOKENS, "vllm:e2e_request_latency_seconds_sum"),
     }
     NAMES: Final = tuple(sorted({name for pair in RATIOS.values() for name in pair}))
 
@@ -163,6 +178,15 @@ class Observed:
             for name, (above, below) in self.RATIOS.items()
             if last[below] > first[below]
         }
+
+    def window(self, model: str) -> Window | None:
+        """What the means are of; None before there are two rounds."""
+        marks = self._marks.get(model)
+        if not marks or marks[-1][0] <= marks[0][0]:
+            return None
+        (began, first), (ended, last) = marks[0], marks[-1]
+        requests, tokens = (last[name] - first[name] for name in (self.REQUESTS, self.TOKENS))
+        return Window(ended - began, requests, tokens)
 
 
 class GatewayMetrics(Collector):
@@ -342,6 +366,27 @@ class MetricsEndpoint:
         self._fetch = fetch or fetch_metrics
         self._timeout_s = timeout_s
         self._round: asyncio.Task[bytes] | None = None
+        self._refresh: asyncio.Task[Texts] | None = None
+        self._refreshed = float("-inf")
+
+    @property
+    def observed(self) -> Observed:
+        """Performance measured in the engines."""
+        return self._metrics.observed
+
+    async def refresh(self, seconds: float) -> None:
+        """Fetch the engines' metrics, unless that was done in the last `seconds`; callers share one round."""
+        if self._refresh is None or self._refresh.done():
+            if time.monotonic() - self._refreshed < seconds:
+                return
+            self._refresh = asyncio.ensure_future(self._fetch_all())
+        await asyncio.shield(self._refresh)
+
+    async def sample(self) -> None:
+        """Refresh now and then for ever, so that the first one who asks for the observed performance gets it."""
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            await self.refresh(SAMPLE_S / 2)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a scrape.
@@ -362,11 +407,21 @@ class MetricsEndpoint:
 
     async def text(self) -> bytes:
         """Fetch the metrics of all replicas concurrently and merge them."""
+        texts = await self._fetch_all()
+        merger = Merger()
+        merger.add(self._metrics.render())
+        for labels, answer in texts:
+            merger.add(answer, labels)
+            await asyncio.sleep(0)  # let the event loop send tokens of running requests first
+        return merger.render()
+
+    async def _fetch_all(self) -> Texts:
+        """The metrics of all replicas that answer, each with its labels."""
         metrics, asked = self._metrics, []
         for pool in metrics.pools():
             asked += [(pool.model_id, replica) for replica in pool.replicas.values()]
         answers = await asyncio.gather(*(self._ask(replica) for _, replica in asked))
-        texts: list[tuple[dict[str, str], bytes]] = []
+        texts: Texts = []
         for (model, replica), answer in zip(asked, answers, strict=True):
             if answer is None:
                 metrics.scrape_failed(model)
@@ -375,12 +430,8 @@ class MetricsEndpoint:
             metrics.observed.add(model, replica.id, answer)
             texts.append(({"model": name, "method": method, "replica": replica.id}, answer))
         metrics.observed.mark((model, replica.id) for model, replica in asked)
-        merger = Merger()
-        merger.add(metrics.render())
-        for labels, answer in texts:
-            merger.add(answer, labels)
-            await asyncio.sleep(0)  # let the event loop send tokens of running requests first
-        return merger.render()
+        self._refreshed = time.monotonic()
+        return texts
 
     async def _ask(self, replica: Replica) -> bytes | None:
         try:

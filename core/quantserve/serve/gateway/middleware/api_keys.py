@@ -172,10 +172,12 @@ class ApiKeys:
     Args:
         app: the protected app.
         keys: from `load_key_set`; an empty set lets every request pass.
+        public: which requests need no key and have no body.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeySet) -> None:
+    def __init__(self, app: ASGIApp, keys: KeySet, public: Callable[[Scope], bool] | None = None) -> None:
         self.app = app
+        self.public = public
         self.known = KeyFile(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,6 +189,8 @@ class ApiKeys:
             await self.app({**scope, KEY_DIGEST: key_digest}, receive, send)
         elif self._open(scope):
             await _bare(self.app, scope, receive, send)
+        elif self.public and self.public(scope):
+            await self.app(scope, replay(b"", receive), send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:

@@ -6,7 +6,7 @@ import asyncio
 import codecs
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -89,7 +89,12 @@ class Policy(HttpLimits):
         return bool(self.keys.digests)
 
 
-def layers(app: ASGIApp, policy: Policy, observers: Sequence[Observer] = ()) -> ASGIApp:
+def layers(
+    app: ASGIApp,
+    policy: Policy,
+    observers: Sequence[Observer] = (),
+    public: Callable[[Scope], bool] | None = None,
+) -> ASGIApp:
     """Wrap the app in the layers of a public address: request id and record, CORS, error envelope, API keys, limits.
 
     The CORS layer is outside the error envelope, so that scripts of web pages can read error responses.
@@ -98,8 +103,9 @@ def layers(app: ASGIApp, policy: Policy, observers: Sequence[Observer] = ()) -> 
         app: gets the requests that pass; its `Refused` exceptions become responses.
         policy: the limits and keys.
         observers: called with the record of every request, beside the access log.
+        public: which requests need no key and have no body.
     """
-    app = Guard(ApiKeys(KeyLimit(Limits(app, policy), policy.max_requests_per_key), policy.keys))
+    app = Guard(ApiKeys(KeyLimit(Limits(app, policy), policy.max_requests_per_key), policy.keys, public))
     if policy.cors_origins:
         app = Cors(app, policy.cors_origins)
     if policy.access_log != "off":

@@ -28,6 +28,14 @@ ENVELOPE: Final = {
     },
 }
 MODEL: Final = {"type": "object", "required": ["id", "object"], "properties": {"id": {"type": "string"}}}
+MODEL_STATUS: Final = {
+    "type": "object",
+    "required": ["id", "state"],
+    "properties": {
+        "id": {"type": "string"},
+        "state": {"enum": ["ready", "starting", "unhealthy", "stopped"]},
+    },
+}
 HEALTH: Final = {
     "type": "object",
     "required": ["status"],
@@ -47,7 +55,7 @@ def public_schema(
     names: Sequence[str],
     *,
     several: bool,
-    metrics: bool,
+    extra: Sequence[str] = (),
     route: str = "",
 ) -> dict[str, Any]:
     """The schema of the paths that clients reach at one address.
@@ -57,7 +65,7 @@ def public_schema(
         names: model names that requests may use in ``model``.
         several: whether the gateway routes by ``model``: then the schema has only JSON POST requests, beside the
             gateway's own paths, and ``model`` is required.
-        metrics: whether the gateway serves ``/metrics``.
+        extra: which of ``/metrics`` and ``/status`` the gateway serves.
         route: prefix of all paths.
     """
     paths: dict[str, Any] = {}
@@ -83,7 +91,7 @@ def public_schema(
         "info": {"title": "quantserve", "version": str((first.get("info") or {}).get("version", "0"))},
         **({"servers": [{"url": route}]} if route else {}),
         "security": [{"key": []}, {}],
-        "paths": {**paths, **_own_paths(names, metrics)},
+        "paths": {**paths, **_own_paths(names, extra)},
         "components": components,
     }
 
@@ -110,7 +118,7 @@ def _name_models(operation: Mapping[str, Any], known: Mapping[str, Any], names: 
             schema["required"] = sorted({*schema.get("required", ()), "model"})
 
 
-def _own_paths(names: Sequence[str], metrics: bool) -> dict[str, Any]:
+def _own_paths(names: Sequence[str], extra: Sequence[str]) -> dict[str, Any]:
     """The paths that the gateway serves itself."""
     listed = {"type": "object", "properties": {"data": {"type": "array", "items": MODEL}}}
     one = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": list(names)}}
@@ -121,7 +129,10 @@ def _own_paths(names: Sequence[str], metrics: bool) -> dict[str, Any]:
         "/v1/models/{model}": {"get": {**_operation("Show One Model", MODEL), "parameters": [one]}},
     }
     own["/health"]["get"]["responses"] |= sick
-    if metrics:
+    if "/status" in extra:
+        status = {"type": "object", "properties": {"models": {"type": "array", "items": MODEL_STATUS}}}
+        own["/status"] = {"get": _operation("Status", status)}
+    if "/metrics" in extra:
         text = {"200": {"description": "Prometheus' text", "content": {"text/plain": {"schema": {"type": "string"}}}}}
         own["/metrics"] = {"get": {"summary": "Metrics", "responses": {**text, **ERRORS}}}
     return own

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quantserve.plugins.pages import NAME
 from quantserve.serve.asgi import (
     JSON_KEY,
     Refused,
@@ -31,16 +32,19 @@ from quantserve.serve.asgi import (
 from quantserve.serve.gateway.middleware.trace import trace_of
 from quantserve.serve.gateway.routing.openapi import rendered
 from quantserve.serve.gateway.routing.shared import Shared
-from quantserve.serve.routes import is_client_path, normalized
+from quantserve.serve.routes import is_client_path, local_path
 from quantserve.text import harmless
 
 if TYPE_CHECKING:
     from quantserve.planning.plan import Plan
+    from quantserve.serve.gateway.page import Page
 
 OWNER: Final = "quantserve"
 LISTED: Final = 20
 """Most model ids listed in an error."""
-RESERVED: Final = frozenset({"v1", "v2", "health", "metrics", "tokenize", "detokenize", "docs", "openapi.json", "-"})
+RESERVED: Final = frozenset(
+    {"v1", "v2", "health", "metrics", "status", "explorer", "tokenize", "detokenize", "docs", "openapi.json", "-"}
+)
 """First path segments that a model's route must not use."""
 READ_ONLY: Final = ("GET", "HEAD")
 
@@ -105,12 +109,24 @@ class Router:
         models: at least one; ids differ.
         metrics: ASGI app for ``GET /metrics``; None routes that path like any other.
         health_cache_s: seconds a health check and the API schema are reused.
+        status: ASGI app for ``GET /status``; None routes that path like any other.
+        page: the page at ``/``.
+        work: runs beside the app, from its startup to its shutdown.
     """
 
     def __init__(
-        self, models: Sequence[ServedModel], metrics: ASGIApp | None = None, health_cache_s: float = 0.0
+        self,
+        models: Sequence[ServedModel],
+        metrics: ASGIApp | None = None,
+        health_cache_s: float = 0.0,
+        status: ASGIApp | None = None,
+        page: Page | None = None,
+        work: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self.metrics = metrics
+        self.status = status
+        self.page = page
+        self._work = work
         self.models = {model.id: model for model in models}
         self.names = {name: model for model in models for name in (model.id, *model.aliases)}
         self.routes = {model.route.strip("/"): model for model in models}
@@ -123,7 +139,7 @@ class Router:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or forward the request to its model."""
         if scope["type"] == "lifespan":
-            await answer_lifespan(receive, send)
+            await answer_lifespan(receive, send, self._work)
             return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -131,10 +147,16 @@ class Router:
         if scope["path"] == "*" and scope["method"] == "OPTIONS":
             await Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})(scope, receive, send)
             return
-        scope = self._without_root(scope)
+        scope = {**scope, "path": local_path(scope), "root_path": ""}
         segment = scope["path"].split("/", 2)[1]
         if scope["path"] == "/metrics" and self.metrics and scope["method"] in READ_ONLY:
             await self.metrics(scope, receive, send)
+            return
+        if scope["path"] == "/status" and self.status:
+            await self.status(scope, receive, send)
+            return
+        if self.page and segment in ("", NAME) and self.page.takes(scope):
+            await self.page(scope, receive, send)
             return
         if model := self.routes.get(segment):
             scope = {**scope, "path": scope["path"][len(segment) + 1 :] or "/"}
@@ -179,7 +201,8 @@ class Router:
             message = f"Method {scope['method']} is not allowed here; use GET."
             raise Refused(405, message, code="method_not_allowed", headers={"allow": "GET"})
         if path == "/":
-            return JSONResponse(_overview(route, self.metrics is not None))
+            overview = _overview(route, self.metrics is not None, self.status is not None)
+            return JSONResponse(overview, headers={"vary": "accept"} if self.page else None)
         if path == "/health":
             return await self._health(models)
         if path == "/openapi.json":
@@ -210,8 +233,8 @@ class Router:
         if known is None or known[0] != texts:
             names = [name for name, model in self.names.items() if model in models]
             several = len(models) > 1
-            ours = self.metrics is not None and not route
-            known = texts, rendered(texts, names, several=several, metrics=ours, route=route)
+            ours = [] if route else [path for path in ("/metrics", "/status") if getattr(self, path[1:])]
+            known = texts, rendered(texts, names, several=several, extra=ours, route=route)
             self._rendered[route] = known
         return known[1]
 
@@ -272,14 +295,6 @@ class Router:
         message = f"The model `{name[:200]}` does not exist.{hint} Available models: {_listed(known)}."
         return Refused(404, message, param="model", code="model_not_found")
 
-    @staticmethod
-    def _without_root(scope: Scope) -> Scope:
-        """The scope with the normalized path below the mount point, whether or not the server removed the prefix."""
-        root = scope.get("root_path", "")
-        path = scope["path"]
-        path = path[len(root) :] if root and path.startswith(root) else path
-        return {**scope, "path": normalized(f"/{path}"), "root_path": ""}
-
 
 async def _fields(scope: Scope, receive: Receive) -> tuple[Mapping[str, Any], Receive]:
     """Fields of the JSON body, maybe empty, from the scope if the limits layer has parsed it; and a channel with it."""
@@ -290,11 +305,12 @@ async def _fields(scope: Scope, receive: Receive) -> tuple[Mapping[str, Any], Re
     return parse_object(body) if body else {}, replay(body, receive)
 
 
-def _overview(route: str, metrics: bool) -> dict[str, Any]:
+def _overview(route: str, metrics: bool, status: bool) -> dict[str, Any]:
     """The response to ``GET /``."""
     paths = {"models": "/v1/models", "health": "/health", "schema": "/openapi.json"}
-    if metrics and not route:
-        paths["metrics"] = "/metrics"
+    if not route:
+        paths |= {"metrics": "/metrics"} if metrics else {}
+        paths |= {"status": "/status"} if status else {}
     return {"name": "quantserve", "api": "OpenAI-compatible", **{name: route + path for name, path in paths.items()}}
 
 

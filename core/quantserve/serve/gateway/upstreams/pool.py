@@ -77,6 +77,15 @@ class Pool:
         self._set.update(addresses)
 
     @property
+    def state(self) -> str:
+        """Its state in `/status`: ``ready``, ``starting``, ``unhealthy`` or ``stopped``."""
+        if any(replica.state in ("ready", "unknown") for replica in self.replicas.values()):
+            return "ready"
+        if self.limits.wakes and not self.replicas:
+            return "starting" if self.waiting else "stopped"
+        return "unhealthy" if self._set.had_any else "starting"
+
+    @property
     def wanted(self) -> bool:
         """Whether requests are queued and no replica accepts requests."""
         return bool(self.waiting) and not self._set.usable()

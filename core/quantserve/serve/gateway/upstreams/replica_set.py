@@ -55,10 +55,15 @@ class ReplicaSet:
         token: authenticates connections to replicas.
         timing: timeouts and buffers of these connections.
         changed: called after every change that may make a slot usable.
+
+    Attributes:
+        replicas: by id.
+        had_any: whether there ever was one.
     """
 
     def __init__(self, slots: int, token: str, timing: Timing, changed: Callable[[], None]) -> None:
         self.replicas: dict[str, Replica] = {}
+        self.had_any = False
         self._removed: dict[str, Replica] = {}
         self._slots = slots
         self._token = token
@@ -95,6 +100,7 @@ class ReplicaSet:
             replica.upstream.close()
             replica.upstream = upstream
         self.replicas[name] = replica
+        self.had_any = True
         return replica
 
     @property

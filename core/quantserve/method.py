@@ -22,6 +22,8 @@ class Method:
         accepts: for a ``quant_method`` that files declare, by device: the further ``quantization`` arguments vLLM takes
             for it. Files that declare a name in here are the method's, even if it is none of its own names.
         homepage: where to read about it.
+        families: the ``model_type`` of every family it can be used for; empty for any. `recommend` leaves it out of
+            others; what the files of a model hold is the business of ``quantserve_validate``.
         api: version of the plugin API the plugin was written for (``quantserve.api.VERSION`` of that time).
     """
 
@@ -36,6 +38,7 @@ class Method:
     homepage: str = ""
     api: int = 1
     accepts: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict, hash=False)
+    families: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,7 +47,7 @@ class Method:
 
     def to_json(self) -> dict[str, object]:
         """Plain data for ``--json`` and the plan."""
-        return {name: value for name, value in asdict(self).items() if name not in ("api", "accepts")}
+        return {name: value for name, value in asdict(self).items() if name not in ("api", "accepts", "families")}
 
 
 @dataclass(frozen=True, slots=True)

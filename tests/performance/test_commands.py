@@ -132,6 +132,15 @@ def test_squeezellm_serves_no_experts(bare: Bare, capsys: pytest.CaptureFixture[
     assert refused["awq-4"] is refused["fp16-16"] is None
 
 
+def test_methods_of_other_families_are_refused(bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
+    olmo = LLAMA_70B | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
+    found = printed(capsys, "recommend", bare(olmo), "--target", "h200", "--json")
+    refused = {method["key"]: method["refusal"] for method in found["methods"]}
+    assert refused["mxfp4-4"] == "mxfp4 serves gpt_oss, and this model is olmo2"
+    assert refused["gguf-4"].startswith("gguf serves mistral, gemma3, llama")
+    assert refused["gptq-4"] is None
+
+
 @pytest.mark.parametrize("order", ["throughput", "latency", "memory", "quality"])
 def test_orders(order: str, bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, "recommend", bare(LLAMA_7B), "--target", "a100-80g", "--by", order, "--json")

@@ -223,7 +223,7 @@ def _candidates(
     for bits in widths:
         failures = [defect] if in_files and defect else []
         kernel = _asked(failures, partial(kernel_of, plugin, target, bits, engine))
-        refusal = _unsupported(method, kernel, checkpoint, target)
+        refusal = _unsupported(method, kernel, checkpoint, target) or ("" if in_files else _other(method, checkpoint))
         files = checkpoint if in_files else imagined(checkpoint, kernel.bits_per_weight if kernel else bits + 0.1)
         config = _with(model, method, ranks=1) if not in_files else model
         published, published_ranks = None, 0
@@ -333,6 +333,14 @@ def _unsupported(method: Method, kernel: KernelProfile | None, checkpoint: Check
             f"{method.name} needs compute capability {lowest / 10:.1f}, {target.name} has {target.capability / 10:.1f}"
         )
     return ""
+
+
+def _other(method: Method, checkpoint: Checkpoint) -> str:
+    """Why no files of this model can be made for a method."""
+    family = checkpoint.text_config.get("model_type")
+    if not method.families or family in method.families:
+        return ""
+    return f"{method.name} serves {', '.join(method.families)}, and this model is {str(family)[:40]}"
 
 
 def _published(

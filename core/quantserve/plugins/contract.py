@@ -95,7 +95,7 @@ def method_breach(method: object) -> str:
     """What is wrong with the value of ``quantserve_method``."""
     if not isinstance(method, Method):
         return f"quantserve_method returned {_kind(method)}, not quantserve.api.Method"
-    for field in ("aliases", "bits", "devices", "dtypes"):
+    for field in ("aliases", "bits", "devices", "dtypes", "families"):
         if not isinstance(value := getattr(method, field), tuple):
             return f"Method.{field} is {_kind(value)}, not a tuple: {value!r:.80}"
         if len(value) > MOST_NAMES:
@@ -131,6 +131,8 @@ def method_breach(method: object) -> str:
             or len(name) > LONGEST_NAME
         ):
             return f"method name {name!r:.80} must be a lower-case word"
+    if any(not isinstance(family, str) for family in method.families):
+        return f"Method.families must be names, as model_type in config.json: {method.families!r:.80}"
     if type(method.api) is not int:
         return f"Method.api must be the number quantserve.api.VERSION: {method.api!r:.80}"
     repeated = [name for name, count in Counter(method.names).items() if count > 1]

@@ -21,6 +21,7 @@ from quantserve.api import (
     once,
 )
 from quantserve_gguf.blocks import BROUGHT, MIXED, SCHEMES, served_types
+from quantserve_gguf.families import FAMILIES
 from quantserve_gguf.reader import read
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def quantserve_method() -> Method:
         vllm_name="gguf",
         devices=("cuda", "cpu"),
         dtypes=DTYPES,
+        families=("mistral", "gemma3", *(family.model_type for family in FAMILIES.values())),
         homepage="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md",
     )
 

@@ -48,6 +48,7 @@ def quantserve_method() -> Method:
         minimum_capability=80,
         devices=("cuda", "rocm", "cpu"),
         dtypes=DTYPES,
+        families=(FAMILY,),
         homepage="https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf",
     )
 

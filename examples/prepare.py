@@ -2,8 +2,9 @@
 
     .venv/bin/python examples/prepare.py
 
-Each comes from the quantizer its plugin names (hook ``quantserve_quantizer``). An export is made again when the
-checkpoint or the plugin's code has changed; it appears only when it is whole.
+Each comes from the quantizer its plugin names (hook ``quantserve_quantizer``) with its defaults, calibrated on
+conversations like those the model was trained on. An export is made again when the checkpoint, that text, or the code
+of the plugin or of `quantserve quantize` has changed; it appears only when it is whole.
 """
 
 from __future__ import annotations
@@ -22,11 +23,8 @@ from quantserve_quantize import Quantizer, run
 
 DEMO = Path(__file__).resolve().parent / "demo-model"
 CHECKPOINT = DEMO / "checkpoint"
-METHODS: dict[str, dict[str, object]] = {
-    "awq": {"scales": "none", "clip": False},
-    "squeezellm": {"sensitivity": "none"},
-}
-"""Methods with options that need no calibration."""
+METHODS = ("awq", "squeezellm")
+CALIBRATION = run.Asked(text=DEMO / "calibration.txt", samples=16, length=256)
 STAMP = "made-from.txt"
 
 
@@ -48,8 +46,7 @@ def export(plugin: Plugin, destination: Path) -> bool:
     kind: type[Quantizer] = plugin.load_callable(quantizer)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix=".export-", dir=destination.parent) as scratch:
         made = Path(scratch) / destination.name
-        plain = kind(kind.Options(**METHODS[destination.name]))
-        run.quantize(CHECKPOINT, made, plain, destination.name, run.Asked())
+        run.quantize(CHECKPOINT, made, kind(kind.Options()), destination.name, CALIBRATION)
         (made / STAMP).write_text(made_from + "\n")
         shutil.rmtree(destination, ignore_errors=True)
         made.rename(destination)
@@ -57,10 +54,10 @@ def export(plugin: Plugin, destination: Path) -> bool:
 
 
 def fingerprint(plugin: Plugin) -> str:
-    """A hash of the checkpoint's files and the plugin's code."""
+    """A hash of the checkpoint's files, the calibration text and the code."""
     digest = hashlib.sha256()
-    code = Path(plugin.module.__file__ or "").parent
-    for path in sorted([*CHECKPOINT.iterdir(), *code.glob("*.py")]):
+    code = [path for file in (plugin.module.__file__, run.__file__) for path in Path(file or "").parent.glob("*.py")]
+    for path in sorted([*CHECKPOINT.iterdir(), DEMO / "calibration.txt", *code]):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

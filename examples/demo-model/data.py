@@ -3,7 +3,8 @@
 Only the standard library is used: the modules are imported, their public functions, classes and methods are
 collected, and every docstring is cut to a short plain answer. Which entries exist depends on the Python version.
 
-`python data.py` prints the size of the collection and a few examples.
+`python data.py` prints the size of the collection and a few examples, `python data.py --text 20000` conversations of so
+many characters, as the model reads them: calibration.txt.
 """
 
 # ruff: noqa: SIM905 (long lists of words read better as text)
@@ -377,9 +378,24 @@ def epoch(collection: Iterable[Entry], rng: random.Random) -> list[list[Pair]]:
     return conversations
 
 
+def text(collection: Iterable[Entry], size: int) -> str:
+    """The beginning of an epoch with the tokens of the chat template, at least `size` characters."""
+    made = ""
+    for conversation in epoch(collection, random.Random(0)):
+        made += "<|bos|>"
+        made += "".join(f"<|user|>{pair.question}<|end|><|assistant|>{pair.answer}<|end|>" for pair in conversation)
+        made += "\n"
+        if len(made) >= size:
+            break
+    return made
+
+
 def main() -> None:
-    """Print what the collection holds, or with --json the whole of it."""
+    """Print what the collection holds, with --json the whole of it, with --text conversations."""
     collection = collect()
+    if sys.argv[1:2] == ["--text"]:
+        print(text(collection, int(sys.argv[2])), end="")
+        return
     if sys.argv[1:] == ["--json"]:
         print(json.dumps([asdict(entry) for entry in collection]))
         return

@@ -34,8 +34,8 @@ def test_the_set_is_complete() -> None:
         assert f"quantization/TheBloke--Llama-2-{size.upper()}-chat-AWQ.yaml" in names
         if size != "70b":
             assert f"quantization/squeeze-ai-lab--sq-llama-2-{size}-w4-s0.yaml" in names
-    assert len(names) == 18
-    assert len(load([ROOT / "models"]).models) == 17
+    assert len(names) == 19
+    assert len(load([ROOT / "models"]).models) == 21
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -53,6 +53,8 @@ def test_ready_model(path: Path) -> None:
             assert (model.scaling_config.num_gpus_per_worker, model.max_model_len, seqs) == (0.3, 512, 16)
             assert Path(model.source).parent == ROOT / "examples/demo-model"
             assert model.quantization == model.model_id.removeprefix("demo-")
+        elif path.name == "smollm2.yaml":
+            assert Path(model.source).is_relative_to(ROOT / "build/smollm2")
         else:
             assert limit == seqs
             assert scaling is not None

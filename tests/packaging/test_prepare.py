@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers.checkpoints import make_llama
+pytest.importorskip("torch")
+
 from helpers.environments import ROOT
+from helpers.tiny_squeezellm import write_llama
+from helpers.tokenizer import write_words
 from quantserve.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -28,18 +31,29 @@ def prepare(folder: Path, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+def source(folder: Path) -> Path:
+    """A model with random weights, and a text of its words."""
+    demo = folder / "demo-model"
+    write_llama(demo / "checkpoint")
+    write_words(demo / "checkpoint", 97)
+    (demo / "calibration.txt").write_text(" ".join(f"w{number * number % 97}" for number in range(32 * 256)))
+    return demo
+
+
 def test_exports_are_made_once_and_after_a_change(tmp_path: Path) -> None:
     shutil.copy(ROOT / "examples" / "prepare.py", tmp_path)
-    demo = tmp_path / "demo-model"
-    make_llama(demo / "checkpoint", layers=1)
+    demo = source(tmp_path)
 
     first = prepare(tmp_path)
     assert first.returncode == 0, first.stderr
-    assert {path.name for path in demo.iterdir()} == {"checkpoint", "awq", "squeezellm"}
+    assert {path.name for path in demo.iterdir()} == {"checkpoint", "calibration.txt", "awq", "squeezellm"}
     for method in ("awq", "squeezellm"):
         exported = open_checkpoint(str(demo / method))
         assert exported.problems == ()
         assert (exported.quantization_config or {})["quant_method"] == method
+        made = json.loads((demo / method / "quantserve.json").read_text())
+        assert made["calibration"]["text"] == "calibration.txt"
+        assert all(0 < layer["output_error"] < 0.3 for layer in made["layers"].values())
 
     second = prepare(tmp_path)
     assert (second.returncode, second.stdout) == (0, "")
@@ -55,7 +69,7 @@ def test_exports_are_made_once_and_after_a_change(tmp_path: Path) -> None:
 
 def test_a_missing_plugin_is_one_clear_message(tmp_path: Path) -> None:
     shutil.copy(ROOT / "examples" / "prepare.py", tmp_path)
-    make_llama(tmp_path / "demo-model" / "checkpoint", layers=1)
+    source(tmp_path)
     done = prepare(tmp_path, QUANTSERVE_DISABLE="awq")
     assert done.returncode == 2
     assert "QUANTSERVE_DISABLE" in done.stderr

@@ -260,7 +260,7 @@ class Server:
 FIXES: Final = {
     "timeout": "raise --timeout, or lower --max-tokens",
     "stalled": "raise --stall, or look at the log of the server",
-    "connect-timeout": "start the server, or correct --url",
+    "connect-timeout": "start the server, or correct --url; write http:// if the server has no TLS",
     "connect": "start the server, or correct --url",
     "proxy": "correct HTTP_PROXY or HTTPS_PROXY, or add the host to NO_PROXY",
     "closed": "look at the log of the server; an address that needs https:// ends connections like this, too",

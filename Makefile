@@ -1,7 +1,7 @@
 # `make serve` on a fresh machine: install, prepare, serve the demo three ways. `make help` lists the rest.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := core/quantserve bench/src/quantserve_bench quantize/src/quantserve_quantize client/src/quantserve_client kernels/src/quantserve_kernels $(wildcard plugins/*/src/quantserve_*) \
+PACKAGES := core/quantserve bench/src/quantserve_bench quantize/src/quantserve_quantize client/src/quantserve_client explorer/src/quantserve_explorer kernels/src/quantserve_kernels $(wildcard plugins/*/src/quantserve_*) \
 	examples/plugins/quantserve-rtn8/src/quantserve_rtn8 benchmarks
 CONFIG ?= models/demo.yaml
 ARGS ?=
@@ -99,4 +99,4 @@ soak: dev ## a server under mixed load with a fault every minute, and what it lo
 clean: ## remove what can be made again, .venv excepted
 	rm -rf build dist kernels/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -rf examples/demo-model/awq examples/demo-model/squeezellm
-	find core bench quantize client kernels plugins tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find core bench quantize client explorer kernels plugins tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -76,7 +76,7 @@ class Setup:
         self.stamp = self.venv / "setup.json"
         self.constraints = root / "constraints" / f"{device}.txt"
         plugins = (path.parent for path in sorted(root.glob("plugins/*/pyproject.toml")))
-        self.editable = [root, root / "bench", root / "quantize", root / "client", *plugins]
+        self.editable = [root, root / "bench", root / "quantize", root / "client", root / "explorer", *plugins]
         self.projects = [folder / "pyproject.toml" for folder in self.editable]
         self.kernels = root / "kernels"
 

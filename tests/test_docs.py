@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 MARKDOWN = [
     path
-    for folder in (".", "docs", "bench", "quantize", "client", "kernels", "plugins/*", "models", "examples/**")
+    for folder in (".", "docs", "bench", "quantize", "client", "explorer", "kernels", "plugins/*", "models", "examples/**")
     for path in sorted(ROOT.glob(f"{folder}/*.md"))
 ]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")

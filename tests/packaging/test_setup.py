@@ -33,7 +33,7 @@ class Machine:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("pyproject.toml", "constraints", "scripts", "bench", "quantize", "client", "plugins", "kernels"):
+        for name in ("pyproject.toml", "constraints", "scripts", "bench", "quantize", "client", "explorer", "plugins", "kernels"):
             source = ROOT / name
             if source.is_dir():
                 left_out = shutil.ignore_patterns("src", "tests", "build", "__pycache__")
@@ -99,7 +99,7 @@ def test_cpu_setup_installs_pinned_and_once(machine: Machine) -> None:
     assert kernels.endswith(f" --no-build-isolation --editable {machine.root / 'kernels'}")
     assert "hatchling" in hatchling
     plugins = list((machine.root / "plugins").glob("*/pyproject.toml"))
-    assert project.count("--editable") == 4 + len(plugins)  # the core, bench, quantize and client
+    assert project.count("--editable") == 5 + len(plugins)  # the core, bench, quantize, client and explorer
     assert all("--constraint" in call for call in machine.calls() if " install " in call)
     assert "download.pytorch.org" not in "".join(machine.calls())
 

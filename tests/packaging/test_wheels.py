@@ -130,7 +130,7 @@ def test_every_plugin_has_its_entry_points(dist: Path) -> None:
 def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
     about = metadata(dist, "quantserve")
     extras = set(about.get_all("Provides-Extra") or [])
-    assert extras == {*PLUGINS, "kernels", "all", "bench", "quantize", "client", "cpu", "cuda"}
+    assert extras == {*PLUGINS, "kernels", "all", "bench", "quantize", "client", "explorer", "cpu", "cuda"}
     required = [Requirement(text) for text in about.get_all("Requires-Dist") or []]
     versions = {name: metadata(dist, name)["Version"] for name in PROJECTS}
     pins = dict(
@@ -144,7 +144,7 @@ def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
         assert requirement.name in known
         assert requirement.specifier.contains(known[requirement.name]), requirement
     for extra, expected in {
-        "all": {*PLUGINS, "bench", "quantize", "client"},
+        "all": {*PLUGINS, "bench", "quantize", "client", "explorer"},
         "bench": {"bench"},
         "awq": {"awq"},
         "kernels": {"kernels"},

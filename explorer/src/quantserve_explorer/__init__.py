@@ -1,0 +1,1 @@
+"""The web page of `quantserve serve`; docs/explorer.md describes it."""

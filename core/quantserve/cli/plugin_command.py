@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import Distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 from rich.console import Console
@@ -17,7 +17,8 @@ from rich.markup import escape
 from quantserve import __version__
 from quantserve.cli.output import console, print_json, table
 from quantserve.errors import UsageError, one_line
-from quantserve.hookspecs import API_VERSION
+from quantserve.hookspecs import API_MINOR, API_VERSION
+from quantserve.plugins import record
 from quantserve.plugins.contract import HOOKS
 from quantserve.plugins.plugin import Disabled, Failure, Plugin
 from quantserve.plugins.registry import GROUP, Registry
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from quantserve.testing import Case, Report
 
 COLOURS = {"passed": "green", "failed": "red", "expected": "yellow", "skipped": "dim"}
-_ENGINE = re.compile(r"\b(vLLM|Ray) (\d+\.\d+(?:\.\d+)?)")
 
 
 @click.group("plugin")
@@ -53,11 +53,12 @@ def list_plugins(as_json: bool) -> None:
             f"[bold]{escape(row['name'])}[/]",
             escape(f"{row['distribution']} {row['version']}"),
             escape(", ".join(row["capabilities"]) or "-"),
+            escape("\n".join(row["proven"]) or "-"),
             _health(row),
         )
         for row in rows
     ]
-    columns = ("plugin", "distribution", "capabilities", "health")
+    columns = ("plugin", "distribution", "capabilities", "proven with", "health")
     console().print(table("Plugins", columns, cells, wrap=columns[1:]))
 
 
@@ -65,10 +66,18 @@ def _row(one: Plugin | Failure | Disabled) -> dict[str, Any]:
     """A plugin as plain data; `health` is ``ok``, ``failed`` or ``disabled``."""
     row: dict[str, Any] = {"name": one.name, "distribution": one.distribution, "version": one.version}
     if isinstance(one, Plugin):
-        return {**row, "capabilities": capabilities(one), "health": "ok", "notes": list(one.notes)}
+        proven, unreadable = record.runs_of(one.package)
+        notes = [*one.notes, *([unreadable] if unreadable else [])]
+        texts = [_proven(run, one) for run in proven[-1:]]
+        return {**row, "capabilities": capabilities(one), "proven": texts, "health": "ok", "notes": notes}
     failed = isinstance(one, Failure)
     notes = [one.reason, *([f"fix: {one.advice}"] if isinstance(one, Failure) else [])]
-    return {**row, "capabilities": [], "health": "failed" if failed else "disabled", "notes": notes}
+    return {**row, "capabilities": [], "proven": [], "health": "failed" if failed else "disabled", "notes": notes}
+
+
+def _proven(run: record.Run, plugin: Plugin) -> str:
+    """A run of the kit in a line; it may be of another version of the plugin."""
+    return run.text + (f", in version {run.version}" if run.version != plugin.version else "")
 
 
 def _health(row: Mapping[str, Any]) -> str:
@@ -97,7 +106,8 @@ def hooks(plugin: Plugin) -> list[str]:
 def info(name: str, as_json: bool) -> None:
     """Show one plugin: its distribution, versions, hooks and a badge for its README.
 
-    The engines are those that the metadata of the distribution names, such as "tested with vLLM 0.32".
+    The versions of vLLM and Ray are those with which it passed the conformance kit, as `plugin check --record` wrote
+    them into its package.
     """
     registry = Registry.load()
     plugin = registry.find_plugin(name)
@@ -119,7 +129,7 @@ def about(plugin: Plugin, registry: Registry) -> dict[str, object]:
     point = next(one for one in registry.points.select(group=GROUP) if one.name == plugin.name and one.dist)
     dist, method = point.dist, plugin.method
     assert dist is not None
-    summary = _metadata(dist, "Summary")
+    summary, (proven, _) = _metadata(dist, "Summary"), record.runs_of(plugin.package)
     return {
         "name": plugin.name,
         "distribution": plugin.distribution,
@@ -134,8 +144,8 @@ def about(plugin: Plugin, registry: Registry) -> dict[str, object]:
         "hooks": hooks(plugin),
         "api": f"{method.api if method else API_VERSION}, and this quantserve {__version__} has {API_VERSION}",
         "requires": [line for line in dist.requires or () if "extra ==" not in line],
-        "engines": [f"{engine} {version}" for engine, version in dict.fromkeys(_ENGINE.findall(summary))],
-        "badge": badge(plugin.name, method.homepage if method else ""),
+        "proven": [f"API {run.api}, quantserve {run.quantserve}, {_proven(run, plugin)}" for run in proven],
+        "badge": badge(plugin.name, method.homepage if method else "", proven[-1] if proven else None),
     }
 
 
@@ -143,11 +153,14 @@ def _metadata(dist: Distribution, key: str) -> str:
     return str(dist.metadata[key]) if key in dist.metadata else ""
 
 
-def badge(name: str, homepage: str = "", checks: int = 0) -> str:
-    """A line of Markdown for a README; with the number of checks that passed."""
-    passed = f"%20%E2%80%94%20{checks}%20checks" if checks else ""
-    image = f"https://img.shields.io/badge/quantserve%20plugin-API%20{API_VERSION}{passed}-2b7a78"
-    text = f"![quantserve plugin {name}, API {API_VERSION}{f', {checks} checks passed' if checks else ''}]({image})"
+def badge(name: str, homepage: str = "", run: record.Run | None = None) -> str:
+    """A line of Markdown for a README, with what the plugin was proven with."""
+    proven = (
+        [f"vLLM {run.vllm}", f"{run.checks} checks"] if run and run.vllm else [f"{run.checks} checks"] if run else []
+    )
+    said = [f"API {API_VERSION}", *proven]
+    image = f"https://img.shields.io/badge/quantserve%20plugin-{quote(' · '.join(said).replace('-', '--'))}-2b7a78"
+    text = f"![quantserve plugin {name}: {', '.join(said)}]({image})"
     return f"[{text}]({homepage})" if homepage else text
 
 
@@ -162,6 +175,7 @@ def badge(name: str, homepage: str = "", checks: int = 0) -> str:
 @click.option("--only", metavar="ID", multiple=True, help="Checks whose ids begin so, such as V or N01; repeatable.")
 @click.option("--first", is_flag=True, help="Stop at the first check that fails.")
 @click.option("--junit", metavar="FILE", help="Write the XML of JUnit.")
+@click.option("--record", "record_file", metavar="FILE", help="Where all pass, add the versions to conformance.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(
     name: str,
@@ -171,30 +185,47 @@ def check(
     only: tuple[str, ...],
     first: bool,
     junit: str | None,
+    record_file: str | None,
     as_json: bool,
 ) -> int:
     """Run the conformance kit on a plugin: contracts, detection, damaged checkpoints, numerics.
 
-    Without a case the kit writes a checkpoint by the plugin's scheme. Exits 3 when a check fails.
+    Without a case the kit writes a checkpoint by the plugin's scheme. Exits 3 when a check fails. --record FILE is for
+    conformance.json in the folder of the plugin's package, which `plugin list` and `plugin info` read.
     """
     from quantserve.testing import Case, run_checks
 
     if case_file and model:
         raise UsageError("--case and --model exclude each other\n  fix: name the checkpoint in the case")
     cases = _cases(Path(case_file), name) if case_file else [Case(name, checkpoint=Path(model) if model else None)]
+    if record_file and (only or first):
+        raise UsageError("--record is for all checks\n  fix: leave out --only and --first")
     reports = [run_checks(case, engine=engine, only=only, first=first) for case in cases]
+    failed = any(report.failed for report in reports)
+    if record_file and not failed:
+        run = _run(name, sum(report.counts.get("passed", 0) for report in reports), engine)
+        record.write(Path(record_file), name, run)
     if junit:
         Path(junit).write_text(reports[0].to_junit() if len(reports) == 1 else _suites(reports))
     if as_json:
         print_json({"reports": [report.to_json() for report in reports]})
     else:
         for report in reports:
-            print_report(console(), report, partial=bool(only) or first)
+            print_report(console(), report)
+        if not (failed or only or first):
+            run = _run(name, sum(report.counts.get("passed", 0) for report in reports), engine)
+            console().print(f"\n{escape(badge(name, run=run))}", soft_wrap=True)
     return max(report.exit_code for report in reports)
 
 
-def print_report(out: Console, report: Report, partial: bool) -> None:
-    """One line for each check, what is wrong with those that failed, and a badge where all passed."""
+def _run(name: str, checks: int, engine: bool) -> record.Run:
+    """What was proven here."""
+    plugin = Registry.load().find_plugin(name)
+    return record.run_here(plugin.version, f"{API_VERSION}.{API_MINOR}", checks, engine=engine)
+
+
+def print_report(out: Console, report: Report) -> None:
+    """One line for each check, and what is wrong with those that failed."""
     rows = []
     for one in report.results:
         problems = "\n".join(escape(problem) for problem in one.problems)
@@ -202,8 +233,6 @@ def print_report(out: Console, report: Report, partial: bool) -> None:
         rows.append((one.check.id, f"[{COLOURS[one.outcome]}]{one.outcome}[/]", f"{problems}{fix}"))
     out.print(table(f"Plugin {escape(report.name)}", ("check", "outcome", "what"), rows, wrap=("what",)))
     out.print(", ".join(f"{count} {outcome}" for outcome, count in report.counts.items()))
-    if not report.failed and not partial:
-        out.print(f"\n{escape(badge(report.name, checks=report.counts.get('passed', 0)))}", soft_wrap=True)
 
 
 def _suites(reports: Iterable[Report]) -> str:

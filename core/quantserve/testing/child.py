@@ -92,20 +92,25 @@ def shown(output: Path, *, end: bool = False) -> str:
 
 
 class Worker:
-    """A process that imports vLLM once and answers requests as JSON, one a line (`quantserve.testing.worker`)."""
+    """A process that imports vLLM once and answers requests as JSON, one a line.
 
-    def __init__(self) -> None:
+    Args:
+        module: what it runs: `quantserve.testing.worker` for layers, `quantserve.testing.engines` for engines.
+        environ: its environment.
+    """
+
+    def __init__(self, module: str, environ: Mapping[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="quantserve-")
         self._output = Path(self._folder.name, "output.txt")
         read, write = os.pipe()
         with self._output.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "quantserve.testing.worker", str(write)],
+                [sys.executable, "-m", module, str(write)],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 pass_fds=(write,),
-                env=changed({"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}),
+                env=dict(environ),
             )
         os.close(write)
         self._answers = os.fdopen(read, "rb")
@@ -115,16 +120,20 @@ class Worker:
         """The answer to one request; after one that failed the worker has ended."""
         assert self._process.stdin is not None
         seconds = foreign.hook_seconds() * foreign.REGISTER_PARTS
+        answered = False
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
             ready, _, _ = select.select([self._answers], [], [], seconds or None)
             line = self._answers.readline() if ready else b""
-            problem = "" if line else "the process ended" if ready else f"no answer within {seconds:g} s"
+            answered = line != b""
+            problem = "" if answered else "the process ended" if ready else f"no answer within {seconds:g} s"
         except OSError as error:
             line, problem = b"", f"the process ended: {error}"
+        finally:
+            if not answered:  # also after Ctrl-C: an answer must belong to the request
+                self.close()
         if problem:
-            self.close()
             return Answer(None, f"{problem}: {shown(self._output, end=True)}", "")
         return Answer(json.loads(line), "", "")
 
@@ -140,11 +149,58 @@ class Worker:
         atexit.unregister(self.close)
 
 
-_workers: list[Worker] = []
+_workers: dict[str, Worker] = {}
+"""By module. All plugins share them, because importing vLLM takes seconds."""
+
+
+def _worker(module: str, environ: Mapping[str, str]) -> Worker:
+    if module not in _workers or not _workers[module].alive:
+        _workers[module] = Worker(module, environ)
+    return _workers[module]
 
 
 def worker() -> Worker:
-    """The worker of this process, which all plugins share, because importing vLLM takes seconds."""
-    if not _workers or not _workers[-1].alive:
-        _workers.append(Worker())
-    return _workers[-1]
+    """The process with vLLM's layers."""
+    own = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return _worker("quantserve.testing.worker", changed(own))
+
+
+def forked(function: str, environ: Mapping[str, str], log: Path, **arguments: object) -> Answer:
+    """Call a function of `quantserve.testing.engines` in a process forked from one that has imported vLLM.
+
+    Args:
+        function: ``generate`` or ``compare``.
+        environ: variables of vLLM, and others added to those of this process.
+        log: a file for what the process prints.
+        arguments: of the function.
+    """
+    out = log.with_suffix(".json")
+    request = {
+        "function": function,
+        "environment": {**_surroundings(), **environ},
+        "log": str(log),
+        "out": str(out),
+        "arguments": arguments,
+    }
+    answer = _worker("quantserve.testing.engines", _surroundings()).ask(request)
+    said: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    printed = shown(log, end=True) if log.exists() else ""
+    if answer.problem or "value" not in said:
+        return Answer(None, answer.problem or said.get("error") or f"the process ended with {answer.value}", printed)
+    return Answer(said["value"], "", printed)
+
+
+def _surroundings() -> dict[str, str]:
+    """The variables of this process without vLLM's, which tests of layers leave there."""
+    own = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # vLLM would spawn the engine core, and that its worker; each would import everything again.
+    own |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # Threads of a small model cost more than they compute, most of all when the other core has work of its own.
+    own |= {"OMP_NUM_THREADS": "1"}
+    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | own
+
+
+def binding(ranks: int) -> dict[str, str]:
+    """By itself vLLM binds one rank to each NUMA node; several on one node need their cores named."""
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join((cores * ranks)[:ranks])} if ranks > 1 else {}

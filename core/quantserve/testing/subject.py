@@ -9,7 +9,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoints
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from quantserve.api import Checkpoint, Finding, Linear, Scheme, Severity, linears, modules
 from quantserve.checkpoint import open_checkpoint
@@ -114,7 +114,9 @@ class Subject:
 
     @cached_property
     def facts(self) -> frozenset[str]:
-        """Capabilities, and what else the checks need: ``method``, ``scheme``, ``values``, ``layers``, ``kernel``..."""
+        """Capabilities, and what else the checks need: ``method``, ``scheme``, ``kernel``, ``files``, ``values`` (a
+        written checkpoint and a reference, on a CPU), and ``layers`` where vLLM's layers take those of one linear.
+        """
         declared = self.case.capabilities
         facts = set(self.told | {"tensor-parallel"} if declared is None else declared)
         facts |= {name for name in ("method", "scheme", "kernel", "performance", "quality") if self._has(name)}
@@ -122,8 +124,9 @@ class Subject:
         facts |= {"engine-side"} if self.sides else set()
         written = self.case.checkpoint is not None and not isinstance(self.case.checkpoint, Mapping)
         facts |= {"files"} if written else set()
-        if written and self.method and self.case.reference and "cpu" in facts and "reader" not in facts:
-            facts.add("layers")
+        if written and self.method and self.case.reference and "cpu" in facts:
+            facts.add("values")
+            facts |= {"layers"} if self.method.vllm_name and "reader" not in facts else set()
         return frozenset(facts)
 
     def _has(self, name: str) -> bool:
@@ -267,18 +270,39 @@ class Subject:
         present = modules(self.good)
         return [one for one in linears(self.good) if set(present.get(one.names[0], {})) - {"weight", "bias"}]
 
-    # --- vLLM's layers -----------------------------------------------------------------------------------
+    # --- its weights, and vLLM's layers ------------------------------------------------------------------
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for files, which goes with this object."""
+        return Path(self._folder.name)
+
+    @cached_property
+    def weights(self) -> Mapping[str, Any]:
+        """The reference weights by module."""
+        assert self.case.reference is not None
+        assert self.folder is not None
+        return self.case.reference(self.folder)
+
+    def on_cpu(self, dtype: str) -> Composition:
+        """What becomes of the good checkpoint in a dtype on a CPU, as a user would set it."""
+        cpu = next(target for target in self.targets if target.device == "cpu")
+        model = self.model()
+        engine = model.engine_config
+        kwargs = {**engine.engine_kwargs, "dtype": dtype}
+        model = model.model_copy(update={"engine_config": engine.model_copy(update={"engine_kwargs": kwargs})})
+        return compose(model, self.registry, cpu, opened=self.good, predict=False)
 
     @cached_property
     def layers(self) -> Answer:
         """What the worker found about vLLM's side: problems by the name of the check."""
         folder, reference = "", ""
-        if "layers" in self.facts and self.folder and self.case.reference:
+        if "layers" in self.facts and any(not linear.experts for linear in self.quantized):
             from safetensors.torch import save_file
 
-            folder, reference = str(self.folder), str(Path(self._folder.name, "reference.safetensors"))
-            weights = self.case.reference(self.folder)
-            save_file({name: weight.detach().float().contiguous() for name, weight in weights.items()}, reference)
+            folder, reference = str(self.folder), str(self.scratch / "reference.safetensors")
+            weights = {name: weight.detach().float().contiguous() for name, weight in self.weights.items()}
+            save_file(weights, reference)
         return worker().ask(
             {
                 "side": self.sides[0] if self.sides else "",

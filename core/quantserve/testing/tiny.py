@@ -21,11 +21,14 @@ TOKENIZER: Final = {"present": True, "max_token_id": 255, "has_chat_template": T
 
 
 def llama_config(hidden: int, intermediate: int, layers: int = 2) -> dict[str, Any]:
-    """config.json of a small Llama with 8 heads of keys and values, which 8 ranks can share."""
+    """config.json of a small Llama with 8 heads of keys and values, which 8 ranks can share.
+
+    vLLM's attention on CPUs has no heads with fewer than 32 numbers.
+    """
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden,
         "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": 8,
-        "num_key_value_heads": 8, "head_dim": hidden // 8, "vocab_size": 256, "max_position_embeddings": 256,
+        "num_key_value_heads": 8, "head_dim": max(32, hidden // 8), "vocab_size": 256, "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1,
         "eos_token_id": 2, "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
     }  # fmt: skip

@@ -1,72 +1,57 @@
-"""Engines: greedy tokens against transformers. These start vLLM, and run only when asked for."""
+"""Engines: greedy tokens and log-probabilities against transformers. These start vLLM, and run only when asked for."""
 
 from __future__ import annotations
 
 import json
+import random
+import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from quantserve.api import modules
+from quantserve.api import Tensor, modules
 from quantserve.testing.check import Skip, check
-from quantserve.testing.child import ask
+from quantserve.testing.child import Answer, binding, forked
 from quantserve.testing.subject import Subject, engine_available
 
-PROMPTS: Final = [[1, 17, 33, 42, 99], [2, 40, 7, 8, 64, 3, 29], [5], list(range(20, 60))]
-TOKENS: Final = 16
-CLEAR: Final = 0.3
-"""By how much the two best logits differ where tokens must be equal."""
-CLOSE: Final = {"float32": 0.05, "bfloat16": 0.3, "float16": 0.3}
-"""How far log-probabilities may differ."""
-
-_ENGINE: Final = """
-import os
-spec = json.loads(sys.argv[1])
-from vllm import LLM, SamplingParams
-engine = LLM(skip_tokenizer_init=True, max_model_len=128, max_num_seqs=8, **spec["engine"])
-sampling = SamplingParams(temperature=0, max_tokens=spec["tokens"], logprobs=0, ignore_eos=True, detokenize=False)
-made = []
-for one in engine.generate([{"prompt_token_ids": prompt} for prompt in spec["prompts"]], sampling):
-    out = one.outputs[0]
-    made.append([list(out.token_ids), [s[t].logprob for s, t in zip(out.logprobs, out.token_ids)]])
-answer(made)
-"""
-_COMPARE: Final = """
-import torch, transformers
-spec = json.loads(sys.argv[1])
-model = transformers.AutoModelForCausalLM.from_pretrained(spec["plain"], dtype=torch.float32)
-problems, checked, total = [], 0, 0
-for prompt, (tokens, logprobs) in zip(spec["prompts"], spec["made"]):
-    tokens = torch.tensor(tokens)
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + tokens.tolist()])).logits[0][len(prompt) - 1 : -1]
-    best = logits.topk(2)
-    sure = best.values[:, 0] - best.values[:, 1] > spec["clear"]
-    wrong = (tokens != best.indices[:, 0]) & sure
-    expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    far = (expected - torch.tensor(logprobs)).abs().max().item()
-    checked, total = checked + int(sure.sum()), total + len(tokens)
-    if wrong.any():
-        problems.append(f"prompt {prompt[:4]}: {int(wrong.sum())} of {int(sure.sum())} clear tokens differ")
-    if not far < spec["close"]:
-        problems.append(f"prompt {prompt[:4]}: a log-probability differs by {far:.3g}, and may by {spec['close']}")
-if checked <= total / 4:
-    problems.append(f"only {checked} of {total} tokens are clear, so the comparison says little: use larger weights")
-answer(problems)
-"""
+BATCHES: Final = (1, 4, 20)
+"""Prompts that run together. Those of the last have more rows than the kernels decode weights for each of."""
+LENGTHS: Final = (5, 9, 1, 40)
+TOKENS: Final = 12
+ARGUMENTS: Final = {
+    "skip_tokenizer_init": True,
+    "max_model_len": 128,
+    "max_num_seqs": max(BATCHES),
+    "kv_cache_memory_bytes": 64 << 20,
+}
+"""Of every engine."""
+ROUNDING: Final = {"float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}
+"""Of a value in the dtype, as a share of it."""
+CLOSE: Final = 60
+"""How far log-probabilities may differ, in roundings."""
+LEAST: Final = 1e-3
+"""How far they may differ in any case: float32's own sums, in another order."""
+MOST_TENSORS: Final = 4
+"""Tensors that are left out, one engine each."""
 
 
-@check("E01-tokens", "layers")
+@check("E01-tokens", "values")
 def tokens(subject: Subject) -> Iterator[str]:
-    """An engine gives the greedy tokens and log-probabilities of transformers on the reference weights in float32.
+    """An engine gives the greedy tokens and log-probabilities of transformers on the reference weights in float32, in
+    every dtype that the method serves on a CPU, for batches of 1, 4 and 20 prompts.
 
     Fix: run the N checks first; then look at what the layers do not show: embeddings, biases, lm_head, experts.
     """
-    yield from _compared(subject, enforce_eager=True)
+    served = _dtypes(subject)
+    if not served:
+        raise Skip("the checkpoint is refused on a CPU in every dtype of the method")
+    for dtype in served:
+        yield from (f"{dtype}: {problem}" for problem in _compared(subject, dtype, enforce_eager=True))
 
 
-@check("E02-two-ranks", "layers", "tensor-parallel")
+@check("E02-two-ranks", "values", "tensor-parallel")
 def two_ranks(subject: Subject) -> Iterator[str]:
     """An engine on two ranks gives them as well.
 
@@ -74,44 +59,141 @@ def two_ranks(subject: Subject) -> Iterator[str]:
     """
     if 2 not in subject.ranks:
         raise Skip("the checkpoint is refused on 2 ranks")
-    yield from _compared(subject, enforce_eager=True, tensor_parallel_size=2)
+    yield from _compared(subject, _dtype(subject), enforce_eager=True, tensor_parallel_size=2)
 
 
-@check("E03-compiled", "layers")
+@check("E03-compiled", "values")
 def compiled(subject: Subject) -> Iterator[str]:
     """A compiled engine, vLLM's default, gives them as well.
 
     Fix: register custom operators with a fake implementation; keep no Python branch on the number of rows.
     """
-    yield from _compared(subject, enforce_eager=False)
+    yield from _compared(subject, _dtype(subject), enforce_eager=False)
 
 
-def _compared(subject: Subject, **more: Any) -> list[str]:
+@check("E04-missing-tensors", "values", "method")
+def missing_tensors(subject: Subject) -> Iterator[str]:
+    """An engine stops where the files lack a tensor that `check` misses as well, and its log names the layer.
+
+    Fix: see N04. Where vLLM's own method does not look, `check` is all that finds it: an expected failure.
+    """
+    if subject.good.container or not (some := list(_needed(subject))):
+        raise Skip("no tensor can be left out of these files")
+    for module, tensor in some[:MOST_TENSORS]:
+        with tempfile.TemporaryDirectory(prefix="quantserve-") as folder:
+            _write_without(subject, Path(folder), tensor.name)
+            log = Path(folder, "log.txt")
+            made = _generated(subject, Path(folder), _dtype(subject), log, enforce_eager=True)
+            text = log.read_text(errors="replace") if log.exists() else ""
+        block = (re.match(r".*?\.\d+(?=\.)", module) or [module])[0]
+        if not made.problem:
+            yield f"without {tensor.name} the engine starts, and computes something else"
+        elif block not in text:
+            yield f"without {tensor.name} the engine stops, and its log does not name {block}: {made.problem:.300}"
+
+
+# --- engines ----------------------------------------------------------------------------------------------
+
+
+def _dtypes(subject: Subject) -> list[str]:
+    """The dtypes of the method in which the checkpoint has no errors on a CPU."""
+    assert subject.method is not None
+    return [dtype for dtype in subject.method.dtypes if not subject.on_cpu(dtype).errors]
+
+
+def _dtype(subject: Subject) -> str:
+    """The dtype that shows most: float32 where it is served."""
+    served = _dtypes(subject)
+    if not served:
+        raise Skip("the checkpoint is refused on a CPU in every dtype of the method")
+    return min(served, key=lambda dtype: ROUNDING[dtype])
+
+
+def _generated(subject: Subject, model: Path, dtype: str, log: Path, **more: Any) -> Answer:
+    """What an engine generates for each batch.
+
+    Raises:
+        Skip: there is no engine here.
+    """
     if why := engine_available():
         raise Skip(why)
-    folder, method = subject.folder, subject.method
-    assert folder is not None
-    assert method is not None
-    cpu = next(target for target in subject.targets if target.device == "cpu")
-    composition = subject.composed(target=cpu)
-    dtype = "float32" if "float32" in method.dtypes else method.dtypes[-1]
-    kwargs = {name: setting.value for name, setting in composition.engine_kwargs.items()}
-    engine = {**kwargs, "model": str(folder), "dtype": dtype, **more}
-    variables = {**composition.environment, **composition.engine_environment, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    variables |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    spec = {"engine": engine, "prompts": PROMPTS, "tokens": TOKENS}
-    made = ask(_ENGINE, json.dumps(spec), environ=variables, parts=60, bounded=False)
-    if made.problem:
-        return [f"the engine: {made.problem}"]
-    with tempfile.TemporaryDirectory(prefix="quantserve-") as plain:
-        _write_plain(subject, folder, Path(plain))
-        spec = {"plain": plain, "prompts": PROMPTS, "made": made.value, "clear": CLEAR, "close": CLOSE[dtype]}
-        compared = ask(_COMPARE, json.dumps(spec), parts=60)
+    planned = subject.on_cpu(dtype)
+    kwargs = {name: setting.value for name, setting in planned.engine_kwargs.items()}
+    return forked(
+        "generate",
+        {
+            **binding(more.get("tensor_parallel_size", 1)),
+            **planned.environment,
+            **planned.engine_environment,
+            "VLLM_DISABLE_COMPILE_CACHE": "1",  # what was compiled before says nothing about this plugin
+        },
+        log,
+        engine={**ARGUMENTS, **kwargs, "model": str(model), "dtype": dtype, **more},
+        batches=_batches(subject),
+        tokens=TOKENS,
+    )
+
+
+def _batches(subject: Subject) -> list[list[list[int]]]:
+    """Prompts of random tokens."""
+    numbers, vocabulary = random.Random(0), int(subject.good.config.get("vocab_size") or 64)
+    return [
+        [[numbers.randrange(vocabulary) for _ in range(LENGTHS[index % len(LENGTHS)])] for index in range(size)]
+        for size in BATCHES
+    ]
+
+
+def _compared(subject: Subject, dtype: str, **more: Any) -> list[str]:
+    """Where an engine and transformers differ."""
+    assert subject.folder is not None
+    plain = _plain(subject)
+    with tempfile.TemporaryDirectory(prefix="quantserve-") as folder:
+        made = _generated(subject, subject.folder, dtype, Path(folder, "engine.txt"), **more)
+        if made.problem:
+            return [f"the engine: {made.problem}: {made.printed}"]
+        close = max(LEAST, CLOSE * max(ROUNDING[dtype], subject.case.tolerance))
+        compared = forked(
+            "compare",
+            {},
+            Path(folder, "transformers.txt"),
+            plain=str(plain),
+            prompts=[prompt for batch in _batches(subject) for prompt in batch],
+            generated=[one for batch in made.value for one in batch],
+            clear=2 * close,
+            close=close,
+        )
     return [f"transformers: {compared.problem}"] if compared.problem else compared.value
 
 
-def _write_plain(subject: Subject, folder: Path, destination: Path) -> None:
-    """The checkpoint with the reference weights in float32.
+def _needed(subject: Subject) -> Iterator[tuple[str, Tensor]]:
+    """A tensor for each suffix without which the checkpoint has an error, with its module."""
+    present, seen = modules(subject.good), set()
+    for linear in subject.quantized:
+        for name in linear.names[:1]:
+            for suffix, tensor in present.get(name, {}).items():
+                if suffix in seen or suffix == "bias":
+                    continue
+                seen.add(suffix)
+                tensors = {key: one for key, one in subject.good.tensors.items() if key != tensor.name}
+                if subject.errors(replace(subject.good, tensors=tensors)):
+                    yield name, tensor
+
+
+def _write_without(subject: Subject, destination: Path, name: str) -> None:
+    """The checkpoint without a tensor."""
+    from safetensors.torch import load_file, save_file
+
+    assert subject.folder is not None
+    for file in subject.folder.iterdir():
+        tensors = load_file(file) if file.suffix == ".safetensors" else {}
+        if tensors.pop(name, None) is None:
+            (destination / file.name).symlink_to(file.resolve())
+        else:
+            save_file(tensors, destination / file.name, {"format": "pt"})
+
+
+def _plain(subject: Subject) -> Path:
+    """The folder of the checkpoint with the reference weights in float32, as transformers reads it.
 
     Raises:
         Skip: a quantized linear is not among them.
@@ -119,18 +201,27 @@ def _write_plain(subject: Subject, folder: Path, destination: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    assert subject.case.reference is not None
-    weights = subject.case.reference(folder)
-    names = {name for linear in subject.quantized for name in linear.names}
+    assert subject.folder is not None
+    destination = subject.scratch / "plain"
+    if destination.exists():
+        return destination
+    weights, present = subject.weights, modules(subject.good)
+    names = {name for linear in subject.quantized for name in linear.names} if subject.arguments else set()
     if lacking := sorted(names - set(weights)):
         raise Skip(f"the reference has no {lacking[0]}, and {len(lacking) - 1} more")
-    present = modules(subject.good)
     stored = {tensor.name for name in weights for suffix, tensor in present.get(name, {}).items() if suffix != "bias"}
-    tensors = {name: one for file in sorted(folder.glob("*.safetensors")) for name, one in load_file(file).items()}
+    files = [] if subject.good.container else sorted(subject.folder.glob("*.safetensors"))
+    tensors = {name: one for file in files for name, one in load_file(file).items()}
     plain = {name: one.float() for name, one in tensors.items() if name not in stored}
-    plain |= {f"{name}.weight": weight.to(torch.float32).contiguous() for name, weight in weights.items()}
+    stacks = {linear.name for linear in subject.quantized if linear.stacked}
+    plain |= {
+        name if name in stacks else f"{name}.weight": weight.to(torch.float32).contiguous()
+        for name, weight in weights.items()
+    }
+    destination.mkdir()
     save_file(plain, destination / "model.safetensors", {"format": "pt"})
     config = {
         key: value for key, value in subject.good.config.items() if key not in ("quantization_config", "torch_dtype")
     }
     (destination / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    return destination

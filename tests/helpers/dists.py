@@ -57,6 +57,15 @@ class Site:
         self._write(distribution, version, requires, module, code, lines)
         return module
 
+    def page(
+        self, distribution: str, code: str, *, name: str = "explorer", version: str = "1.0", requires: str = ""
+    ) -> str:
+        """Install a distribution with one module and the page `page` of it."""
+        module = distribution.replace("-", "_") + "_page"
+        lines = ["[quantserve.pages]", f"{name} = {module}:page"]
+        self._write(distribution, version, requires, module, code, lines)
+        return module
+
     def _write(
         self, distribution: str, version: str, requires: str, module: str, code: str, entry_points: list[str]
     ) -> None:

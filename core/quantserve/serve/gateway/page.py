@@ -74,7 +74,9 @@ def _wants_json(scope: Scope) -> bool:
 def page_settings(config: Mapping[str, Any], policy: Policy, models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a page is made with: the config's section ``explorer``, and what it may know of the server."""
     methods = [
-        {"id": model["card"]["id"], "method": (model["card"].get("metadata") or {}).get("method")} for model in models
+        {"id": name, "method": (model["card"].get("metadata") or {}).get("method")}
+        for model in models
+        for name in (model["card"]["id"], *model["aliases"])
     ]
     return {**config, "version": __version__, "keys": policy.has_keys, "models": methods}
 

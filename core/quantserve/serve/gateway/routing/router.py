@@ -202,7 +202,7 @@ class Router:
             raise Refused(405, message, code="method_not_allowed", headers={"allow": "GET"})
         if path == "/":
             overview = _overview(route, self.metrics is not None, self.status is not None)
-            return JSONResponse(overview, headers={"vary": "accept"} if self.page else None)
+            return JSONResponse(overview, headers={"vary": "accept"} if self.page and not route else None)
         if path == "/health":
             return await self._health(models)
         if path == "/openapi.json":

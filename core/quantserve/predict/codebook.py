@@ -61,7 +61,7 @@ def codebook_kernel(
             name="quantserve-kernels",
             bits_per_weight=bits_per_weight,
             bandwidth_share=((1, share), (64, share)),
-            flops_share=((1, 0.35), (4, 0.55), (16, 0.73), (64, 0.87), (512, 0.97)),
+            flops_share=((1, 0.43), (4, 0.85), (16, 0.92), (512, 0.97)),
             source="derived: quantserve-kernels with 4 and 8 bits in groups of 128 on an AMD EPYC with AVX-512, "
             "docs/performance.md (2 and 3 bits: assumed)",
             uncertainty=0.5,

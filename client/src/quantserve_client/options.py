@@ -53,7 +53,7 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--url``, ``--api-key`` and timeouts, as the arguments of `Address`."""
     for option in reversed(
         (
-            click.option("--url", default=URL, show_default=True, help="Address of the server."),
+            click.option("--url", default=URL, show_default=True, metavar="URL", help="Address of the server."),
             click.option(
                 "--api-key",
                 envvar=KEY_VARIABLES,

@@ -13,6 +13,7 @@ from quantserve.cli.output import console, kv_cache, print_json, table
 from quantserve.cli.sources import choose_target, load_sources, outcomes, source_options
 from quantserve.planning.plan import Plan, make_plans
 from quantserve.plugins.registry import Registry
+from quantserve.system.secrets import without_secrets
 from quantserve.target import gib
 
 
@@ -58,7 +59,7 @@ def print_plan(out: Console, plan: Plan) -> None:
         "route": plan.route_prefix,
         "deployment": json.dumps(plan.deployment),
         "kernel": plan.kernel,
-        "environment": json.dumps(plan.runtime_env),
+        "environment": json.dumps(without_secrets(plan.runtime_env)),
         "variables": ", ".join(f"{name} set by {source}" for name, source in plan.environment_provenance.items()),
         "adapters": ", ".join(f"{one['name']} ({one['path']})" for one in plan.frontend_args.get("lora_modules") or []),
         "downloads": ", ".join(f"{one['source']} ({gib(sum(one['files'].values()))})" for one in plan.downloads),

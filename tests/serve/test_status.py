@@ -19,6 +19,7 @@ from quantserve.config import load_object
 from quantserve.planning.compose import compose
 from quantserve.planning.plan import Plan, make_plan
 from quantserve.plugins.registry import Registry
+from quantserve.serve.asgi import request_scope
 from quantserve.serve.gateway.app import describe_models, public_app
 from quantserve.serve.gateway.metrics.collect import GatewayMetrics, MetricsEndpoint
 from quantserve.serve.gateway.middleware.api_keys import KeySet
@@ -29,7 +30,7 @@ from quantserve.serve.gateway.upstreams.pool import Limits, Pool
 from quantserve.system.secrets import HIDDEN, without_secrets
 from quantserve.target import find_target
 
-from .asgi_client import Answer, request, request_scope
+from .asgi_client import Answer, request
 from .prometheus_texts import CARDS, EARLIER, LATER
 from .replica import TOKEN, Replica, post, served, until
 from .replica import run as in_loop

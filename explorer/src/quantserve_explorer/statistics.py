@@ -47,7 +47,7 @@ def wilson(rate: float, count: int) -> tuple[float, float]:
     centre = rate + Z * Z / (2 * count)
     spread = Z * sqrt(rate * (1 - rate) / count + Z * Z / (4 * count * count))
     scale = 1 + Z * Z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return max(0.0, min(rate, (centre - spread) / scale)), min(1.0, max(rate, (centre + spread) / scale))
 
 
 def summary(votes: int, kinds: Mapping[Kind, int]) -> dict[str, Any]:

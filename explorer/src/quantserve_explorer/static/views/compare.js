@@ -24,6 +24,7 @@ export function compareView(state) {
   let known = "";
   let wanted = null; // models of a link, before the list is known
   let drawing = false;
+  let early = false; // asked to run before the models were known
 
   const prompt = h("textarea", { id: "prompt", rows: "3", placeholder: "Ask something", spellcheck: "true" });
   const system = h("textarea", { id: "system", rows: "2", placeholder: "None" });
@@ -49,6 +50,7 @@ export function compareView(state) {
     h("button", { type: "button", class: "quiet", onclick: () => download("comparison.json", JSON.stringify(shared(), null, 2), "application/json") }, icon("download"), "Save JSON"),
     h("button", { type: "button", class: "quiet", onclick: (e) => copy(e.currentTarget, link()) }, icon("link"), "Copy link"),
   );
+  const legend = h("p", { class: "hint" }, "TTFT: time to the first token, as seen here. TPOT: time per further token. exp.: expected for one request alone.");
   const form = h(
     "form",
     { class: "card composer", novalidate: false },
@@ -71,7 +73,7 @@ export function compareView(state) {
       h("div", { class: "row go" }, h("span", { class: "hint keys", "aria-hidden": "true" }, h("kbd", {}, "Ctrl"), " ", h("kbd", {}, "Enter")), stopButton, runButton),
     ),
   );
-  const element = h("div", { class: "view compare" }, h("h1", { class: "hidden" }, "Compare models"), form, notice, h("section", { "aria-label": "Answers" }, grid), vote, share);
+  const element = h("div", { class: "view compare" }, h("h1", { class: "hidden" }, "Compare models"), form, notice, h("section", { "aria-labelledby": "answers" }, h("h2", { class: "hidden", id: "answers" }, "Answers"), grid), vote, h("div", { class: "row foot" }, legend, share));
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -106,6 +108,8 @@ export function compareView(state) {
 
   function runAll() {
     stop();
+    early = !state.status;
+    if (early) return announce("The list of models is still loading; the models are asked then.");
     if (!prompt.value.trim()) return complain("The prompt is empty. Write one, or take an example.", prompt);
     if (!columns.length) return complain("No model is chosen. Choose one to four above.", chips.querySelector("button"));
     notice.hidden = true;
@@ -316,6 +320,7 @@ export function compareView(state) {
         return;
       }
       draw();
+      if (early) runAll();
     },
   };
 }

@@ -12,10 +12,11 @@ const SHORTEST_S = 120;
 const HEIGHT = 150;
 const COLOURS = 8;
 const DASH = [4, 4];
+const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000];
 const ms = (seconds) => duration(seconds === null || seconds === undefined ? undefined : seconds * 1000);
 const CHARTS = [
-  { title: "Requests running", fields: ["running"], unit: integer },
-  { title: "Requests queued", fields: ["queued"], unit: integer },
+  { title: "Requests running", fields: ["running"], unit: integer, whole: true },
+  { title: "Requests queued", fields: ["queued"], unit: integer, whole: true },
   { title: "Requests per second", note: "dashed: refused with 429", fields: ["requests", "busy"], unit: figure },
   { title: "Output tokens per second", fields: ["tokens"], unit: figure },
   { title: "Time to first token", note: "median, dashed: 95th percentile", fields: ["ttft50", "ttft95"], unit: ms },
@@ -133,7 +134,7 @@ export function loadView(state) {
         scales: { x: { range: (_, __, max) => [Math.min(series.times[0], max - SHORTEST_S), max] }, y: { range: (_, __, max) => [0, max > 0 ? max * 1.15 : 1] } },
         axes: [
           { ...axis, size: 24, space: 64, values: (plotted, ticks) => ticks.map((tick) => clock(tick, plotted.scales.x)) },
-          { ...axis, size: 58, space: 32, values: (_, ticks) => ticks.map((tick) => (tick === 0 ? "0" : chart.unit(tick))) },
+          { ...axis, size: 58, space: 32, incrs: chart.whole ? WHOLE : undefined, values: (_, ticks) => ticks.map((tick) => short(tick, chart.unit)) },
         ],
         series: [
           {},
@@ -196,6 +197,9 @@ export function loadView(state) {
     },
   };
 }
+
+/** A value of an axis: 60 ms instead of 60.0 ms. */
+const short = (tick, unit) => (tick === 0 ? "0" : unit(tick).replace(/\.0+(?=\D|$)/, ""));
 
 /** Time of day, with seconds where the axis is short. */
 function clock(time, { min, max }) {

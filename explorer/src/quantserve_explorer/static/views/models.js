@@ -100,8 +100,8 @@ function row(model, chosen, settings) {
 const hint = (value, unit) => (value === null || value === undefined ? "" : `exp. ${unit(value)}`);
 const pill = (state) => h("span", { class: `pill ${state}` }, state);
 const bits = ({ bits: width, bits_per_weight: kept }) => [width && `${width} bit`, kept && kept !== width && `${figure(kept)} per weight`].filter(Boolean).join(", ");
-const expectedCost = (expected, settings) =>
-  costPerMillion(settings?.price_per_hour, expected?.tokens_per_s && expected.concurrency ? expected.tokens_per_s * expected.concurrency : null);
+const expectedTotal = (expected) => (expected?.tokens_per_s && expected.concurrency ? expected.tokens_per_s * expected.concurrency : null);
+const expectedCost = (expected, settings) => costPerMillion(settings?.price_per_hour, expectedTotal(expected));
 
 function replicaCount({ replicas, ongoing, queued }) {
   const ready = replicas.filter((replica) => replica.state === "ready").length;
@@ -152,14 +152,14 @@ function about(model, settings) {
             [["TTFT", "ttft_ms", duration], ["TPOT", "tpot_ms", duration], ["Tokens/s per request", "tokens_per_s", figure]].map(([name, key, unit]) =>
               h("tr", {}, h("th", { scope: "row" }, name), [observed, expected, expected?.alone].map((figures) => number(unit(figures?.[key])))),
             ),
-            h("tr", {}, h("th", { scope: "row" }, "Tokens/s of all"), number(figure(observed?.total_tokens_per_s)), number(figure(expected?.tokens_per_s * expected?.concurrency)), number("")),
+            h("tr", {}, h("th", { scope: "row" }, "Tokens/s of all"), number(figure(observed?.total_tokens_per_s)), number(figure(expectedTotal(expected))), number("")),
             settings?.price_per_hour !== null && settings
               ? h("tr", {}, h("th", { scope: "row" }, "Cost per million tokens"), number(cost(observed?.total_tokens_per_s)), number(money(expectedCost(expected, settings), settings.currency)), number(cost(expected?.alone?.tokens_per_s)))
               : null,
           ),
         ),
         h("p", { class: "hint" }, observed ? `Observed: ${integer(observed.requests)} requests in ${duration(observed.window_s * 1000)}.` : "Observed: no request has completed yet."),
-        expected ? h("p", { class: "hint" }, `Expected at ${integer(expected.concurrency)} users (${expected.source}). ${expected.conditions ?? ""}`) : h("p", { class: "hint" }, "No expectation: quantserve predict or bench makes one."),
+        expected ? h("p", { class: "hint" }, expectation(expected)) : h("p", { class: "hint" }, "No expectation: quantserve predict or bench makes one."),
       ),
       card(
         "Quality",
@@ -199,6 +199,11 @@ function about(model, settings) {
     settingsTable("Engine arguments", model.engine_arguments),
     settingsTable("Environment", model.environment),
   ];
+}
+
+function expectation({ concurrency, source, conditions, alone }) {
+  const load = concurrency ? ` at ${integer(concurrency)} users` : "";
+  return `Expected${load} (${source}): ${conditions ?? "no conditions given"}.${alone ? " Alone: one request at a time." : ""}`;
 }
 
 const limit = (count) => (count < 0 ? "any number" : integer(count));

@@ -22,8 +22,8 @@ BATCH_S: Final = 0.2
 """Write interval, so that a busy server does not wake a thread per request."""
 BUFFER_LINES: Final = 100_000
 """Most buffered lines; when writing is slower than the requests, the oldest are dropped and counted."""
-QUIET_PATHS: Final = ("/health", "/metrics")
-"""Polled paths, which are logged only for errors."""
+QUIET_PATHS: Final = ("/health", "/metrics", "/status")
+"""Polled paths, which are logged only for errors, as those of the web page are."""
 _LONGEST_PATH: Final = 300
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class AccessLog:
 
     def __call__(self, trace: Trace) -> None:
         """Log one completed request; does not block."""
-        if trace.path in QUIET_PATHS and trace.status < 400:
+        if (trace.path in QUIET_PATHS or trace.path.startswith("/explorer/")) and trace.status < 400:
             return
         if len(self._lines) == BUFFER_LINES:
             self._dropped += 1

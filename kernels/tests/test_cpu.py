@@ -12,6 +12,7 @@ from torch import Tensor
 import quantserve_kernels as kernels
 from kernel_cases import Case, affine, codebook, fp8, grouped_codebook, nf4, relative_error
 from quantserve_kernels import _fallback, _ops
+from quantserve_kernels._arguments import EXPERTS, LINEAR, numbers_of, tensors_of
 
 ISAS = _ops.instruction_sets()
 ROWS = (0, 1, 2, 3, 5, 7, 8, 18, 33)
@@ -304,8 +305,7 @@ def test_the_plain_torch_operator_agrees(dtype: torch.dtype) -> None:
         w = case.weight
         x = torch.randn(3, w.k, generator=torch.Generator().manual_seed(10)).to(dtype)
         bias = torch.randn(w.n, generator=torch.Generator().manual_seed(11)).to(dtype)
-        arguments = (w.codes, w.table, w.scales, w.zeros, w.rows, w.cols, w.vals, bias, w.bits, w.n, w.k, w.group_size)
-        y = _fallback.codebook_linear(x, *arguments)
+        y = _fallback.codebook_linear(x, *tensors_of(w), bias, *numbers_of(w))
         expected = x.double() @ case.matrix.t() + bias.double()
         assert relative_error(y, expected) < ROUNDING[dtype]
         assert relative_error(w.dequantize(torch.float64), case.matrix) < 1e-6
@@ -318,11 +318,17 @@ def test_it_is_one_node_under_compile_and_shapes_may_change() -> None:
     for m in (1, 2, 5, 40):
         x = torch.randn(m, 64, generator=torch.Generator().manual_seed(m))
         assert torch.equal(compiled(x), layer(x))
-    w = case.weight
-    arguments = (w.codes, w.table, w.scales, w.zeros, None, None, None, None, w.bits, w.n, w.k, w.group_size)
     checks = torch.library.opcheck(
         torch.ops.quantserve_kernels.codebook_linear,
-        (torch.randn(3, 64), *arguments),
+        (torch.randn(3, 64), *tensors_of(case.weight), None, *numbers_of(case.weight)),
         test_utils=("test_schema", "test_faketensor"),
     )
     assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("declared", [LINEAR, EXPERTS])
+def test_python_declares_the_operators_as_the_compiled_library_does(declared: str) -> None:
+    """Where nothing is compiled, the declaration of Python is the one there is."""
+    name = declared.partition("(")[0]
+    schema = getattr(torch.ops.quantserve_kernels, name).default._schema
+    assert str(schema) == f"quantserve_kernels::{declared}"

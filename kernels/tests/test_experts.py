@@ -15,6 +15,7 @@ from torch.nn.functional import gelu, linear, silu
 import quantserve_kernels as kernels
 from kernel_cases import Case, affine, codebook, nf4, relative_error
 from quantserve_kernels import _experts, _ops
+from quantserve_kernels._arguments import NUMBERS, TENSORS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ERROR = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -255,9 +256,6 @@ def test_it_is_one_node_under_compile_and_shapes_may_change() -> None:
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
-
-TENSORS = ("codes", "table", "scales", "zeros", "rows", "cols", "vals")
-NUMBERS = ("bits", "n", "k", "group_size")
 
 
 def _arguments(mixture: Mixture, x: Tensor, ids: Tensor, weights: Tensor, activation: str = "silu") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from quantserve_kernels._arguments import Packed, of_experts, of_linear
 from quantserve_kernels._fallback import ACTIVATIONS, columns_of, shape_of, tile_of
 
 Layout = Literal["cpu", "tensor cores", "words"]
@@ -45,27 +46,15 @@ def codes_shape(layout: Layout, table: Tensor, bits: int, n: int, k: int, group_
     return (n, 32 * (chunks + (-(-chunks // 2) if bits == 3 else 0)))
 
 
-def check_linear(
-    x: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    vals: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-) -> Layout:
+def check_linear(*arguments: Any) -> Layout:
     """Refuse arguments that do not fit each other, from shapes, dtypes, strides and devices: no value is read.
 
     Raises:
         ValueError, TypeError: with the numbers and the fix.
     """
-    shape_of(bits, k, group_size, columns=False)
+    x, weight, bias = of_linear(arguments)
+    n, k = weight.n, weight.k
+    shape_of(weight.bits, k, weight.group_size, columns=False)
     if not (1 <= n < MOST and 1 <= k < MOST):
         raise ValueError(f"n {n} and k {k} must be at least 1 and below 2^31")
     if x.dtype not in FLOATS:
@@ -74,34 +63,27 @@ def check_linear(
         raise ValueError(f"x has shape {list(x.shape)}, expected [..., {k}] (k)")
     if x.numel() // k >= MOST:
         raise ValueError(f"x has {x.numel() // k} rows, expected fewer than 2^31")
-    layout = _check_weight("", x.device, codes, table, scales, zeros, rows, cols, vals, bits, n, k, group_size)
+    layout = _check_weight("", x.device, weight)
     if bias is not None:
         _expect(bias, "bias", (n,), FLOATS, x.device)
     return layout
 
 
-def check_experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    *weights: Any,
-) -> None:
+def check_experts(*arguments: Any) -> None:
     """Refuse arguments of `codebook_experts` that do not fit each other; the ids are read.
 
     Raises:
         ValueError, TypeError: with the numbers and the fix.
     """
-    w13, w13_bias, w2, w2_bias = weights[:7], weights[7], weights[8:15], weights[15]
-    w13_numbers, w2_numbers = weights[16:20], weights[20:]
+    x, topk_ids, topk_weights, activation, w13, w13_bias, w2, w2_bias = of_experts(arguments)
     if x.dtype not in FLOATS:
         raise TypeError(f"x is {x.dtype}; known: float32, float16, bfloat16")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation}; known: {', '.join(ACTIVATIONS)}")
-    _check_weight("w13_", x.device, *w13, *w13_numbers)
-    _check_weight("w2_", x.device, *w2, *w2_numbers)
-    (_, n13, hidden, _), (_, n2, width, _) = w13_numbers, w2_numbers
-    tiles = tile_of(w13[1]), tile_of(w2[1])
+    _check_weight("w13_", x.device, w13)
+    _check_weight("w2_", x.device, w2)
+    n13, hidden, n2, width = w13.n, w13.k, w2.n, w2.k
+    tiles = tile_of(w13.table), tile_of(w2.table)
     if 2 * width % tiles[0] or hidden % tiles[1]:
         raise ValueError(
             f"2 * w2_k, {2 * width}, must be a multiple of {tiles[0]} and w13_k {hidden} one of {tiles[1]}"
@@ -126,22 +108,9 @@ def check_experts(
         raise ValueError(f"topk_ids holds {int(topk_ids.min())}..{int(topk_ids.max())}, expected -1..{count - 1}")
 
 
-def _check_weight(
-    owner: str,
-    device: torch.device,
-    codes: Tensor,
-    table: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    vals: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-) -> Layout:
+def _check_weight(owner: str, device: torch.device, weight: Packed) -> Layout:
     """The fields of a PackedWeight; `owner` goes before their names."""
+    codes, table, scales, zeros, rows, cols, vals, bits, n, k, group_size = weight
     groups = shape_of(bits, k, group_size, columns_of(table)).groups
     layout = layout_of(codes)
     if (codes.device.type == "cpu") != (layout == "cpu"):

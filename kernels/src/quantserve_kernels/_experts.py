@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantserve_kernels import _fallback
+from quantserve_kernels._arguments import numbers_of, tensors_of
 from quantserve_kernels._fallback import ACTIVATIONS, tile_of
 from quantserve_kernels._ops import allocate_codes
 from quantserve_kernels._weight import PackedWeight, pack
@@ -62,12 +63,12 @@ def experts(
         topk_ids,
         topk_weights,
         activation,
-        *_tensors(w13),
+        *tensors_of(w13),
         w13_bias,
-        *_tensors(w2),
+        *tensors_of(w2),
         w2_bias,
-        *_numbers(w13),
-        *_numbers(w2),
+        *numbers_of(w13),
+        *numbers_of(w2),
     )
 
 
@@ -112,14 +113,6 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
         k=first.k,
         group_size=first.group_size,
     )
-
-
-def _tensors(weight: PackedWeight) -> tuple[Tensor | None, ...]:
-    return weight.codes, weight.table, weight.scales, weight.zeros, weight.rows, weight.cols, weight.vals
-
-
-def _numbers(weight: PackedWeight) -> tuple[int, ...]:
-    return weight.bits, weight.n, weight.k, weight.group_size
 
 
 def _kind(weight: PackedWeight) -> str:

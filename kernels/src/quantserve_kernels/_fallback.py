@@ -5,11 +5,13 @@ The layout of the packed codes is described in csrc/kernel.h.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
+
+from quantserve_kernels._arguments import Packed, of_experts, of_linear
 
 TILE = 4
 COLUMNS = 16  # channels of a tile where all share a table
@@ -143,22 +145,9 @@ def features_of(cols: Tensor, shape: Shape) -> Tensor:
     return stored // shape.group_padded * shape.group + stored % shape.group_padded
 
 
-def codebook_linear(
-    x: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    vals: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-) -> Tensor:
+def codebook_linear(*arguments: Any) -> Tensor:
     """`x` [..., k] times the decoded weight, in float32, some channels at a time; returns [..., n] in x's dtype."""
+    x, (codes, table, scales, zeros, rows, cols, vals, bits, n, k, group_size), bias = of_linear(arguments)
     if x.shape[-1] != k:
         raise ValueError(f"x has shape {list(x.shape)}, expected [..., {k}] (k)")
     shape, columns, tile = shape_of(bits, k, group_size, columns_of(table)), columns_of(table), tile_of(table)
@@ -196,78 +185,34 @@ def activate(h: Tensor, activation: str) -> Tensor:
     return gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 
 
-def codebook_experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    w13_codes: Tensor,
-    w13_table: Tensor,
-    w13_scales: Tensor | None,
-    w13_zeros: Tensor | None,
-    w13_rows: Tensor | None,
-    w13_cols: Tensor | None,
-    w13_vals: Tensor | None,
-    w13_bias: Tensor | None,
-    w2_codes: Tensor,
-    w2_table: Tensor,
-    w2_scales: Tensor | None,
-    w2_zeros: Tensor | None,
-    w2_rows: Tensor | None,
-    w2_cols: Tensor | None,
-    w2_vals: Tensor | None,
-    w2_bias: Tensor | None,
-    w13_bits: int,
-    w13_n: int,
-    w13_k: int,
-    w13_group_size: int,
-    w2_bits: int,
-    w2_n: int,
-    w2_k: int,
-    w2_group_size: int,
-) -> Tensor:
+def codebook_experts(*arguments: Any) -> Tensor:
     """The experts of all tokens in float32, one expert at a time; see `quantserve_kernels.experts`."""
-    w13 = _Stack(w13_codes, w13_table, w13_scales, w13_zeros, w13_rows, w13_cols, w13_vals, w13_bias)
-    w2 = _Stack(w2_codes, w2_table, w2_scales, w2_zeros, w2_rows, w2_cols, w2_vals, w2_bias)
-    count = w2_n // w13_k
+    x, topk_ids, topk_weights, activation, w13, w13_bias, w2, w2_bias = of_experts(arguments)
+    count = w2.n // w13.k
     flat = x.to(torch.float32)
     out = torch.zeros_like(flat)
     for expert in range(count):
         token, choice = (topk_ids == expert).nonzero(as_tuple=True)
         if token.numel():
-            h = _one(flat[token], w13, expert, count, w13_bits, w13_n // count, w13_k, w13_group_size)
-            y = _one(activate(h, activation), w2, expert, count, w2_bits, w13_k, w2_k, w2_group_size)
+            h = codebook_linear(*_one(flat[token], w13, w13_bias, expert, count))
+            y = codebook_linear(*_one(activate(h, activation), w2, w2_bias, expert, count))
             out.index_add_(0, token, y * topk_weights[token, choice, None])
     return out.to(x.dtype)
 
 
-class _Stack(NamedTuple):
-    """The tensors of a weight [experts * n, k] and its bias [experts, n]."""
-
-    codes: Tensor
-    table: Tensor
-    scales: Tensor | None
-    zeros: Tensor | None
-    rows: Tensor | None
-    cols: Tensor | None
-    vals: Tensor | None
-    bias: Tensor | None
-
-
-def _one(x: Tensor, stack: _Stack, expert: int, count: int, bits: int, n: int, k: int, group_size: int) -> Tensor:
-    """`x` [rows, k] times the weight of one expert."""
+def _one(x: Tensor, stack: Packed, biases: Tensor | None, expert: int, count: int) -> tuple[Any, ...]:
+    """The arguments of `codebook_linear` for one expert of a weight [experts * n, k] with biases [experts, n]."""
 
     def part(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.unflatten(0, (count, -1))[expert]
 
-    table = stack.table if stack.table.shape[0] == 1 else stack.table.unflatten(0, (count, -1))[expert]
+    n = stack.n // count
     rows, cols, vals = stack.rows, stack.cols, stack.vals
     if rows is not None and cols is not None and vals is not None:
         rows = rows[expert * n : (expert + 1) * n + 1]
         entries = slice(int(rows[0]), int(rows[-1]))
         rows, cols, vals = rows - rows[0], cols[entries], vals[entries]
-    bias = None if stack.bias is None else stack.bias[expert]
-    codes = stack.codes.unflatten(0, (count, -1))[expert]
-    return codebook_linear(
-        x, codes, table, part(stack.scales), part(stack.zeros), rows, cols, vals, bias, bits, n, k, group_size
-    )
+    table = stack.table if columns_of(stack.table) else part(stack.table)
+    bias = None if biases is None else biases[expert]
+    tensors = (part(stack.codes), table, part(stack.scales), part(stack.zeros), rows, cols, vals)
+    return (x, *tensors, bias, stack.bits, n, stack.k, stack.group_size)

@@ -19,24 +19,11 @@ import torch
 from torch import Tensor
 
 from quantserve_kernels import _fallback
+from quantserve_kernels._arguments import EXPERTS, LINEAR, PACK, of_linear
 from quantserve_kernels._checks import check_experts, check_linear
 from quantserve_kernels._status import library
 
 NAMESPACE = "quantserve_kernels"
-LINEAR = (
-    "codebook_linear(Tensor x, Tensor codes, Tensor table, Tensor? scales, Tensor? zeros, Tensor? rows, Tensor? cols, "
-    "Tensor? vals, Tensor? bias, int bits, int n, int k, int group_size) -> Tensor"
-)
-_WEIGHT = (
-    "Tensor {0}_codes, Tensor {0}_table, Tensor? {0}_scales, Tensor? {0}_zeros, Tensor? {0}_rows, Tensor? {0}_cols, "
-    "Tensor? {0}_vals, Tensor? {0}_bias"
-)
-_NUMBERS = "int {0}_bits, int {0}_n, int {0}_k, int {0}_group_size"
-EXPERTS = (
-    "codebook_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, str activation, "
-    f"{_WEIGHT.format('w13')}, {_WEIGHT.format('w2')}, {_NUMBERS.format('w13')}, {_NUMBERS.format('w2')}) -> Tensor"
-)
-PACK = "pack_codes(Tensor codes, int bits, int group_size, bool columns=False) -> Tensor"
 
 
 @cache
@@ -102,22 +89,9 @@ def allocate_codes(size: int) -> Tensor:
     return torch.ops.quantserve_kernels.allocate_codes(size)
 
 
-def _fake_linear(
-    x: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    vals: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n))
+def _fake_linear(*arguments: Any) -> Tensor:
+    x, weight, _ = of_linear(arguments)
+    return x.new_empty((*x.shape[:-1], weight.n))
 
 
 def _fake_experts(x: Tensor, *_: Any) -> Tensor:
@@ -134,22 +108,10 @@ def _plain_experts(*arguments: Any) -> Tensor:
     return _fallback.codebook_experts(*arguments)
 
 
-def _cuda_linear(
-    x: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    vals: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-) -> Tensor:
-    layout = check_linear(x, codes, table, scales, zeros, rows, cols, vals, bias, bits, n, k, group_size)
+def _cuda_linear(*arguments: Any) -> Tensor:
+    layout = check_linear(*arguments)
+    x, weight, bias = of_linear(arguments)
+    codes, table, scales, zeros, rows, cols, vals, bits, n, k, group_size = weight
     flat = x.reshape(-1, k).contiguous()
     sparse = None if rows is None or cols is None or vals is None else (rows, cols, vals)
     if layout == "tensor cores":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantserve_kernels import _fallback
+from quantserve_kernels._arguments import TENSORS, numbers_of, tensors_of
 from quantserve_kernels._checks import MOST, Layout, layout_of
 from quantserve_kernels._ops import allocate_codes, load
 
@@ -97,7 +98,7 @@ class Linear(torch.nn.Module):
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
-        for name in ("codes", "table", "scales", "zeros", "rows", "cols", "vals"):
+        for name in TENSORS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.bits, self.n, self.k, self.group_size = weight.bits, weight.n, weight.k, weight.group_size
 
@@ -121,21 +122,7 @@ class Linear(torch.nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., k] in float32, bfloat16 or float16 to [..., n] of the same dtype."""
-        return torch.ops.quantserve_kernels.codebook_linear(
-            x,
-            self.codes,
-            self.table,
-            self.scales,
-            self.zeros,
-            self.rows,
-            self.cols,
-            self.vals,
-            bias,
-            self.bits,
-            self.n,
-            self.k,
-            self.group_size,
-        )
+        return torch.ops.quantserve_kernels.codebook_linear(x, *tensors_of(self), bias, *numbers_of(self))
 
     def extra_repr(self) -> str:
         """What torch prints of it."""
@@ -161,21 +148,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the numbers.
     """
-    return torch.ops.quantserve_kernels.codebook_linear(
-        x,
-        weight.codes,
-        weight.table,
-        weight.scales,
-        weight.zeros,
-        weight.rows,
-        weight.cols,
-        weight.vals,
-        bias,
-        weight.bits,
-        weight.n,
-        weight.k,
-        weight.group_size,
-    )
+    return torch.ops.quantserve_kernels.codebook_linear(x, *tensors_of(weight), bias, *numbers_of(weight))
 
 
 def pack(

@@ -93,6 +93,8 @@ def run(
 def compare(plain: Path, generations: list[Generation], *, clear: float, close: float) -> None:
     """Hold every token against transformers in float32, which continues the engine's own text.
 
+    Positions where a router hardly prefers one expert to another do not count, either.
+
     Args:
         plain: the dequantized checkpoint.
         clear: by how much the two best logits differ where tokens must be equal; more than half of all must be clear.

@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 from helpers.composed import composed, errors
-from helpers.engines import compare, run
+from helpers.engines import PROMPTS, compare, run
 from matrix.checkpoints import CASES, Case
 
 ROOT = Path(__file__).parents[2]
@@ -35,22 +35,24 @@ CLOSE = {"float16": 0.1, "bfloat16": 0.5}
 
 
 def cell(case: Case, quantized: Path, plain: Path, dtype: str, ranks: int, eager: bool) -> str:
-    """Run one engine: ``45/64``, so many of all tokens clear and each of them equal; or what went wrong."""
+    """Run one engine: ``equal``, or what went wrong."""
     composition = composed(quantized, "cpu", ranks)
-    if found := errors(composition):
+    if found := [code for code in errors(composition) if code != "tokenizer-missing"]:
         return f"refused: {', '.join(found)}"
+    vocabulary = json.loads((plain / "config.json").read_text())["vocab_size"]
+    prompts = [[token % vocabulary for token in prompt] for prompt in PROMPTS]
     kwargs = {key: setting.value for key, setting in composition.engine_kwargs.items()}
     kwargs |= {"dtype": dtype, "enforce_eager": eager, "tensor_parallel_size": ranks}
     try:
-        ended = run(quantized, composition.engine_environment, **kwargs)
+        ended = run(quantized, composition.engine_environment, prompts=prompts, **kwargs)
     except RuntimeError as error:
         (ROOT / "build" / "matrix-failed.log").write_text(str(error))
         return "failed: " + next((line for line in str(error).splitlines()[::-1] if "Error" in line), "?")[-160:]
     try:
-        clear, total = compare(plain, ended.generations, clear=CLEAR[dtype], close=CLOSE[dtype])
+        compare(plain, ended.generations, clear=CLEAR[dtype], close=CLOSE[dtype])
     except AssertionError as error:
-        return f"differs: {str(error).splitlines()[0][:160]}"
-    return f"{clear}/{total}"
+        return f"differs: {' '.join(str(error).split())[:160]}"
+    return "equal"
 
 
 def key_of(name: str, dtype: str, ranks: int, eager: bool) -> str:
@@ -106,7 +108,7 @@ def main(arguments: list[str]) -> int:
     if options.write:
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(before + BEGIN + table(results) + END + rest.partition(END)[2])
-    print(dict(Counter(value.partition(":")[0] if ":" in value else "equal" for value in results.values())))
+    print(dict(Counter(value.partition(":")[0] for value in results.values())))
     return any(value.startswith(("failed", "differs")) for value in results.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -288,7 +289,14 @@ def plain(name: str | Path, destination: Path) -> Path:
 
 @pytest.mark.slow
 def test_an_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
-    """Linears and experts in NVFP4; the config declares an FP8 KV cache, and the plan one of 16 bits."""
+    """Linears and experts in NVFP4, two of four for each token. The config declares an FP8 cache, the plan 16 bits.
+
+    At one token the router's second and third expert differ by 0.004, less than bfloat16 resolves.
+    """
+    folder = tmp_path / "model"
+    shutil.copytree(DATA / "qwen3-moe", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 2}))
     options = {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "enforce_eager": True}
-    generations = generate(DATA / "qwen3-moe", "modelopt", tmp_path / "out.json", **options)
-    compare(plain("qwen3-moe", tmp_path / "plain"), generations, clear=0.3, close=0.3)
+    generations = generate(folder, "modelopt", **options)
+    compare(plain(folder, tmp_path / "plain"), generations, clear=0.2, close=0.3)

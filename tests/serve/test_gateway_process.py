@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from quantserve.config import ExplorerConfig
 from quantserve.serve.driver import gateway_process
 from quantserve.serve.driver.gateway_process import GatewayProcess
 from quantserve.serve.gateway.middleware.limits import Policy
@@ -55,6 +58,28 @@ def test_it_reports_reachable_models_and_is_restarted_when_it_hangs(
     assert reported[1] == "Gateway process was killed (signal 9); restarting it."
     until(lambda: process.reachable == ["here", "asleep"])  # the new process got the replicas of the old one
     assert httpx.get(f"{base}/v1/models", trust_env=False).status_code == 200
+
+
+def test_it_has_the_page_and_tells_so(tmp_path: Path) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    base = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    explorer = ExplorerConfig(votes=True, votes_file=str(tmp_path / "votes")).model_dump(mode="json")
+    settings = {"models": [described("a"), described("b")], "token": "t", "policy": Policy().model_dump(mode="json")}
+    process = GatewayProcess(listener, {**settings, "explorer": explorer}, print)
+    try:
+        until(lambda: process.page)
+        with httpx.Client(base_url=base, trust_env=False) as client:
+            for path, target in (("/explorer/", "/"), ("/explorer", "/")):
+                answer = client.get(path, follow_redirects=True)
+                assert (answer.url.path, answer.headers["content-type"]) == (target, "text/html; charset=utf-8")
+            for path in re.findall(r'(?:src|href)="(explorer/[^"]+)"', answer.text):
+                assert client.get(f"/{path}").status_code == 200, path
+            vote = {"models": ["a", "b"], "winner": "b"}
+            assert client.post("/explorer/votes", json=vote).json() == {"votes": 1}
+            assert client.post("/explorer/votes", json={**vote, "blind": 3}).json()["error"]["param"] == "blind"
+            assert [model["state"] for model in client.get("/status").json()["models"]] == ["starting"] * 2
+    finally:
+        process.stop(5)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")

@@ -68,3 +68,5 @@ def test_the_ready_lines_have_urls_a_request_and_how_to_stop(capsys: pytest.Capt
     assert lines[4] == "Try:"
     assert lines[5].startswith('  curl http://127.0.0.1:9000/v1/chat/completions -H "Authorization: Bearer $KEY"')
     assert lines[6] == "Press Ctrl-C to stop."
+    announce(plans, 2, "::", 9000, keys=True, page=True)
+    assert "Explorer: http://[::1]:9000/" in capsys.readouterr().out.splitlines()

@@ -17,6 +17,7 @@ PROJECTS = {
     "quantserve-bench": ROOT / "bench",
     "quantserve-quantize": ROOT / "quantize",
     "quantserve-client": ROOT / "client",
+    "quantserve-explorer": ROOT / "explorer",
     "quantserve-kernels": ROOT / "kernels",
     **{f"quantserve-{name}": path for name, path in PLUGINS.items()},
 }

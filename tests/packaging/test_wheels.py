@@ -127,6 +127,20 @@ def test_every_plugin_has_its_entry_points(dist: Path) -> None:
     assert "quantserve = quantserve.cli.main:main" in read(wheel(dist, "quantserve"), "entry_points.txt")
 
 
+def test_the_page_travels_in_its_wheel(dist: Path) -> None:
+    archive = wheel(dist, "quantserve-explorer")
+    assert "[quantserve.pages]\nexplorer = quantserve_explorer.app:page" in read(archive, "entry_points.txt")
+    static = PROJECTS["quantserve-explorer"] / "src" / "quantserve_explorer" / "static"
+    files = {f"quantserve_explorer/static/{path.relative_to(static)}" for path in static.rglob("*") if path.is_file()}
+    assert files == {entry for entry in archive.namelist() if "/static/" in entry and ".dist-info/" not in entry}
+    assert "quantserve_explorer/static/index.html" in files
+    libraries = {path.name for path in (static / "vendor").iterdir()}
+    licensed = {
+        entry.split("/")[-2] for entry in archive.namelist() if entry.endswith("/LICENSE") and "/licenses/src/" in entry
+    }
+    assert licensed == libraries
+
+
 def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
     about = metadata(dist, "quantserve")
     extras = set(about.get_all("Provides-Extra") or [])

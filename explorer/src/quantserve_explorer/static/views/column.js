@@ -84,6 +84,7 @@ export class Column {
     const { run } = this;
     this.retry.hidden = !run || run.running;
     this.answer.setAttribute("aria-busy", String(Boolean(run?.running)));
+    this.answer.hidden = run?.state === "failed" && !run.tokens.length;
     this.placeholder.hidden = Boolean(run?.tokens.length);
     this.placeholder.textContent = !run ? "The answer appears here." : run.state === "waiting" ? "Waiting for the first token…" : "No text.";
     this.#drawFigures(model, secret, settings);

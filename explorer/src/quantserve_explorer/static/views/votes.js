@@ -6,7 +6,7 @@ import { explain } from "../lib/errors.js";
 import { figure, integer, percent } from "../lib/format.js";
 
 export function votesView(state) {
-  const body = h("div", {}, h("p", { class: "empty" }, "Loading the votes…"));
+  const body = h("div", { class: "view" }, h("p", { class: "empty" }, "Loading the votes…"));
   const save = h("button", { type: "button", hidden: true, onclick: exportAll }, icon("download"), "Save CSV");
   const element = h("div", { class: "view" }, h("div", { class: "row bar-top" }, h("h1", {}, "Votes"), save), body);
 

@@ -68,6 +68,16 @@ def test_a_failure_in_a_pipe_is_the_exit_code(
     assert run(["chat", "m", "--url", "http://127.0.0.1:9"]) == 4
 
 
+def test_a_line_that_is_not_utf_8_is_left_out(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nnext\n"), encoding="utf-8"))
+    assert run(["chat", "m", "--url", server.url]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "user: next\n"
+    assert "not UTF-8" in shown.err
+
+
 def test_an_interactive_chat() -> None:
     def reply(said: str, body: dict[str, Any]) -> Any:
         return streamed("endless " * 2000, 0.05) if said == "long" else remembers(said, body).replace("endless ", "e")

@@ -109,6 +109,14 @@ def test_a_busy_server_is_asked_again(file: Path, capsys: pytest.CaptureFixture[
     assert set(refused.values()) == {3}
 
 
+def test_a_server_that_goes_away_leaves_what_was_answered(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StandIn({"m": lambda said, body: good(said, body) if said == "1 + 1?" else ["reset"]}) as server:
+        assert run(["evaluate", str(file), "--url", server.url, "-c", "1"]) == 4
+    shown = capsys.readouterr()
+    assert re.search(r"m +│ 100.0 % +│ .* │ 1 +│ 1 +│ 3", shown.out)
+    assert "the connection was lost" in shown.err
+
+
 def fair(said: str, body: dict[str, Any]) -> str:
     """A judge that prefers an answer without "know"."""
     first, second = re.findall(r"\[Answer \d\]\n\n(.*?)(?=\n\n\[)", said, re.DOTALL)

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -196,6 +198,7 @@ BROKEN: list[tuple[list[Step], int, str]] = [
     ([whole(400, error("too long: 9 > 8", "context_length_exceeded"))], 2, "too long: 9 > 8"),
     ([whole(429, error("queue full", "queue_full"), "Retry-After: 5")], 4, "is busy (status 429): queue full"),
     ([whole(500, {"detail": "broken"})], 4, "failed (status 500)"),
+    ([whole(307, {}, "Location: https://elsewhere/v1")], 2, "it redirects to https://elsewhere/v1"),
     ([head(), chunk(delta(content="a")), 30.0], 4, "no data for 0.3 s, the limit of --stall\n  fix: raise --stall"),
 ]  # fmt: skip
 
@@ -242,6 +245,19 @@ def test_the_whole_answer_has_a_limit(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr()
     assert "within 0.4 s, the limit of --timeout" in shown.err
     assert "word" in shown.out
+
+
+def test_a_reader_that_leaves_is_no_failure_of_the_server() -> None:
+    with StandIn({"m": lambda said, body: streamed("word " * 500, 0.01)}) as server:
+        command = [sys.executable, "-m", "quantserve", "query", "--url", server.url, "x"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(5) == b"word "
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
+        process.stderr.close()
 
 
 def test_columns_in_a_terminal() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ def chat(address: Address, model: str | None, generation: Generation, *, stats: 
     Raises:
         EngineError, UsageError: the server does not answer, or the model has to be chosen.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - `input` edits lines and remembers them with it
     with asyncio.Runner() as runner:
@@ -102,8 +105,9 @@ class _Chat:
                 self._note("/quit or Ctrl-D ends the chat")
                 parts = []
                 continue
-            except UnicodeDecodeError:
-                self._say("the line is not UTF-8; it is left out")
+            if any("\ud800" <= character <= "\udfff" for character in parts[-1]):
+                self._say("the line is not UTF-8 and is left out")
+                parts = []
                 continue
             if not parts[-1].endswith("\\"):
                 return "\n".join(parts)

@@ -28,7 +28,7 @@ from quantserve_client.server import Server
 
 REFUSALS_SHOWN = 5
 FATAL = frozenset({401, 403, 404, "refused", "dns", "certificate", "tls", "proxy", "connect-timeout", "connect"})
-"""Failures that all requests will have."""
+"""Failures that all requests will have, unless one was answered."""
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,22 @@ async def _ask_all(
         err.print(f"{known} {what} are there already")
     gate = asyncio.Semaphore(asked.concurrency)
     failures: list[tuple[str, Failure]] = []
+    answered: list[str] = []
     with _progress(err, what, len(todo)) as advance:
 
         async def one(key: str, model: str, asked_for: Request) -> None:
             async with gate:
                 result = await server.patient_answer(asked_for, model)
                 if result.failure is None:
-                    answers.add(key, {"model": model, "text": result.text, "finish_reason": result.finish_reason})
+                    answered.append(key)
+                    try:
+                        answers.add(key, {"model": model, "text": result.text, "finish_reason": result.finish_reason})
+                    except OSError as error:
+                        fix = "free some space, then the same command goes on from here"
+                        raise _Fatal(UsageError(f"--out {asked.out}: {error.strerror}\n  fix: {fix}")) from None
                 else:
                     failures.append((model, result.failure))
-                    if result.failure.code in FATAL:
+                    if result.failure.code in FATAL and not answered:
                         raise _Fatal(await server.explained(result.failure, model))
                 advance()
 

@@ -69,7 +69,7 @@ def stats(results: Sequence[tuple[str, Result]]) -> Table:
                 _mean(timings, "e2e_s", 1000),
                 _mean(timings, "input_tokens"),
                 _mean(timings, "output_tokens"),
-                f"{len(timings)} of {len(own)}",
+                f"{sum(result.ok for result in own)} of {len(own)}",
             ]
         )
     return table("Means per answer; tok/s is tokens / E2E", COLUMNS, rows, wrap=("model",))

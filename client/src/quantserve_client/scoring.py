@@ -8,8 +8,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-NUMBER: Final = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+\u2212]?\.\d+")
-THOUGHT: Final = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+NUMBER: Final = re.compile(
+    r"(?:(?<![\w)])[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<!\d)\.\d+)"
+)
+THOUGHT: Final = re.compile(r"\A.*?</think>", re.DOTALL)
 AROUND: Final = " \t\n.,;:!?\"'`*_()[]{}<>\u201c\u201d\u2018\u2019\u00ab\u00bb"
 TOLERANCE: Final = 1e-6
 RULES: Final[Mapping[str, str]] = {
@@ -23,7 +25,7 @@ RULES: Final[Mapping[str, str]] = {
 
 
 def is_right(answer: str, match: str, references: Sequence[str], tolerance: float = TOLERANCE) -> bool:
-    """Whether an answer agrees with one of the references; a leading ``<think>...</think>`` does not count.
+    """Whether an answer agrees with one of the references; text up to ``</think>`` does not count.
 
     Args:
         answer: of a model.

@@ -37,6 +37,21 @@ CANCELLED: Final = Failure("cancelled", "interrupted")
 Show = Callable[[Event], None]
 
 
+class _DisplayError(Exception):
+    """What shows an answer failed, such as a closed pipe; its cause is no failure of the server."""
+
+
+def _guarded(show: Show | None) -> Show:
+    def guarded(event: Event) -> None:
+        try:
+            if show:
+                show(event)
+        except OSError as error:
+            raise _DisplayError from error
+
+    return guarded
+
+
 class Server:
     """A server; an async context manager.
 
@@ -88,7 +103,9 @@ class Server:
         result = Result(request, number, now, now)
         try:
             async with asyncio.timeout(self.address.timeout_s):
-                await self._receive(result, model, show or (lambda event: None))
+                await self._receive(result, model, _guarded(show))
+        except _DisplayError as error:
+            raise error.__cause__ or error from None
         except TimeoutError:
             limit = f"{self.address.timeout_s:g} s, the limit of --timeout"
             result.failure = Failure("timeout", f"no complete answer within {limit}")
@@ -208,6 +225,8 @@ class Server:
             return UsageError(
                 f"{url} returned status 404: {message}\n  fix: correct --url or --model; see `quantserve models`"
             )
+        if isinstance(code, int) and code < 400:
+            return UsageError(f"{url} returned status {code}: {message}\n  fix: correct --url")
         if isinstance(code, int) and 400 <= code < 500 and code not in (408, 429):
             return UsageError(f"{url} refused the request (status {code}): {message}")
         if code in RETRY_CODES:
@@ -230,6 +249,8 @@ class Server:
                 words = error_message(body) or response.reason_phrase
                 if "html" in response.headers.get("content-type", ""):
                     words = "a web page, no answer of OpenAI's API"
+                if place := response.headers.get("location"):
+                    words = f"it redirects to {place}"
                 result.failure = Failure(response.status_code, words)
             elif "text/event-stream" in response.headers.get("content-type", ""):
                 await _stream(result, response, show)

@@ -19,8 +19,8 @@ const CHARTS = [
   { title: "Requests queued", fields: ["queued"], unit: integer, whole: true },
   { title: "Requests per second", note: "dashed: refused with 429", fields: ["requests", "busy"], unit: figure },
   { title: "Output tokens per second", fields: ["tokens"], unit: figure },
-  { title: "Time to first token", note: "median, dashed: 95th percentile", fields: ["ttft50", "ttft95"], unit: ms },
-  { title: "Time per output token", note: "median, dashed: 95th percentile", fields: ["tpot50", "tpot95"], unit: ms },
+  { title: "Time to first token", note: "median; dashed: p95", fields: ["ttft50", "ttft95"], unit: ms },
+  { title: "Time per output token", note: "median; dashed: p95", fields: ["tpot50", "tpot95"], unit: ms },
 ];
 const COLUMNS = [
   ["Running", "running", integer],
@@ -139,7 +139,7 @@ export function loadView(state) {
         series: [
           {},
           ...models.flatMap((model, i) =>
-            chart.fields.map((field, j) => ({ label: model, stroke: paint(`--c${i % COLOURS}`), width: 1.75, dash: j ? DASH : undefined, points: { show: series.times.length < 3 }, spanGaps: false })),
+            chart.fields.map((field, j) => ({ label: model, stroke: paint(`--c${i % COLOURS}`), width: 1.75, dash: j ? DASH : undefined, points: { show: true, filter: alone } })),
           ),
         ],
       },
@@ -196,6 +196,13 @@ export function loadView(state) {
       );
     },
   };
+}
+
+/** The points that no line reaches. */
+function alone(plot, index) {
+  const points = plot.data[index];
+  const known = (i) => points[i] !== null && points[i] !== undefined;
+  return [...points.keys()].filter((i) => known(i) && !known(i - 1) && !known(i + 1));
 }
 
 /** A value of an axis: 60 ms instead of 60.0 ms. */

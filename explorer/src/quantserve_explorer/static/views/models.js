@@ -92,7 +92,7 @@ function row(model, chosen, settings) {
     pair(duration(observed?.tpot_ms), hint(expected?.tpot_ms, duration)),
     pair(figure(observed?.tokens_per_s), hint(expected?.tokens_per_s, figure)),
     h("td", {}, qualityText(quality), h("span", { class: "expected" }, quality ? (quality.measured ? "measured" : "published") : "")),
-    h("td", {}, counts.length ? counts.map(([severity, count]) => h("span", { class: `pill ${severity}` }, `${count} ${severity}`)) : h("span", { class: "hint" }, "none")),
+    h("td", {}, counts.length ? h("span", { class: "pills" }, counts.map(([severity, count]) => h("span", { class: `pill ${severity}` }, `${count} ${severity}`))) : h("span", { class: "hint" }, "none")),
     settings ? pair(money(costPerMillion(settings.price_per_hour, observed?.total_tokens_per_s), settings.currency), hint(expectedCost(expected, settings), (cost) => money(cost, settings.currency))) : null,
   );
 }

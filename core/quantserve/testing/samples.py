@@ -51,16 +51,20 @@ def _method(name: str, **settings: object) -> dict[str, object]:
     return {"quant_method": name, **settings}
 
 
-def _group(num_bits: int, kind: str, strategy: str, **more: object) -> dict[str, object]:
+def _group(
+    num_bits: int, kind: str, strategy: str, inputs: Mapping[str, object] | None = None, **more: object
+) -> dict[str, object]:
     weights = {"num_bits": num_bits, "type": kind, "strategy": strategy, "symmetric": True, **more}
-    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}}
 
 
+GROUPS = _group(4, "int", "group", group_size=128)
 WEIGHT = {"weight": ("BF16", (N, K))}
 GPTQ = {"qweight": ("I32", (K // 8, N)), "qzeros": ("I32", (K // 128, N // 8)), "scales": ("F16", (K // 128, N)),
         "g_idx": ("I32", (K,))}  # fmt: skip
 AWQ = {"qweight": ("I32", (K, N // 8)), "qzeros": ("I32", (K // 128, N // 8)), "scales": ("F16", (K // 128, N))}
 FP8 = {"weight": ("F8_E4M3", (N, K)), "weight_scale": ("F32", ())}
+MODELOPT_FP8 = {**FP8, "input_scale": ("F32", ())}
 FP8_BLOCK = {"weight": ("F8_E4M3", (N, K)), "weight_scale_inv": ("F32", (N // 128, K // 128))}
 PACKED = {"weight_packed": ("I32", (N, K // 8)), "weight_scale": ("BF16", (N, K // 128)), "weight_shape": ("I64", (2,))}
 CT_NVFP4 = {"weight_packed": ("U8", (N, K // 2)), "weight_scale": ("F8_E4M3", (N, K // 16)),
@@ -73,6 +77,7 @@ INT8 = {"weight": ("I8", (N, K)), "weight_scale": ("F32", (N, 1))}
 BNB8 = {"weight": ("I8", (N, K)), "SCB": ("F32", (N,)), "weight_format": ("U8", ())}
 HQQ = {"W_q": ("U8", (N * K // 128, 64)), "scale": ("BF16", (N * K // 64, 1)), "zero": ("BF16", (N * K // 64, 1))}
 SQUEEZELLM = {"qweight": ("I32", (K // 8, N)), "lookup_table": ("F32", (N, 16))}
+INPUTS = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 HF_QUANT = "hf_quant_config.json"
 
 
@@ -103,14 +108,15 @@ SAMPLES: Mapping[str, Sample] = {
     "fp8, tensors": Sample("fp8", None, FP8_BLOCK),
     "compressed-tensors W4A16": Sample(
         "compressed-tensors",
-        _method("compressed-tensors", format="pack-quantized", ignore=["lm_head"], **_group(4, "int", "group")), PACKED,
+        _method("compressed-tensors", format="pack-quantized", ignore=["lm_head"], **GROUPS), PACKED,
     ),
     "compressed-tensors, an underscore": Sample(
         "compressed-tensors",
-        _method("compressed_tensors", format="pack-quantized", ignore=["lm_head"], **_group(4, "int", "group")), PACKED,
+        _method("compressed_tensors", format="pack-quantized", ignore=["lm_head"], **GROUPS), PACKED,
     ),
     "compressed-tensors W8A8": Sample(
-        "compressed-tensors", _method("compressed-tensors", format="int-quantized", **_group(8, "int", "channel")), INT8
+        "compressed-tensors",
+        _method("compressed-tensors", format="int-quantized", **_group(8, "int", "channel", INPUTS)), INT8,
     ),
     "compressed-tensors FP8": Sample(
         "compressed-tensors",
@@ -124,8 +130,8 @@ SAMPLES: Mapping[str, Sample] = {
         CT_NVFP4,
     ),
     "compressed-tensors, tensors": Sample("compressed-tensors", None, PACKED),
-    "modelopt FP8": Sample("modelopt", _method("modelopt", quant_algo="FP8", ignore=["lm_head"]), FP8),
-    "modelopt FP8, a file": Sample("modelopt", None, FP8, quant_files={HF_QUANT: _modelopt("FP8")}),
+    "modelopt FP8": Sample("modelopt", _method("modelopt", quant_algo="FP8", ignore=["lm_head"]), MODELOPT_FP8),
+    "modelopt FP8, a file": Sample("modelopt", None, MODELOPT_FP8, quant_files={HF_QUANT: _modelopt("FP8")}),
     "modelopt NVFP4": Sample("modelopt_fp4", _method("modelopt", quant_algo="NVFP4", ignore=["lm_head"]), NVFP4),
     "modelopt NVFP4, a file": Sample("modelopt_fp4", None, NVFP4, quant_files={HF_QUANT: _modelopt("NVFP4")}),
     "mxfp4 experts": Sample(
@@ -138,7 +144,9 @@ SAMPLES: Mapping[str, Sample] = {
     ),
     "bitsandbytes NF4, tensors": Sample("bitsandbytes", None, NF4),
     "bitsandbytes int8": Sample("bitsandbytes", _method("bitsandbytes", load_in_8bit=True), BNB8),
-    "hqq": Sample("hqq", _method("hqq", quant_config={"weight_quant_params": {"nbits": 4, "group_size": 64}}), HQQ),
+    "hqq": Sample(
+        "hqq", _method("hqq", quant_config={"weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1}}), HQQ
+    ),
     "hqq, tensors": Sample("hqq", None, HQQ),
     "quark": Sample("quark", _method("quark", export={"kv_cache_group": [], "pack_method": "order"}), INT8),
     "torchao": Sample("torchao", _method("torchao", quant_type={"default": {"_type": "Int8WeightOnlyConfig"}}), WEIGHT),

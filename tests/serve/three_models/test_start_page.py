@@ -49,6 +49,13 @@ def test_curl(server: Server) -> None:
     assert '"role":"assistant"' in run(["bash", "-c", command], server)
 
 
+def test_query(server: Server) -> None:
+    command = (
+        block("sh", "quantserve query").replace("query", f"query --url {ADDRESS}").replace("demo-awq", "org/demo-awq")
+    )
+    assert re.findall(r"^== (\S+)", run(["bash", "-c", command], server), re.MULTILINE) == list(MODELS)
+
+
 def test_openais_client(server: Server) -> None:
     shown = run([sys.executable, "-c", block("python", "OpenAI(")], server)
     assert re.findall(r"^(\S+) -> ", shown, re.MULTILINE) == list(MODELS)

@@ -24,6 +24,7 @@ def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     }
     app = {
         "http": {"api_keys_file": "keys"},
+        "explorer": {"votes": True, "price_per_hour": 1.5},
         "models": [
             model(
                 "demo-fp16",

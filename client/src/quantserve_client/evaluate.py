@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from quantserve.cli.output import console, print_json
 from quantserve.errors import EngineError, QuantserveError, UsageError, unknown_name
+from quantserve_bench.plots import can_plot
 from quantserve_bench.request import Request
 from quantserve_bench.result import Failure
 from quantserve_client import judge
@@ -75,7 +76,8 @@ def evaluate(asked: Asked) -> int:
     else:
         show(report, console())
     if asked.out is not None:
-        err.print(f"wrote {escape(str(asked.out))}", soft_wrap=True)
+        plots = "" if can_plot() else "; a plot needs matplotlib: pip install 'quantserve-client[plots]'"
+        err.print(f"wrote {escape(str(asked.out))}{escape(plots)}", soft_wrap=True)
     return EngineError.exit_code if report.unanswered else 0
 
 

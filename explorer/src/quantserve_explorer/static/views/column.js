@@ -94,7 +94,7 @@ export class Column {
     else if (isReference) this.difference = null;
     this.#drawText(secret);
     this.#drawState(isReference && !only, secret);
-    this.#drawProblem();
+    this.#drawProblem(secret);
     if (!isReference && !secret) this.#drawDifference(reference, label);
     else this.details.hidden = true;
   }
@@ -146,17 +146,17 @@ export class Column {
     const { run } = this;
     const words = { waiting: "waiting", streaming: "answers…", stopped: "stopped", failed: "failed", done: FINISHED[run.finish] ?? run.finish };
     const notes = [isReference && !secret ? "reference" : "", words[run.state]];
-    if (!run.ways.chat) notes.push("no chat template: prompt sent as plain text");
-    if (!run.ways.logprobs) notes.push("no log-probabilities from this model");
+    if (!run.ways.chat && !secret) notes.push("no chat template: prompt sent as plain text");
+    if (!run.ways.logprobs && !secret) notes.push("no log-probabilities from this model");
     this.state.textContent = notes.filter(Boolean).join(" · ");
   }
 
-  #drawProblem() {
+  #drawProblem(secret) {
     const { error } = this.run;
     this.problem.hidden = !error;
     if (!error) return this.problem.replaceChildren();
     const { title, detail, todo } = explain(error);
-    this.problem.replaceChildren(h("strong", {}, title), h("p", {}, detail), h("p", {}, todo));
+    this.problem.replaceChildren(h("strong", {}, title), secret ? "" : h("p", {}, detail), h("p", {}, todo)); // details name the model
   }
 
   /** For the exports: where this answer differs from the reference's; null if it does not. */

@@ -283,6 +283,17 @@ def test_columns_in_a_terminal() -> None:
     assert terminal.screen.count("\x1b[?25l") == terminal.screen.count("\x1b[?25h") == 1  # the cursor is shown again
 
 
+def test_columns_lose_no_text() -> None:
+    """Long words and wide characters, in a terminal with room for one column."""
+    texts = {"long": "x" * 333, "wide": "\u6f22" * 111, "tabs": "\ta\tb"}
+    models = dict.fromkeys(texts, lambda said, body: texts[body["model"]])
+    names = [argument for name in texts for argument in ("--model", name)]
+    with StandIn(models) as server, Terminal("query", "--url", server.url, *names, "hi", columns=50) as terminal:
+        assert terminal.end() == 0
+    last = plain(terminal.screen[terminal.screen.rindex("\x1b[2K") :])
+    assert (last.count("x"), last.count("\u6f22")) == (333, 111)
+
+
 def test_ctrl_c_ends_cleanly() -> None:
     models = {name: lambda said, body: streamed("on " * 5000, 0.05) for name in ("a", "b")}
     names = ["--model", "a", "--model", "b"]

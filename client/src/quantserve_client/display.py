@@ -192,7 +192,7 @@ class Columns:
         else:
             border, below = "green", line(result)
         title = f"[bold]{escape(in_column(self._models[number]))}[/]"
-        body = Group(Text(text), Text(below, style="dim"))
+        body = Group(Text(text, overflow="fold"), Text(below, style="dim"))
         return Panel(body, title=title, border_style=border, height=None if height is None else height + 2)
 
 

@@ -72,7 +72,7 @@ def stats(results: Sequence[tuple[str, Result]]) -> Table:
                 f"{sum(result.ok for result in own)} of {len(own)}",
             ]
         )
-    return table("Means per answer; tok/s is tokens / E2E", COLUMNS, rows, wrap=("model",))
+    return table("Means per answer; tok/s is tokens / E2E", COLUMNS, rows)
 
 
 def _mean(timings: Sequence[Timing], name: str, scale: float = 1) -> str:

@@ -77,8 +77,8 @@ def _memory(plan: Plan) -> str:
     if not plan.memory:
         return ""
     memory = plan.memory
-    parts = {"weights": "weights_bytes", "overhead": "overhead_bytes", "of": "budget_bytes"}
-    sizes = ", ".join(f"{name} {gib(memory[key])}" for name, key in parts.items())
+    parts = {"weights": "weights_bytes", "overhead": "overhead_bytes", "LoRA": "adapters_bytes", "of": "budget_bytes"}
+    sizes = ", ".join(f"{name} {gib(memory[key])}" for name, key in parts.items() if key in memory)
     return f"{sizes} per device; KV cache {memory['kv_bytes_per_token'] / 1024:.0f} KiB a token, {kv_cache(memory)}"
 
 

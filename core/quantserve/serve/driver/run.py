@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from quantserve.config import ExplorerConfig, HttpConfig
+from quantserve.checkpoint.downloads import fetch
 from quantserve.errors import EngineError, one_line
 from quantserve.planning.plan import Plan
 from quantserve.serve.cpus import keep_off
@@ -65,10 +66,14 @@ def serve_plans(
         explorer: config of the page at ``/``; None without a page.
 
     Raises:
+        CheckpointError: files of a bucket, or an adapter, cannot be downloaded.
         EngineError: the port is in use, Ray or all models failed to start, or Ray died.
         UsageError: the host, the port, the API keys file or ``QUANTSERVE_PATCHES`` cannot be used.
     """
     check_routes(plans)
+    for plan in plans:
+        for files in plan.downloads:
+            fetch(files, say)
     for plan in plans:
         for risk in patches.risks({**os.environ, **plan.runtime_env["env_vars"]}):
             say(f"Warning: {plan.model_id}: {risk}")

@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quantserve.checkpoint.downloads import fetch
 from quantserve.planning.plan import Plan
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.cpus import leave_to_workers
@@ -77,6 +78,8 @@ class ModelServer:
             os.environ.setdefault(name, str(UNLIMITED))
         # vLLM's server imports model_hosting_container_standards, which silences the warnings of all other packages.
         logging.getLogger("quantserve").setLevel(logging.WARNING)
+        for files in self._plan.downloads:  # in a cluster this node may not have them
+            await asyncio.to_thread(fetch, files, logger.warning)
         patches.apply("spawned-imports")
         patches.apply("spare-process")
         with collecting_rarely():

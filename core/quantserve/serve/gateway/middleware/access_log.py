@@ -139,6 +139,7 @@ def record(trace: Trace) -> dict[str, Any]:
         "method": trace.method,
         "path": trace.path[:_LONGEST_PATH],
         "model": trace.model,
+        "adapter": trace.adapter,
         "quant_method": trace.quant_method,
         "replica": trace.replica,
         "status": trace.status,

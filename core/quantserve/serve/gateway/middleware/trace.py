@@ -36,6 +36,7 @@ class Trace:
         began: `time.perf_counter` when the request's head was read.
         client: IP address of the client.
         model: id of the requested model; empty until it is known.
+        adapter: name of the requested LoRA adapter of that model, if it is one.
         quant_method: its quantization method.
         replica: id of the replica that responded.
         queued_s: time in the queue.
@@ -57,6 +58,7 @@ class Trace:
     began: float = field(default_factory=perf_counter)
     client: str = ""
     model: str = ""
+    adapter: str = ""
     quant_method: str = ""
     replica: str = ""
     queued_s: float = 0.0

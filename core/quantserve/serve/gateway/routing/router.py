@@ -264,6 +264,7 @@ class Router:
     ) -> None:
         trace = trace_of(scope)
         trace.model, trace.stream = model.id, fields.get("stream") is True
+        trace.adapter = str(name) if (name := fields.get("model")) in model.aliases else ""
         trace.quant_method = str((model.card.get("metadata") or {}).get("method") or "")
         await model.app(scope, receive, send)
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from quantserve.config import ExplorerConfig, HttpConfig
 from quantserve.checkpoint.downloads import fetch
+from quantserve.config import ExplorerConfig, HttpConfig
 from quantserve.errors import EngineError, one_line
 from quantserve.planning.plan import Plan
 from quantserve.serve.cpus import keep_off

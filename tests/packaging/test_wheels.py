@@ -144,7 +144,7 @@ def test_the_page_travels_in_its_wheel(dist: Path) -> None:
 def test_extras_lead_to_distributions_that_exist(dist: Path) -> None:
     about = metadata(dist, "quantserve")
     extras = set(about.get_all("Provides-Extra") or [])
-    assert extras == {*PLUGINS, "kernels", "all", "bench", "quantize", "client", "explorer", "cpu", "cuda"}
+    assert extras == {*PLUGINS, "kernels", "all", "bench", "quantize", "client", "explorer", "s3", "gs", "cpu", "cuda"}
     required = [Requirement(text) for text in about.get_all("Requires-Dist") or []]
     versions = {name: metadata(dist, name)["Version"] for name in PROJECTS}
     pins = dict(

@@ -25,6 +25,7 @@ from quantserve.system.homes import expand, free_bytes, look
 from quantserve.target import gib
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import GCSStore, S3Store
 
 TIMEOUT: Final = "QUANTSERVE_BUCKET_TIMEOUT"
@@ -35,10 +36,22 @@ CHUNK: Final = 16 * 2**20
 """Bytes of a request of a download."""
 DOWNLOAD_PATIENCE: Final = 3
 """Timeout of such a request, in timeouts of others."""
-MAX_FILES: Final = 20_000
-"""Files in a folder; a model has a few hundred at most."""
 _URL: Final = re.compile(r"(s3|gs)://([a-z0-9][a-z0-9._-]{1,220})/([^\0\n]*)")
 _STORES: Final = {"s3": "S3", "gs": "Google Cloud Storage"}
+_BAD_KEYS: Final = (
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+)
+_LOGIN: Final = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
+    "for a public bucket AWS_SKIP_SIGNATURE=true",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`; "
+    "for a public bucket GOOGLE_SKIP_SIGNATURE=true",
+}
+LISTING: Final = "the list of files"
 
 
 @dataclass(frozen=True)
@@ -204,15 +217,17 @@ class Bucket(Remote):
         place = _Place.of(url)
         store = place.store(patience)
         objects: dict[str, _Object] = {}
-        for chunk in _listing(place, store):
-            for meta in chunk:
-                name = str(meta["path"])[len(place.prefix) :].lstrip("/")
-                if name and "/" not in name:
-                    tag = meta["e_tag"] or meta["version"] or str(meta["last_modified"])
-                    objects[name] = _Object(int(meta["size"]), tag)
-            if len(objects) > MAX_FILES:
-                what = f"more than {MAX_FILES:,} files are in it"
-                raise place.error("the list of files", what, "name the folder of one model")
+        try:
+            import obstore
+
+            listed = obstore.list_with_delimiter(store, place.prefix or None)["objects"]
+        except Exception as error:
+            raise place.failure(LISTING, error) from None
+        for meta in listed:
+            name = meta["path"][len(place.prefix) :].lstrip("/")
+            if name and "/" not in name:
+                tag = meta["e_tag"] or meta["version"] or str(meta["last_modified"])
+                objects[name] = _Object(meta["size"], tag)
         if not objects:
             raise CheckpointError(
                 f"{shown(url)} holds no files\n  fix: name the folder that holds config.json, with its whole path"
@@ -256,7 +271,7 @@ class _Ranges:
         count = min(count, self.listed.size - start)
         if count <= 0:
             return b"", self.listed.size
-        options: dict[str, Any] = {"range": (start, start + count)}
+        options: GetOptions = {"range": (start, start + count)}
         if self.place.scheme == "s3" or self.listed.tag.startswith('"'):
             options["if_match"] = self.listed.tag
         try:
@@ -273,16 +288,6 @@ class _Ranges:
 
     def error(self, what: str, fix: str) -> CheckpointError:
         return self.place.error(self.name, what, fix)
-
-
-def _listing(place: _Place, store: Any) -> Any:
-    """Chunks of the list of files. obstore asks for further pages itself."""
-    import obstore
-
-    try:
-        yield obstore.list_with_delimiter(store, place.prefix or None)["objects"]
-    except Exception as error:
-        raise place.failure("the list of files", error) from None
 
 
 @dataclass(frozen=True)
@@ -330,7 +335,7 @@ class _Place:
                 self.bucket, config=config, client_options=client, retry_config=retry, credential_provider=provider
             )
         except Exception as error:
-            raise self.failure("the list of files", error) from None
+            raise self.failure(LISTING, error) from None
 
     @property
     def endpoint(self) -> str:
@@ -349,46 +354,42 @@ class _Place:
         """What an exception of obstore means: OSError for a file that is gone, CheckpointError for all else."""
         if isinstance(error, CheckpointError | OSError) and not isinstance(error, FileNotFoundError):
             return error
-        text, kind = str(error), type(error).__name__
-        code = (re.search(r"<Code>(\w+)</Code>", text) or ["", ""])[1]
-        status = next(iter(re.findall(r"\b[45]\d\d\b", text)), "")
-        store = _STORES[self.scheme]
-        login = (
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
-            "for a public bucket AWS_SKIP_SIGNATURE=true"
-            if self.scheme == "s3"
-            else "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`; "
-            "for a public bucket GOOGLE_SKIP_SIGNATURE=true"
-        )
-        if code == "NoSuchBucket":
-            return self.error(name, f"{store} has no bucket {self.bucket}", "correct the name of the bucket")
+        text, _, details = str(error).partition("Debug source:")
+        no_role = "169.254." in text  # the address of a machine's own role
+        text = re.sub(r"https?://\S+", "", text)
+        code, status = _first(r"<Code>(\w+)</Code>", text), _first(r"status code: (\d{3})", text)
+        store, here = _STORES[self.scheme], f"{self.scheme}://{self.bucket}"
+        if code == "NoSuchBucket" or (status == "404" and name == LISTING):
+            return CheckpointError(f"{store} has no bucket {self.bucket}\n  fix: correct the name in {here}")
         if isinstance(error, FileNotFoundError):
-            if name == "the list of files":
-                return self.error(name, f"{store} has no bucket {self.bucket}", "correct the name of the bucket")
             return FileNotFoundError(2, f"{store} has no such file any more")
-        if kind == "PreconditionError":
+        if type(error).__name__ == "PreconditionError" or status == "412":
             return self.error(name, "the file has changed since it was listed", "check the model again")
-        if "redirect" in text.lower() or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
-            fix = "set AWS_REGION to the region of the bucket" + (
-                ", and check AWS_ENDPOINT_URL" if self.endpoint else ""
-            )
+        if "redirect" in text or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
+            fix = "set AWS_REGION to the region of the bucket"
             return self.error(name, "the bucket is in another region than the request went to", fix)
-        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
-            return self.error(name, f"the credentials are refused ({code})", login)
-        if kind in ("PermissionDeniedError", "UnauthenticatedError"):
-            said = f" ({code})" if code else ""
-            return self.error(name, f"access is denied{said}", f"{login}; they need the right to list and read")
-        if "credential" in text.lower() or "metadata" in text.lower() or "token" in text.lower():
-            return self.error(name, "no credentials are found", login)
-        if "timed out" in text or "timeout" in text.lower():
+        said = f" ({code})" if code else ""
+        if code in _BAD_KEYS:
+            return self.error(name, f"the credentials are refused{said}", _LOGIN[self.scheme])
+        if no_role or re.search(r"Missing \w*Key|token request|[Cc]redential", text):
+            return self.error(name, "no credentials are found", _LOGIN[self.scheme])
+        if status in ("401", "403"):
+            rights = "; they need the rights to list the bucket and to read its files"
+            return self.error(name, f"access is denied{said}", _LOGIN[self.scheme] + rights)
+        if status:
+            return self.error(name, f"the server answered HTTP {status}{said}", "try again; the failure may pass")
+        if "TimedOut" in details or "Timeout" in details or "timed out" in text:
             fix = f"try again, or set {TIMEOUT} to more seconds"
             return self.error(name, f"no answer within {timeout_s():g} s", fix)
-        if "onnect" in text or "dns" in text.lower():
+        if "HTTP error" in text or "onnect" in details:
             variable = "STORAGE_EMULATOR_HOST" if self.scheme == "gs" else "AWS_ENDPOINT_URL"
             return self.error(name, f"no connection to {store}", f"check the network, and {variable} if it is set")
-        if status:
-            return self.error(name, f"the server answered HTTP {status}{f' ({code})' if code else ''}", "try again")
-        return self.error(name, f"{store} does not answer as expected ({kind})", "check the endpoint and any proxy")
+        return self.error(name, f"{store} does not answer as expected", "check the endpoint and any proxy in between")
+
+
+def _first(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else ""
 
 
 def timeout_s() -> float:

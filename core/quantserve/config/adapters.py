@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from quantserve.config.paths import usable_id
 from quantserve.config.report import Fault, fault
 from quantserve.config.section import Section
+from quantserve.config.source import KeyPath
 
 
 class AdapterConfig(Section):
@@ -40,6 +41,7 @@ def adapter_faults(
     adapters: Sequence[AdapterConfig], model_id: str, engine: Mapping[str, Any], frontend: Mapping[str, Any]
 ) -> Iterator[Fault]:
     """What contradicts the adapters of one model: names given twice, and arguments of vLLM."""
+    at: KeyPath
     seen = {model_id: "the id of the model"}
     for index, adapter in enumerate(adapters):
         if adapter.name in seen:

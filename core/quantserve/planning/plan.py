@@ -144,7 +144,9 @@ def make_plan(composition: Composition) -> Plan:
         expected=composition.expected.to_json() if composition.expected else None,
         alone=composition.alone.to_json() if composition.alone else None,
         **facts(composition),
-        downloads=list(filter(None, map(wanted, (composition.checkpoint, *composition.adapters)))),
+        downloads=[
+            files for opened in (composition.checkpoint, *composition.adapters) if (files := wanted(opened)) is not None
+        ],
         description=model.engine_config.model_description,
         url=model.engine_config.model_url,
         findings=[finding.to_json() for finding in composition.findings],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import time
@@ -167,9 +168,18 @@ class Disabled:
         return f"{self.name} ({self.distribution} {self.version})"
 
 
+class _Manager(pluggy.PluginManager):
+    """A manager that looks for hooks among the functions of a module only; pluggy inspects every object in it."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """The options that ``@hookimpl`` gave a function; None for anything else."""
+        found = vars(plugin).get(name)
+        return getattr(found, f"{self.project_name}_impl", None) if inspect.isfunction(found) else None
+
+
 def manager() -> pluggy.PluginManager:
     """A plugin manager that knows the hooks."""
-    made = pluggy.PluginManager(hookspecs.PROJECT)
+    made = _Manager(hookspecs.PROJECT)
     made.add_hookspecs(hookspecs)
     return made
 

@@ -244,13 +244,13 @@ class Subject:
         checkpoint, target = checkpoint or self.good, target or self.targets[0]
         key = (id(checkpoint), target.name, ranks)
         if key not in self._judged:
-            model, good = self.model(ranks, named=named), checkpoint is self.good
-            registry = self.registry if good else self.quick
+            model, watched = self.model(ranks, named=named), checkpoint is self.good and ranks == 1
+            registry = self.registry if watched else self.quick
 
             def composed() -> Composition:
                 return compose(model, registry, target, opened=checkpoint, predict=False)
 
-            made = composed() if good else self.guard(composed)
+            made = composed() if watched else self.guard(composed)
             if named or checkpoint is not self.good:
                 return made
             self._judged[key] = (checkpoint, made)

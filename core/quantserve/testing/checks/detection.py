@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from quantserve.api import Checkpoint, Tensor
+from quantserve.errors import PluginError
 from quantserve.planning.detection import own_copy
 from quantserve.plugins.contract import claim_of
 from quantserve.plugins.registry import Hooks
@@ -46,10 +47,15 @@ def others(subject: Subject) -> Iterator[str]:
     method = subject.method
     assert method is not None
     mine = {subject.case.name, *method.names, *method.accepts, *subject.case.formats}
-    for name, sample in SAMPLES.items():
-        if mine & {sample.format, sample.owner} or (not sample.format and "fp16" in mine):
-            continue
-        if claims(subject, sample.checkpoint()):
+    strangers = {
+        name: sample
+        for name, sample in SAMPLES.items()
+        if not mine & {sample.format, sample.owner} and (sample.format or "fp16" not in mine)
+    }
+    for name, claimed in subject.guard.each(lambda name: claims(subject, strangers[name].checkpoint()), strangers):
+        if isinstance(claimed, PluginError):
+            raise claimed
+        if claimed:
             yield f"quantserve_detect claims the sample {name!r}"
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.metadata import EntryPoints
 from inspect import signature
 
-from quantserve.errors import QuantserveError
+from quantserve.errors import PluginError, QuantserveError
 from quantserve.planning.detection import detect
 from quantserve.plugins import foreign
 from quantserve.plugins.entry_points import origin
@@ -63,12 +63,17 @@ def other_models(subject: Subject) -> Iterator[str]:
     """
     others = EntryPoints(point for point in subject.points if origin(point)[0] != subject.distribution)
     without, together = quick(Registry.load({}, others)), quick(Registry.load({}, subject.points))
-    for name, sample in SAMPLES.items():
-        after = subject.guard(partial(_owner, together, sample))
-        if after in ("", subject.case.name):
-            before = subject.guard(partial(_owner, without, sample))
-            if before not in ("", after):
-                yield f"the sample {name!r} is served by {before}, and with this plugin by {after or 'nobody'}"
+
+    def owners(name: str) -> tuple[str, str]:
+        after = _owner(together, SAMPLES[name])
+        return after, _owner(without, SAMPLES[name]) if after in ("", subject.case.name) else after
+
+    for name, made in subject.guard.each(owners, SAMPLES):
+        if isinstance(made, PluginError):
+            raise made
+        after, before = made
+        if before not in ("", after):
+            yield f"the sample {name!r} is served by {before}, and with this plugin by {after or 'nobody'}"
 
 
 def _owner(registry: Registry, sample: Sample) -> str:

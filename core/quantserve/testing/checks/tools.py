@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from quantserve.checkpoint import open_checkpoint
@@ -20,13 +22,19 @@ _CALL = """
 from importlib import import_module
 from pathlib import Path
 module, _, name = sys.argv[1].partition(":")
-found = getattr(import_module(module), name)
-if isinstance(found, type):
-    answer("class")
-else:
-    found(Path(sys.argv[2]), Path(sys.argv[3]))
-    answer("done")
+getattr(import_module(module), name)(Path(sys.argv[2]), Path(sys.argv[3]))
+answer("done")
 """
+
+
+def _is_class(reference: str) -> bool:
+    """Whether "module:name" is a class in the module's source; importing it would bring torch."""
+    module, _, name = reference.partition(":")
+    spec = find_spec(module)
+    source = Path(spec.origin) if spec and spec.origin else None
+    if source is None or source.suffix != ".py":
+        return False
+    return any(isinstance(one, ast.ClassDef) and one.name == name for one in ast.parse(source.read_bytes()).body)
 
 
 @check("Q01-quantizer", "quantizer", "method")
@@ -41,6 +49,8 @@ def quantizer(subject: Subject) -> Iterator[str]:
     reference = Hooks([subject.loaded]).call(subject.loaded, "quantserve_quantizer")
     if not isinstance(reference, str):
         return
+    if subject.guard(lambda: _is_class(reference)):
+        raise Skip(f"{reference} is a class, which `quantserve quantize` runs")
     with tempfile.TemporaryDirectory(prefix="quantserve-") as folder:
         source, destination = (
             write_llama(Path(folder, "plain"), hidden=256, intermediate=512),
@@ -50,8 +60,6 @@ def quantizer(subject: Subject) -> Iterator[str]:
         if answer.problem:
             yield f"{reference}: {answer.problem}"
             return
-        if answer.value == "class":
-            raise Skip(f"{reference} is a class, which `quantserve quantize` runs")
         opened = open_checkpoint(str(destination), readers=subject.registry.readers)
         if not claims(subject, opened):
             yield f"{reference} writes what quantserve_detect does not claim"

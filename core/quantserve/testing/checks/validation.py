@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from quantserve.api import Finding, Linear, once
@@ -44,14 +45,11 @@ def refused(subject: Subject, damage: Damage) -> list[Finding]:
 
 def judged(subject: Subject, kinds: Callable[[str], bool], *, named: bool = False) -> Iterator[str]:
     """What is wrong with the verdicts on the damages whose names are of these kinds."""
-    for damage in all_damages(subject):
-        if not kinds(damage.name):
-            continue
+    some = [damage for damage in all_damages(subject) if kinds(damage.name)]
+    for damage, found in subject.guard.each(partial(refused, subject), some):
         reason = next((why for p, why in subject.case.harmless.items() if fnmatchcase(damage.name, p)), None)
-        try:
-            found = refused(subject, damage)
-        except PluginError as error:
-            yield f"{damage.name} ({damage.detail}): {error.stage}: {error.reason}"
+        if isinstance(found, PluginError):
+            yield f"{damage.name} ({damage.detail}): {found.stage}: {found.reason}"
             continue
         codes = ", ".join(dict.fromkeys(finding.code for finding in found))
         if reason is None and not found:
@@ -218,12 +216,12 @@ def any_checkpoint(subject: Subject) -> Iterator[str]:
 
     Fix: hooks report what is wrong as findings and raise nothing; a config may hold anything.
     """
-    for damage in odd_configs(subject.good):
-        for target in subject.targets:
-            try:
-                subject.composed(damage.checkpoint, target, named=True)
-            except PluginError as error:
-                yield f"{damage.detail}, on {target.device}: {error.stage}: {error.reason}"
+    every = product(odd_configs(subject.good), subject.targets)
+    for (damage, target), made in subject.guard.each(
+        lambda one: subject.composed(one[0].checkpoint, one[1], named=True), every
+    ):
+        if isinstance(made, PluginError):
+            yield f"{damage.detail}, on {target.device}: {made.stage}: {made.reason}"
 
 
 @check("V13-stable-codes", "method")
@@ -237,7 +235,7 @@ def stable_codes(subject: Subject) -> Iterator[str]:
         for damage in tensor_damages(subject.good, linears):
             if damage.name.endswith("missing"):
                 try:
-                    found = refused(subject, damage)
+                    found = subject.guard(partial(refused, subject, damage))
                 except PluginError:
                     continue  # another check says it
                 by_name.setdefault(damage.name, set()).add(frozenset(finding.code for finding in found))

@@ -231,6 +231,22 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot resolve the host name host.invalid" in capsys.readouterr().err
 
 
+def test_proxies_of_the_environment(
+    server: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with FakeServer(lambda number, body: [whole(403, error("not from here", "denied"))]) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        assert run(["query", "--url", "http://host.invalid", "--model", "m", "x"]) == 2
+        assert "not from here" in capsys.readouterr().err
+        assert proxy.exchanges[0].head.startswith("POST http://host.invalid/v1/chat/completions ")
+        assert run(["query", "--url", server.url, "--model", "parrot", "x"]) == 0  # this machine needs none
+    monkeypatch.setenv("HTTP_PROXY", "nonsense://x")
+    assert run(["query", "--url", "http://host.invalid", "--model", "m", "x"]) == 2
+    assert "the proxy settings of the environment cannot be used" in capsys.readouterr().err
+
+
 def test_tls_without_tls(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=lambda: listener.accept()[0].sendall(b"HTTP/1.1 400 X\r\n\r\n")).start()

@@ -19,6 +19,7 @@ import httpx
 
 from quantserve import __version__
 from quantserve.errors import EngineError, QuantserveError, UsageError, one_line, unknown_name
+from quantserve.system.addresses import is_loopback
 from quantserve_bench.causes import connect_failure, with_fix
 from quantserve_bench.request import Request, Target
 from quantserve_bench.result import BODY_SHOWN, Event, Failure, Result, error_message
@@ -76,6 +77,7 @@ class Server:
                 headers=headers,
                 timeout=httpx.Timeout(address.stall_s, connect=min(CONNECT_S, address.timeout_s), pool=None),
                 limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+                trust_env=not is_loopback(self.target.host),  # no proxy reaches this machine's own address
                 verify=ssl.create_default_context() if self.target.tls else False,
             )
         except (ValueError, httpx.InvalidURL, ImportError) as error:  # a proxy of the environment

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import sys
 from collections.abc import Sequence
 
 from quantserve.planning.plan import Plan
+from quantserve.system.addresses import base_url
 from quantserve.text import escaped
 
 
@@ -20,12 +20,6 @@ def say(line: str) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())  # a line that cannot be written would change the exit code
         os.close(null)
-
-
-def base_url(host: str, port: int) -> str:
-    """The address from this machine."""
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 def announce(
@@ -63,11 +57,3 @@ def announce(
     say("Try:")
     say(f"  curl {base}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
     say(stop)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

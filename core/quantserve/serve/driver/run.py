@@ -16,7 +16,7 @@ from quantserve.config import ExplorerConfig, HttpConfig
 from quantserve.errors import EngineError, one_line
 from quantserve.planning.plan import Plan
 from quantserve.serve.cpus import keep_off
-from quantserve.serve.driver.announce import announce, base_url, is_loopback, say
+from quantserve.serve.driver.announce import announce, say
 from quantserve.serve.driver.detach import Detached
 from quantserve.serve.driver.gateway_process import GatewayProcess
 from quantserve.serve.driver.processes import Processes
@@ -28,6 +28,7 @@ from quantserve.serve.gateway.middleware.limits import Policy
 from quantserve.serve.gateway.upstreams.discovery import poll_replicas
 from quantserve.serve.replica.vllm import patches
 from quantserve.serve.signals import Stopped, StopSignal
+from quantserve.system.addresses import base_url, is_loopback
 from quantserve.system.environment import API_KEYS
 from quantserve.system.servers import Record
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from quantserve.checkpoint import Checkpoint, Tensor, open_checkpoint
 from quantserve.checkpoint.containers import BadContainer, Contents, Reader
+from quantserve.checkpoint.peek import first_bytes
 from quantserve.checkpoint.source import Source
 from quantserve.checks.linear import check_fused_blocks, check_shards, quantized_linears
 from quantserve.checks.skipped import SkipList
@@ -111,6 +112,7 @@ __all__ = [
     "dtype_argument",
     "engine_environment",
     "fastest_kernel",
+    "first_bytes",
     "hookimpl",
     "kernel_findings",
     "linears",

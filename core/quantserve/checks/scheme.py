@@ -15,7 +15,8 @@ from quantserve.checks.skipped import SkipList
 from quantserve.checks.stored import FLOATS, Stored
 from quantserve.checks.wording import and_experts, are, counted, have, named, shown
 from quantserve.finding import Finding
-from quantserve.model.layers import linears
+from quantserve.model.architecture import read_sizes
+from quantserve.model.layers import linears, lm_head_name
 from quantserve.model.linear import Linear, shard_k, shard_n
 from quantserve.model.modules import BESIDE, engine_layers, modules
 from quantserve.scheme import Dim, K, N, Part, Scheme
@@ -48,7 +49,8 @@ def check_schemes(
     Args:
         stored: the linears by their schemes (`stored_linears`).
         code: prefix of the codes: ``-missing-tensors``, ``-wrong-shape``, ``-wrong-dtype``, ``-unexpected-tensors``,
-            ``-packing``, ``-partly-quantized``, ``-skip-list``, ``-word-splits-ranks``, ``-group-splits-ranks``.
+            ``-packing``, ``-partly-quantized``, ``-skip-list``, ``-tied-lm-head``, ``-word-splits-ranks``,
+            ``-group-splits-ranks``.
         skip: the config's list of unquantized modules. Files and list have to agree, as in vLLM. None for a method
             that has no such list.
         ranks: tensor parallel size.
@@ -74,10 +76,24 @@ def check_schemes(
     findings += check_partly_quantized(names, engine_layers(checkpoint), code, lambda layer: fuses(checkpoint, layer))
     if skip is not None and (names or stored.quantized):
         findings += check_skip_list(checkpoint, skip, stored.plain, code)
+    findings += _check_tied(checkpoint, code)
     if ranks > 1:
         split = [one for one in compared.cuts if not (whole_experts and one.linear.fused == "experts")]
         findings += _check_ranks(split, ranks, code)
     return findings
+
+
+def _check_tied(checkpoint: Checkpoint, code: str) -> Iterator[Finding]:
+    """A quantized output layer where config.json ties it to the embedding."""
+    sizes, head = read_sizes(checkpoint), lm_head_name(checkpoint).removesuffix(".weight")
+    if sizes and sizes.tied and modules(checkpoint).get(head, {}).keys() - {"weight", "bias"}:
+        yield Finding.warning(
+            f"{code}-tied-lm-head",
+            f"{head} is quantized, and config.json ties it to the embedding: vLLM leaves out its tensors and computes "
+            "logits with the embedding",
+            [head, "tie_word_embeddings"],
+            'set "tie_word_embeddings" to false if the output layer has weights of its own',
+        )
 
 
 # --- the tensors of a linear ------------------------------------------------------------------------------

@@ -163,15 +163,6 @@ def test_unquantized_layers_must_be_ignored(tmp_path: Path) -> None:
             "lm-head",
             "no target names it",
         ),
-        (
-            "w8a8",
-            {
-                "config": {"tie_word_embeddings": True},
-                "tensors": {"lm_head.weight": ("I8", (512, 128)), "lm_head.weight_scale": ("BF16", (512, 1))},
-            },
-            "lm-head",
-            "tie_word_embeddings",
-        ),
     ],
 )
 def test_bad_checkpoints(tmp_path: Path, source: str, changes: Change, code: str, words: str) -> None:
@@ -191,6 +182,13 @@ def test_files_without_quantized_tensors(tmp_path: Path) -> None:
 def test_patterns_that_may_take_long_are_not_judged(tmp_path: Path) -> None:
     slow = changed(tmp_path / "m", "fp8", group={"targets": ["re:(a+)+$", "Linear"]})
     assert "compressed-tensors-targets" in findings(composed(slow))
+
+
+def test_a_quantized_output_layer_that_is_tied(tmp_path: Path) -> None:
+    head = {"lm_head.weight": ("I8", (512, 128)), "lm_head.weight_scale": ("BF16", (512, 1))}
+    folder = changed(tmp_path / "m", "w8a8", config={"tie_word_embeddings": True}, tensors=head)
+    assert not wrong(folder)
+    assert "embedding" in findings(composed(folder))["compressed-tensors-tied-lm-head"].message
 
 
 def test_norms_of_gemma(tmp_path: Path) -> None:

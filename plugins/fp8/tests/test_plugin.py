@@ -84,6 +84,14 @@ def test_parts_of_a_fused_layer_are_whole_blocks(tmp_path: Path, kv_heads: int, 
         assert "k_proj: N 64 is not a multiple of 128" in found["fp8-blocks"].message
 
 
+def test_blocks_on_gemma_4(tmp_path: Path) -> None:
+    for scale, warned in (("block", True), ("tensor", False)):
+        folder = fp8(tmp_path / scale, scale)
+        config = json.loads((folder / "config.json").read_text()) | {"model_type": "gemma4"}
+        (folder / "config.json").write_text(json.dumps(config))
+        assert ("fp8-gemma4-blocks" in findings(composed(folder, "h100"))) == warned
+
+
 def test_scales_are_missing(tmp_path: Path) -> None:
     assert f"{Q}.weight_scale" in errors(composed(fp8(tmp_path / "m", "none")))["fp8-missing-tensors"].message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -152,6 +153,34 @@ def test_a_quantized_lm_head_that_the_config_does_not_announce() -> None:
     assert "gptq-lm-head" not in codes(checkpoint(tensors=head), EPYC)  # our engine side looks at the files
     assert "gptq-lm-head" not in codes(checkpoint(config={"lm_head": True}, tensors=head))
     assert "gptq-lm-head" in codes(checkpoint(config={"lm_head": True}))
+
+
+def test_version_1_with_asymmetric_3_bits_by_gptqmodel() -> None:
+    tool = {"bits": 3, "sym": False, "meta": {"quantizer": ["gptqmodel:2.0.0"]}}
+    assert "gptq-3-bit-zeros" in codes(checkpoint(config=tool))
+    assert "gptq-3-bit-zeros" not in codes(checkpoint(config={**tool, "checkpoint_format": "gptq_v2"}))
+    assert "gptq-3-bit-zeros" not in codes(checkpoint(config={**tool, "sym": True}))
+
+
+def test_no_linear_is_gptqs() -> None:
+    assert "gptq-not-quantized" in codes(checkpoint({"_proj": 0}))
+
+
+@pytest.mark.parametrize(("word", "stray"), [(0x77777777, False), (0x88888888, False), (0, False), (0x78777777, True)])
+def test_zeros_of_symmetric_files(tmp_path: Path, word: int, stray: bool) -> None:
+    """As AutoRound stores them (version 1), as version 2 does, never filled, and one that is not the middle code."""
+    folder = tmp_path / "m"
+    shutil.copytree(Path(__file__).parent / "data" / "autoround-w4g32-sym", folder)
+    file, name = folder / "model.safetensors", f"{DOWN}.qzeros"
+    raw = bytearray(file.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    start = 8 + length + json.loads(raw[8 : 8 + length])[name]["data_offsets"][0]
+    assert raw[start : start + 4] == bytes.fromhex("77777777")
+    raw[start : start + 4] = word.to_bytes(4, "little")
+    file.write_bytes(raw)
+    found = findings(composed(folder, "cpu"))
+    assert ("gptq-stray-zeros" in found) == stray
+    assert not stray or name in found["gptq-stray-zeros"].message
 
 
 def test_files_without_a_declared_method() -> None:

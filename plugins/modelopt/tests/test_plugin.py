@@ -269,7 +269,8 @@ def test_the_output_layer(tmp_path: Path) -> None:
     )
     for target in ("cpu", "b200"):
         assert not wrong(quantized, target)
-        assert "modelopt-lm-head" in wrong(tied, target)
+        assert "modelopt-tied-lm-head" not in findings(composed(quantized, target))
+        assert "modelopt-tied-lm-head" in findings(composed(tied, target))
 
 
 def test_experts_that_vllm_reads_one_scale_of(tmp_path: Path) -> None:

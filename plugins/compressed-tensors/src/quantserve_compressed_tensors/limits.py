@@ -229,11 +229,8 @@ def _mixed_layers(checkpoint: Checkpoint) -> list[str]:
 def silent_findings(config: Config, checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Iterator[Finding]:
     """What vLLM serves wrong, or otherwise than the files say, without a message."""
     heads = [name for name in checkpoint.tensors if name.endswith(tuple(f"lm_head{suffix}" for suffix in SUFFIXES))]
-    if heads and checkpoint.text_config.get("tie_word_embeddings") is True:
-        message = "lm_head is quantized, and tie_word_embeddings is true: vLLM takes the embedding for lm_head"
-        fix = 'set "tie_word_embeddings" to false in config.json if lm_head has weights of its own'
-        yield _error("compressed-tensors-lm-head", message, heads, fix)
-    elif heads and not config.slow and config.of(heads[0].rpartition(".")[0]) is None:
+    tied = checkpoint.text_config.get("tie_word_embeddings") is True
+    if heads and not tied and not config.slow and config.of(heads[0].rpartition(".")[0]) is None:
         message = "lm_head is quantized, and no target names it: vLLM's class of it is no Linear, and it is built plain"
         yield _error("compressed-tensors-lm-head", message, heads, 'add "re:.*lm_head" to the targets of its group')
     rounded = [one for one in kinds(checkpoint) if one[0].name == "MXFP4" and one[1].inputs is None]

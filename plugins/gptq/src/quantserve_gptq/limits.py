@@ -12,6 +12,7 @@ from quantserve.api import (
     Linear,
     Scheme,
     Target,
+    first_bytes,
     kernel_findings,
     linears,
     once,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_MULTIPLE = 32
 OFFENDERS = 8
+MOST_READ = 64
+"""Linears of which zeros are read."""
 
 
 @once
@@ -166,6 +169,7 @@ def tensor_findings(checkpoint: Checkpoint, written: Written) -> Iterable[Findin
             words[:OFFENDERS],
             "export the model again with pack_dtype int32",
         )
+    yield from zero_findings(checkpoint)
     meta = written.values.get("meta")
     odd = [name for name, one in each(checkpoint).items() if one.bits == 3 and not one.sym]
     if odd and written.version == "gptq" and "gptqmodel" in str(meta).lower():
@@ -176,6 +180,27 @@ def tensor_findings(checkpoint: Checkpoint, written: Written) -> Iterable[Findin
             odd[:OFFENDERS],
             "export the model again with checkpoint_format gptq_v2",
         )
+
+
+def zero_findings(checkpoint: Checkpoint) -> Iterable[Finding]:
+    """Zeros of symmetric files that are not the middle code; the first words of some linears are read."""
+    usual = {f"{name}.qzeros": middles(one.bits) for name, one in each(checkpoint).items() if one.sym and one.bits != 3}
+    read = first_bytes(checkpoint, list(usual)[:MOST_READ], 4)
+    if odd := [f"{name}: {word.hex()}" for name, word in read.items() if word not in usual[name]]:
+        yield Finding.warning(
+            "gptq-stray-zeros",
+            f"the config says sym, so every zero is taken for the middle code, and {len(odd)} of {len(read)} linears "
+            f"that were read store others. First: {odd[0]}",
+            odd[:OFFENDERS],
+            'if the weights were rounded with these zeros, set "sym" to false in the quantization config; else compare '
+            "a few answers with the unquantized model",
+        )
+
+
+def middles(bits: int) -> set[bytes]:
+    """The word of middle codes, as version 2 and version 1 store it, and a word that was never filled."""
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    return {(ones * zero).to_bytes(4, "little") for zero in (2 ** (bits - 1), 2 ** (bits - 1) - 1, 0)}
 
 
 def is_stored(checkpoint: Checkpoint) -> bool:

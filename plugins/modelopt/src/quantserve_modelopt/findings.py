@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator, Mapping
 
-from quantserve.api import Checkpoint, Finding, Target, check_fused_blocks, linears, modules, once, other_tensors
+from quantserve.api import (
+    Checkpoint,
+    Finding,
+    Target,
+    check_fused_blocks,
+    first_bytes,
+    linears,
+    modules,
+    once,
+    other_tensors,
+)
 from quantserve_modelopt.format import (
     ARGUMENTS,
     BLOCK,
@@ -59,21 +68,14 @@ def file_findings(checkpoint: Checkpoint, *, cpu: bool) -> Iterator[Finding]:
 
 
 def list_findings(checkpoint: Checkpoint, config: Settings, *, cpu: bool) -> Iterator[Finding]:
-    """Entries of the list of unquantized modules without a module, and an output layer against list and embedding."""
+    """Entries of the list of unquantized modules without a module, and an output layer against the list."""
     present = [*modules(checkpoint), "lm_head"]  # which a tied model does not store
     unused = [entry for entry in config.excluded if not any(excludes([entry], name) for name in present)]
     if unused:
         message = f"{len(unused)} entries of {config.key} name no module of the files. First: {unused[0]}"
         yield Finding.warning("modelopt-unused-entry", message, unused[:SHOWN], "check the spelling of the modules")
     heads = [name for name in quantized(checkpoint) if name.rpartition(".")[2] == "lm_head"]
-    if heads and checkpoint.text_config.get("tie_word_embeddings"):
-        yield Finding.error(
-            "modelopt-lm-head",
-            "the output layer is quantized, and config.json ties it to the embedding, which is not",
-            [*heads, "tie_word_embeddings"],
-            "set tie_word_embeddings to false, if the file holds the embedding as well",
-        )
-    elif not heads and not cpu and config.algorithm != MIXED and not excludes(config.excluded, "lm_head"):
+    if not heads and not cpu and config.algorithm != MIXED and not excludes(config.excluded, "lm_head"):
         yield (Finding.error if other_tensors(checkpoint) else Finding.warning)(
             "modelopt-lm-head",
             f"the output layer is unquantized, and {config.key} does not name it: vLLM builds it quantized",
@@ -146,7 +148,8 @@ def fused_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
                 layer = name.rpartition(".")[0] if linear.fused == "experts" else linear.group
                 layers.setdefault(layer, []).append(f"{name}.weight_scale_2")
     wanted = [name for names in layers.values() if len(names) > 1 for name in names][:MOST_READ]
-    values = scalars(checkpoint, wanted)
+    alone = [name for name in wanted if (one := checkpoint.tensors.get(name)) and (one.dtype, one.nbytes) == ("F32", 4)]
+    values = {name: struct.unpack("<f", one)[0] for name, one in first_bytes(checkpoint, alone, 4).items() if one[3:]}
     odd = []
     for layer, names in layers.items():
         found = {name: values[name] for name in names if name in values}
@@ -161,24 +164,3 @@ def fused_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
             odd[:SHOWN],
             "export the model with a current nvidia-modelopt, which gives them one; on CPUs each keeps its own",
         )
-
-
-def scalars(checkpoint: Checkpoint, names: list[str]) -> dict[str, float]:
-    """The values of F32 tensors of one element in local safetensors files; what cannot be read is left out."""
-    found: dict[str, float] = {}
-    by_file: dict[str, list[str]] = {}
-    for name in names:
-        tensor = checkpoint.tensors.get(name)
-        if tensor is not None and tensor.dtype == "F32" and tensor.nbytes == 4 and tensor.file.endswith(".safetensors"):
-            by_file.setdefault(tensor.file, []).append(name)
-    for file, inside in by_file.items() if checkpoint.path is not None else ():
-        try:
-            with open(checkpoint.path / file, "rb") as stream:  # type: ignore[operator]
-                length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length))
-                for name in inside:
-                    stream.seek(8 + length + header[name]["data_offsets"][0])
-                    found[name] = struct.unpack("<f", stream.read(4))[0]
-        except (OSError, ValueError, KeyError, TypeError, struct.error):
-            continue
-    return found

@@ -21,15 +21,18 @@ def first_bytes(checkpoint: Checkpoint, names: Iterable[str], count: int) -> dic
     Returns:
         By name. What is not there, is on the hub, or cannot be read is left out.
     """
+    folder = checkpoint.path
+    if folder is None:
+        return {}
     by_file: dict[str, list[str]] = {}
     for name in names:
         tensor = checkpoint.tensors.get(name)
         if tensor is not None and tensor.file.endswith(".safetensors"):
             by_file.setdefault(tensor.file, []).append(name)
     found: dict[str, bytes] = {}
-    for file, inside in by_file.items() if checkpoint.path is not None else ():
+    for file, inside in by_file.items():
         try:
-            with (checkpoint.path / file).open("rb") as stream:
+            with (folder / file).open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(length))
                 for name in inside:

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUANTIZED = {
-    "awq": "--method awq --group-size 64",
-    "squeezellm": "--method squeezellm --sparsity 0.45",
+    "awq": "--method awq --group-size 64 --samples 16",
+    "squeezellm": "--method squeezellm --sparsity 0.45 --samples 16",
 }
 """Folder -> options of `quantserve quantize`."""
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from quantserve.errors import UsageError, one_line
 
+SHORTEST = 16
+"""Tokens of a sample, at least."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -45,11 +48,9 @@ def read(path: Path | None, folder: Path, samples: int, length: int, seed: int) 
     ids = encode(text, folder)
     there = len(ids) // length
     if there < samples:
-        fix = (
-            f"give a longer text, or --samples {there}"
-            if there
-            else f"give a longer text, or --length {max(16, len(ids) // 2)}"
-        )
+        fix = "give a longer text"
+        if there or len(ids) >= SHORTEST:
+            fix += f", or --samples {there}" if there else f", or --samples 1 --length {len(ids)}"
         raise UsageError(
             f"{path or 'the built-in text'} has {len(ids)} tokens, which make {there} samples of {length}; {samples} "
             f"are asked for\n  fix: {fix}"

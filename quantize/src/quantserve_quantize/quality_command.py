@@ -16,6 +16,8 @@ from quantserve_quantize.command import imported
 @click.option("--length", type=click.IntRange(16, 100_000), default=512, show_default=True, help="Tokens of a sample.")
 @click.option("--samples", type=click.IntRange(1, 100_000), help="Samples; default: all of the text, at most 28.")
 @click.option("--engine", is_flag=True, help="Serve the models with vLLM and read their log-probabilities.")
+@click.option("--dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")), default="auto",
+              show_default=True, help="With --engine: what it computes in; auto: as it is served.")  # fmt: skip
 @click.option("--url", metavar="URL", help="Ask a running server; MODEL and BASE are ids of its models.")
 @click.option("--tokenizer", metavar="MODEL", help="Where the tokenizer is; needed with --url.")
 @click.option("--api-key", metavar="KEY", envvar="QUANTSERVE_API_KEY", help="For --url; or set QUANTSERVE_API_KEY.")
@@ -28,6 +30,7 @@ def command(
     length: int,
     samples: int | None,
     engine: bool,
+    dtype: str,
     url: str | None,
     tokenizer: str | None,
     api_key: str | None,
@@ -40,6 +43,6 @@ def command(
     vLLM for every method, where divergences are lower bounds from the 20 most probable tokens.
     """
     program = imported("quality_program")
-    asked = program.Asked(models, reference, text, length, samples, engine, url, tokenizer, api_key)
+    asked = program.Asked(models, reference, text, length, samples, engine, dtype, url, tokenizer, api_key)
     done: int = program.run(asked, out, as_json)
     return done

@@ -23,7 +23,7 @@ from quantserve.cli.output import console
 from quantserve.config import ModelConfig
 from quantserve.errors import UsageError
 from quantserve_quantize import through_server, through_transformers
-from quantserve_quantize.calibration import encode, text_of
+from quantserve_quantize.calibration import SHORTEST, encode, text_of
 from quantserve_quantize.dequantized import Dequantized
 from quantserve_quantize.draft import disk
 from quantserve_quantize.measures import Scores, by_position, summary, worst
@@ -34,6 +34,7 @@ from quantserve_quantize.source import Weights, fingerprint
 
 MOST_SAMPLES = 28
 TEXT = "quality.txt"
+AS_SERVED = "auto"
 HEADINGS = ("model", "size", "bits", "perplexity", "over reference", "KL mean", "KL 99.9 %", "same top")
 
 
@@ -47,6 +48,7 @@ class Asked:
     length: int
     samples: int | None
     engine: bool
+    dtype: str
     url: str | None
     tokenizer: str | None
     api_key: str | None
@@ -56,6 +58,11 @@ def run(asked: Asked, out: Path | None, as_json: bool) -> int:
     """Measure, print a table, and write the report."""
     if asked.engine and asked.url:
         raise UsageError("--engine and --url exclude each other\n  fix: leave one out")
+    if asked.dtype != AS_SERVED and not asked.engine:
+        raise UsageError(
+            "--dtype is of --engine: transformers computes in float32, and a running server in its own dtype\n"
+            "  fix: add --engine, or leave --dtype out"
+        )
     err = console(stderr=True)
     if asked.url and not asked.tokenizer:
         raise UsageError(
@@ -108,7 +115,7 @@ def cut(ids: Tensor, asked: Asked) -> Tensor:
     if there < max(count, 1):
         raise UsageError(
             f"{asked.text or 'the built-in text'} has {len(ids)} tokens, which make {there} samples of {asked.length}\n"
-            f"  fix: give a longer text, or a smaller --length{' or --samples' if there else ''}"
+            f"  fix: give a longer text{', or a smaller --length or --samples' if len(ids) >= SHORTEST else ''}"
         )
     return ids[: count * asked.length].view(count, asked.length)
 
@@ -117,11 +124,16 @@ def _scored(asked: Asked, samples: Tensor, progress: Any) -> tuple[Scores, dict[
     if asked.url:
         from quantserve_bench.request import Target
 
-        return through_server.score(
-            Target(asked.url, "", asked.api_key), asked.reference, list(asked.models), samples, progress
-        )
+        target = Target(asked.url, "", asked.api_key)
+
+        def ask(model: str) -> through_server.Known:
+            return through_server.known(target, model, samples, partial(progress, model))
+
+        return through_server.score(asked.reference, list(asked.models), ask)
     if asked.engine:
-        return _through_engine(asked, samples, progress)
+        return through_server.score(
+            asked.reference, list(asked.models), lambda model: _through_engine(model, asked.dtype, samples, progress)
+        )
     models = {label: weights_of(label) for label in asked.models}
     return through_transformers.score(Weights(local_path(asked.reference)), models, samples, progress)
 
@@ -143,30 +155,20 @@ def weights_of(model: str) -> Weights:
     return Dequantized(folder, found)
 
 
-def _through_engine(asked: Asked, samples: Tensor, progress: Any) -> tuple[Scores, dict[str, Scores]]:
+def _through_engine(model: str, dtype: str, samples: Tensor, progress: Any) -> through_server.Known:
+    """Serve a model, alone, so that memory holds one at a time."""
     from quantserve_bench.server import Server
 
-    every = [asked.reference, *asked.models]
-    names = [f"model-{number}" for number in range(len(every))]
-    configs = [
-        ModelConfig.model_validate(
-            {
-                "engine_config": {
-                    "model_id": name,
-                    "hf_model_id": str(local_path(model)),
-                    "max_total_tokens": samples.shape[1] + 8,
-                    "engine_kwargs": {"enforce_eager": True, "max_num_seqs": 4},
-                }
-            }
-        )
-        for name, model in zip(names, every, strict=True)
-    ]
+    kwargs: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 4}
+    if dtype != AS_SERVED:
+        kwargs["dtype"] = dtype
+    engine = {"model_id": "model", "hf_model_id": str(local_path(model)), "max_total_tokens": samples.shape[1] + 1}
+    config = ModelConfig.model_validate({"engine_config": {**engine, "engine_kwargs": kwargs}})
     with (
         tempfile.TemporaryDirectory() as scratch,
-        Server(configs, Path(scratch), lambda seconds: progress("starting vLLM", int(seconds), 120)) as target,
+        Server([config], Path(scratch), lambda seconds: progress(f"starting {model}", int(seconds), 120)) as target,
     ):
-        reference, scores = through_server.score(target, names[0], names[1:], samples, progress)
-    return reference, {model: scores[name] for model, name in zip(asked.models, names[1:], strict=True)}
+        return through_server.known(target, "model", samples, partial(progress, model))
 
 
 def reported(
@@ -183,6 +185,8 @@ def reported(
     decode = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).decode
     text = text_of(asked.text, TEXT)
     through = "server" if asked.url else "engine" if asked.engine else "transformers"
+    if asked.dtype != AS_SERVED:
+        through = f"{through} in {asked.dtype}"
     return {
         "reference": {
             "model": asked.reference,

@@ -22,26 +22,18 @@ Known = list[tuple[int, dict[int, float]]]
 """For each predicted token: the token of the text, and the log-probabilities that are known."""
 
 
-def score(
-    target: Target, reference: str, models: list[str], samples: Tensor, progress: Callable[[str, int, int], None]
-) -> tuple[Scores, dict[str, Scores]]:
-    """Compare models of a server with one of its models.
+def score(reference: str, models: list[str], ask: Callable[[str], Known]) -> tuple[Scores, dict[str, Scores]]:
+    """Compare models with a reference.
 
     Args:
-        target: address and API key.
-        reference: id of the reference.
-        models: ids.
-        samples: token ids [samples, tokens].
-        progress: called with what is done, how much of it, and how much there is.
-
-    Raises:
-        EngineError: the server does not answer.
-        UsageError: it refuses.
+        reference: the model to compare with.
+        models: the others.
+        ask: `known` for one of them.
     """
-    base = _known(target, reference, samples, progress)
+    base = ask(reference)
     made = {}
     for model in models:
-        own = _known(target, model, samples, progress)
+        own = ask(model)
         divergence = [partial(a, b) for (_, a), (_, b) in zip(base, own, strict=True)]
         same = [_top(a) == _top(b) for (_, a), (_, b) in zip(base, own, strict=True)]
         made[model] = Scores(_loss(own), torch.tensor(divergence, dtype=torch.float64), torch.tensor(same))
@@ -56,11 +48,23 @@ def _top(found: dict[int, float]) -> int:
     return max(found, key=lambda token: found[token])
 
 
-def _known(target: Target, model: str, samples: Tensor, progress: Callable[[str, int, int], None]) -> Known:
+def known(target: Target, model: str, samples: Tensor, progress: Callable[[int, int], None]) -> Known:
+    """What a server says of the tokens of all samples, one after the other.
+
+    Args:
+        target: address and API key.
+        model: id.
+        samples: token ids [samples, tokens].
+        progress: called with samples done, and samples in all.
+
+    Raises:
+        EngineError: the server does not answer.
+        UsageError: it refuses.
+    """
     made: Known = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for number, found in enumerate(pool.map(lambda row: _ask(target, model, row.tolist()), samples)):
-            progress(model, number + 1, len(samples))
+            progress(number + 1, len(samples))
             made += found
     return made
 

@@ -258,8 +258,12 @@ class _Steps:
         path = self.blocks[number]
         skeleton = self._start(number)
         module = skeleton.load(path)
-        before = {name: parameter.data.clone() for name, parameter in module.named_parameters()}
         linears = {name: linear for name, linear in self.linears.items() if name.startswith(f"{path}.")}
+        before = {
+            name: parameter.data.clone()
+            for name, parameter in module.named_parameters()
+            if f"{path}.{name}".removesuffix(".weight") not in linears
+        }
 
         def run(hidden: Tensor) -> Tensor:
             return run_block(module, hidden, self.arguments[path])

@@ -232,3 +232,10 @@ def test_the_share_that_fits_is_named(tmp_path: Path) -> None:
 )
 def test_models_that_can_all_start_are_not(tmp_path: Path, target: str, models: list[str]) -> None:
     require_gpus(together(tmp_path, target, *models))
+
+
+@pytest.mark.parametrize("method", ["awq", "squeezellm", "fp16"])
+def test_the_dtype_of_activations_is_that_of_the_engine_argument(tmp_path: Path, method: str) -> None:
+    """AWQ gives vLLM bfloat16 for a float16 checkpoint where the CPU multiplies that in hardware."""
+    plan = plan_of(tmp_path, method, "cpu", "{}")
+    assert plan.dtype == plan.engine_args.get("dtype", "float16")

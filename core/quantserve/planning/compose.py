@@ -140,7 +140,7 @@ def compose(
     )
     variables, unsettled = _merge_variables(hooks, checkpoint, model, target)
     environment = {name: str(setting.value) for name, setting in variables.items()}
-    effective = with_environment(_with_kwargs(model, kwargs), environment)
+    effective = with_environment(with_kwargs(model, kwargs), environment)
     checkpoint = overridden(opened, effective.engine_kwargs.get("hf_overrides"))
     dtype = kwargs.get("dtype")
     dtype_by = dtype.source if dtype and dtype.source != "config" else ""
@@ -324,7 +324,7 @@ def _unsafe(kwargs: Mapping[str, Setting], plugins: Sequence[Plugin]) -> Iterato
             ).said_by("core")
 
 
-def _with_kwargs(model: ModelConfig, kwargs: Mapping[str, Setting]) -> ModelConfig:
+def with_kwargs(model: ModelConfig, kwargs: Mapping[str, Setting]) -> ModelConfig:
     """The model as vLLM will see it: what plugins set (a dtype, hf_overrides) counts in the core's checks."""
     values = {key: setting.value for key, setting in kwargs.items() if key != "quantization"}
     merged = {**model.engine_kwargs, **values}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantserve.checkpoint.quality import measured_quality
 from quantserve.errors import PluginError
 from quantserve.model.dtypes import DTYPE_BYTES, served_dtype
+from quantserve.planning.compose import with_kwargs
 from quantserve.planning.expectation import quality_of, width_of
 from quantserve.predict.shape import stored_bits_per_weight
 
@@ -25,7 +26,8 @@ def facts(composition: Composition) -> dict[str, Any]:
     plugin = composition.method_plugin
     stored = stored_bits_per_weight(composition.checkpoint, composition.stored)
     bits = width_of(plugin.method, stored) if plugin and plugin.method and stored is not None else None
-    dtype = served_dtype(composition.checkpoint, composition.model, composition.target).name
+    served = with_kwargs(composition.model, composition.engine_kwargs)
+    dtype = served_dtype(composition.checkpoint, served, composition.target).name
     return {
         "bits": bits,
         "bits_per_weight": None if stored is None else round(stored, 2),

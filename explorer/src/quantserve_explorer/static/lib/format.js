@@ -29,7 +29,12 @@ export function bytes(value) {
   return `${unit ? figure(value) : value} ${units[unit]}`;
 }
 
-export const percent = (share) => (known(share) ? `${figure(share * 100)} %` : UNKNOWN);
+export function percent(share) {
+  if (!known(share)) return UNKNOWN;
+  const hundredths = share * 100;
+  if (hundredths > 0 && hundredths < 0.005) return "<0.01 %";
+  return `${hundredths < 1 ? hundredths.toFixed(2) : figure(hundredths)} %`;
+}
 
 export function money(value, currency) {
   if (!known(value)) return UNKNOWN;

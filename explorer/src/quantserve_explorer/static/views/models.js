@@ -171,9 +171,9 @@ function about(model, settings) {
                 term("Perplexity", quality.perplexity_ratio ? `×${quality.perplexity_ratio.toFixed(3)} of the reference's` : UNKNOWN),
                 quality.measured ? term("KL divergence", quality.kl_mean === null ? UNKNOWN : `${figure(quality.kl_mean)} nats per token`) : null,
                 quality.measured ? term("Same top token", percent(quality.same_top)) : null,
-                term("Reference", quality.reference ?? UNKNOWN),
+                quality.reference ? term("Reference", quality.reference) : null,
               ),
-              h("p", { class: "hint" }, quality.measured ? `Measured: ${quality.source}.` : `Published for another model: ${quality.source}.`),
+              h("p", { class: "hint" }, quality.measured ? `Measured: ${quality.source}.` : `Published for another model (${quality.text ?? "not named"}): ${quality.source}.`),
             ]
           : h("p", { class: "hint" }, "Not measured. `quantserve quality` compares the model with its original."),
       ),

@@ -211,9 +211,11 @@ def test_problems_of_all_files_at_once(write: Write) -> None:
         ("one.yml", "one.yml: no such file or folder; did you mean one.yaml?"),
         (
             "https://hf.co/org/name",
-            "https://hf.co/org/name: a URL, where a folder or a model of the Hub (org/name) is expected\n"
-            "  fix: name it org/name",
+            "https://hf.co/org/name: a URL, where a folder, a model of the Hub (org/name) or a bucket (s3://, gs://) is "
+            "expected\n  fix: name it org/name",
         ),
+        ("s3a://bucket/model", "is expected\n  fix: write s3://bucket/model"),
+        ("gcs://bucket/model", "is expected\n  fix: write gs://bucket/model"),
         ("configs/two", "configs/two: no such file or folder; did you mean configs/two.yaml?"),
         (
             "configs/q",

@@ -208,10 +208,7 @@ def test_mistake_under_an_old_name_is_shown_under_that_name(load_error: LoadErro
          "fix: remove type, optimize, max_batch_size and batch_wait_timeout_s, and set engine_kwargs: {runner: pooling}"),
         ("{model_id: a, model_type: embedding}", "1: engine_config.model_type: RayLLM's embedding engine is not"),
         ("{model_id: a, type: SGLang}", "1: engine_config.type: unknown engine 'SGLang'; fix: remove the line"),
-        ("{model_id: a, s3_mirror_config: {bucket_uri: 's3://b/m', s3_sync_args: [], extra_files: []}}",
-         "1: engine_config.s3_mirror_config: weight mirrors are not supported: checkpoints are checked before the start, so "
-         "they must be in a folder or on a hub; fix: copy s3://b/m to a folder that all nodes can read"),
-        ("{model_id: a, gcs_mirror_config: {bucket_uri: 'gs://b/m'}}", "fix: copy gs://b/m to a folder"),
+        ("{model_id: a, s3_mirror_config: {s3_sync_args: []}}", "1: engine_config.s3_mirror_config: names no bucket"),
         ("{model_id: a, engine_kwargs: {load_s3_path: x}}", "a feature of Anyscale's private vLLM"),
         ("{model_id: a, engine_kwargs: {disable_log_requests: true, enable_log_requests: true}}", "both are set"),
         ("{model_id: a, generation: {generate_kwargs: {do_sample: false, temperature: 0.5}}}", "means greedy decoding"),
@@ -365,3 +362,18 @@ def test_a_key_given_twice_in_our_layout_is_refused(write: Write) -> None:
         ConfigError, match=r":10: .*default_system_message: given twice, first on line 9\n  fix: keep one"
     ):
         load([write(LIGHTGPT.replace("  type: VLLMEngine\n", ""))])
+
+
+@pytest.mark.parametrize("key", ["s3_mirror_config", "gcs_mirror_config"])
+def test_a_mirror_is_the_source(load_app: LoadApp, key: str) -> None:
+    uri = f"{'s3' if key[0] == 's' else 'gs'}://bucket/folder"
+    app = load_app(f"engine_config: {{model_id: a, {key}: {{bucket_uri: '{uri}', extra_files: []}}}}")
+    assert app.models[0].source == uri
+    assert f"`{key}.bucket_uri` is now `hf_model_id: {uri}`" in app.notes[0]
+
+
+def test_adapters_of_ray_serve_llm_are_to_be_listed(load_error: LoadError) -> None:
+    lora = "{dynamic_lora_loading_path: 's3://bucket/loras', max_num_adapters_per_replica: 4}"
+    (said,) = load_error(f"engine_config: {{model_id: a}}\nlora_config: {lora}")
+    assert "lora_config: adapters are not looked up when a request names them" in said
+    assert "engine_config.adapters: [{name: NAME, source: s3://bucket/loras/NAME}]" in said

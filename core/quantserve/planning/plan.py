@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from quantserve.checkpoint import Checkpoint
+from quantserve.checkpoint.adapter import Adapter
 from quantserve.checkpoint.downloads import folder_of, wanted
 from quantserve.checks.memory import shares_gpu
 from quantserve.config import ModelConfig
@@ -122,6 +123,7 @@ def make_plan(composition: Composition) -> Plan:
         raise refusal({model.model_id: list(composition.errors)})
     settings = {**_core_settings(composition), **composition.engine_kwargs}
     settings = {key: setting for key, setting in settings.items() if setting.value is not None}
+    opened: list[Checkpoint | Adapter] = [composition.checkpoint, *composition.adapters]
     plan = Plan(
         model_id=model.model_id,
         source=model.source,
@@ -144,9 +146,7 @@ def make_plan(composition: Composition) -> Plan:
         expected=composition.expected.to_json() if composition.expected else None,
         alone=composition.alone.to_json() if composition.alone else None,
         **facts(composition),
-        downloads=[
-            files for opened in (composition.checkpoint, *composition.adapters) if (files := wanted(opened)) is not None
-        ],
+        downloads=[files for one in opened if (files := wanted(one)) is not None],
         description=model.engine_config.model_description,
         url=model.engine_config.model_url,
         findings=[finding.to_json() for finding in composition.findings],

@@ -43,6 +43,9 @@ mutants: dev ## put small defects into good plugins and see whether the conforma
 matrix: dev ## greedy tokens of all methods, dtypes, ranks and modes against transformers; an hour (ARGS="--only fp8")
 	@cd tests && exec ../$(BIN)/python -W ignore -m matrix $(ARGS)
 
+compat: dev ## the conformance kit on every plugin with vLLM 0.29 to the newest, into docs/compatibility.md; hours (ARGS=0.31.0)
+	@exec $(BIN)/python scripts/compat.py $(ARGS)
+
 sanitize: dev ## the kernels' CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer; builds for minutes
 	@exec $(BIN)/python kernels/tests/sanitize.py $(ARGS)
 

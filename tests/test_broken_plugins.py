@@ -1,4 +1,4 @@
-"""Some fifty broken plugins: each is named where it is needed, and changes nothing for the models of other plugins."""
+"""Broken plugins (`helpers.broken_plugins`): each is named where it is needed, and changes nothing for other models."""
 
 from __future__ import annotations
 
@@ -11,317 +11,31 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 
 import pytest
 
+from helpers.broken_plugins import BROKEN, LATE, Broken, hook
 from helpers.checkpoints import make_llama
 from helpers.dists import METHOD, Site
 from quantserve import api
 from quantserve.cli.check_command import _as_json
 from quantserve.cli.main import run
 from quantserve.cli.sources import Outcome, outcomes
-from quantserve.config import ModelConfig, model_from_source
+from quantserve.config import ModelConfig, load_object, model_from_source
 from quantserve.errors import PluginError, UsageError
 from quantserve.planning.advise import advise
 from quantserve.planning.compose import compose
-from quantserve.plugins import foreign
-from quantserve.plugins.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE, GROUP, Registry
+from quantserve.plugins import commands, foreign, pages
+from quantserve.plugins.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE, GROUP, Hooks, Registry
 from quantserve.predict.workload import find_workload
 from quantserve.serve.replica.vllm.engine_plugins import load_plugins
 from quantserve.target import find_target
 
 OURS = ("fp16", "awq", "squeezellm")
 TARGET = "a100-80g"
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A plugin of the method ``broken`` that is broken in one way.
-
-    Attributes:
-        name: of the test.
-        code: of its module, after a method and a detection of ``quant_method: broken`` unless `whole`.
-        says: part of what `check` of its own model says.
-        exit_code: of that.
-        whole: whether the code is the whole module.
-        seconds: ``QUANTSERVE_HOOK_TIMEOUT``.
-    """
-
-    name: str
-    code: str
-    says: str
-    exit_code: int = 3
-    whole: bool = False
-    seconds: str = "10"
-
-    @property
-    def module(self) -> str:
-        own = METHOD.format(name="broken", aliases=()) + (
-            "\nfrom quantserve.api import *\n@hookimpl\ndef quantserve_detect(checkpoint):\n"
-            "    return (checkpoint.quantization_config or {}).get('quant_method') == 'broken'\n"
-        )
-        return self.code if self.whole else own + self.code
-
-
-def hook(text: str) -> str:
-    return f"@hookimpl\ndef quantserve_{text}\n"
-
-
-def validate(body: str) -> str:
-    return hook(f"validate(checkpoint, model, target):\n    {body}")
-
-
-def kwargs(value: str) -> str:
-    return hook(f"engine_kwargs(checkpoint): return {value}")
-
-
-KERNEL = "KernelProfile(name='k', bits_per_weight=8, bandwidth_share=((1, {0}),), flops_share=((1, 0.5),), source='s')"
-WARNING = "Finding.warning('broken-a', 'a')"
-LATE = "did not end within"
-
-BROKEN = [
-    # importing
-    Broken(
-        "import-raises", "raise RuntimeError('at import')", "RuntimeError: at import at quantserve_broken", whole=True
-    ),
-    Broken("import-exits", "import sys\nsys.exit(3)", "SystemExit: 3", whole=True),
-    Broken("import-interrupts", "raise KeyboardInterrupt", "KeyboardInterrupt", whole=True),
-    Broken("import-recursion", "def f(): f()\nf()", "RecursionError", whole=True),
-    Broken("import-syntax", "def f(:", "SyntaxError", whole=True),
-    Broken("import-sleeps", "import time\ntime.sleep(60)", f"{LATE} 2.4 s", whole=True, seconds="0.4"),
-    Broken("import-loops", "while True: pass", f"{LATE} 2.4 s", whole=True, seconds="0.4"),
-    Broken("import-clears-environ", "import os\nos.environ.clear()", "in the environment; put back", whole=True),
-    Broken(
-        "import-sets-vllm", "import os\nos.environ['VLLM_PLUGINS'] = 'x'", "set VLLM_PLUGINS in the env", whole=True
-    ),
-    Broken("import-changes-folder", "import os\nos.chdir('/')", "changed the working folder", whole=True),
-    Broken("import-empties-path", "import sys\nsys.path.clear()", "from sys.path; put back", whole=True),
-    Broken("import-recursion-limit", "import sys\nsys.setrecursionlimit(200)", "the recursion limit", whole=True),
-    Broken("import-replaces-a-function", "import json\njson.dumps = str", "replaced json.dumps; put back", whole=True),
-    Broken(
-        "import-replaces-a-method",
-        "from quantserve.api import Finding\nFinding.to_json = str",
-        "replaced quantserve.finding.Finding.to_json; put back",
-        whole=True,
-    ),
-    Broken(
-        "import-replaces-a-builtin", "import builtins\nbuiltins.len = id", "replaced builtins.len; put back", whole=True
-    ),
-    Broken(
-        "import-removes-modules",
-        "import sys\nfor name in ('json', 'quantserve.finding'): del sys.modules[name]",
-        "from sys.modules; put back",
-        whole=True,
-    ),
-    Broken("import-removes-finders", "import sys\nsys.meta_path.clear()", "from sys.meta_path; put back", whole=True),
-    Broken("import-replaces-stderr", "import sys\nsys.stderr = None", "replaced sys.stderr; put back", whole=True),
-    Broken(
-        "import-ignores-sigterm",
-        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)",
-        "changed the handler of SIGTERM; put back",
-        whole=True,
-    ),
-    Broken(
-        "100000-aliases",
-        "from quantserve.api import *\n"
-        + hook("method(): return Method('broken', 's', (8,), None, tuple(map(str, range(100_000))))"),
-        "Method.aliases has 100,000 entries; at most 100",
-        whole=True,
-    ),
-    Broken(
-        "exception-without-text", "class E(Exception):\n    def __str__(self): 1 / 0\nraise E", ": E at", whole=True
-    ),
-    Broken(
-        "exception-with-a-property-for-notes",
-        "class E(Exception): __notes__ = property(lambda self: 1 / 0)\nraise E('x')",
-        "E: x at quantserve_broken",
-        whole=True,
-    ),
-    Broken(
-        "exception-with-a-number-for-notes",
-        "error = ValueError('x')\nerror.__notes__ = 7\nraise error",
-        "ValueError: x at quantserve_broken",
-        whole=True,
-    ),
-    Broken(
-        "exception-that-exits",
-        "class E(Exception):\n    def __getattribute__(self, name): raise SystemExit\nraise E",
-        "raised an exception that cannot be read",
-        whole=True,
-    ),
-    Broken("exception-of-10-MB", "raise ValueError('x' * 10_000_000)", "(10,000,000 characters)", whole=True),
-    Broken("exception-with-escapes", "raise ValueError('a\\x1b[2Jb')", "a\\x1b[2Jb", whole=True),
-    Broken("later-api", "from quantserve.api import AnInventionOf2027", "fix: upgrade quantserve", whole=True),
-    Broken(
-        "api-2",
-        "from quantserve.api import *\n" + hook("method(): return Method('broken', 's', (8,), None, api=2)"),
-        "version 2 of the plugin API; quantserve 0.1.0 has version 1",
-        whole=True,
-    ),
-    Broken(
-        "method-loops",
-        "from quantserve.api import *\n" + hook("method():\n    while True: pass"),
-        LATE,
-        whole=True,
-        seconds="0.2",
-    ),
-    # detecting
-    Broken("detect-raises", hook("detect(checkpoint): raise OSError('disk')"), "OSError: disk at quantserve_broken"),
-    Broken("detect-returns-1", hook("detect(checkpoint): return 1"), "returned int, not True, False or None"),
-    Broken("detect-loops", hook("detect(checkpoint):\n    while True: pass"), f"{LATE} 0.3 s", seconds="0.3"),
-    Broken("detect-claims-all", hook("detect(checkpoint): return True"), "", 0),
-    Broken(
-        "detect-claims-nothing", hook("detect(checkpoint): return False"), "(quantserve-broken 0.9) does not claim", 1
-    ),
-    Broken(
-        "detect-claims-plain",
-        hook("detect(checkpoint): return not checkpoint.quantization_config"),
-        "method-not-detected",
-        1,
-    ),
-    # findings
-    Broken(
-        "validate-replaces-a-method",
-        validate("import quantserve.api as api; api.Finding.error = None; return []"),
-        "replaced quantserve.finding.Finding.error; put back",
-    ),
-    Broken("validate-coroutine", "async def later(): pass\n" + validate("return later()"), "returned coroutine"),
-    Broken(
-        "validate-raises", validate("raise KeyError('weight')"), "KeyError: 'weight' at quantserve_broken_plugin.py:"
-    ),
-    Broken(
-        "validate-raises-late",
-        validate(f"yield {WARNING}\n    raise KeyError('w')"),
-        "after 1 findings, first warning broken-a: a",
-    ),
-    Broken("validate-exits", validate("raise SystemExit(1)"), "SystemExit: 1"),
-    Broken("validate-interrupts", validate("raise KeyboardInterrupt"), "quantserve_validate': KeyboardInterrupt"),
-    Broken("validate-loops", validate("while True: pass"), f"'quantserve_validate': {LATE} 0.3 s", seconds="0.3"),
-    Broken("validate-sleeps", validate("import time; time.sleep(100)"), LATE, seconds="0.3"),
-    Broken("validate-waits", validate("import threading; threading.Event().wait()"), LATE, seconds="0.3"),
-    Broken(
-        "validate-never-yields",
-        validate("import itertools\n    for n in itertools.count():\n        if n < 0: yield n"),
-        LATE,
-        seconds="0.3",
-    ),
-    Broken(
-        "validate-swallows-once",
-        validate("try:\n        while True: pass\n    except BaseException: return []"),
-        LATE,
-        seconds="0.3",
-    ),
-    Broken("regex-backtracks", validate("import re; re.match('(a*)*b', 'a' * 40)"), LATE, seconds="0.3"),
-    Broken("endless-findings", validate(f"while True: yield {WARNING}"), "gave 9,000+ more findings", 0),
-    Broken("million-findings", validate(f"return [{WARNING}] * 1_000_000"), "gave 999,000 more findings", 0),
-    Broken(
-        "error-after-2000",
-        validate(f"return [{WARNING}] * 2000 + [Finding.error('broken-b', 'the error')]"),
-        "the error",
-        1,
-    ),
-    Broken(
-        "message-of-10-MB",
-        validate("return [Finding.warning('broken-a', 'm' * 10_000_000)]"),
-        "(10,000,000 characters)",
-        0,
-    ),
-    Broken(
-        "100000-offenders",
-        validate("return [Finding.warning('broken-a', 'm', ['o' * 999] * 100_000)]"),
-        "and 99,950 more",
-        0,
-    ),
-    Broken(
-        "code-of-another",
-        validate("return [Finding.error('awq-bits', 'm')]"),
-        "'awq-bits' must be kebab-case and begin with broken-",
-    ),
-    Broken("code-not-kebab", validate("return [Finding.error('broken_Bits', 'm')]"), "must be kebab-case"),
-    Broken("code-with-escapes", validate("return [Finding.error('broken-\\x1b[2J', 'm')]"), "must be kebab-case"),
-    Broken(
-        "findings-of-others", validate("import itertools; return itertools.count()"), "returned int among its findings"
-    ),
-    Broken(
-        "finding-subclass",
-        "class F(Finding):\n    def to_json(self): 1 / 0\n" + validate("return [F(Severity.INFO, 'broken-a', 'm')]"),
-        "broken-a",
-        0,
-    ),
-    Broken("target-changed", validate("object.__setattr__(target, 'memory_bytes', 0); return []"), "", 0),
-    # engine arguments
-    Broken("kwargs-nan", kwargs("{'seed': 1, 'watermark': float('nan')}"), "not JSON: watermark: "),
-    Broken("kwargs-lambda", kwargs("{'hf_overrides': {'a': [lambda: 0]}}"), "not JSON: hf_overrides: "),
-    Broken("kwargs-circular", "x = {}\nx['x'] = x\n" + kwargs("{'hf_overrides': x}"), "not JSON: hf_overrides: "),
-    Broken(
-        "kwargs-nested",
-        "x = {}\nfor _ in range(850): x = {'a': x}\n" + kwargs("{'hf_overrides': x}"),
-        "nested more than 100 levels deep for hf_overrides",
-    ),
-    Broken(
-        "kwargs-of-the-core",
-        kwargs("{'model': 'x', 'tensor_parallel_size': 2}"),
-        "sets model, tensor_parallel_size, which belong to the core",
-    ),
-    Broken(
-        "kwargs-misspelt",
-        kwargs("{'max_num_seq': 4}"),
-        "vLLM has no engine argument `max_num_seq`; did you mean `max_num_seqs`",
-    ),
-    Broken("kwargs-of-the-server", kwargs("{'middleware': ['evil.py']}"), "middleware"),
-    Broken("kwargs-value", kwargs("{'max_num_seqs': -1}"), "max_num_seqs: must be a whole number of at least 1"),
-    Broken("kwargs-parallel", kwargs("{'pipeline_parallel_size': 2}"), "pipeline"),
-    Broken("kwargs-secret", kwargs("{'hf_token': 'hf_x'}"), "hf_token"),
-    Broken(
-        "kwargs-endless",
-        "import collections\nclass M(collections.UserDict):\n    def items(self):\n        while True: pass\n"
-        + kwargs("M(a=1)"),
-        LATE,
-        seconds="0.3",
-    ),
-    Broken("kwargs-trust", kwargs("{'trust_remote_code': True}"), "sets the engine argument trust_remote_code", 0),
-    Broken("kwargs-worker", kwargs("{'worker_cls': 'evil.Worker'}"), "sets the engine argument worker_cls", 0),
-    Broken(
-        "kwargs-executor",
-        kwargs("{'distributed_executor_backend': 'evil.Executor'}"),
-        "distributed_executor_backend",
-        0,
-    ),
-    Broken(
-        "kwargs-connector",
-        kwargs("{'kv_transfer_config': {'kv_connector_module_path': 'evil'}}"),
-        "kv_transfer_config.kv_connector_module_path",
-        0,
-    ),
-    # predictions
-    Broken("performance-text", hook("performance(checkpoint): return 53.4"), "returned float, not PerformanceProfile"),
-    Broken(
-        "performance-negative",
-        hook("performance(checkpoint): return PerformanceProfile('reference', 'c', e2e_ms=-5)"),
-        "e2e_ms must be a positive number",
-    ),
-    Broken(
-        "performance-inf",
-        hook("performance(checkpoint): return PerformanceProfile('reference', 'c', ttft_ms=1e999)"),
-        "ttft_ms must be",
-    ),
-    Broken("performance-loops", hook("performance(checkpoint):\n    while True: pass"), LATE, seconds="0.3"),
-    Broken("kernel-dict", hook("kernel(target, bits, engine): return {}"), "returned dict, not KernelProfile"),
-    Broken(
-        "kernel-nan",
-        hook(f"kernel(target, bits, engine): return {KERNEL.format('float(chr(110)+chr(97)+chr(110))')}"),
-        "shares must be above 0",
-    ),
-    Broken(
-        "kernel-negative", hook(f"kernel(target, bits, engine): return {KERNEL.format(-1)}"), "shares must be above 0"
-    ),
-    Broken("quality-text", hook("quality(bits): return 'good'"), "", 0),
-    Broken("kernel-raises", hook("kernel(target, bits, engine): raise KeyError(bits)"), "KeyError: 8"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +90,10 @@ def broken_registry(site: Site, monkeypatch: pytest.MonkeyPatch, request: pytest
     return load(site, {foreign.VARIABLE: broken.seconds})
 
 
+def through(*doors: str) -> list[Broken]:
+    return [broken for broken in BROKEN if broken.door in doors]
+
+
 def every(cases: list[Broken]) -> pytest.MarkDecorator:
     ids = [broken.name for broken in cases]
     return pytest.mark.parametrize(
@@ -383,11 +101,17 @@ def every(cases: list[Broken]) -> pytest.MarkDecorator:
     )
 
 
-@every(BROKEN)
+@every(through("check"))
 def test_its_own_model_names_it_and_the_others_are_as_without_it(
-    broken_registry: Registry, broken: Broken, models: dict[str, ModelConfig], alone: dict[str, str]
+    broken_registry: Registry, broken: Broken, models: dict[str, ModelConfig], alone: dict[str, str], tmp_path: Path
 ) -> None:
-    result = outcome(models["broken"], broken_registry)
+    model = models["broken"]
+    if broken.file:
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / broken.file).write_bytes(b"")
+        engine = {"model_id": "m", "hf_model_id": str(tmp_path / "m")}
+        (model,) = load_object({"models": [{"engine_config": engine}]}, "test").models
+    result = outcome(model, broken_registry)
     if broken.exit_code == 3:
         assert result.exit_code == 3, said(result)
         assert "'broken' of quantserve-broken 0.9" in said(result)
@@ -396,6 +120,41 @@ def test_its_own_model_names_it_and_the_others_are_as_without_it(
     assert len(said(result)) < 4_000_000
     for name, before in alone.items():
         assert checked(models[name], broken_registry) == before
+
+
+@every(through("quantizer", "converter"))
+def test_a_tool_that_is_none_names_its_plugin(
+    broken_registry: Registry, broken: Broken, models: dict[str, ModelConfig], alone: dict[str, str]
+) -> None:
+    plugin = broken_registry.plugins["broken"]
+    with pytest.raises(PluginError, match=r"'broken' of quantserve-broken 0\.9") as caught:
+        plugin.load_callable(Hooks([plugin]).call(plugin, f"quantserve_{broken.door}"))
+    assert broken.says in str(caught.value)
+    for name, before in alone.items():
+        assert checked(models[name], broken_registry) == before
+
+
+@pytest.mark.parametrize("broken", through("command", "page"), ids=lambda broken: broken.name)
+def test_what_comes_without_a_plugin_is_named(
+    broken: Broken, site: Site, monkeypatch: pytest.MonkeyPatch, models: dict[str, ModelConfig], alone: dict[str, str]
+) -> None:
+    monkeypatch.setenv(foreign.VARIABLE, broken.seconds)
+    name = broken.named or {"command": "broken", "page": pages.NAME}[broken.door]
+    site.extension("quantserve-broken", broken.code, f"quantserve.{broken.door}s", name, broken.door, version="0.9")
+    points = site.entry_points()
+    (found,) = commands.find((), {}, {}, points) if broken.door == "command" else pages.find({}, points)
+    with pytest.raises(PluginError, match=rf"{broken.door} '{name}' of quantserve-broken 0\.9") as caught:
+        found.load()
+    assert broken.says in str(caught.value)
+    assert len(str(caught.value)) < 4_000
+    monkeypatch.delenv(foreign.VARIABLE)
+    for model, before in alone.items():
+        assert checked(models[model], load(site)) == before
+
+
+def test_the_table_is_long_and_has_no_defect_twice() -> None:
+    assert len(BROKEN) >= 120
+    assert len({broken.name for broken in BROKEN}) == len({(one.code, one.door) for one in BROKEN}) == len(BROKEN)
 
 
 ASKED_FOR_ADVICE = ("kernel-", "performance-", "quality-")

@@ -66,6 +66,13 @@ class Site:
         self._write(distribution, version, requires, module, code, lines)
         return module
 
+    def extension(
+        self, distribution: str, code: str, group: str, name: str, attribute: str, *, version: str = "1.0"
+    ) -> None:
+        """Install a distribution with one module and one entry point of any group."""
+        module = distribution.replace("-", "_") + "_extension"
+        self._write(distribution, version, "", module, code, [f"[{group}]", f"{name} = {module}:{attribute}"])
+
     def _write(
         self, distribution: str, version: str, requires: str, module: str, code: str, entry_points: list[str]
     ) -> None:

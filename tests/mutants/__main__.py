@@ -115,7 +115,8 @@ CASE = Case({case.name!r}, checkpoint=Path({str(checkpoint)!r}), reference=refer
 
 def environment(folder: Path) -> dict[str, str]:
     """Variables with which a copy of a plugin comes before the installed one."""
-    return {**os.environ, "PYTHONPATH": str(folder), "QUANTSERVE_HOOK_TIMEOUT": "20"}
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "QUANTSERVE_HOOK_TIMEOUT": "20"}
 
 
 def check(plugin: str, folder: Path, case: Path, only: tuple[str, ...]) -> tuple[int, str]:
@@ -126,7 +127,7 @@ def check(plugin: str, folder: Path, case: Path, only: tuple[str, ...]) -> tuple
         [*command, *options],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(folder), "QUANTSERVE_HOOK_TIMEOUT": "20"},
+        env=environment(folder),
         timeout=1800,
     )
     try:

@@ -10,6 +10,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantserve_quantize.dequantized import Dequantized
+from quantserve_quantize.quantizer import Quantizer
+
 
 def write_plain(source: Path, destination: Path, weights: Mapping[str, Tensor]) -> Path:
     """The folder of a quantized checkpoint with other weights.
@@ -30,3 +33,11 @@ def write_plain(source: Path, destination: Path, weights: Mapping[str, Tensor]) 
     floats = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     save_file(floats, destination / "model.safetensors", {"format": "pt"})
     return destination
+
+
+def write_dequantized(source: Path, destination: Path, quantizer: type[Quantizer]) -> Path:
+    """A checkpoint with the weights that a quantizer of this project makes of a quantized one; see `write_plain`."""
+    found = Dequantized(source, quantizer)
+    stored = {name for parts in found.parts.values() for suffix, name in parts.items() if suffix != "bias"}
+    names = {name for name in found.files if name not in stored} | {f"{module}.weight" for module in found.parts}
+    return write_plain(source, destination, {name: found.finite(name) for name in sorted(names)})

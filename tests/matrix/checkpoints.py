@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from helpers.plain import write_plain
+from helpers.plain import write_dequantized
 from helpers.quantized import awq, squeezellm
 from helpers.tiny_squeezellm import write_llama
 from quantserve_awq.quantizer import Awq
-from quantserve_quantize.dequantized import Dequantized
 from quantserve_quantize.quantizer import Quantizer
 from quantserve_squeezellm.quantizer import SqueezeLLM
 
@@ -74,9 +73,7 @@ def rounded(
         source, out = folder / "float", folder / "model"
         (write_mixture if mixture else write_llama)(source)
         quantize(source, out, **options)
-        weights = Dequantized(out, quantizer)
-        names = Dequantized(source, quantizer).stored
-        return out, write_plain(out, folder / "plain", {name: weights.finite(name) for name in names})
+        return out, write_dequantized(out, folder / "plain", quantizer)
 
     return Case(f"{plugin} {'experts' if mixture else 'dense'}", plugin, what, write)
 

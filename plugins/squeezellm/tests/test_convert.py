@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 import torch
 from safetensors.torch import load_file
 
+from helpers.plain import write_dequantized
 from helpers.tiny_squeezellm import (
     llama_config,
     llama_state,
@@ -25,7 +26,7 @@ from helpers.tiny_squeezellm import (
 )
 from quantserve.errors import CheckpointError, UsageError
 from quantserve_squeezellm._convert import convert
-from quantserve_squeezellm._dequantize import dequantize_checkpoint
+from quantserve_squeezellm.quantizer import SqueezeLLM
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -202,7 +203,7 @@ def test_a_base_of_another_model_or_quantized_is_refused(tmp_path: Path) -> None
         convert(source, tmp_path / "out", base=other, allow_pickle=True)
     whole = write_original(tmp_path / "whole", original_state(4), 4, llama_config())
     convert(whole, tmp_path / "quantized", allow_pickle=True)
-    with pytest.raises(UsageError, match="itself quantized"):
+    with pytest.raises(CheckpointError, match="quantized already"):
         convert(source, tmp_path / "out", base=tmp_path / "quantized", allow_pickle=True)
     with pytest.raises(UsageError, match="no such folder"):
         convert(whole, tmp_path / "out", base=tmp_path / "absent", allow_pickle=True)
@@ -212,7 +213,7 @@ def test_dequantizing_gives_an_ordinary_float32_checkpoint(tmp_path: Path) -> No
     state = original_state(3, sparse=True)
     source = write_original(tmp_path / "hub", state, 3, llama_config())
     convert(source, tmp_path / "out", allow_pickle=True)
-    dequantize_checkpoint(tmp_path / "out", tmp_path / "plain")
+    write_dequantized(tmp_path / "out", tmp_path / "plain", SqueezeLLM)
     after = load_file(tmp_path / "plain/model.safetensors")
     assert after.keys() == llama_state().keys()
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}

@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from helpers.engines import Generation, compare, generate
+from helpers.plain import write_dequantized
 from helpers.quantized import squeezellm as quantize
 from helpers.tiny_squeezellm import (
     LAYERS,
@@ -30,7 +31,7 @@ from helpers.tiny_squeezellm import (
     write_original,
 )
 from quantserve_squeezellm._convert import convert
-from quantserve_squeezellm._dequantize import dequantize_checkpoint
+from quantserve_squeezellm.quantizer import SqueezeLLM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -39,7 +40,7 @@ def _compare(checkpoint: Path, generations: list[Generation], clear: float, clos
     """Compare with transformers on the dequantized weights."""
     plain = checkpoint.parent / f"{checkpoint.name}-float32"
     if not plain.exists():
-        dequantize_checkpoint(checkpoint, plain)
+        write_dequantized(checkpoint, plain, SqueezeLLM)
     compare(plain, generations, clear=clear, close=close)
 
 

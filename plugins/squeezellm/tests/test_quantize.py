@@ -23,8 +23,8 @@ from quantserve.api import Linear
 from quantserve.errors import CheckpointError, UsageError
 from quantserve_kernels import unpack_stream
 from quantserve_quantize import Statistics
+from quantserve_quantize.draft import join
 from quantserve_squeezellm import _packing
-from quantserve_squeezellm._files import ShardWriter
 from quantserve_squeezellm._kmeans import codebooks, encode
 from quantserve_squeezellm.quantizer import SqueezeLLM, SqueezeLLMOptions
 
@@ -145,10 +145,12 @@ def test_a_sharded_source_is_read_and_large_outputs_are_sharded(tmp_path: Path) 
     source = write_llama(tmp_path / "float")
     whole = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
-    writer = ShardWriter(source, shard_bytes=700_000)
-    for name, tensor in whole.items():
-        writer.add(name, tensor)
-    writer.close()
+    parts = [source / f"part-{number}" for number in range(len(whole))]
+    for path, (name, tensor) in zip(parts, whole.items(), strict=True):
+        save_file({name: tensor}, path)
+    join(parts, source, shard_bytes=700_000)
+    for path in parts:
+        path.unlink()
     shards = sorted(source.glob("*.safetensors"))
     assert len(shards) > 3
     index = json.loads((source / "model.safetensors.index.json").read_text())

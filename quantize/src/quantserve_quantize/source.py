@@ -77,9 +77,13 @@ class Weights:
         return fingerprint(self.checkpoint, progress)
 
     def companions(self) -> list[Path]:
-        """Tokenizer, chat template, generation config and licence."""
-        found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(found)
+        """See `companions`."""
+        return companions(self.folder)
+
+
+def companions(folder: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config and licence of a checkpoint folder."""
+    return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
 
 
 def fingerprint(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> str:

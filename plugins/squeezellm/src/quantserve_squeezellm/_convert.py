@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,8 @@ import torch
 from torch import Tensor
 
 from quantserve.errors import CheckpointError, UsageError
-from quantserve_squeezellm._files import (
-    INDEX,
-    Progress,
-    SafetensorsFolder,
-    ShardWriter,
-    copy_companions,
-    must_be_new,
-    natural,
-    new_folder,
-    read_json,
-    write_json,
-)
+from quantserve_quantize.draft import must_be_new, write_folder
+from quantserve_quantize.source import Weights, companions, natural
 from quantserve_squeezellm._packing import (
     CSR,
     DENSE,
@@ -37,6 +28,7 @@ from quantserve_squeezellm._packing import (
 )
 from quantserve_squeezellm._pickle import load_state
 
+Progress = Callable[[str, int, int], None]
 THRESHOLD = "sparse_threshold."
 # Buffers that old transformers saved; computed from the config today.
 DERIVED = (".inv_freq", ".cos_cached", ".sin_cached")
@@ -91,22 +83,33 @@ def convert(
     sparse = {module: counts for module in found.layers if (counts := _sparse_counts(found, module))}
     config["quantization_config"] = quantization_config(bits, sparse)
 
-    with new_folder(destination) as folder:
-        write_json(folder / "config.json", config)
-        copy_companions(path.parent, folder)
-        if base is not None:
-            copy_companions(base, folder)
-        writer = ShardWriter(folder)
-        names = sorted([*plain.names, *found.layers], key=natural)
-        for done, name in enumerate(names, start=1):
-            if name in found.layers:
-                for suffix, tensor in found.layers[name].items():
-                    writer.add(f"{name}.{suffix}", tensor)
-            else:
-                writer.add(name, plain.get(name))
-            if progress:
-                progress("writing", done, len(names))
-        writer.close()
+    folders = [folder for folder in (base, path.parent) if folder is not None]
+    copies = {file.name: file for folder in folders for file in companions(folder)}
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_folder(destination, _tensors(found, plain, progress), {"config.json": text}, copies.values())
+
+
+def _tensors(found: _Source, plain: _Plain, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the checkpoint, one by one."""
+    names = sorted([*plain.names, *found.layers], key=natural)
+    for done, name in enumerate(names, start=1):
+        if name in found.layers:
+            yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in found.layers[name].items())
+        else:
+            yield name, plain.get(name)
+        if progress:
+            progress("writing", done, len(names))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def _weights_file(source: Path) -> Path:
@@ -168,7 +171,7 @@ def _bits(found: _Source) -> int:
     assert bits is not None
     quant_config = found.path.parent / "quant_config.json"
     if quant_config.is_file():
-        declared = read_json(quant_config).get("wbits", bits)
+        declared = _read_json(quant_config).get("wbits", bits)
         if declared != bits:
             raise CheckpointError(
                 f"{quant_config}: wbits is {declared!r}, but the tensors hold {bits}-bit codes ({example}). "
@@ -180,7 +183,7 @@ def _bits(found: _Source) -> int:
 def _config(path: Path, base: Path | None) -> dict[str, Any]:
     for folder in (path.parent, base):
         if folder is not None and (folder / "config.json").is_file():
-            return read_json(folder / "config.json")
+            return _read_json(folder / "config.json")
     raise UsageError(
         f"{path}: no config.json beside it"
         + (f" and none in {base}" if base else "")
@@ -259,21 +262,19 @@ class _Plain:
         self.found = found
         self.base = base
         self.states: dict[str, Tensor] = {}
-        self.folder: SafetensorsFolder | None = None
+        self.folder: Weights | None = None
         base_names: list[str] = []
         if base is not None:
             if not base.is_dir():
                 raise UsageError(f"--base {base}: no such folder; give the folder of the unquantized model")
             pickles = sorted(base.glob("pytorch_model*.bin"))
-            if pickles and allow_pickle and not (base / INDEX).is_file() and not list(base.glob("*.safetensors")):
+            if pickles and allow_pickle and not list(base.glob("*.safetensors")):
                 for path in pickles:
                     self.states.update(load_state(path))
                 base_names = list(self.states)
             else:
-                self.folder = SafetensorsFolder(base)
-                base_names = self.folder.names()
-            if any(name.endswith(".qweight") for name in base_names):
-                raise UsageError(f"--base {base} is itself quantized; give the unquantized model")
+                self.folder = Weights(base)
+                base_names = self.folder.names
         quantized = {f"{module}.weight" for module in found.layers}
         self.names = [*found.plain]
         self.names += [

@@ -75,6 +75,13 @@ def test_the_documentation_has_every_format_and_plugin() -> None:
     assert not missing
 
 
+def test_the_documentation_names_every_tensor_of_a_served_format() -> None:
+    page = (ROOT / "docs" / "formats.md").read_text()
+    served = [sample for sample in SAMPLES.values() if sample.owner in OURS]
+    suffixes = {suffix.removeprefix("experts.") for sample in served for suffix in sample.tensors}
+    assert not [suffix for suffix in sorted(suffixes) if f"`{suffix}`" not in page]
+
+
 def test_no_name_belongs_to_two_plugins(registry: Registry) -> None:
     """Of plugins from outside the registry settles that; this project's own must not need it."""
     said = [plugin.module.quantserve_method() for plugin in registry.plugins.values() if plugin.name in OURS]

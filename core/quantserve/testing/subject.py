@@ -154,8 +154,8 @@ class Subject:
             if not given.exists():
                 raise UsageError(f"the case of {self.case.name!r} names a checkpoint that does not exist: {given}")
             return given
-        folder = Path(self._folder.name, "checkpoint")
-        folder.mkdir()
+        folder = self.scratch / "case" / "checkpoint"  # functions write beside it
+        folder.mkdir(parents=True)
         try:
             given(folder)
         except Exception as error:

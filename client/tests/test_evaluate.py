@@ -67,6 +67,7 @@ def test_accuracy_in_every_form(file: Path, tmp_path: Path, capsys: pytest.Captu
     page = (out / "report.md").read_text()
     assert "I do not know \\| 7" in page
     assert "evaluate.svg" in page
+    assert "temperature 0.0" in page
     assert (out / "evaluate.svg").read_text().startswith("<svg")
     assert not list(out.glob(".*"))
 

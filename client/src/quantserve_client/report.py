@@ -270,7 +270,7 @@ def _remarks(report: Report) -> list[str]:
 
 
 def _markdown(report: Report, plot: bool) -> str:
-    how = ", ".join(f"{name} {value}" for name, value in vars(report.generation).items() if value not in (None, False))
+    how = ", ".join(f"{name} {value}" for name, value in vars(report.generation).items() if value is not None)
     parts = ["# Evaluation", "", f"quantserve {__version__}; questions {report.fingerprint}; {how}.", ""]
     for title, columns, rows in _tables(report):
         parts += [f"## {title}", "", markdown.table(columns, [[_cell(cell) for cell in row] for row in rows]), ""]
@@ -327,7 +327,7 @@ def _bars(axis: Any, title: str, found: Sequence[tuple[str, Share]]) -> None:
             axis.plot([100 * share.value], [place], "o", color=colour, markersize=7)
     axis.set_yticks(range(len(found)), [name for name, _ in found])
     axis.set_ylim(len(found) - 0.5, -0.5)
-    axis.set_xlim(0, 100)
+    axis.set_xlim(-2, 102)  # a point at the end is seen whole
     axis.grid(axis="y", visible=False)
     axis.set_title(title)
     axis.set_xlabel("%, with 95 % interval")

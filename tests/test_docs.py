@@ -157,10 +157,12 @@ def test_the_format_of_the_text_packs() -> None:
 
 
 def test_the_example_config_loads() -> None:
-    model, app = (yaml.safe_load(block) for block in blocks(ROOT / "docs" / "config.md", "yaml"))
+    model, app, adapted = (yaml.safe_load(block) for block in blocks(ROOT / "docs" / "config.md", "yaml"))
     loaded = load_object(model, "docs/config.md")
     assert loaded.models[0].model_id == "TheBloke/Llama-2-7B-chat-AWQ"
     assert loaded.notes == []
     assert set(app) == {"models", "http"}
+    adapters = load_object(adapted, "docs/config.md").models[0].adapters
+    assert [one.name for one in adapters] == ["sql-writer", "org/poet", "support"]
     served = yaml.safe_load(blocks(ROOT / "docs" / "serving.md", "yaml")[0])
     assert served["applications"][0]["import_path"] == "quantserve.serve.app:build"

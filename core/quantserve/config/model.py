@@ -33,9 +33,13 @@ class EngineConfig(Section):
 
     model_id: str = Field(description="Id of the model in the API.", examples=["TheBloke/Llama-2-7B-chat-AWQ"])
     hf_model_id: str | None = Field(
-        default=None, description="Hugging Face id or folder of the weights; default model_id. Relative to this file."
+        default=None,
+        description="Hugging Face id, folder, or s3:// or gs:// URL of the weights; default model_id. Relative to this "
+        "file.",
     )
-    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub; default main.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit on the hub, default main; of a bucket the revision of `plan`."
+    )
     tokenizer_id: str | None = Field(default=None, description="Hugging Face id or folder of another tokenizer.")
     model_url: str | None = Field(default=None, description="Home page of the model, shown by /v1/models.")
     model_description: str | None = Field(default=None, description="A sentence about the model, shown by /v1/models.")

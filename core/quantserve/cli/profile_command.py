@@ -173,13 +173,16 @@ def print_steps(out: Console, advice: Advice, loads: Sequence[Workload]) -> None
 
 def print_refusals(out: Console, advice: Advice) -> None:
     """What is left out, and why."""
+    refused: dict[str, list[str]] = {}
     for candidate in advice.candidates:
         if candidate.failure:
             message, _, fix = str(candidate.failure).partition("\n  fix: ")
             out.print(f"  [red]{escape(candidate.label)}[/] failed: {escape(message)}", soft_wrap=True)
             out.print(f"    [green]fix[/] {escape(fix)}", soft_wrap=True)
         elif candidate.refusal:
-            out.print(f"  [red]{escape(candidate.label)}[/] is left out: {escape(candidate.refusal)}")
+            refused.setdefault(candidate.refusal, []).append(candidate.label)
+    for why, labels in refused.items():
+        out.print(f"  [red]{escape(', '.join(labels))}[/] left out: {escape(why)}")
     left = [one for one in advice.candidates if one.made is None and not one.failure and not one.refusal]
     for name in dict.fromkeys(candidate.method.name for candidate in left):
         out.print(f"  [yellow]{escape(name)}[/]: its plugin describes no kernel, so there is no prediction")

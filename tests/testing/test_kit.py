@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +16,9 @@ from mutants.__main__ import caught, prepare
 from mutants.defects import DEFECTS
 from quantserve.cli.main import run
 from quantserve.errors import UsageError
+from quantserve.plugins import record
 from quantserve.testing import CHECKS, Case, parametrize_with_checks, run_checks, write_llama
+from quantserve.testing.subject import Subject
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = """
@@ -179,6 +182,61 @@ def test_the_command(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (health["mine"], health["bad"]) == ("ok", "failed")
 
 
+def test_a_record_is_for_all_checks_that_pass(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site.install("quantserve-mine", PLUGIN.replace('("I8",)', '("I8", "U8")'), name="mine")
+    case, file = tmp_path / "case.py", tmp_path / "conformance.json"
+    case.write_text(f"from quantserve.testing import Case\nCASE = Case('mine', checkpoint={CHECKPOINT})\n")
+    arguments = ["plugin", "check", "mine", "--case", str(case), "--record", str(file)]
+    assert run([*arguments, "--only", "V"]) == 2
+    assert "leave out --only and --first" in capsys.readouterr().err
+    assert run(arguments) == 3
+    assert not file.exists()
+
+
+def test_versions_that_were_proven_are_shown(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    module = site.install("quantserve-mine", PLUGIN, name="mine", version="0.3")
+    package = site.path / module
+    package.mkdir()
+    package.with_suffix(".py").rename(package / "__init__.py")
+    file = package / record.FILE
+
+    def shown() -> tuple[dict[str, object], dict[str, object]]:
+        assert run(["plugin", "info", "mine", "--json"]) == 0
+        info = json.loads(capsys.readouterr().out)
+        assert run(["plugin", "list", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["plugins"]
+        return info, next(row for row in rows if row["name"] == "mine")
+
+    info, row = shown()
+    assert info["proven"] == row["proven"] == []
+    assert "checks" not in str(info["badge"])
+    here = record.run_here("0.3", "1.2", 40, engine=False)
+    for vllm, version in (("0.32.0", "0.2"), ("0.9.1", "0.3"), ("0.10.0", "0.3"), ("0.9.1", "0.3")):
+        record.write(file, "mine", replace(here, vllm=vllm, ray="2.60.0", version=version))
+    info, row = shown()  # the run of version 0.2 is gone, and 0.9.1 is there once
+    assert row["proven"] == ["vLLM 0.10.0, Ray 2.60.0, 40 checks"]
+    assert [str(one).split(", ")[2] for one in info["proven"]] == ["vLLM 0.9.1", "vLLM 0.10.0"]  # type: ignore[attr-defined]
+    assert "vLLM%200.10.0" in str(info["badge"])
+    record.write(file, "mine", replace(here, vllm="0.33.0", version="0.4", engine=True))
+    assert shown()[1]["proven"] == [f"{replace(here, vllm='0.33.0', engine=True).text}, in version 0.4"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"runs": [7]}', '{"runs": 7}', "x" * 100_000, '{"runs": [{"vllm": "\\u001b[2J"}]}']
+)
+def test_a_record_that_is_none_is_a_note(site: Site, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    module = site.install("quantserve-mine", PLUGIN, name="mine")
+    package = site.path / module
+    package.mkdir()
+    package.with_suffix(".py").rename(package / "__init__.py")
+    (package / record.FILE).write_text(text)
+    assert run(["plugin", "list", "--json"]) == 0
+    row = next(one for one in json.loads(capsys.readouterr().out)["plugins"] if one["name"] == "mine")
+    assert (row["health"], row["proven"]) == ("ok", [])
+    assert "is no record of the conformance kit" in row["notes"][-1]
+    assert run(["plugin", "info", "mine"]) == 0
+
+
 def test_ids_are_stable_and_documented() -> None:
     page = (ROOT / "docs" / "conformance.md").read_text()
     for id, one in CHECKS.items():
@@ -206,6 +264,39 @@ def test_the_small_llama_can_be_read(tmp_path: Path) -> None:
     found = open_checkpoint(str(write_llama(tmp_path / "m")))
     assert found.tensors_complete
     assert len(found.tensors) == 2 * 9 + 3
+
+
+def test_engines_are_compared_with_the_reference_and_not_with_what_the_case_leaves(site: Site) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    from quantserve.testing.checks import engine
+
+    def written(folder: Path) -> None:
+        plain = write_llama(folder.with_name("plain"))  # beside the checkpoint, as quantizers' sources are
+        tensors = load_file(plain / "model.safetensors")
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            n, k = tensors.pop(name).shape
+            tensors[name.replace("weight", "qweight")] = torch.ones(n, k, dtype=torch.int8)
+            tensors[name.replace("weight", "scale")] = torch.ones(n, k // 128)
+        save_file(tensors, folder / "model.safetensors")
+        config = json.loads((plain / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": CHECKPOINT}))
+
+    def reference(folder: Path) -> Mapping[str, object]:
+        tensors = load_file(folder / "model.safetensors")
+        return {
+            name.removesuffix(".qweight"): 7 * one.float() for name, one in tensors.items() if name.endswith("qweight")
+        }
+
+    site.install("quantserve-mine", PLUGIN, name="mine")
+    subject = Subject(Case("mine", checkpoint=written, reference=reference))
+    assert {"values", "layers"} <= subject.facts
+    stored = load_file(engine._plain(subject) / "model.safetensors")
+    assert stored["model.layers.1.mlp.down_proj.weight"].unique().tolist() == [7.0]
+    assert {name.rpartition(".")[2] for name in stored} == {"weight"}
+    needed = [tensor.name.rpartition(".")[2] for _, tensor in engine._needed(subject)]
+    assert sorted(needed) == ["qweight", "scale"]
 
 
 def test_some_of_the_mutants(tmp_path: Path) -> None:

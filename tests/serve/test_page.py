@@ -13,6 +13,7 @@ import pytest
 
 from helpers.dists import Site
 from quantserve.cli.main import run
+from quantserve.config import ExplorerConfig
 from quantserve.plugins import pages
 from quantserve.serve.gateway.app import public_app
 from quantserve.serve.gateway.middleware.api_keys import KeySet
@@ -255,3 +256,25 @@ def test_doctor_has_a_row(
     shown = capsys.readouterr().out
     (row,) = [line for line in shown.split("}") if '"explorer"' in line]
     assert said in row
+
+
+def test_the_gateway_of_ray_serve_has_it_too(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantserve.serve.gateway.deployment import GatewayServer
+
+    site.page("quantserve-explorer", PAGE)
+    monkeypatch.setattr(pages, "installed", lambda groups: (site.entry_points(), []))
+
+    async def root_of(explorer: dict[str, Any] | None) -> dict[str, Any]:
+        server = GatewayServer.__new__(GatewayServer)
+        await GatewayServer.__init__(server, [], "t", Policy(access_log="off").model_dump(mode="json"), explorer)  # type: ignore[misc]
+        server.check_health()
+        assert (await request(server.__serve_build_asgi_app__(), "GET", "/status")).json["models"] == []
+        answer: dict[str, Any] = (
+            await request(server.__serve_build_asgi_app__(), "GET", "/below/", root_path="/below")
+        ).json
+        return answer
+
+    config = ExplorerConfig(blind=True).model_dump(mode="json")
+    assert asyncio.run(root_of(config))["blind"] is True
+    assert "blind" not in asyncio.run(root_of(None))
+    assert "blind" not in asyncio.run(root_of({**config, "enabled": False}))

@@ -117,6 +117,7 @@ def compare(
     clear: float,
     close: float,
     share: float = 0.5,
+    spread: bool = False,
 ) -> list[str]:
     """Hold every token against transformers in float32, which continues the engine's own text.
 
@@ -131,6 +132,7 @@ def compare(
             logits of these experts.
         close: how far log-probabilities may differ.
         share: of the tokens that must be clear.
+        spread: whether `clear` and `close` are in standard deviations of the logits over the vocabulary.
 
     Returns:
         What differs, a line each.
@@ -149,11 +151,12 @@ def compare(
             output = model(torch.tensor([[*prompt, *tokens]]), **options)
         own = slice(len(prompt) - 1, -1)
         logits, best = output.logits[0][own], output.logits[0][own].topk(2)
+        unit = logits.std(-1).mean().item() if spread else 1.0
         steady = torch.ones(len(tokens), dtype=torch.bool)
         for scores in output.router_logits if experts else ():
             order = scores.view(-1, scores.shape[-1])[own].sort(descending=True).values
-            steady &= (order[:, experts - 1 : experts] - order[:, experts : experts + 1] > clear / 4).all(1)
-        sure = steady & (best.values[:, 0] - best.values[:, 1] > clear)
+            steady &= (order[:, experts - 1 : experts] - order[:, experts : experts + 1] > unit * clear / 4).all(1)
+        sure = steady & (best.values[:, 0] - best.values[:, 1] > unit * clear)
         wrong = (made != best.indices[:, 0]) & sure
         off = (logits.log_softmax(-1).gather(1, made[:, None])[:, 0] - torch.tensor(logprobs)).abs()
         far = off[steady].amax().item() if steady.any() else 0.0
@@ -161,8 +164,8 @@ def compare(
         what = f"prompt {[*prompt[:4]]} of {len(prompt)} tokens"
         if wrong.any():
             problems.append(f"{what}: {int(wrong.sum())} of {int(sure.sum())} clear tokens differ")
-        if not far < close:
-            problems.append(f"{what}: a log-probability differs by {far:.3g}, and may by {close:g}")
+        if not far < unit * close:
+            problems.append(f"{what}: a log-probability differs by {far:.3g}, and may by {unit * close:.3g}")
     if checked <= total * share:
         problems.append(f"only {checked} of {total} tokens are clear, so that the comparison says little")
     return problems

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from quantserve.serve.driver.announce import say
@@ -32,7 +31,8 @@ def main() -> int:
     if isinstance(background, int):
         return background
     stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
+    at_once = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: (at_once if stopped.is_set() else stopped).set())
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -68,7 +68,7 @@ def main() -> int:
             background.ready(not options.in_part)
         stopped.wait()
     record.update(state="stopping")
-    time.sleep(options.drain)
+    at_once.wait(options.drain)
     record.remove()
     say("stopped")
     return 0

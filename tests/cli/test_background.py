@@ -163,6 +163,13 @@ def test_a_server_that_does_not_end_is_told(start: Start, capsys: pytest.Capture
     assert [one["state"] for one in status(capsys)] == ["stopping"]
 
 
+def test_now_does_not_wait_for_the_drain(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    process = foreground(start, "--drain", "1000")
+    assert run(["stop", "--now"]) == 0
+    assert "to finish" not in capsys.readouterr().out
+    assert process.wait(HANGS_S) == 0
+
+
 def test_a_server_without_an_answer_is_shown(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     foreground(start)
     (file,) = folder().glob("*.json")

@@ -351,7 +351,7 @@ def test_missing_and_invalid_tokenizer(tmp_path: Path) -> None:
      ("{0}/models", ("neither config.json nor weights", "llama")), ("{0}/empty", ("it holds no files",)),
      ("./nowhere", ("./nowhere",)), ("~nobody-of-that-name/m", ("fix",)), ("x" * 5000, ("fix",)), ("", ("",)),
      ("https://huggingface.co/org/name/tree/main", ("a URL", "fix: name it org/name")),
-     ("s3://bucket/org/name", ("a URL", "fix: download the model, and name its folder"))],
+     ("ftp://bucket/org/name", ("a URL", "fix: download the model, and name its folder"))],
 )  # fmt: skip
 def test_no_model_here(tmp_path: Path, source: str, parts: tuple[str, ...]) -> None:
     make_llama(tmp_path / "llama")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from helpers.checkpoints import Spec, make_llama, write_safetensors
+from helpers.hub import COMMIT, serve_hub
 from quantserve.config import load_object
 from quantserve.errors import CheckpointError
 from quantserve.finding import Finding
@@ -16,9 +18,6 @@ from quantserve.planning.compose import Composition, compose
 from quantserve.planning.plan import make_plan
 from quantserve.plugins.registry import Registry
 from quantserve.target import find_target
-
-from ..helpers.checkpoints import Spec, make_llama, write_safetensors
-from ..helpers.hub import COMMIT, serve_hub
 
 HIDDEN, INNER = 256, 512
 FILES = {"adapter_config.json", "adapter_model.safetensors"}

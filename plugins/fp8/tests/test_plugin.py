@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers.checkpoints import make_llama
+from helpers.checkpoints import make_llama, read_header, variant, write_safetensors
 from helpers.composed import composed, errors, findings
 
 DATA = Path(__file__).parent / "data" / "qwen3-moe-fp8"
@@ -82,6 +82,22 @@ def test_parts_of_a_fused_layer_are_whole_blocks(tmp_path: Path, kv_heads: int, 
     assert ("fp8-blocks" in found) == refused
     if refused:
         assert "k_proj: N 64 is not a multiple of 128" in found["fp8-blocks"].message
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_all_experts_in_one_tensor(tmp_path: Path, turned: bool) -> None:
+    tensors = {name: one for name, one in read_header(DATA / "model.safetensors").items() if ".experts." not in name}
+    for layer in range(2):
+        for name, n, k in (("gate_up_proj", 256, 128), ("down_proj", 128, 128)):
+            stack, shape = f"model.layers.{layer}.mlp.experts.{name}", (k, n) if turned else (n, k)
+            tensors[stack] = ("F8_E4M3", (4, *shape))
+            tensors[f"{stack}_weight_scale_inv"] = ("F32", (4, *(size // 128 for size in shape)))
+    folder = variant(tmp_path / "m", DATA)
+    write_safetensors(folder / "model.safetensors", tensors)
+    composition = composed(folder, "cpu")
+    assert [code for code in errors(composition) if code.startswith("fp8")] == ["fp8-stacked-experts"] * turned
+    assert composition.stored is not None
+    assert sum(linear.stacked for linear, _ in composition.stored.quantized) == 4
 
 
 def test_blocks_on_gemma_4(tmp_path: Path) -> None:

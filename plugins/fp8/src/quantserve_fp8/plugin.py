@@ -18,11 +18,14 @@ from quantserve.api import (
     Scheme,
     SkipList,
     Target,
+    Tensor,
     check_fused_blocks,
     codebook_kernel,
     hookimpl,
     kernel_findings,
+    linears,
     method_dtype,
+    modules,
     once,
     quantized_linears,
     shard_k,
@@ -60,9 +63,7 @@ def quantserve_detect(checkpoint: Checkpoint) -> bool:
     config = checkpoint.quantization_config
     if config is not None and (config.get("quant_method") or checkpoint.config.get("quantization_config") is None):
         return config.get("quant_method") == "fp8"  # hf_quant_config.json is modelopt's
-    return any(
-        f"{name}{scale}" in checkpoint.tensors for name in weights(checkpoint) for scale in ("_scale", "_scale_inv")
-    )
+    return any({"weight_scale", "weight_scale_inv"} & tensors.keys() for tensors in stored(checkpoint).values())
 
 
 @hookimpl
@@ -84,7 +85,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     config, gpu = settings(checkpoint), target.device != "cpu"
     if not gpu:
         yield from kernel_findings("fp8", "FP8", target)
-    if not weights(checkpoint) and checkpoint.tensors_complete:
+    if not stored(checkpoint) and checkpoint.tensors_complete:
         yield Finding.error(
             "fp8-not-quantized",
             "FP8 is declared or asked for, and no weight of the files is FP8: vLLM would round the weights to FP8 "
@@ -96,6 +97,8 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         return
     yield from settings_findings(config)
     yield from scale_findings(checkpoint, config)
+    if not gpu:
+        yield from stack_findings(checkpoint)
     if gpu:
         yield from gpu_findings(checkpoint, config)
         yield from block_findings(checkpoint, model)
@@ -145,9 +148,10 @@ def settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 @once
-def weights(checkpoint: Checkpoint) -> list[str]:
-    """The names of the FP8 weights."""
-    return [name for name, one in checkpoint.tensors.items() if name.endswith("weight") and one.dtype == WEIGHT]
+def stored(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, Tensor]]:
+    """The tensors of the modules with FP8 weights, those of all experts of a layer in one included."""
+    found = modules(checkpoint).items()
+    return {name: every for name, every in found if "weight" in every and every["weight"].dtype == WEIGHT}
 
 
 @once
@@ -158,7 +162,7 @@ def stored_scheme(checkpoint: Checkpoint) -> Scheme | None:
         block = block_of(config)
     except ValueError:
         return None
-    return None if not weights(checkpoint) or list(scale_findings(checkpoint, config)) else scheme(block)
+    return None if not stored(checkpoint) or list(scale_findings(checkpoint, config)) else scheme(block)
 
 
 def settings_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -189,8 +193,9 @@ def scale_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterato
     """Scales under the name of the other kind: vLLM looks for one name, and leaves uninitialised what has the other."""
     blocks = config.get("weight_block_size") is not None
     right, wrong = ("weight_scale_inv", "weight_scale")[:: 1 if blocks else -1]
-    found = [f"{name}{wrong[6:]}" for name in weights(checkpoint) if f"{name}{wrong[6:]}" in checkpoint.tensors]
-    if not found or any(f"{name}{right[6:]}" in checkpoint.tensors for name in weights(checkpoint)):
+    every = stored(checkpoint).values()
+    found = [tensors[wrong].name for tensors in every if wrong in tensors]
+    if not found or any(right in tensors for tensors in every):
         return
     shape = list(checkpoint.tensors[found[0]].shape)
     said = f"weight_block_size {config['weight_block_size']}" if blocks else "no weight_block_size"
@@ -208,19 +213,18 @@ def scale_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterato
 
 def gpu_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
     """What vLLM's own method overlooks or refuses."""
-    tensors = checkpoint.tensors
-    if config.get("activation_scheme") == "static" and checkpoint.tensors_complete:
-        missing = [f"{name[:-6]}input_scale" for name in weights(checkpoint)]
-        if missing := [name for name in missing if name not in tensors]:
-            yield Finding.error(
-                "fp8-input-scale",
-                f"activation_scheme is static, and {len(missing)} linears have no input_scale, which vLLM does not "
-                f"report. First: {missing[0]}",
-                missing[:SHOWN],
-                'set activation_scheme to "dynamic"',
-            )
-    names = [f"{name}_scale" for name in weights(checkpoint)]
-    if rows := [f"{n} {list(tensors[n].shape)}" for n in names if n in tensors and len(tensors[n].shape) == 2]:
+    every = stored(checkpoint)
+    missing = [f"{name}.input_scale" for name, tensors in every.items() if "input_scale" not in tensors]
+    if missing and config.get("activation_scheme") == "static" and checkpoint.tensors_complete:
+        yield Finding.error(
+            "fp8-input-scale",
+            f"activation_scheme is static, and {len(missing)} linears have no input_scale, which vLLM does not "
+            f"report. First: {missing[0]}",
+            missing[:SHOWN],
+            'set activation_scheme to "dynamic"',
+        )
+    scales = [tensors["weight_scale"] for tensors in every.values() if "weight_scale" in tensors]
+    if rows := [f"{one.name} {list(one.shape)}" for one in scales if len(one.shape) == 2]:
         yield Finding.error(
             "fp8-channel-scales",
             f"{len(rows)} linears have a scale for each output channel, and vLLM's fp8 method reads one a tensor. "
@@ -228,7 +232,7 @@ def gpu_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[
             rows[:SHOWN],
             "export the model as compressed-tensors, or serve it on a CPU",
         )
-    if heads := [name for name in weights(checkpoint) if name.rpartition(".")[0].endswith("lm_head")]:
+    if heads := [name for name in every if name.endswith("lm_head")]:
         yield Finding.error(
             "fp8-lm-head",
             "the output layer is FP8, and vLLM's fp8 method takes it for unquantized: its scale would be lost",
@@ -241,6 +245,24 @@ def gpu_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[
             "FP8 in blocks on Gemma 4 was reported to answer with wrong text (vllm issue 39407)",
             ["model_type"],
             "compare a few answers with the unquantized model, or use an export with scales per channel",
+        )
+
+
+def stack_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Experts in one tensor [e, k, n], which the kernels' side reads as [e, n, k]."""
+    stacks = [(linear, stored(checkpoint).get(linear.name)) for linear in linears(checkpoint) if linear.stacked]
+    shapes = [(one, tensors["weight"]) for one, tensors in stacks if tensors]
+    if odd := [
+        f"{tensor.name} {list(tensor.shape)}"
+        for one, tensor in shapes
+        if tensor.shape[1:] == (one.k, one.n) != (one.n, one.k)
+    ]:
+        yield Finding.error(
+            "fp8-stacked-experts",
+            f"{len(odd)} tensors of all experts of a layer are [experts, in, out], and CPUs are served [experts, out, "
+            f"in]. First: {odd[0]}",
+            odd[:SHOWN],
+            "serve it on a GPU, or export it with a tensor for each expert",
         )
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from helpers.checkpoints import Spec, make_llama, write_safetensors
 from helpers.hub import COMMIT, serve_hub
+from quantserve.checkpoint import Checkpoint
+from quantserve.checks.adapters import check_adapters
 from quantserve.config import load_object
 from quantserve.errors import CheckpointError
 from quantserve.finding import Finding
@@ -213,6 +215,22 @@ def test_ranks_share_an_adapter(base: Path, tmp_path: Path) -> None:
     one = write(tmp_path / "one", pair(Q, 1), r=1)
     found = of_adapters(checked(base, one, num_workers=2, engine_kwargs={"fully_sharded_loras": True}))
     assert "max_lora_rank 1 is not a multiple of the 2 ranks" in found["adapter-rank"].message
+
+
+def test_experts_and_large_vocabularies() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
+    mixture = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, **sizes}
+    model = load_object(
+        {"models": [{"engine_config": {"model_id": "m", "engine_kwargs": {"enable_lora": True}}}]}, "test"
+    )
+    for config, target, expected in (
+        ({**mixture, "vocab_size": 1000}, "cpu", ["adapter-experts"]),
+        ({**mixture, "vocab_size": 1000}, "a100-80g", []),
+        ({**mixture, "vocab_size": 262_144}, "a100-80g", ["adapter-vocabulary"]),
+    ):
+        checkpoint = Checkpoint.from_tensors({"num_key_value_heads": 2, **config})
+        found = check_adapters((), checkpoint, model.models[0], find_target(target))
+        assert [one.code for one in found] == expected
 
 
 def test_an_adapter_of_the_hub_is_pinned(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

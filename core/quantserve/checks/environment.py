@@ -24,6 +24,7 @@ from quantserve.system.environment import (
     is_on,
     whole_number,
 )
+from quantserve.system.homes import is_bucket
 
 if TYPE_CHECKING:
     from quantserve.checkpoint import Checkpoint
@@ -118,7 +119,7 @@ def _check_modelscope(checkpoint: Checkpoint, engine: Mapping[str, str], target:
             [MODELSCOPE],
             f"pip install 'modelscope>=1.18.1', or unset {MODELSCOPE}",
         )
-    elif checkpoint.location != "local":
+    elif checkpoint.location != "local" and not is_bucket(checkpoint.source):
         yield Finding.warning(
             "modelscope",
             f"{MODELSCOPE} is on: vLLM fetches the model from ModelScope, and the files of Hugging Face were checked",

@@ -197,7 +197,7 @@ def until(check: Callable[[], bool], seconds: float = HANGS_S) -> None:
     raise AssertionError(f"not within {seconds} s")
 
 
-def model(model_id: str, folder: Path, **engine_config: Any) -> dict[str, Any]:
+def model(model_id: str, folder: Path | str, **engine_config: Any) -> dict[str, Any]:
     """A model of an app config."""
     kwargs = {**EAGER, **engine_config.pop("engine_kwargs", {})}
     return {

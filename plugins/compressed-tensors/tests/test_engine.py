@@ -27,7 +27,7 @@ import quantserve_compressed_tensors
 from helpers.engines import compare, generate
 from helpers.plain import write_plain
 from helpers.vllm_layers import FUSED, become, load, surroundings
-from quantserve_compressed_tensors.config import ENGINE
+from quantserve_compressed_tensors.config import ENGINE, read_config
 
 pytestmark = pytest.mark.vllm
 
@@ -227,10 +227,9 @@ def plain(name: str | Path, destination: Path) -> Path:
     tensors = {}
     for module, stored in modules.items():
         if "weight_scale" in stored:
-            entry = next(
-                one for one in values["config_groups"].values()
-                if config_of({**values, "config_groups": {"one": one}}).config.of(module)
-            )  # fmt: skip
+            group = read_config(values).of(module)
+            assert group is not None
+            entry = values["config_groups"][group.name]
             stored = {"weight": decompressed(stored, entry, size_of(name, module))}
         tensors[f"{module}.weight"] = stored["weight"]
     return write_plain(DATA / name, destination, tensors)

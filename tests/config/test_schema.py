@@ -60,7 +60,7 @@ def test_where_and_accelerator_type(load_model: LoadModel) -> None:
         # unknown and missing keys
         ("engine_config: {model_idd: a/b}", "1: engine_config: `model_id` is missing"),
         ("engine_config:\n  model_id: a/b\n  revison: x", "3: engine_config.revison: unknown key `revison`; did you mean "
-         "`revision`? (known: allow_pickle, "),
+         "`revision`? (known: adapters, allow_pickle, "),
         (ENGINE + "scaling_config: {num_worker: 2}", "2: scaling_config.num_worker: unknown key `num_worker`; "
          "did you mean `num_workers`? (known: accelerator_type, num_cpus_per_worker, num_gpus_per_worker, num_workers, "
          "placement_strategy, resources_per_worker)"),

@@ -64,7 +64,7 @@ def make() -> None:
     for name, options in QUANTIZED.items():
         if not (OUT / name).exists():
             quantserve("quantize", _relative(base), *shlex.split(options), "--out", _relative(OUT / name), "--resume")
-    if not (OUT / "quality").exists():
+    if not (OUT / "quality" / "quality.md").exists():
         folders = [_relative(OUT / name) for name in QUANTIZED]
         quantserve("quality", *folders, "--reference", _relative(base), "--out", _relative(OUT / "quality"))
     quantserve("check", "models/smollm2.yaml")

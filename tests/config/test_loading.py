@@ -162,7 +162,7 @@ def test_models_need_no_list(write: Write, form: str) -> None:
         ("models: [one.yaml]\nhttp: {cors_origins: ['*', 'http://localhost:3000']}",
          "app.yaml:2: http.cors_origins: \"*\" allows every origin and makes the others redundant"),
         ("models: [one.yaml]\nhttp: {max_body_mb: 0}", "app.yaml:2: http.max_body_mb: must be greater than or equal to 1"),
-        ("models: [one.yaml]\nmodel: x", "app.yaml:2: model: unknown key `model`; did you mean `models`? (known: http, m"),
+        ("models: [one.yaml]\nmodel: x", "app.yaml:2: model: unknown key `model`; did you mean `models`? (known: explorer, "),
         ("models: [one.yaml, {engine_config: {model_id: one}}]", "app.yaml:1: 'one' has the id of another model, at "),
         ("models: [{engine_config: {model_id: a/b}}, {engine_config: {model_id: a--b}}]", "'a--b' has the route /a--b of 'a/b', at "),
         ("models: [{engine_config: {model_id: x}, enabled: false}]", "nothing to serve: all 1 models have `enabled: fals"),

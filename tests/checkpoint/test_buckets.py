@@ -121,6 +121,22 @@ def test_a_cut_download_goes_on(store: Buckets, folder: Path) -> None:
     assert not any(str(seen.range).startswith("bytes=0-") for seen in store.key(big.name))
 
 
+def test_what_is_left_of_another_file_is_not_kept(store: Buckets) -> None:
+    files = wanted(open_checkpoint("s3://models/team/m"))
+    assert files is not None
+    there = Path(files["folder"])
+    there.mkdir(parents=True)
+    (there / ".config.json.partial").write_bytes(b"x" * 1_000_000)
+    store.refuse = {"tokenizer.json": (404, "NoSuchKey")}
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json of .*: the file is gone since it was listed"
+    ):
+        fetch(files, lambda line: None)
+    store.refuse = {}
+    fetch(files, lambda line: None)
+    assert (there / "config.json").read_bytes() == (store.folders["models"] / "team/m/config.json").read_bytes()
+
+
 def test_files_that_change_between_check_and_download(store: Buckets, folder: Path) -> None:
     opened = open_checkpoint("s3://models/team/m")
     files = wanted(opened)

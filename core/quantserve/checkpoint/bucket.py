@@ -56,10 +56,15 @@ LISTING: Final = "the list of files"
 
 @dataclass(frozen=True)
 class _Object:
-    """A file as it was listed."""
+    """A file as it was listed; without an entity tag, reads cannot ask for it."""
 
     size: int
-    tag: str
+    tag: str | None
+    changed: str
+
+    def __str__(self) -> str:
+        """What differs when the file does."""
+        return f"{self.size}\0{self.tag or self.changed}"
 
 
 def cache_folder(url: str, revision: str) -> Path:
@@ -182,14 +187,15 @@ class _Download:
 
     def _fetch(self, ranges: _Ranges, name: str, size: int) -> None:
         partial = self._partial(name)
+        if _size(partial) > size:
+            partial.unlink()  # nothing that was written here
         with partial.open("ab") as file:
-            if file.tell() > size:
-                file.truncate(0)
             self._count(file.tell())
             while (start := file.tell()) < size:
-                data, _ = ranges.read(start, min(CHUNK, size - start))
-                if not data:
-                    raise ranges.error(f"it ends after {start:,} of {size:,} bytes", "try again")
+                try:
+                    data, _ = ranges.read(start, min(CHUNK, size - start))
+                except FileNotFoundError:
+                    raise ranges.error("the file is gone since it was listed", "check the model again") from None
                 file.write(data)
                 self._count(len(data))
         os.replace(partial, self.folder / name)
@@ -226,15 +232,14 @@ class Bucket(Remote):
         for meta in listed:
             name = meta["path"][len(place.prefix) :].lstrip("/")
             if name and "/" not in name:
-                tag = meta["e_tag"] or meta["version"] or str(meta["last_modified"])
-                objects[name] = _Object(meta["size"], tag)
+                objects[name] = _Object(meta["size"], meta["e_tag"], f"{meta['version']} {meta['last_modified']}")
         if not objects:
             raise CheckpointError(
                 f"{shown(url)} holds no files\n  fix: name the folder that holds config.json, with its whole path"
             )
         digest = sha256()
         for name in sorted(objects):
-            digest.update(f"{name}\0{objects[name].size}\0{objects[name].tag}\n".encode())
+            digest.update(f"{name}\0{objects[name]}\n".encode())
         return cls(
             revision=digest.hexdigest()[:32],
             files={name: objects[name].size for name in sorted(objects)},
@@ -272,7 +277,7 @@ class _Ranges:
         if count <= 0:
             return b"", self.listed.size
         options: GetOptions = {"range": (start, start + count)}
-        if self.place.scheme == "s3" or self.listed.tag.startswith('"'):
+        if self.listed.tag:
             options["if_match"] = self.listed.tag
         try:
             data = obstore.get(self.client, self.key, options=options).bytes().to_bytes()

@@ -90,15 +90,18 @@ def run(
     return Run([Generation(list(prompt), *one) for prompt, one in made], output)
 
 
-def compare(plain: Path, generations: list[Generation], *, clear: float, close: float) -> None:
+def compare(plain: Path, generations: list[Generation], *, clear: float, close: float, share: float = 0.5) -> None:
     """Hold every token against transformers in float32, which continues the engine's own text.
 
     Positions where a router hardly prefers one expert to another do not count, either.
 
     Args:
         plain: the dequantized checkpoint.
-        clear: by how much the two best logits differ where tokens must be equal; more than half of all must be clear.
+        clear: by how much the two best logits differ where tokens must be equal.
         close: how far log-probabilities may differ.
+        share: of the tokens that must be clear.
     """
     made = [(one.tokens, one.logprobs) for one in generations]
-    assert not engines.compare(str(plain), [one.prompt for one in generations], made, clear=clear, close=close)
+    prompts = [one.prompt for one in generations]
+    problems = engines.compare(str(plain), prompts, made, clear=clear, close=close, share=share)
+    assert not problems, "; ".join(problems)

@@ -111,7 +111,7 @@ EVERY = (
     of_tool("compressed-tensors", "mxfp4", "MXFP4"),
     of_tool("compressed-tensors", "mixture", "FP8, MXFP4, integers and NVFP4, Qwen3-MoE"),
     of_tool("bitsandbytes", "nf4", "NF4, double quantization", LAYERS),
-    of_tool("bitsandbytes", "int8", "int8", LAYERS),
+    of_tool("bitsandbytes", "fp4", "FP4", LAYERS),
     of_tool("modelopt", "fp8", "FP8"),
     of_tool("modelopt", "nvfp4", "NVFP4"),
     of_tool("modelopt", "qwen3-moe", "NVFP4, Qwen3-MoE"),

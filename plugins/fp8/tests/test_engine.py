@@ -123,4 +123,4 @@ def plain(folder: Path, destination: Path) -> Path:
 def test_an_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
     """Linears and experts in blocks."""
     generations = generate(DATA, "fp8", tmp_path / "out.json", dtype="bfloat16", enforce_eager=True)
-    compare(plain(DATA, tmp_path / "plain"), generations, clear=0.3, close=0.3)
+    compare(plain(DATA, tmp_path / "plain"), generations, clear=0.2, close=0.3)

@@ -66,7 +66,7 @@ def key_of(name: str, dtype: str, ranks: int, eager: bool) -> str:
 
 
 def table(results: dict[str, str]) -> str:
-    """As Markdown: a row for each checkpoint and dtype."""
+    """As Markdown: a row for each checkpoint and dtype with results."""
     modes = list(product(RANKS, EAGER))
     head = [
         f"{'one rank' if ranks == 1 else 'two ranks'}, {'eager' if eager else 'compiled'}" for ranks, eager in modes
@@ -75,7 +75,8 @@ def table(results: dict[str, str]) -> str:
     for name, case in CASES.items():
         for dtype in case.dtypes:
             cells = [results.get(key_of(name, dtype, *mode), "") for mode in modes]
-            lines.append(f"| {case.plugin} | {case.what} | {dtype} | {' | '.join(cells)} |")
+            if any(cells):
+                lines.append(f"| {case.plugin} | {case.what} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -36,7 +36,9 @@ def test_serve_run_with_two_models(demo: Path, tmp_path: Path) -> None:
     }
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump(config))
-    running = Server([str(BIN / "serve"), "run", str(path)], RAY_USAGE_STATS_ENABLED="0", RAY_ADDRESS="local")
+    # Ray gives its workers a niceness of 15, with which they hardly run beside other tests.
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "local", "RAY_worker_niceness": "0"}
+    running = Server([str(BIN / "serve"), "run", str(path)], **environment)
     try:
         running.base = f"http://127.0.0.1:{port}"
         until(lambda: running.request("GET", "/health").status_code == 200, 300)

@@ -33,7 +33,17 @@ class Machine:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("pyproject.toml", "constraints", "scripts", "bench", "quantize", "client", "explorer", "plugins", "kernels"):
+        for name in (
+            "pyproject.toml",
+            "constraints",
+            "scripts",
+            "bench",
+            "quantize",
+            "client",
+            "explorer",
+            "plugins",
+            "kernels",
+        ):
             source = ROOT / name
             if source.is_dir():
                 left_out = shutil.ignore_patterns("src", "tests", "build", "__pycache__")

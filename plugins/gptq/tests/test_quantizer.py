@@ -123,6 +123,21 @@ def test_errors_are_spread_as_the_paper_does() -> None:
     assert loss(weight, result.weight, hessian) == pytest.approx(loss(weight, expected.float(), hessian), rel=0.02)
 
 
+def test_few_tokens_do_not_make_codes_fit_them() -> None:
+    """Judged by other inputs of the same kind, in float64."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.arange(1, K + 1)[:, None] ** -0.5
+    x = torch.randn(4300, K, generator=generator) @ (sizes * torch.linalg.qr(torch.randn(K, K, generator=generator))[0])
+    weight, few, others = torch.randn(N, K, generator=generator) * 0.05, x[:300], x[300:]
+    quantizer = GPTQ(GPTQOptions(group_size=64))
+    errors = []
+    for tokens in (None, len(few)):
+        statistics = Statistics(hessian=few.t() @ few / len(few), tokens=tokens)
+        found = quantizer.quantize(linear(), weight, statistics).weight
+        errors.append(loss(weight, found, others.t() @ others / len(others)))
+    assert errors[1] < 0.85 * errors[0]
+
+
 def test_inputs_that_are_always_zero_and_too_few_tokens() -> None:
     weight, _ = weight_and_hessian()
     x = torch.randn(5, K, generator=torch.Generator().manual_seed(1)) * 30

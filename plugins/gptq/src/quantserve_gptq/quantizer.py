@@ -15,6 +15,7 @@ from quantserve_gptq._packing import stored_zeros
 from quantserve_gptq.config import BITS, VERSIONS
 from quantserve_kernels import pack_stream, unpack_stream
 from quantserve_quantize import Need, Quantized, Quantizer, Statistics, option
+from quantserve_quantize.hessian import steadied
 
 GROUPS = (32, 64, 128, -1)
 WORD = 32
@@ -63,9 +64,8 @@ class GPTQ(Quantizer):
         assert statistics.hessian is not None
         fit = (symmetric if options.sym else asymmetric)(options.bits, options.scales == "search")
         group = k if options.group_size == -1 else options.group_size
-        codes, grid, group_of = rounded(
-            weight, statistics.hessian, group, options.bits, fit, options.damp, options.act_order
-        )
+        hessian = steadied(statistics.hessian, statistics.tokens)
+        codes, grid, group_of = rounded(weight, hessian, group, options.bits, fit, options.damp, options.act_order)
         stored = grid.zeros.to(torch.uint8) - VERSIONS["gptq"]
         tensors = {
             "qweight": pack_stream(codes, options.bits),

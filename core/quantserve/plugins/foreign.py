@@ -166,15 +166,16 @@ def _late(seconds: float) -> Raised:
     return Raised(Late(f"did not end within {seconds:g} s and was ended; {VARIABLE} sets the limit"))
 
 
-class _Clock:
+class Clock:
     """Time of a thread, without that in which it waited for a processor.
 
     Args:
         thread: its id in the system.
+        process: that of its process, this one by default.
     """
 
-    def __init__(self, thread: int) -> None:
-        self._path = f"/proc/self/task/{thread}/schedstat"
+    def __init__(self, thread: int, process: int | str = "self") -> None:
+        self._path = f"/proc/{process}/task/{thread}/schedstat"
         self._began = self._now()
 
     def elapsed(self) -> float:
@@ -191,7 +192,7 @@ class _Clock:
 
 
 def _in_main_thread(code: Callable[[], T], what: str, seconds: float, notice: str) -> T:
-    clock = _Clock(threading.get_native_id())
+    clock = Clock(threading.get_native_id())
     unsaid = [notice] if notice else []
     overdue: list[float] = []
     interrupts: list[int] = []
@@ -284,7 +285,7 @@ def _in_thread(code: Callable[[], T], what: str, seconds: float, notice: str) ->
 
     thread = threading.Thread(target=work, name=f"quantserve: {what}", daemon=True)
     thread.start()
-    clock = _Clock(thread.native_id or 0)
+    clock = Clock(thread.native_id or 0)
     unsaid = [notice] if notice else []
     while thread.is_alive() and not (seconds and clock.elapsed() >= seconds):
         thread.join(min(seconds or _LOOK_S, _LOOK_S))

@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,7 @@ from quantserve.text import harmless
 
 MOST_OUTPUT: Final = 16 << 20
 """Bytes that a process may print before writing fails in it."""
+LOOK_S: Final = 1.0
 SHOWN: Final = 1_500
 """Characters of its output that are shown."""
 
@@ -59,22 +60,46 @@ def ask(
             f"def answer(value): open({str(given)!r}, 'w').write(json.dumps(value))\n"
         )
         with output.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-c", begin + code, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=changed(environ or {}),
+            )
             try:
-                done = subprocess.run(
-                    [sys.executable, "-c", begin + code, *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    timeout=seconds or None,
-                    env=changed(environ or {}),
-                )
-                problem = f"the process ended with {done.returncode}"
-            except subprocess.TimeoutExpired:
+                in_time = _in_time(process.pid, seconds, lambda: _ended(process))
+            finally:
+                process.kill()
+                process.wait()
+            problem = f"the process ended with {process.returncode}"
+            if not in_time:
                 problem = f"the process did not end within {seconds:g} s"
         printed = shown(output)
         if given.exists() and "did not end" not in problem:
             return Answer(json.loads(given.read_text()), "", printed)
         return Answer(None, f"{problem}: {shown(output, end=True)}", printed)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has ended, or ends within a second."""
+    try:
+        process.wait(LOOK_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _in_time(process: int, seconds: float, done: Callable[[], bool]) -> bool:
+    """Whether `done`, which waits a second at most, comes true in time; 0 seconds are no limit.
+
+    Time in which the process waited for a processor does not count.
+    """
+    clock = foreign.Clock(process, process)
+    while not done():
+        if seconds and clock.elapsed() > seconds:
+            return False
+    return True
 
 
 def changed(environ: Mapping[str, str]) -> dict[str, str]:
@@ -124,7 +149,9 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            ready, _, _ = select.select([self._answers], [], [], seconds or None)
+            ready = _in_time(
+                self._process.pid, seconds, lambda: bool(select.select([self._answers], [], [], LOOK_S)[0])
+            )
             line = self._answers.readline() if ready else b""
             answered = line != b""
             problem = "" if answered else "the process ended" if ready else f"no answer within {seconds:g} s"

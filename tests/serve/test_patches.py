@@ -52,6 +52,7 @@ CHANGED = {
     "token-ids": ("v1/engine/input_processor.py", "_validate_model_input(", "_check("),
     "short-prompts": ("renderers/base.py", "_tokenize_prompt_async", "_tokenize"),
     "sched-yield": ("distributed/device_communicators/shm_broadcast.py", "sched_yield()", "os.sched_yield()"),
+    "token-ranks": ("v1/sample/sampler.py", "token_ranks = batched_count_greater_than(", "token_ranks = ranks("),
     "exact-scales": ("model_executor/layers/quantization/auto_awq.py", "self.kernel = kernel", "made = kernel"),
     "spare-process": ("v1/engine/utils.py", "context = get_mp_context()", 'context = get_context("spawn")'),
 }

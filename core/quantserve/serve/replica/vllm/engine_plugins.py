@@ -32,6 +32,7 @@ def register() -> None:
     if on_cpu:
         patches.apply("sched-yield")
         patches.apply("gloo-device")
+        patches.apply("token-ranks")
     if "quantserve_kernels.vllm.linear_kernels" in sys.modules:  # a plugin of this model brought them
         patches.apply("exact-scales")
 

@@ -192,6 +192,21 @@ PATCHES: Final[Mapping[str, Patch]] = {
         gain="scales keep the bits of the file; a layer whose scales never arrive stops the start",
         without="scales are rounded to the model's dtype, and those that never arrive are not noticed",
     ),
+    "token-ranks": Patch(
+        changes="`vllm.v1.sample.sampler.batched_count_greater_than`",
+        apply="quantserve.serve.replica.vllm.token_ranks:count_without_compiler",
+        relies_on=(
+            ("vllm.v1.sample.sampler", "import batched_count_greater_than"),
+            (
+                "vllm.v1.sample.sampler:Sampler.gather_logprobs",
+                "token_ranks = batched_count_greater_than(logprobs, token_logprobs)",
+            ),
+            ("vllm.v1.sample.ops.logprobs:batched_count_greater_than", "return (x >= values).sum(-1)"),
+        ),
+        why="on a CPU, vLLM compiles the ranks of tokens when the first request asks for log-probabilities",
+        gain="that request and all others of the model do not wait 8 s and more for the compiler",
+        without="one pause of the model's streams, with the first request for log-probabilities",
+    ),
     "sched-yield": Patch(
         changes="`vllm.distributed.device_communicators.shm_broadcast.sched_yield`",
         apply="quantserve.serve.replica.vllm.engine_wait:sleep_in_some_turns",

@@ -6,19 +6,23 @@ codebooks of normal quantiles instead of k-means, which would take an hour here:
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.console import say, shown
+from benchmarks.decode import formats
 from benchmarks.decode.shapes import Shape
 from quantserve_awq.quantizer import Awq, AwqOptions
 from quantserve_kernels import pack_stream
+from quantserve_quantize.draft import write_folder
 from quantserve_quantize.run import Asked, quantize
-from quantserve_squeezellm._files import SafetensorsFolder, ShardWriter, new_folder, read_json, write_json
+from quantserve_quantize.source import Weights
 from quantserve_squeezellm._packing import quantization_config
 
 SEED = 20261124
@@ -41,13 +45,13 @@ def make(shape: Shape, kind: str) -> Path:
 def make_bf16(shape: Shape, path: Path) -> None:
     """Normal weights, scaled so that activations keep their size through the layers."""
     count = 3 + 9 * shape.layers
-    with new_folder(path) as folder:
-        writer = ShardWriter(folder)
-        for done, (name, tensor) in enumerate(weights(shape), start=1):
-            writer.add(name, tensor)
+
+    def shown_weights() -> Iterator[tuple[str, Tensor]]:
+        for done, named in enumerate(weights(shape), start=1):
+            yield named
             progress("weights", done, count)
-        writer.close()
-        write_json(folder / "config.json", shape.config())
+
+    write_folder(path, shown_weights(), {"config.json": json.dumps(shape.config(), indent=2)}, [])
 
 
 def weights(shape: Shape) -> Iterator[tuple[str, Tensor]]:
@@ -57,17 +61,16 @@ def weights(shape: Shape) -> Iterator[tuple[str, Tensor]]:
     def normal(n: int, k: int, scale: float) -> Tensor:
         return torch.randn(n, k, generator=generator).mul_(scale).to(torch.bfloat16)
 
-    ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
     yield "model.embed_tokens.weight", normal(shape.vocab, shape.hidden, 1.0)
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", ones
-        yield f"{prefix}.post_attention_layernorm.weight", ones
+        yield f"{prefix}.input_layernorm.weight", torch.ones(shape.hidden, dtype=torch.bfloat16)
+        yield f"{prefix}.post_attention_layernorm.weight", torch.ones(shape.hidden, dtype=torch.bfloat16)
         for name, (n, k) in shape.projections().items():
             writes_residual = name.endswith(("o_proj", "down_proj"))
             scale = 1 / math.sqrt(k * (2 * shape.layers if writes_residual else 1))
             yield f"{prefix}.{name}.weight", normal(n, k, scale)
-    yield "model.norm.weight", ones
+    yield "model.norm.weight", torch.ones(shape.hidden, dtype=torch.bfloat16)
     yield "lm_head.weight", normal(shape.vocab, shape.hidden, 1 / math.sqrt(shape.hidden))
 
 
@@ -80,22 +83,22 @@ def make_awq(shape: Shape, path: Path) -> None:
 def make_squeezellm(bits: int) -> Callable[[Shape, Path], None]:
     """The maker for 3 or 4 bits: dense only, codebooks of normal quantiles per output channel."""
 
+    def tensors(source: Weights) -> Iterator[tuple[str, Tensor]]:
+        names = source.names
+        for done, name in enumerate(names, start=1):
+            if name.endswith("_proj.weight"):
+                codes, table = quantile_codes(source.get(name), bits)
+                yield name.removesuffix("weight") + "qweight", pack_stream(codes, bits)
+                yield name.removesuffix("weight") + "lookup_table", table
+            else:
+                yield name, source.get(name)
+            progress(f"SqueezeLLM {bits} bits", done, len(names))
+
     def make_it(shape: Shape, path: Path) -> None:
-        source = SafetensorsFolder(shape.checkpoint("bf16"))
-        names = source.names()
-        with new_folder(path) as folder:
-            writer = ShardWriter(folder)
-            for done, name in enumerate(names, start=1):
-                if name.endswith("_proj.weight"):
-                    codes, table = quantile_codes(source.get(name), bits)
-                    writer.add(name.removesuffix("weight") + "qweight", pack_stream(codes, bits))
-                    writer.add(name.removesuffix("weight") + "lookup_table", table)
-                else:
-                    writer.add(name, source.get(name))
-                progress(f"SqueezeLLM {bits} bits", done, len(names))
-            writer.close()
-            config = read_json(shape.checkpoint("bf16") / "config.json")
-            write_json(folder / "config.json", {**config, "quantization_config": quantization_config(bits, {})})
+        config = {**shape.config(), "quantization_config": quantization_config(bits, {})}
+        write_folder(
+            path, tensors(Weights(shape.checkpoint("bf16"))), {"config.json": json.dumps(config, indent=2)}, []
+        )
 
     return make_it
 
@@ -120,4 +123,6 @@ MAKERS: dict[str, Callable[[Shape, Path], None]] = {
     "awq": make_awq,
     "squeezellm-4": make_squeezellm(4),
     "squeezellm-3": make_squeezellm(3),
+    **{kind: partial(formats.make_rounded, kind) for kind in formats.ROUNDED},
+    **{kind: partial(formats.make_stored, kind) for kind in formats.STORED},
 }

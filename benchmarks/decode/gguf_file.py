@@ -1,8 +1,8 @@
-"""Write the GGUF file of a bf16 checkpoint and let llama.cpp quantize it to Q4_0, its own preset and code.
+"""Write the GGUF file of a bf16 checkpoint and let llama.cpp quantize it, with its own preset and code.
 
 Runs in llama.cpp's virtual environment, which has gguf, numpy and llama_cpp, and no torch:
-`-m benchmarks.decode.gguf_file CHECKPOINT FILE`. The rows of q_proj and k_proj stay in Hugging Face's order: wrong for
-a real model, the same speed for random weights.
+`-m benchmarks.decode.gguf_file CHECKPOINT FILE PRESET`. The rows of q_proj and k_proj stay in Hugging Face's order:
+wrong for a real model, the same speed for random weights.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{PARTS[part]}.weight"
 
 
-def main(checkpoint: Path, path: Path) -> None:
+def main(checkpoint: Path, path: Path, preset: str) -> None:
     """Write `path`; whole or not at all."""
     wide, draft = path.with_suffix(".bf16.part"), path.with_suffix(".part")
     try:
         write_bf16(checkpoint, wide)
         parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+        parameters.ftype = getattr(llama_cpp, preset)
         parameters.nthread = 1
         if llama_cpp.llama_model_quantize(str(wide).encode(), str(draft).encode(), parameters):
             raise SystemExit(f"llama.cpp could not quantize {wide.name}")
@@ -102,4 +102,4 @@ def main(checkpoint: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.console import BenchError, say
 from benchmarks.decode import peer
 from benchmarks.decode.pool import KV_GIB, Pool, choose_cores
-from benchmarks.decode.shapes import Shape, size
+from benchmarks.decode.shapes import GGUF, Shape, size
 from benchmarks.decode.variants import Variant
 
 DECODE_PROMPT = 32
@@ -63,13 +63,13 @@ def prepare(variants: Sequence[Variant], settings: Settings, errors: dict[str, s
 
     found = None
     for variant in variants:
-        if not variant.peer:
+        if variant.checkpoint not in GGUF:
             checkpoints.make(settings.shape, variant.checkpoint)
             continue
         try:
             found = peer.install(settings.may_build)
             checkpoints.make(settings.shape, "bf16")
-            peer.make(settings.shape)
+            peer.make(settings.shape, variant.checkpoint)
         except BenchError as error:
             errors[variant.name] = str(error)
             say(f"{variant.name} is left out: {error}")

@@ -72,12 +72,12 @@ def run(line: list[str], log: int, environment: dict[str, str] | None = None) ->
         raise BenchError(f"{' '.join(line[1:4])} failed: {lines[-1][:200] if lines else code}; log: {shown(LOG)}")
 
 
-def make(shape: Shape) -> Path:
-    """The Q4_0 file of a shape, made from its bf16 checkpoint unless it is there."""
-    path = shape.checkpoint(GGUF)
+def make(shape: Shape, kind: str) -> Path:
+    """The GGUF file of a shape (a key of `shapes.GGUF`), made from its bf16 checkpoint unless it is there."""
+    path = shape.checkpoint(kind)
     if not path.exists():
         say(f"making {shown(path)}")
         with LOG.open("a") as log:
             source = str(shape.checkpoint("bf16"))
-            run([str(PYTHON), "-m", "benchmarks.decode.gguf_file", source, str(path)], log.fileno())
+            run([str(PYTHON), "-m", "benchmarks.decode.gguf_file", source, str(path), GGUF[kind]], log.fileno())
     return path

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.console import BUILD, ROOT, BenchError, shown
-from benchmarks.decode import engine, peer
+from benchmarks.decode import engine, formats, peer
 from benchmarks.decode.shapes import Shape
 from benchmarks.decode.variants import Variant
 
@@ -46,9 +46,10 @@ class Worker:
             line = [str(peer.PYTHON), "-m", "benchmarks.decode.llama", model, str(len(cores))]
             environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         else:
-            arguments = json.dumps({**variant.engine_args, "enforce_eager": eager})
+            planned, variables = formats.planned(Path(model)) if variant.planned else ({}, {})
+            arguments = json.dumps({**variant.engine_args, **planned, "enforce_eager": eager})
             line = [sys.executable, "-m", "benchmarks.decode.engine", model, arguments]
-            environment = engine.environment(cores, variant.plugins, KV_GIB)
+            environment = {**variables, **engine.environment(cores, variant.plugins, KV_GIB)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 line, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log

@@ -78,10 +78,11 @@ class Shape:
 
     def checkpoint(self, kind: str) -> Path:
         """The checkpoint of one kind: a folder, or the GGUF file."""
-        return self.folder / (f"{kind}.gguf" if kind == GGUF else kind)
+        return self.folder / (f"{kind}.gguf" if kind in GGUF else kind)
 
 
-GGUF = "q4_0"
+GGUF = {"q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}
+"""Kind of file -> llama.cpp's preset."""
 # 838,924,288 parameters, 707,788,800 of them in the linears: as wide as TinyLlama-1.1B, with two thirds of its layers.
 FULL = Shape("llama-0.84b", hidden=2048, intermediate=5632, layers=15, heads=16, kv_heads=8, vocab=32000)
 # Seconds instead of minutes, to see that everything runs; its figures mean nothing.

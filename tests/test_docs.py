@@ -25,11 +25,8 @@ from quantserve.plugins.contract import HOOKS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-MARKDOWN = [
-    path
-    for folder in (".", "docs", "bench", "quantize", "client", "explorer", "kernels", "plugins/*", "models", "examples/**")
-    for path in sorted(ROOT.glob(f"{folder}/*.md"))
-]
+FOLDERS = (".", "docs", "bench", "quantize", "client", "explorer", "kernels", "plugins/*", "models", "examples/**")
+MARKDOWN = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}/*.md"))]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 
 

@@ -128,9 +128,7 @@ def test_what_is_left_of_another_file_is_not_kept(store: Buckets) -> None:
     there.mkdir(parents=True)
     (there / ".config.json.partial").write_bytes(b"x" * 1_000_000)
     store.refuse = {"tokenizer.json": (404, "NoSuchKey")}
-    with pytest.raises(
-        CheckpointError, match=r"tokenizer\.json of .*: the file is gone since it was listed"
-    ):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json of .*: the file is gone since it was listed"):
         fetch(files, lambda line: None)
     store.refuse = {}
     fetch(files, lambda line: None)

@@ -39,7 +39,7 @@ _PLAIN = """
 
         return UnquantizedLinearMethod()"""
 _BLOCKS = "Part((N(block[0], partial=True), K(block[1], partial=True)), FLOATS)"
-_SAID = 'f"activation_scheme is {activations!r}; vLLM'
+_SAID = 'f"activation_scheme is {activations}; vLLM'
 _FP8_PACK = 'return from_fp8(tensors["weight"], scales, self.block)'
 _TABLE = 'tensors["lookup_table"], sparse'
 _CONVERT = "quantserve_squeezellm._convert:convert"
@@ -151,8 +151,8 @@ DEFECTS = [
         ("if not weights(checkpoint) and checkpoint.tensors_complete:", "if False:"),
         ('"fp8-block-size"', '"fp8_block_size"'),
         ('"fp8-activation-scheme",\n            f"activation', '"awq-activation-scheme",\n            f"activation'),
-        (_SAID, 'f"\\x1b[31mactivation_scheme is {activations!r}; vLLM'),
-        (_SAID, 'f"activation_scheme is {activations!r}; " + 90 * "vLLM... "  f"'),
+        (_SAID, 'f"\\x1b[31mactivation_scheme is {activations}; vLLM'),
+        (_SAID, 'f"activation_scheme is {activations}; " + 90 * "vLLM... "  f"'),
     ),
     *_in(
         "squeezellm",

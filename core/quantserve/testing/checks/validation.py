@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -58,6 +59,9 @@ def judged(subject: Subject, kinds: Callable[[str], bool], *, named: bool = Fals
             yield f"{damage.name} ({damage.detail}): the case calls it harmless ({reason}), and it is refused: {codes}"
         elif named and found and reason is None and not any(_names(finding, damage) for finding in found):
             yield f"{damage.name} ({damage.detail}): {codes} names neither the tensor nor its module"
+        if damage.name.endswith("removed"):
+            for one in (one for one in found if re.search(r"\bNone\b", one.message)):
+                yield f"{damage.name}: {one.code} calls it None, and should call it missing: {one.message}"
 
 
 def _names(finding: Finding, damage: Damage) -> bool:
@@ -133,9 +137,9 @@ def other_model(subject: Subject) -> Iterator[str]:
 
 @check("V08-setting-removed", "method")
 def setting_removed(subject: Subject) -> Iterator[str]:
-    """Every setting of the quantization config that is removed is an error.
+    """Every setting of the quantization config that is removed is an error, which does not call it None.
 
-    Fix: report it in `quantserve_validate`. Settings with the same default, or that nothing reads, go into
+    Fix: report it in `quantserve_validate`, as missing. Settings with the same default, or that nothing reads, go into
     `Case.harmless` with the reason.
     """
     yield from judged(subject, lambda name: name.startswith("config ") and name.endswith("removed"))

@@ -194,15 +194,19 @@ def read_args(values: object) -> Args:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy[:40]!r}; it has {', '.join(STRATEGIES)}")
     if group not in (None, -1) if strategy not in GROUPED else type(group) is not int or group < 1:
-        raise ValueError(f"group_size {str(group)[:40]} does not fit strategy {strategy!r}")
+        raise ValueError(f"{_named('group_size', group)} does not fit strategy {strategy!r}")
     if isinstance(block, str):
         block = [int(size) if size.isdecimal() else size for size in block.split("x")]
     pair = isinstance(block, list) and [type(size) for size in block] == [int, int]
     if not pair if strategy == "block" else block is not None:
-        raise ValueError(f"block_structure {str(block)[:40]} does not fit strategy {strategy!r}")
+        raise ValueError(f"{_named('block_structure', block)} does not fit strategy {strategy!r}")
     return Args(
         bits, kind, symmetric, strategy, group if group != -1 else None,
         (block[0], block[1]) if block else None, bool(dynamic),
         str(values.get("actorder")).lower() in ("group", "dynamic", "true"),
         str(values.get("scale_dtype")).endswith("uint8"),
     )  # fmt: skip
+
+
+def _named(key: str, value: object) -> str:
+    return f"a missing {key}" if value is None else f"{key} {str(value)[:40]}"

@@ -167,11 +167,11 @@ def stored_scheme(checkpoint: Checkpoint) -> Scheme | None:
 
 def settings_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
     """Settings at which vLLM stops."""
-    activations = config.get("activation_scheme")
+    activations = config.get("activation_scheme", "missing")
     if activations not in ("static", "dynamic"):
         yield Finding.error(
             "fp8-activation-scheme",
-            f"activation_scheme is {activations!r}; vLLM takes static and dynamic",
+            f"activation_scheme is {activations}; vLLM takes static and dynamic",
             [f"{_WHERE}.activation_scheme"],
             'set it to "dynamic", unless the files hold an input_scale for every linear',
         )

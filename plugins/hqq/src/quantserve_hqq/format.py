@@ -34,6 +34,11 @@ class Settings:
     group_size: int | None
     view_as_float: bool
 
+    def __str__(self) -> str:
+        """For messages."""
+        groups = f"groups of {self.group_size}" if self.group_size else "a group for each channel"
+        return f"{self.bits} bits, {groups}{', as float' if self.view_as_float else ''}"
+
 
 def tag(module: str) -> str:
     """What transformers calls a linear in these configs: ``self_attn.q_proj``, in every layer."""
@@ -67,11 +72,11 @@ def settings(value: object) -> Settings:
         raise ValueError("weight_quant_params is missing")
     bits, group, axis = params.get("nbits"), params.get("group_size"), params.get("axis")
     if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"nbits is {str(bits)[:40]}; served are 2, 3, 4 and 8")
+        raise ValueError(f"nbits is {_short(bits)}; served are 2, 3, 4 and 8")
     if axis != 1 or isinstance(axis, bool):
         raise ValueError(
-            f"axis is {str(axis)[:40]}; served is 1. With axis 0 a scale belongs to weights of different out_features "
-            "at the same input, so that each weight of a row has another scale"
+            f"axis is {_short(axis)}; served is 1. With axis 0 a scale belongs to weights of different out_features at "
+            "the same input, so that each weight of a row has another scale"
         )
     if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 8 or group % 8):
         raise ValueError(f"group_size is {str(group)[:40]}; a multiple of 8, or null for one group for each channel")
@@ -80,6 +85,10 @@ def settings(value: object) -> Settings:
     if value.get("scale_quant_params") or value.get("zero_quant_params"):
         raise ValueError("scales or zeros are quantized (quant_scale, quant_zero), which hqq itself has given up")
     return Settings(bits, group, params.get("view_as_float") is True)
+
+
+def _short(value: object) -> str:
+    return "missing" if value is None else str(value)[:40]
 
 
 @cache

@@ -92,7 +92,9 @@ def read(config: Mapping[str, Any]) -> Settings:
     inner, old = body(config), "quantization" in config
     algorithm = str(inner.get("quant_algo") or "").upper()
     if algorithm not in ARGUMENTS:
-        raise ValueError(f"quant_algo is {inner.get('quant_algo')!r}; vLLM serves {', '.join(ARGUMENTS)}")
+        raise ValueError(
+            f"quant_algo is {inner.get('quant_algo', 'missing')!s:.40}; vLLM serves {', '.join(ARGUMENTS)}"
+        )
     if old and (missing := [key for key in _REQUIRED.get(algorithm, ()) if key not in inner]):
         raise ValueError(f"{', '.join(missing)} missing, which vLLM requires for {algorithm} in {FILE}")
     key = "exclude_modules" if old else "ignore"

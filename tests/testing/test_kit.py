@@ -111,6 +111,10 @@ def test_a_plugin_that_does_not_load_fails_one_check(site: Site) -> None:
     found = outcomes(site, "raise RuntimeError('at import')", only=("S01", "D", "V"))
     assert found["S01-loads"] == "failed"
     assert set(found.values()) == {"failed", "skipped"}
+    site.install("quantserve-side", "raise OSError('at import')", name="side", engine={"side": "nowhere:register"})
+    report = run_checks(Case("side"), only=("S1", "I"))
+    assert {one.outcome for one in report.results} == {"skipped"}
+    assert {"S11-register", "I03-engines"} <= {one.check.id for one in report.results}
 
 
 def test_expected_failures_are_strict(site: Site) -> None:

@@ -219,8 +219,10 @@ def layer_problems(subject: Subject, name: str) -> list[str]:
     """What the process with vLLM found under a name.
 
     Raises:
-        Skip: there is no vLLM, or nothing was there to be checked.
+        Skip: the plugin does not load, there is no vLLM, or nothing was there to be checked.
     """
+    if subject.plugin is None:
+        raise Skip("the plugin does not load")
     if why := engine_available():
         raise Skip(why)
     answer = subject.layers

@@ -13,7 +13,6 @@ from quantserve.cli.sources import Outcome, choose_target, load_sources, outcome
 from quantserve.errors import QuantserveError, UsageError
 from quantserve.planning.plan import make_plans, refusal, require_gpus
 from quantserve.plugins.registry import Registry
-from quantserve.serve.driver.detach import detach as detached
 
 SERVING: Final = ("vllm", "ray", "starlette", "uvicorn", "httptools", "uvloop", "msgspec", "prometheus_client")
 """Modules that serving imports and checking does not."""
@@ -48,9 +47,14 @@ def command(
     """
     if log and not detach:
         raise UsageError("--log is the log of --detach\n  fix: add --detach, or leave --log out")
-    background = detached(log) if detach else None
-    if isinstance(background, int):
-        return background
+    detached = None
+    if detach:
+        from quantserve.serve.driver.detach import detach as start
+
+        started = start(log)
+        if isinstance(started, int):
+            return started
+        detached = started
     app = load_sources(sources, **bare)  # type: ignore[arg-type]
     target = choose_target(target_name)
     results = list(outcomes(app.models, Registry.load(), target))
@@ -68,7 +72,7 @@ def command(
     from quantserve.serve.driver.run import serve_plans
 
     explorer = None if no_explorer else app.explorer
-    return serve_plans(plans, http, keep_going=keep_going, sources=sources, detached=background, explorer=explorer)
+    return serve_plans(plans, http, keep_going=keep_going, sources=sources, detached=detached, explorer=explorer)
 
 
 def _require_engine() -> None:

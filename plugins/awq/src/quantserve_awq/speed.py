@@ -76,7 +76,7 @@ CODEBOOK_AMX = replace(
     CODEBOOK,
     # Up to 4 rows those above, of 12 % of the rate; then 55 cycles to decode 512 weights and 16 to multiply them by 16
     # rows, of which 70 % are reached.
-    flops_share=((1, 0.04), (4, 0.07), (8, 0.08), (16, 0.16), (64, 0.38), (512, 0.63)),
+    flops_share=((1, 0.05), (4, 0.1), (8, 0.08), (16, 0.16), (64, 0.38), (512, 0.63)),
     source="estimated from counts of instructions: the kernel with AMX was never timed (docs/performance.md)",
     uncertainty=1.0,
     amx=True,

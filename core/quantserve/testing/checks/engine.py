@@ -34,7 +34,7 @@ CLOSE: Final = 40
 off in both 16-bit dtypes, for the kit's Llama of two layers."""
 LEAST: Final = 1e-3
 """How far they may differ in any case, in standard deviations: float32's own sums, in another order."""
-CLEAR: Final = 0.2
+CLEAR: Final = 0.1
 """Share of the tokens of which the two best logits must differ by more than twice of that, to be compared."""
 MOST_TENSORS: Final = 4
 """Tensors that are left out, one engine each."""

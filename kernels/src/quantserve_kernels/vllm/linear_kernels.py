@@ -25,13 +25,11 @@ from quantserve_kernels import PackedWeight, load, pack, status, unpack_stream
 from quantserve_kernels.vllm.linear import blaming, install
 
 # The integer types whose codes fill int32 words without a rest. For 3 bits, writers disagree on how they do.
-TYPES = (
-    scalar_types.uint2,
-    scalar_types.uint2b2,
-    scalar_types.uint4,
-    scalar_types.uint4b8,
-    scalar_types.uint8,
-    scalar_types.uint8b128,
+# vLLM before 0.31 has no uint2.
+TYPES = tuple(
+    getattr(scalar_types, name)
+    for name in ("uint2", "uint2b2", "uint4", "uint4b8", "uint8", "uint8b128")
+    if hasattr(scalar_types, name)
 )
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -9,6 +9,7 @@ from quantserve.checks.scheme import check_schemes, misaligned, shard_findings
 from quantserve.checks.skipped import SkipList
 from quantserve.checks.stored import Schemes, stored_linears
 from quantserve.finding import Finding
+from quantserve.model.layers import in_layer_order
 from quantserve.model.linear import Linear, shard_n
 from quantserve.scheme import Part, Scheme
 
@@ -126,7 +127,7 @@ def check_fused_blocks(quantized: Iterable[Linear], ranks: int, rows: int, *, co
     for linear in quantized:
         if linear.fused != "experts":  # which are separate matrices
             parts.setdefault(linear.group, []).append(linear)
-    inner = [linear for every in parts.values() for linear in every[:-1]]
+    inner = [linear for every in parts.values() for linear in in_layer_order(every)[:-1]]
     why = f"vLLM puts the scales of blocks of fused parts side by side, so all but the last need whole blocks of {rows}"
 
     def bad(ranks: int) -> list[str]:

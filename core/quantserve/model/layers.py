@@ -6,7 +6,7 @@ N is out_features and K is in_features throughout; an unquantized linear stores 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +28,7 @@ _FUSED = {
     "up_proj": "gate_up_proj", "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
     "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz", "in_proj_b": "in_proj_ba", "in_proj_a": "in_proj_ba",
 }  # fmt: skip
+_PLACES = {name: place for place, name in enumerate(_FUSED)}
 # The projections to the low rank of latent attention: whole on every rank.
 _REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")
 # Latent attention without q_lora_rank has one of the two alone.
@@ -43,6 +44,11 @@ PACKED = ("qweight", "weight_packed")
 """What the codes of a quantized linear are called, where not ``weight``."""
 SPEECH_PARTS = ("talker.", "token2wav.", "code2wav.")
 """Beginnings of the tensors of Qwen-Omni that make speech; vLLM loads the ``thinker.`` alone."""
+
+
+def in_layer_order(parts: Iterable[Linear]) -> list[Linear]:
+    """The parts of one of vLLM's fused layers, in the order in which it puts them side by side."""
+    return sorted(parts, key=lambda part: _PLACES.get(part.name.rpartition(".")[2], -1))
 
 
 @once

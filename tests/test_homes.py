@@ -44,20 +44,19 @@ BAD_HOMES = {
 }
 
 
-@pytest.mark.parametrize("home", BAD_HOMES.values(), ids=BAD_HOMES)
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["check", DEMO], ["plan", DEMO], ["profile", DEMO], ["recommend", DEMO],
-        ["doctor", "--quick"], ["list"], ["schema"],
-    ],
-)  # fmt: skip
+QUICK = (["check", DEMO], ["plan", DEMO], ["doctor", "--quick"], ["list"], ["schema"])
+SLOWER = (["profile", DEMO], ["recommend", DEMO])
+CASES = [(command, home) for command in QUICK for home in BAD_HOMES]
+CASES += [(command, home) for command in SLOWER for home in ("unset", "below a file")]
+
+
+@pytest.mark.parametrize(("command", "name"), CASES, ids=[f"{command[0]}-{name}" for command, name in CASES])
 def test_no_command_fails_without_a_home(
-    command: list[str], home: str | None, nobody: str, monkeypatch: pytest.MonkeyPatch
+    command: list[str], name: str, nobody: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HOME", "QUANTSERVE_CALIBRATION", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    if home is not None:
+    for variable in ("HOME", "QUANTSERVE_CALIBRATION", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    if (home := BAD_HOMES[name]) is not None:
         monkeypatch.setenv("HOME", home)
     assert run(command) == 0
 

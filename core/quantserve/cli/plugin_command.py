@@ -203,8 +203,7 @@ def check(
     reports = [run_checks(case, engine=engine, only=only, first=first) for case in cases]
     failed = any(report.failed for report in reports)
     if record_file and not failed:
-        run = _run(name, sum(report.counts.get("passed", 0) for report in reports), engine)
-        record.write(Path(record_file), name, run)
+        record.write(Path(record_file), name, _run(name, reports))
     if junit:
         Path(junit).write_text(reports[0].to_junit() if len(reports) == 1 else _suites(reports))
     if as_json:
@@ -213,15 +212,16 @@ def check(
         for report in reports:
             print_report(console(), report)
         if not (failed or only or first):
-            run = _run(name, sum(report.counts.get("passed", 0) for report in reports), engine)
-            console().print(f"\n{escape(badge(name, run=run))}", soft_wrap=True)
+            console().print(f"\n{escape(badge(name, run=_run(name, reports)))}", soft_wrap=True)
     return max(report.exit_code for report in reports)
 
 
-def _run(name: str, checks: int, engine: bool) -> record.Run:
+def _run(name: str, reports: Iterable[Report]) -> record.Run:
     """What was proven here."""
     plugin = Registry.load().find_plugin(name)
-    return record.run_here(plugin.version, f"{API_VERSION}.{API_MINOR}", checks, engine=engine)
+    passed = [one.check for report in reports for one in report.results if one.outcome == "passed"]
+    engine = any(check.opt_in for check in passed)
+    return record.run_here(plugin.version, f"{API_VERSION}.{API_MINOR}", len(passed), engine=engine)
 
 
 def print_report(out: Console, report: Report) -> None:

@@ -44,7 +44,7 @@ def quantserve_scheme(checkpoint, linear):
 def quantserve_validate(checkpoint, model, target):
     config = checkpoint.quantization_config or {}
     if config.get("bits") != 8:
-        yield Finding.error("mine-bits", f"bits is {config.get('bits')!r}", ["bits"], "make it 8")
+        yield Finding.error("mine-bits", f"bits is {config.get('bits', 'missing')}", ["bits"], "make it 8")
     if not any(name.endswith(".qweight") for name in checkpoint.tensors):
         yield Finding.error("mine-not-quantized", "no linear is quantized", [], "serve it unquantized")
 """
@@ -82,7 +82,7 @@ def test_a_good_plugin_passes(site: Site) -> None:
         ("if not any(", "if False and any(", "V06-unquantized"),
         ('.get("quant_method") == "mine"', '.get("quant_method") != "x"', "D03-nothing"),
         ("(checkpoint.quantization_config or {})", "checkpoint.quantization_config", "D04-any-config"),
-        ("f\"bits is {config.get('bits')!r}\"", "'\\x1b[2J'", "T02-findings"),
+        ("f\"bits is {config.get('bits', 'missing')}\"", "'\\x1b[2J'", "T02-findings"),
         (
             "config = checkpoint.quantization_config or {}",
             "config = checkpoint.quantization_config",

@@ -45,7 +45,7 @@ VARIANTS = {
     for variant in (
         Variant("bf16", "vLLM, unquantized", "bf16"),
         Variant("awq-vllm", "vLLM's own AWQ on CPU", "awq", engine_args={"quantization": "awq"}),
-        Variant("awq", "AWQ by quantserve-awq", "awq", ("awq",), {"quantization": "awq"}),
+        Variant("awq", "AWQ by quantserve-awq", "awq", ("awq",), planned=True),
         Variant(
             "squeezellm",
             "SqueezeLLM 4-bit by quantserve-squeezellm",

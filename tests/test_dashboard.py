@@ -12,7 +12,8 @@ from typing import Any, Final
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from quantserve.serve.gateway.metrics.collect import GatewayMetrics, Observed
+from quantserve.serve.gateway.metrics.collect import GatewayMetrics
+from quantserve.serve.gateway.metrics.observed import Observed
 from quantserve.serve.gateway.metrics.text import merge
 from quantserve.serve.gateway.middleware.trace import Trace
 from quantserve.serve.gateway.upstreams.pool import Limits, Pool

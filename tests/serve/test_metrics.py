@@ -12,7 +12,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from quantserve.serve.asgi import Guard, Refused
-from quantserve.serve.gateway.metrics.collect import GatewayMetrics, Observed, expected_means
+from quantserve.serve.gateway.metrics.collect import GatewayMetrics
+from quantserve.serve.gateway.metrics.observed import Observed, expected_means
 from quantserve.serve.gateway.middleware.trace import Traced, trace_of
 
 from .asgi_client import request

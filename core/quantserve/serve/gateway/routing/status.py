@@ -11,7 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 from quantserve import __version__
 from quantserve.serve.asgi import Refused
-from quantserve.serve.gateway.metrics.collect import MetricsEndpoint, expected_means
+from quantserve.serve.gateway.metrics.collect import MetricsEndpoint
+from quantserve.serve.gateway.metrics.observed import expected_means
 from quantserve.system.secrets import without_secrets
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ def test_our_server(capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["models", "--url", server.url]) == 0
         shown = capsys.readouterr().out
         (row,) = (line for line in shown.splitlines() if "demo-awq" in line and "│" in line)
-        for cell in ("awq 4", "ready", "2 + 0 queued", "512", "93.1 / 71.2", "9.1 / 7.4", "104 / 121", "x 1.012"):
+        for cell in ("awq 4", "ready", "2 + 0 queued", "512", "93.1 / 71.2", "9.1 / 7.4", "104 / 121", "1.012x"):
             assert cell in row
         assert "kernel-fallback" in shown
         assert run(["models", "--url", server.url, "--json"]) == 0

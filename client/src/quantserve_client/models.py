@@ -17,7 +17,7 @@ from quantserve_bench.markdown import DASH, number
 from quantserve_client.options import Address
 from quantserve_client.server import Server
 
-OURS = ("model", "method", "state", "requests", "weights", "context", "TTFT", "TPOT", "tok/s", "quality")
+OURS = ("model", "method", "state", "requests", "weights", "context", "TTFT", "TPOT", "tok/s", "perplexity")
 OTHERS = ("model", "owner", "context")
 STATES = {"ready": "green", "starting": "yellow", "stopped": "yellow", "unhealthy": "red"}
 
@@ -41,7 +41,7 @@ def models(address: Address, *, as_json: bool) -> int:
     known = [model for model in status["models"] if isinstance(model, dict) and "id" in model]
     title = f"Models of {escape(address.url)}, quantserve {_text(status.get('version'))}"
     out.print(f"[bold]{title}; expected / observed, times in ms[/]", soft_wrap=True)
-    out.print(table("", OURS, map(_row, known), wrap=("model", "quality")))
+    out.print(table("", OURS, map(_row, known), wrap=("perplexity",)))
     for model in known:
         for finding in _list(model.get("findings")):
             severity = finding.get("severity")
@@ -92,7 +92,7 @@ def _quality(quality: Mapping[str, Any]) -> str:
     ratio = quality.get("perplexity_ratio")
     if not isinstance(ratio, int | float):
         return DASH
-    return f"perplexity x {ratio:.3f}" + ("" if quality.get("measured") else " (published)")
+    return f"{ratio:.3f}x" + ("" if quality.get("measured") else " published")
 
 
 def _context(card: Mapping[str, Any]) -> str:

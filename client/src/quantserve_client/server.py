@@ -149,7 +149,8 @@ class Server:
         """
         try:
             async with asyncio.timeout(min(ASK_S, self.address.timeout_s)):
-                async with self._http.stream("GET", self._base + path) as response:
+                # Its own connection: a kept one may be closed by the server just when it is used again.
+                async with self._http.stream("GET", self._base + path, headers={"connection": "close"}) as response:
                     body = await _whole(response)
         except TimeoutError:
             raise EngineError(

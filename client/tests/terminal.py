@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -29,6 +30,7 @@ class Terminal:
     def __init__(self, *arguments: str, columns: int = 100, rows: int = 30) -> None:
         self.screen = ""
         self._seen = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         pid, self._file = pty.fork()
         if not pid:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -53,6 +55,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
+    def interrupt(self, pattern: str) -> None:
+        """Press Ctrl-C until the pattern has come: Python loses one that comes just before it waits for a line."""
+        while not re.search(pattern, plain(self.screen)[self._seen :]):
+            self.type("\x03")
+            while select.select([self._file], [], [], 2)[0] and self._read():
+                if re.search(pattern, plain(self.screen)[self._seen :]):
+                    break
+        self.wait_for(pattern)
+
     def wait_for(self, pattern: str) -> str:
         """Read until the pattern has come after what was waited for before; returns the text in between, and it."""
         while not (found := re.search(pattern, plain(self.screen)[self._seen :])):
@@ -73,10 +84,10 @@ class Terminal:
             data = os.read(self._file, 65536)
         except OSError:  # the command has ended
             data = b""
-        self.screen += data.decode(errors="replace")
+        self.screen += self._decoder.decode(data)
         return bool(data)
 
 
 def plain(text: str) -> str:
-    """Without colours and movements of the cursor."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "")
+    """Without colours and movements of the cursor, also one of which only the beginning has come."""
+    return re.sub(r"\x1b(\[[0-9;?]*([A-Za-z]|$)|$)", "", text).replace("\r", "")

@@ -94,8 +94,9 @@ def test_an_interactive_chat() -> None:
         shown = terminal.wait_for(r"user: again\n")
         assert "user: long | assistant: ee" in shown  # what had come stays in the conversation
         terminal.wait_for(r"> ")
-        terminal.type("half\x03")
-        terminal.wait_for(r"Ctrl-D ends the chat")
+        terminal.type("half")
+        terminal.wait_for(r"half")
+        terminal.interrupt(r"Ctrl-D ends the chat\n> ")
         terminal.type("\x04")
         assert terminal.end() == 0
     assert "Traceback" not in terminal.screen

@@ -83,7 +83,7 @@ bench-serving: dev ## the serving path beside vLLM's own server and Ray Serve LL
 	@$(BIN)/python examples/prepare.py
 	@exec $(BIN)/python -m benchmarks.serving $(ARGS)
 
-bench-decode: dev ## end-to-end speed through vLLM, llama.cpp beside it; about 20 minutes (ARGS=--quick)
+bench-decode: dev ## end-to-end speed through vLLM, llama.cpp beside it; about 20 minutes (ARGS=--quick; an hour with ARGS="--variants all")
 	@exec $(BIN)/python -m benchmarks.decode $(ARGS)
 
 bench-kernels: dev ## kernel speed against torch, vLLM and memory bandwidth (ARGS=--quick)

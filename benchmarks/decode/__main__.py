@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog="python -m benchmarks.decode", description=(package.__doc__ or "").partition("\n")[0]
     )
-    out.add_argument("--variants", metavar="A,B", help="default: all but squeezellm-3; an unknown name lists them")
+    out.add_argument("--variants", metavar="A,B", help="`all`, or by default some; an unknown name lists them")
     out.add_argument("--threads", type=numbers, default=(1,), metavar="1,2", help="compute threads; default 1")
     out.add_argument("--batches", type=numbers, metavar="1,4,16", help="sequences that decode together, at most 16")
     out.add_argument("--prompts", type=numbers, metavar="64,128,512", help="prompt lengths of the prefill, in tokens")

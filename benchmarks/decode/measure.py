@@ -13,7 +13,7 @@ from benchmarks.console import BenchError, say
 from benchmarks.decode import peer
 from benchmarks.decode.pool import KV_GIB, Pool, choose_cores
 from benchmarks.decode.shapes import GGUF, Shape, size
-from benchmarks.decode.variants import Variant
+from benchmarks.decode.variants import REFERENCE, Variant
 
 DECODE_PROMPT = 32
 OVERHEAD_GIB = 0.9  # a Python process with vLLM imported, and its buffers
@@ -76,19 +76,36 @@ def prepare(variants: Sequence[Variant], settings: Settings, errors: dict[str, s
     return found
 
 
-def check_memory(variants: Sequence[Variant], shape: Shape) -> None:
-    """BenchError when not all engines fit side by side."""
-    needed = sum(
-        1.3 * size(shape.checkpoint(variant.checkpoint)) / 2**30 + KV_GIB + OVERHEAD_GIB for variant in variants
-    )
+def groups(variants: Sequence[Variant], shape: Shape) -> list[list[Variant]]:
+    """Variants whose engines fit into memory side by side; the reference is in every group.
+
+    Raises:
+        BenchError: one of them does not fit beside the reference.
+    """
+    needed = {
+        variant.name: 1.3 * size(shape.checkpoint(variant.checkpoint)) / 2**30 + KV_GIB + OVERHEAD_GIB
+        for variant in variants
+    }
+    reference = [variant for variant in variants if variant.name == REFERENCE]
+    free, out = available_gib(), [list(reference)]
+    for variant in variants:
+        if variant in reference:
+            continue
+        if sum(needed[one.name] for one in (*out[-1], variant)) > free:
+            out.append(list(reference))
+        out[-1].append(variant)
+        if (least := sum(needed[one.name] for one in out[-1])) > free:
+            names = " and ".join(one.name for one in out[-1])
+            raise BenchError(f"{names} side by side need about {least:.0f} GiB, and {free:.0f} are free")
+    return [group for group in out if group != reference or len(out) == 1]
+
+
+def available_gib() -> float:
+    """Memory that new processes can have."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) / 2**20
-            if needed > available:
-                raise BenchError(
-                    f"{len(variants)} engines side by side need about {needed:.0f} GiB, and {available:.0f} are free\n"
-                    "  fix: name fewer with --variants; keep bf16, the ratios refer to it"
-                )
+            return int(line.split()[1]) / 2**20
+    raise BenchError("/proc/meminfo has no MemAvailable")
 
 
 def measure_loading(
@@ -132,23 +149,47 @@ def run(
 ) -> dict[str, Any]:
     """All rounds on so many threads; `save` gets the figures so far after every round.
 
+    Engines that do not fit into memory together run in groups. `begins` has for every variant and cell how many values
+    of the reference are older than the variant's group.
+
     Raises:
         BenchError: too many threads or too little memory.
     """
     cores = choose_cores(threads)
     columns = cells(settings)
     left = [variant for variant in variants if variant.name not in errors]
-    check_memory(left, settings.shape)
     result: dict[str, Any] = {
         "threads": threads,
         "units": {cell.key: cell.unit for cell in columns},
         "values": {variant.name: {cell.key: [] for cell in columns} for variant in left},
+        "begins": {},
         "busy": {variant.name: [] for variant in left},
         "start": {},
+        "idle_cores": {},
+        "rounds": 0,
         "errors": errors,
     }
+    parts = groups(left, settings.shape)
+    for number, part in enumerate(parts):
+        if len(parts) > 1:
+            say(f"group {number + 1} of {len(parts)}: {', '.join(variant.name for variant in part)}")
+        measured = {key: len(values) for key, values in result["values"].get(REFERENCE, {}).items()}
+        result["begins"] |= {variant.name: measured for variant in part if variant.name != REFERENCE}
+        run_group(part, settings, cores, result, save)
+    return result
+
+
+def run_group(
+    variants: Sequence[Variant],
+    settings: Settings,
+    cores: Sequence[int],
+    result: dict[str, Any],
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """All rounds with the engines side by side, into `result`."""
+    columns, errors = cells(settings), result["errors"]
     with Pool() as pool:
-        for variant in left:
+        for variant in variants:
             try:
                 worker = pool.start(variant, settings.shape, cores, settings.eager)
                 result["start"][variant.name] = worker.ready
@@ -159,20 +200,19 @@ def run(
                 fail(pool, variant.name, error, errors)
         for worker in pool.workers.values():
             worker.count_from_here()
-        began, rounds = time.monotonic(), 0
+        began = time.monotonic()
         for number in range(settings.rounds):
             for cell in columns:
                 # Every round begins with another variant.
                 names = list(pool.workers)
                 shift = number % max(1, len(names))
                 measure_cell(pool, names[shift:] + names[:shift], cell, result, f"round {number + 1}/{settings.rounds}")
-            rounds = number + 1
+            result["rounds"] = max(result["rounds"], number + 1)
             elapsed = time.monotonic() - began
-            result["idle_cores"] = {
+            result["idle_cores"] |= {
                 name: round(worker.idle_cpu() / elapsed, 4) for name, worker in pool.workers.items()
             }
-            save({**result, "rounds": rounds})
-    return {**result, "rounds": rounds}
+            save(result)
 
 
 def measure_cell(pool: Pool, names: Sequence[str], cell: Cell, result: dict[str, Any], where: str) -> None:

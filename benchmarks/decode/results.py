@@ -27,8 +27,9 @@ def ratios(run: Run) -> dict[str, dict[str, float]]:
     reference = run["values"].get(REFERENCE, {})
     out: dict[str, dict[str, float]] = {}
     for name, columns in run["values"].items():
+        begins = run.get("begins", {}).get(name, {})
         for key, values in columns.items():
-            pairs = list(zip(values, reference.get(key, ()), strict=False))
+            pairs = list(zip(values, reference.get(key, ())[begins.get(key, 0) :], strict=False))
             if pairs:
                 smaller_is_better = run["units"][key] == "ms"
                 speeds = [theirs / own if smaller_is_better else own / theirs for own, theirs in pairs]
@@ -125,10 +126,12 @@ def markdown(results: Mapping[str, Any]) -> str:
         worst, where = spread(run)
         busy = {name: median(shares) for name, shares in run["busy"].items() if shares}
         waiting = sum(run.get("idle_cores", {}).values())
+        groups = len({max(begun.values(), default=0) for begun in run.get("begins", {}).values()})
         lines += ["", f"### {threads_in_words(run)}", "", speed_table(run), ""]
         lines.append(
             f"Medians of {run['rounds']} rounds; in brackets the speed relative to {REFERENCE} in the same round. "
-            f"Largest spread between rounds: {worst:.0%} ({where or 'one round'}). "
+            + (f"The engines ran in {groups} groups, {REFERENCE} in each. " if groups > 1 else "")
+            + f"Largest spread between rounds: {worst:.0%} ({where or 'one round'}). "
             f"The engines got {min(busy.values(), default=math.nan):.0%} or more of their cores' time; "
             f"while waiting, all together used {waiting:.1%} of one core."
         )

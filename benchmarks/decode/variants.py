@@ -36,7 +36,7 @@ class Variant:
 
 
 def further(name: str, about: str, checkpoint: str, plugin: str) -> Variant:
-    """A format that takes part when it is named: all engines run side by side, and need memory."""
+    """A format that takes part when it is named, or with `all`."""
     return Variant(name, about, checkpoint, (plugin,), planned=True, default=False)
 
 
@@ -79,13 +79,15 @@ VARIANTS = {
 
 
 def choose(names: str | None) -> list[Variant]:
-    """The variants of a comma list, in the order of the table; without a list the default ones.
+    """The variants of a comma list, in the order of the table; `all` is all, without a list the default ones.
 
     Raises:
         BenchError: an unknown name; lists the known ones.
     """
     if names is None:
         return [variant for variant in VARIANTS.values() if variant.default]
+    if names == "all":
+        return list(VARIANTS.values())
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in VARIANTS]
     if unknown or not wanted:

@@ -42,6 +42,21 @@ def test_our_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == status()
 
 
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_nothing_is_cut_in_a_narrow_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with StandIn({}, others={"/status": status()}) as server:
+        assert run(["models", "--url", server.url]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]  # the heading has the address
+    shown = "\n".join(line for line in lines if "kernel-fallback" not in line)
+    for cell in ("demo-awq", "awq 4", "ready", "93.1 / 71.2", "9.1 / 7.4", "104 / 121", "1.012x", "perplexity"):
+        assert cell in shown
+    table = [line for line in lines if not line.startswith("  ")] if columns == 120 else lines[:10]
+    assert max(map(len, table)) <= columns
+
+
 def test_another_server(capsys: pytest.CaptureFixture[str]) -> None:
     with StandIn({"llama\x1b[2J": lambda said, body: ""}) as server:
         assert run(["models", "--url", server.url]) == 0

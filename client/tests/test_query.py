@@ -53,6 +53,38 @@ def test_several_are_blocks_in_order(server: StandIn, capsys: pytest.CaptureFixt
     assert "TTFT" in shown.err
 
 
+def test_stats_of_our_server_have_the_expected_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one request alone; an adapter has those of its model."""
+    monkeypatch.setenv("COLUMNS", "200")
+    alone = {"ttft_ms": 31.0, "tpot_ms": 6.2, "tokens_per_s": 151.0}
+    models = [
+        {"id": "base", "expected": {"ttft_ms": 93.1, "alone": alone}, "adapters": ["lora"]},
+        {"id": "loaded", "expected": {"ttft_ms": 77.0, "alone": None}, "adapters": []},
+        {"id": "new", "expected": None, "adapters": []},
+        {"id": "odd", "expected": {"ttft_ms": "1", "alone": []}, "adapters": 5},
+    ]
+    names = ["base", "lora", "loaded", "new", "odd"]
+    replies = dict.fromkeys(names, lambda said, body: "a b c")
+    with StandIn(replies, others={"/status": {"models": models}}) as server:
+        chosen = [argument for name in names for argument in ("--model", name)]
+        assert run(["query", "--url", server.url, *chosen, "x", "--stats"]) == 0
+    shown = capsys.readouterr().err
+    assert "expected of one request alone / measured" in shown
+    cells = [[cell.strip() for cell in line.split("│")[1:5]] for line in shown.splitlines() if line.startswith("│")]
+    expected = {name: [figure.split(" / ")[0] for figure in figures] for name, *figures in cells}
+    assert expected["base"] == expected["lora"] == ["31", "6.2", "151"]
+    assert expected["loaded"] == ["77", "-", "-"]
+    assert expected["new"] == expected["odd"] == ["-", "-", "-"]
+    assert all(re.search(r"/ [\d.,]+$", figure) for _, *figures in cells for figure in figures)
+
+
+def test_stats_of_another_server_are_the_measured_figures(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["query", "--url", server.url, "--model", "parrot", "x", "--stats"]) == 0
+    assert " / " not in capsys.readouterr().err.partition("\n")[2]
+
+
 def test_answers_that_stream_at_once_are_not_mixed(capsys: pytest.CaptureFixture[str]) -> None:
     models = {name: lambda said, body: streamed(" ".join([body["model"]] * 20), 0.01) for name in ("one", "two")}
     with StandIn(models) as server:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -10,10 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from quantserve.cli.output import table
-from quantserve_bench.markdown import number
+from quantserve_bench.markdown import DASH, number
 from quantserve_bench.result import Result
 from quantserve_bench.timing import Timing, timing_of
 
+Expected = Mapping[str, float]
+"""``ttft_ms``, ``tpot_ms`` and ``tokens_per_s`` of one request alone, as far as a server tells."""
 COLUMNS = ("model", "TTFT (ms)", "TPOT (ms)", "tok/s", "E2E (ms)", "tokens in", "tokens out", "answers")
 
 
@@ -50,34 +52,62 @@ def line(result: Result) -> str:
     return ", ".join(part for part in parts if not part.split(" ", 1)[-1].startswith("-"))
 
 
-def stats(results: Sequence[tuple[str, Result]]) -> Table:
-    """A table with a row for each model: means over its complete answers.
+def expected_of(status: Mapping[str, Any] | None) -> dict[str, Expected]:
+    """What quantserve expects of each model and adapter.
+
+    Args:
+        status: see `Server.status`.
+    """
+    found: dict[str, Expected] = {}
+    for model in status["models"] if status else ():
+        told = model.get("expected")
+        told = told.get("alone") or told if isinstance(told, dict) else None
+        if isinstance(told, dict):
+            figures = {key: value for key, value in told.items() if type(value) in (int, float)}
+            adapters = model.get("adapters")
+            names = [model["id"], *(adapters if isinstance(adapters, list) else ())]
+            found |= {str(name): figures for name in names}
+    return found
+
+
+def stats(results: Sequence[tuple[str, Result]], expected: Mapping[str, Expected]) -> Table:
+    """A table with a row for each model: means over its complete answers, behind what is expected where that is known.
 
     Args:
         results: model and answer of each request.
+        expected: see `expected_of`.
     """
+    names = list(dict.fromkeys(model for model, _ in results))
+    known = any(name in expected for name in names)
     rows = []
-    for model in dict.fromkeys(model for model, _ in results):
+    for model in names:
         own = [result for name, result in results if name == model]
         timings = [timing_of(result) for result in own if result.ok and result.events]
+
+        def cell(name: str, scale: float = 1, key: str = "", model: str = model, made: Any = timings) -> str:
+            measured = _mean(made, name, scale)
+            value = expected.get(model, {}).get(key)
+            return f"{DASH if value is None else number(value)} / {measured}" if known and key else measured
+
         rows.append(
             [
                 escape(model),
-                _mean(timings, "ttft_s", 1000),
-                _mean(timings, "tpot_s", 1000),
-                _mean(timings, "tokens_per_s"),
-                _mean(timings, "e2e_s", 1000),
-                _mean(timings, "input_tokens"),
-                _mean(timings, "output_tokens"),
+                cell("ttft_s", 1000, "ttft_ms"),
+                cell("tpot_s", 1000, "tpot_ms"),
+                cell("tokens_per_s", 1, "tokens_per_s"),
+                cell("e2e_s", 1000),
+                cell("input_tokens"),
+                cell("output_tokens"),
                 f"{sum(result.ok for result in own)} of {len(own)}",
             ]
         )
-    return table("Means per answer; tok/s is tokens / E2E", COLUMNS, rows)
+    title = "Means per answer; tok/s is tokens / E2E" + ("; expected of one request alone / measured" if known else "")
+    return table(title, COLUMNS, rows, wrap=("model",))
 
 
 def _mean(timings: Sequence[Timing], name: str, scale: float = 1) -> str:
     values = [value for timing in timings if (value := getattr(timing, name)) is not None]
-    return number(scale * mean(values)) if values else "-"
+    return number(scale * mean(values)) if values else DASH
 
 
 def _ms(seconds: float | None) -> float | None:

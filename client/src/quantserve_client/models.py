@@ -9,7 +9,6 @@ from typing import Any
 from rich.markup import escape
 
 from quantserve.cli.output import COLOURS, console, print_json, table
-from quantserve.errors import UsageError
 from quantserve.finding import Severity
 from quantserve.target import gib
 from quantserve.text import harmless
@@ -38,10 +37,10 @@ def models(address: Address, *, as_json: bool) -> int:
         out.print(f"[bold]Models of {escape(address.url)}[/]", soft_wrap=True)
         out.print(table("", OTHERS, rows, wrap=("model",)))
         return 0
-    known = [model for model in status["models"] if isinstance(model, dict) and "id" in model]
+    known = status["models"]
     title = f"Models of {escape(address.url)}, quantserve {_text(status.get('version'))}"
     out.print(f"[bold]{title}; expected / observed, times in ms[/]", soft_wrap=True)
-    out.print(table("", OURS, map(_row, known), wrap=("perplexity",)))
+    out.print(table("", OURS, map(_row, known), wrap=("requests", "perplexity")))
     for model in known:
         for finding in _list(model.get("findings")):
             severity = finding.get("severity")
@@ -57,14 +56,8 @@ def models(address: Address, *, as_json: bool) -> int:
 
 async def _fetch(address: Address) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     async with Server(address) as server:
-        try:
-            code, answer = await server.ask("/status")
-        except UsageError:  # another server may refuse a path that it does not have; /v1/models decides
-            code, answer = 401, None
-        ours = code == 200 and isinstance(answer, dict) and isinstance(answer.get("models"), list)
-        if ours:
-            return answer, []
-        return None, await server.cards()
+        status = await server.status()
+        return status, [] if status else await server.cards()
 
 
 def _row(model: Mapping[str, Any]) -> list[str]:

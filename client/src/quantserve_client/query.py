@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from quantserve.cli.output import console
 from quantserve.errors import QuantserveError, UsageError
 from quantserve_bench.result import Result
 from quantserve_client.display import Blocks, Columns, Display, JsonLines
+from quantserve_client.figures import Expected, expected_of
 from quantserve_client.figures import stats as stats_table
 from quantserve_client.lines import STDIN, prompts, request, whole_input
 from quantserve_client.options import Address, Generation
@@ -44,6 +46,7 @@ def query(
     requests = [request(messages, generation) for _, messages in asked]
     out, err = console(), console(stderr=True)
     results: list[tuple[str, Result]] = []
+    expected: dict[str, Expected] = {}
 
     async def run() -> int:
         code = 0
@@ -60,13 +63,16 @@ def query(
                         error = await server.explained(answer.failure, model)
                         _complain(err, model, error)
                         code = max(code, error.exit_code)
+            if stats:
+                with suppress(QuantserveError):  # the answers are there; the figures beside them may be missing
+                    expected.update(expected_of(await server.status()))
         return code
 
     try:
         return asyncio.run(run())
     finally:
         if stats and results:
-            err.print(stats_table(results))
+            err.print(stats_table(results, expected))
 
 
 async def _ask(server: Server, display: Display, one: Any, model: str, number: int) -> Result:

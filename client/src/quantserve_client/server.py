@@ -188,6 +188,20 @@ class Server:
             )
         return [card for card in data if isinstance(card, dict) and "id" in card]
 
+    async def status(self) -> dict[str, Any] | None:
+        """The answer of quantserve's ``/status``, with models that have an id; None where the server is another one.
+
+        Raises:
+            EngineError: see `ask`.
+        """
+        try:
+            code, answer = await self.ask("/status")
+        except UsageError:  # another server may refuse a path that it does not have; /v1/models decides
+            return None
+        if code != 200 or not isinstance(answer, dict) or not isinstance(answer.get("models"), list):
+            return None
+        return {**answer, "models": [model for model in answer["models"] if isinstance(model, dict) and "id" in model]}
+
     async def choose(self, names: tuple[str, ...]) -> list[str]:
         """The named models, as they are; without names the only one of the server.
 

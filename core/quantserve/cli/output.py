@@ -9,10 +9,13 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 import click
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
+from rich.padding import Padding
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from quantserve.finding import Finding, Severity
 from quantserve.target import Target, gib
@@ -22,6 +25,8 @@ COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "cy
 OFFENDERS_SHOWN = 9  # eight, and how many more there are, as the checks name them
 WIDTH_WITHOUT_TERMINAL = 120
 WIDEST = 1_000
+LONGEST_WORD = 16
+"""Characters of a word that a narrow column keeps whole."""
 
 
 class _Console(Console):
@@ -53,15 +58,54 @@ def print_json(value: object) -> None:
     click.echo(to_json(value, indent=2))
 
 
+class _Table(Table):
+    """A table that becomes a block of lines for each row where it cannot be read: the output is too narrow.
+
+    Args:
+        cells: header and rows.
+        narrowest: columns of the output that it needs.
+    """
+
+    def __init__(self, cells: Sequence[Sequence[str]], narrowest: int, **style: Any) -> None:
+        super().__init__(**style)
+        self._cells, self._narrowest = cells, narrowest
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width >= self._narrowest:
+            yield from super().__rich_console__(console, options)
+            return
+        if self.title:
+            yield Text.from_markup(str(self.title), style="bold")
+        header, *rows = self._cells
+        for first, *others in rows:
+            yield Text.from_markup(first, style="bold", overflow="fold")
+            lines = Table.grid(padding=(0, 2, 0, 0))
+            lines.add_column(style="dim", overflow="fold")
+            lines.add_column(overflow="fold")
+            for name, cell in zip(header[1:], others, strict=True):
+                lines.add_row(name, cell)
+            yield Padding(lines, (0, 0, 0, 2))
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], wrap: Sequence[str] = ()) -> Table:
     """A table whose cells may hold rich markup (escape what comes from outside).
 
-    Where the terminal is too narrow only the columns of `wrap` give way, all of them when it is empty.
+    Where the output is too narrow the columns of `wrap` give way, all of them when it is empty, as far as their words
+    stay whole. Where that is not enough, each row is a block of lines.
     """
-    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for column in columns:
-        result.add_column(column, overflow="fold", no_wrap=bool(wrap) and column not in wrap)
-    for row in rows:
+    cells = [columns, *(list(row) for row in rows)]
+    widths = []
+    for column, *values in zip(*cells, strict=True):
+        texts = [Text.from_markup(value).plain for value in (column, *values)]
+        words = [word for text in texts for word in text.split()]
+        least = min(LONGEST_WORD, max(map(cell_len, words), default=0))
+        whole = max(cell_len(line) for text in texts for line in text.splitlines() or [""])
+        widths.append(whole if wrap and column not in wrap else least)
+    style = {"title": title, "title_justify": "left", "title_style": "bold", "header_style": "bold"}
+    result = _Table(cells, sum(widths) + 3 * len(columns) + 1, **style)
+    for column, width in zip(columns, widths, strict=True):
+        result.add_column(column, overflow="fold", no_wrap=bool(wrap) and column not in wrap, min_width=width)
+    for row in cells[1:]:
         result.add_row(*row)
     return result
 

@@ -49,6 +49,7 @@ def voted(page: Any) -> None:
 def model(page: Any) -> None:
     page.get_by_role("link", name="Models").click()
     page.get_by_role("link", name=NAMES[0]).click()
+    expect(page.get_by_role("heading", name=NAMES[0], level=2)).to_be_focused()
     for summary in page.locator("details.card > summary").all():
         summary.click()
 
@@ -126,6 +127,7 @@ def test_everything_is_reached_by_keyboard(site: Served, visit: Callable[..., An
 def test_streams_do_not_flood_screen_readers(site: Served, visit: Callable[..., Any]) -> None:
     """One live region, which tells what has ended and not the tokens."""
     page = visit(site.base, refused={400})
+    expect(page.locator("#health")).to_have_text("3 of 3 ready")  # before, it would tell that models are loading
     page.evaluate(
         """() => {
             window.told = [];

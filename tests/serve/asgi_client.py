@@ -43,8 +43,15 @@ async def request(
     root_path: str = "",
     parts: int = 1,
     leave_after: int | None = None,
+    answer: Answer | None = None,
 ) -> Answer:
-    """Send one request; `body` may be bytes. `leave_after` disconnects after that many body chunks."""
+    """Send one request.
+
+    Args:
+        body: bytes, or what is sent as JSON.
+        leave_after: disconnect after that many body chunks.
+        answer: is filled as the response arrives, and returned.
+    """
     content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     given = {"content-type": "application/json", **(headers or {})}
     scope = request_scope(method, path, [(key.encode(), value.encode()) for key, value in given.items()])
@@ -56,7 +63,7 @@ async def request(
         for index, piece in enumerate(pieces)
     ]
     gone = asyncio.Event()
-    answer = Answer()
+    answer = answer or Answer()
 
     async def receive() -> Message:
         if messages:

@@ -17,7 +17,7 @@ from quantserve.serve.gateway.upstreams.proxy import RemoteModel
 from quantserve.serve.headers import DRAINING_HEADER
 from quantserve.serve.transport.client import ReplicaLost
 
-from .asgi_client import request
+from .asgi_client import Answer, request
 from .replica import Replica, pool_of, post, run, served, session_of, until, unused_port
 
 
@@ -359,22 +359,21 @@ def test_a_broken_stream_ends_with_the_error_event_of_its_api(path: str, cut: in
 
 def test_at_the_end_of_the_drain_timeout_requests_end_with_an_error() -> None:
     async def work() -> None:
-        streaming, held = Replica(), Replica()
+        streaming, held, begun = Replica(), Replica(), Answer()
         held.hold = asyncio.Event()
-        more = asyncio.Event()
 
         async def stream(scope: Scope, receive: Receive, send: Send) -> None:
             await read_body(receive)
             await send({"type": "http.response.start", "status": 200, "headers": streaming.head[1]})
             await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
-            more.set()
             await receive()
             streaming.cancelled += 1
 
         async with served(stream) as a, served(held) as b:
             first, second = RemoteModel(pool_of(r=a)), RemoteModel(pool_of(Limits(ongoing=1), r=b))
-            requests = [asyncio.create_task(post(app)) for app in (first, second, second)]
-            await until(lambda: held.requests and second.pool.waiting and more.is_set())
+            sent = (post(first, answer=begun), post(second), post(second))
+            requests = [asyncio.create_task(request) for request in sent]
+            await until(lambda: held.requests and second.pool.waiting and begun.chunks)
             for app in (first, second):
                 app.pool.fail_running()
             answers = await asyncio.gather(*requests)

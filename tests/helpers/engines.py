@@ -62,6 +62,7 @@ def run(
     *,
     prompts: Sequence[Sequence[int]] = PROMPTS,
     tokens: int = 16,
+    adapters: Sequence[Path | None] | None = None,
     **engine_args: Any,
 ) -> Run:
     """Start an engine, generate greedily, stop it.
@@ -69,8 +70,9 @@ def run(
     Args:
         model: a checkpoint folder.
         environment: the variables of vLLM, and others added to those of this process.
-        prompts: token ids.
+        prompts: token ids; they run together.
         tokens: how many each prompt gets.
+        adapters: the folder of each prompt's LoRA adapter, None for none.
         engine_args: of ``LLM``. Ranks are processes on the same cores.
 
     Raises:
@@ -81,7 +83,13 @@ def run(
         arguments = {"model": str(model), **ARGUMENTS, **engine_args}
         environment = {**binding(engine_args.get("tensor_parallel_size", 1)), **environment}
         answer = forked(
-            "generate", environment, log, engine=arguments, batches=[[list(one) for one in prompts]], tokens=tokens
+            "generate",
+            environment,
+            log,
+            engine=arguments,
+            batches=[[list(one) for one in prompts]],
+            tokens=tokens,
+            adapters=[[str(one) if one else None for one in adapters]] if adapters else None,
         )
         output = log.read_text(errors="replace") if log.exists() else ""
     if answer.problem:

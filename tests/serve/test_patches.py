@@ -51,6 +51,7 @@ def test_every_patch_is_applied_at_one_place() -> None:
 CHANGED = {
     "token-ids": ("v1/engine/input_processor.py", "_validate_model_input(", "_check("),
     "short-prompts": ("renderers/base.py", "_tokenize_prompt_async", "_tokenize"),
+    "adapter-rows": ("lora/ops/torch_ops/lora_ops.py", "bgmv_shrink(inputs, lora_a_weights,", "shrink(lora_a_weights,"),
     "sched-yield": ("distributed/device_communicators/shm_broadcast.py", "sched_yield()", "os.sched_yield()"),
     "token-ranks": ("v1/sample/sampler.py", "token_ranks = batched_count_greater_than(", "token_ranks = ranks("),
     "exact-scales": ("model_executor/layers/quantization/auto_awq.py", "self.kernel = kernel", "made = kernel"),

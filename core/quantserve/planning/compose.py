@@ -184,7 +184,9 @@ def compose(
         memory=memory,
         expected=expected,
         alone=alone,
-        engine_environment=registry.engine_environment(plugins, own=target.device == "cpu"),
+        engine_environment=registry.engine_environment(
+            plugins, own=target.device == "cpu", adapters=bool(effective.engine_kwargs.get("enable_lora"))
+        ),
         adapters=adapters,
     )
 

@@ -42,6 +42,9 @@ ENGINE_PLUGIN = "quantserve"
 ENGINE_PLUGINS_VARIABLE = "QUANTSERVE_ENGINE_PLUGINS"
 """Which those are: ``distribution:entry-point`` with commas. Names alone may be another distribution's as well."""
 
+ADAPTERS_VARIABLE = "QUANTSERVE_ENGINE_ADAPTERS"
+"""Set where the engine computes LoRA adapters."""
+
 
 @dataclass(frozen=True)
 class Registry:
@@ -157,17 +160,22 @@ class Registry:
             return plugin
         return self._missing("plugin", name, self.plugins, where)
 
-    def engine_environment(self, composed: Iterable[Plugin], own: bool = False) -> dict[str, str]:
+    def engine_environment(
+        self, composed: Iterable[Plugin], own: bool = False, adapters: bool = False
+    ) -> dict[str, str]:
         """Environment variables with which vLLM's processes load the engine sides of ``composed`` and no others.
 
         Args:
             composed: the plugins of a model.
             own: whether our own general plugin is needed without them as well.
+            adapters: whether the engine computes LoRA adapters.
         """
         sides = sorted(f"{plugin.distribution}:{plugin.name}" for plugin in composed if plugin.has_engine_side)
         names = {*self.other_engine_plugins, *([ENGINE_PLUGIN] if sides or own else [])}
         variables = {"VLLM_PLUGINS": ",".join(sorted(names))}
-        return {**variables, ENGINE_PLUGINS_VARIABLE: ",".join(sides)} if sides else variables
+        if sides:
+            variables[ENGINE_PLUGINS_VARIABLE] = ",".join(sides)
+        return {**variables, ADAPTERS_VARIABLE: "1"} if adapters else variables
 
     def why_unusable(self, name: str, what: str = "quantization method", where: str = "") -> None:
         """Raise when a plugin of this name, or one that claims this method, is installed but cannot be used.

@@ -70,7 +70,10 @@ def _run(request: Mapping[str, Any]) -> None:
 
 
 def generate(
-    engine: Mapping[str, Any], batches: Sequence[Sequence[Sequence[int]]], tokens: int
+    engine: Mapping[str, Any],
+    batches: Sequence[Sequence[Sequence[int]]],
+    tokens: int,
+    adapters: Sequence[Sequence[str | None]] | None = None,
 ) -> list[list[Generated]]:
     """Start an engine and generate greedily.
 
@@ -78,12 +81,14 @@ def generate(
         engine: arguments of ``LLM``. Ranks are processes forked from this one.
         batches: of prompts, as token ids; the prompts of one run together.
         tokens: how many each prompt gets.
+        adapters: for each batch and prompt the folder of its LoRA adapter, None for none.
 
     Returns:
         For each batch and prompt the tokens with their log-probabilities.
     """
     import torch._dynamo.config
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.v1.executor import multiproc_executor
 
     # vLLM's platform for CPUs spawns the workers of ranks, which import everything again.
@@ -92,10 +97,14 @@ def generate(
         torch._dynamo.config.disable = True  # vLLM compiles a function of its sampler all the same
     started = LLM(**engine)
     sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=True, detokenize=False)
+    folders = sorted({folder for batch in adapters or () for folder in batch if folder})
+    loras = {folder: LoRARequest(folder, number, folder) for number, folder in enumerate(folders, start=1)}
     made = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt in batch]
-        outputs = [request.outputs[0] for request in started.generate(prompts, sampling, use_tqdm=False)]
+        chosen = [loras.get(folder or "") for folder in adapters[number]] if adapters else None
+        answers = started.generate(prompts, sampling, use_tqdm=False, lora_request=chosen)
+        outputs = [request.outputs[0] for request in answers]
         made.append(
             [
                 (

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoints, entry_points
 from quantserve.errors import PluginError
 from quantserve.plugins import foreign
 from quantserve.plugins.entry_points import origin, package_of, resolve
-from quantserve.plugins.registry import ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE
+from quantserve.plugins.registry import ADAPTERS_VARIABLE, ENGINE_GROUP, ENGINE_PLUGINS_VARIABLE
 from quantserve.serve.replica.vllm import patches
 
 STAGE = "register"
@@ -33,6 +33,8 @@ def register() -> None:
         patches.apply("sched-yield")
         patches.apply("gloo-device")
         patches.apply("token-ranks")
+        if os.environ.get(ADAPTERS_VARIABLE):
+            patches.apply("adapter-rows")
     if "quantserve_kernels.vllm.linear_kernels" in sys.modules:  # a plugin of this model brought them
         patches.apply("exact-scales")
 

@@ -192,6 +192,26 @@ PATCHES: Final[Mapping[str, Patch]] = {
         gain="scales keep the bits of the file; a layer whose scales never arrive stops the start",
         without="scales are rounded to the model's dtype, and those that never arrive are not noticed",
     ),
+    "adapter-rows": Patch(
+        changes="`bgmv_shrink`, `bgmv_expand` and `bgmv_expand_slice` of `vllm.lora.ops.torch_ops.lora_ops`",
+        apply="quantserve.serve.replica.vllm.adapter_rows:leave_out_other_rows",
+        relies_on=(
+            *(
+                (
+                    f"vllm.lora.ops.torch_ops.lora_ops:{name}",
+                    "inputs: torch.Tensor, lora_b_weights: torch.Tensor, output_tensor: torch.Tensor, "
+                    "lora_indices_tensor: torch.Tensor,",
+                )
+                for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
+            ),
+            ("vllm.lora.ops.torch_ops.lora_ops:sgmv_shrink", "bgmv_shrink(inputs, lora_a_weights, output_tensor,"),
+            ("vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_lora_logits", "bgmv_shrink(x, lora_a_stacked,"),
+        ),
+        why="on a CPU, vLLM computes tokens without a LoRA adapter with the adapter of the last slot",
+        gain="each request of a batch has its own adapter, or none",
+        without="requests to the model get the tokens of an adapter when both are computed in one batch",
+        safety=True,
+    ),
     "token-ranks": Patch(
         changes="`vllm.v1.sample.sampler.batched_count_greater_than`",
         apply="quantserve.serve.replica.vllm.token_ranks:count_without_compiler",

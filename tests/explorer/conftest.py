@@ -62,9 +62,11 @@ def replicas() -> dict[str, FakeModel]:
 
 @pytest.fixture(scope="module")
 def serve(plans: dict[str, Plan]) -> Iterator[Callable[..., Served]]:
-    """Serves models until the end of the module; arguments as of `gateway.served` without the plans."""
+    """Serves models until the end of the module; arguments as of `gateway.served`."""
     with ExitStack() as stack:
-        yield lambda models=None, **options: stack.enter_context(served(plans, models or replicas(), **options))
+        yield lambda models=None, plans=plans, **options: stack.enter_context(
+            served(plans, models or replicas(), **options)
+        )
 
 
 @pytest.fixture

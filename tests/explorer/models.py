@@ -45,7 +45,7 @@ class FakeModel:
         template: bool = True,
         interval_s: float = 0.002,
     ) -> None:
-        self.tokens = words(text)
+        self.tokens = words(text) or [text]
         self.sure, self.rivals, self.template, self.interval_s = sure, rivals or {}, template, interval_s
         self.die_after: int | None = None
         self.bodies: list[dict[str, Any]] = []

@@ -39,7 +39,7 @@ export function percent(share) {
 export function money(value, currency) {
   if (!known(value)) return UNKNOWN;
   try {
-    return value.toLocaleString("en", { style: "currency", currency, maximumSignificantDigits: 3, minimumSignificantDigits: 2 });
+    return value.toLocaleString("en", { style: "currency", currency, maximumSignificantDigits: 3, minimumSignificantDigits: 3 });
   } catch {
     return `${figure(value)} ${currency}`;
   }

@@ -77,7 +77,7 @@ export class Column {
     }
     this.answer.setAttribute("aria-label", `Answer of ${label}`);
     const isReference = reference === this;
-    this.badge.textContent = secret ? "" : [model?.method, model?.bits && `${model.bits} bit`].filter(Boolean).join(" · ");
+    this.badge.textContent = secret ? "" : [model && model.id !== this.name && `adapter of ${model.id}`, model?.method, model?.bits && `${model.bits} bit`].filter(Boolean).join(" · ");
     this.element.classList.toggle("reference", isReference && !only && !secret);
     this.first.hidden = isReference || only || secret;
     this.remove.hidden = only || secret;
@@ -85,8 +85,10 @@ export class Column {
     this.retry.hidden = !run || run.running;
     this.answer.setAttribute("aria-busy", String(Boolean(run?.running)));
     this.answer.hidden = run?.state === "failed" && !run.tokens.length;
-    this.placeholder.hidden = Boolean(run?.tokens.length);
-    this.placeholder.textContent = !run ? "The answer appears here." : run.state === "waiting" ? "Waiting for the first token…" : "No text.";
+    const blank = !run || !(run.text + run.reasoning).trim();
+    this.placeholder.hidden = !blank || run?.state === "streaming";
+    this.placeholder.textContent = !run ? "The answer appears here." : run.state === "waiting" ? "Waiting for the first token…" : run.tokens.length ? "Only white space." : "No text.";
+    this.text.hidden = blank;
     this.#drawFigures(model, secret, settings);
     if (!run) return;
     this.element.dataset.state = run.state;

@@ -17,6 +17,9 @@ const EXAMPLES = [
   ["JSON", "List three European capitals as a JSON array of objects with the fields city, country and population."],
 ];
 
+const LEGEND = "TTFT: time to the first token, as seen here. TPOT: time per further token. exp.: expected for one request alone.";
+const PRICED = " /M alone: cost of a million tokens if the request had the machine alone.";
+
 export function compareView(state) {
   const columns = [];
   const plain = new Set(); // models without a chat template
@@ -50,7 +53,7 @@ export function compareView(state) {
     h("button", { type: "button", class: "quiet", onclick: () => download("comparison.json", JSON.stringify(shared(), null, 2), "application/json") }, icon("download"), "Save JSON"),
     h("button", { type: "button", class: "quiet", onclick: (e) => copy(e.currentTarget, link()) }, icon("link"), "Copy link"),
   );
-  const legend = h("p", { class: "hint" }, "TTFT: time to the first token, as seen here. TPOT: time per further token. exp.: expected for one request alone.");
+  const legend = h("p", { class: "hint" }, LEGEND);
   const form = h(
     "form",
     { class: "card composer", novalidate: false },
@@ -301,6 +304,7 @@ export function compareView(state) {
       if (changed && !columns.length) prompt.focus({ preventScroll: true });
     },
     update() {
+      legend.textContent = LEGEND + (state.settings?.price_per_hour == null ? "" : PRICED);
       if (state.settings && blindField.hidden && state.settings.votes) {
         blindField.hidden = false;
         blind.checked = state.settings.blind;

@@ -65,12 +65,21 @@ export function modelsView(state) {
   return {
     element,
     show(rest) {
-      const id = rest ? decodeURIComponent(rest) : null;
+      const id = rest ? decoded(rest) : null;
       focus = id !== null && id !== chosen;
       chosen = id;
     },
     update: draw,
   };
+}
+
+/** A part of an address; as it is where its escapes are wrong. */
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
 }
 
 const number = (...content) => h("td", { class: "number" }, ...content);
@@ -158,7 +167,7 @@ function about(model, settings) {
               : null,
           ),
         ),
-        h("p", { class: "hint" }, observed ? `Observed: ${integer(observed.requests)} requests in ${duration(observed.window_s * 1000)}.` : "Observed: no request has completed yet."),
+        h("p", { class: "hint" }, observed ? `Observed: ${integer(observed.requests)} ${observed.requests === 1 ? "request" : "requests"} in ${duration(observed.window_s * 1000)}.` : "Observed: no request has completed yet."),
         expected ? h("p", { class: "hint" }, expectation(expected)) : h("p", { class: "hint" }, "No expectation: quantserve predict or bench makes one."),
       ),
       card(

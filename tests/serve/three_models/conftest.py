@@ -1,4 +1,4 @@
-"""One server with three models for the tests of this folder, which only ask."""
+"""One server with three models for the tests of this folder, which leave it as it was."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import yaml
 from ..server import KEY, Server, model, serve
 
 MODELS = ("demo-fp16", "org/demo-awq", "demo-squeezellm")
+NARROW = MODELS[1]
+"""Has a short queue."""
 
 
 @pytest.fixture(scope="package")
@@ -22,6 +24,8 @@ def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         "generate_kwargs": {"temperature": 0, "max_tokens": 9},
         "stopping_sequences": ["method"],
     }
+    narrow = model(NARROW, demo / "awq", model_description="four bits")
+    narrow["deployment_config"] = {"max_ongoing_requests": 8, "max_queued_requests": 12}
     app = {
         "http": {"api_keys_file": "keys"},
         "explorer": {"votes": True, "price_per_hour": 1.5},
@@ -32,7 +36,7 @@ def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
                 engine_kwargs={"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}},
                 frontend_kwargs={"enable_auto_tool_choice": True, "tool_call_parser": "hermes"},
             ),
-            model("org/demo-awq", demo / "awq", model_description="four bits"),
+            narrow,
             model("demo-squeezellm", demo / "squeezellm", generation=defaults),
         ],
     }

@@ -11,8 +11,9 @@ import pytest
 
 from helpers.browser import chromium, watched_page
 
-from ..server import KEY, Server
-from .conftest import MODELS
+from ..load import Asked, Clients
+from ..server import KEY, START_S, Server, replicas
+from .conftest import MODELS, NARROW
 
 pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 
@@ -28,9 +29,9 @@ def visit(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
     """Opens the page and enters the key."""
     with ExitStack() as stack:
 
-        def open_page(path: str = "/") -> Any:
+        def open_page(path: str = "/", refused: frozenset[int] = frozenset()) -> Any:
             page, watched = stack.enter_context(watched_page(browser, server.base))
-            watched.refused = {401}
+            watched.refused = {401, *refused}
             page.goto(server.base + path)
             page.get_by_label("Key", exact=True).fill(KEY)
             page.keyboard.press("Enter")
@@ -55,6 +56,92 @@ def test_three_models_stream_side_by_side(visit: Callable[..., Any]) -> None:
     compared = re.compile(r"Same answer as demo-fp16|Differs from token \d+ on.*%")
     for column in columns.all()[1:]:
         expect(column.locator(".difference")).to_have_text(compared)
+
+
+def ask(page: Any, temperature: str = "0") -> None:
+    """Ask all three models; at temperature 2 an answer seldom ends before 400 tokens."""
+    page.get_by_label("Prompt", exact=True).fill("What does str.join do?")
+    page.get_by_label("Temperature").fill(temperature)
+    page.get_by_label("Max tokens").fill("400")
+    page.get_by_role("button", name="Run").click()
+
+
+def column(page: Any, name: str) -> Any:
+    return page.locator("article.column", has=page.get_by_role("heading", name=name, exact=True))
+
+
+def ended(page: Any) -> None:
+    expect(page.locator("article:is([data-state=done], [data-state=failed])")).to_have_count(3)
+
+
+WATCH = """() => {
+    window.lengths = {};
+    const look = () => {
+        for (const column of document.querySelectorAll("article.column")) {
+            const name = column.querySelector("h3").textContent;
+            (lengths[name] ??= new Set()).add(column.querySelector(".answer").textContent.length);
+        }
+        requestAnimationFrame(look);
+    };
+    look();
+}"""
+"""Notes the lengths that each answer has while it grows."""
+
+
+@pytest.mark.slow
+def test_answers_grow_token_by_token(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.evaluate(WATCH)
+    ask(page, temperature="2")
+    ended(page)
+    seen = page.evaluate("Object.fromEntries(Object.entries(lengths).map(([name, set]) => [name, set.size]))")
+    assert set(seen) == set(MODELS)
+    assert min(seen.values()) > 4
+
+
+@pytest.mark.slow
+def test_a_model_under_load_refuses_and_the_others_answer(server: Server, visit: Callable[..., Any]) -> None:
+    """More clients than the model runs and queues: the page says that it is busy, and Load counts the refusals."""
+    page = visit(refused=frozenset({429}))
+    busy = column(page, NARROW)
+    with Clients(server, [Asked(NARROW, True, {"max_tokens": 300})] * 40) as crowd:
+        crowd.wait(lambda: any(outcome.status == 429 for outcome in crowd.of(NARROW)))
+        ask(page)
+        ended(page)
+        while busy.get_attribute("data-state") == "done":  # it came when a place was free
+            page.get_by_role("button", name=f"Retry: {NARROW}").click()
+            ended(page)
+        expect(busy.locator(".notice")).to_contain_text("The model is busy")
+        expect(busy.locator(".notice")).to_contain_text(re.compile(r"Retry in \d+ s"))
+        expect(page.locator("article[data-state=done]")).to_have_count(2)
+        page.get_by_role("link", name="Load").click()
+        refused = page.get_by_role("region", name="Present values").get_by_role("row", name=NARROW).get_by_role("cell")
+        expect(refused.nth(3)).to_have_text(re.compile("[1-9]"))
+    page.get_by_role("link", name="Compare").click()
+    page.get_by_role("button", name=f"Retry: {NARROW}").click()
+    expect(page.locator("article[data-state=done]")).to_have_count(3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_replica_is_told_and_comes_back(server: Server, visit: Callable[..., Any]) -> None:
+    name = MODELS[0]
+    page = visit(refused=frozenset({503}))
+    broken = column(page, name)
+    (replica,) = replicas(server, name)
+    ask(page, temperature="2")
+    expect(broken).to_have_attribute("data-state", "streaming")
+    replica.kill()
+    expect(broken.locator(".notice")).to_contain_text("A lost replica is started again by itself")
+    assert broken.locator(".answer").inner_text().strip()  # the part that came stays
+    ended(page)
+    expect(page.locator("article[data-state=done]")).to_have_count(2)
+    page.get_by_role("button", name=f"Retry: {name}").click()
+    expect(broken.locator(".notice")).to_contain_text("The model has no replica that answers")
+    expect(page.locator("#health")).to_have_text("2 of 3 ready")
+    expect(page.locator("#health")).to_have_text("3 of 3 ready", timeout=START_S * 1000)
+    page.get_by_role("button", name=f"Retry: {name}").click()
+    expect(page.locator("article[data-state=done]")).to_have_count(3)
 
 
 def test_models_and_load(visit: Callable[..., Any]) -> None:

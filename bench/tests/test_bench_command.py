@@ -9,7 +9,6 @@ import signal
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import click
 import pytest
 
+from helpers.waiting import until
 from quantserve.cli.main import run
 from quantserve.config import ModelConfig
 from quantserve_bench import Target
@@ -446,9 +446,7 @@ def test_ctrl_c_keeps_completed_measurements(server: ModelServer, tmp_path: Path
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
     )
-    deadline = time.monotonic() + 60
-    while sum(body["model"] == "demo-fp16" for body in server.bodies()) < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: sum(body["model"] == "demo-fp16" for body in server.bodies()) == 4)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from helpers.waiting import until
 from quantserve.config import ModelConfig, load
 from quantserve.errors import EngineError, UsageError
 from quantserve_bench import server as module
@@ -140,10 +141,7 @@ def test_is_killed_with_its_processes_when_a_second_signal_arrives(
     with pytest.raises(KeyboardInterrupt):
         server.__exit__(None, None, None)
     assert not alive(tmp_path)
-    deadline = time.monotonic() + 10
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_is_killed_when_it_does_not_listen(

@@ -22,6 +22,7 @@ from benchmarks.serving.client import make_requests, merged
 from benchmarks.serving.models import TOKENIZER
 from benchmarks.serving.processes import Tree
 from benchmarks.serving.servers import environment, flags
+from helpers.waiting import until
 from quantserve_bench import Closed, Request, Result, Run
 from quantserve_bench.tokens import FileTokenizer
 
@@ -160,9 +161,7 @@ def burning() -> Iterator[Tree]:
     """A process that ignores polite signals, with a child that uses a whole core."""
     process = subprocess.Popen([sys.executable, "-c", STUBBORN + BURN + "time.sleep(60)"])
     tree = Tree(process.pid)
-    deadline = time.monotonic() + 10
-    while len(tree.look()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: len(tree.look()) == 2)
     yield tree
     for left in tree.look():
         left.kill()
@@ -171,12 +170,12 @@ def burning() -> Iterator[Tree]:
 
 def test_a_frozen_tree_uses_no_processor_and_goes_on_when_thawed(burning: Tree) -> None:
     burning.freeze()
+    until(lambda: all(process.status() == psutil.STATUS_STOPPED for process in burning.look()))
     before = burning.cpu_s()
     time.sleep(0.3)
     assert burning.cpu_s() == before
     burning.thaw()
-    time.sleep(0.5)
-    assert burning.cpu_s() > before
+    until(lambda: burning.cpu_s() > before)
 
 
 def test_stopping_ends_the_whole_tree_even_when_it_is_frozen_and_stubborn(burning: Tree) -> None:

@@ -7,17 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.waiting import HANGS_S, until
 from quantserve.cli.main import run
 from quantserve.system.servers import folder, running, start_ticks
 
-HANGS_S = 60.0
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -56,13 +55,6 @@ def foreground(start: Start, *arguments: str) -> subprocess.Popen[str]:
     assert process.stdout is not None
     until(lambda: any(server.pid == process.pid and server.state == "ready" for server in running()))
     return process
-
-
-def until(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + HANGS_S
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def status(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:

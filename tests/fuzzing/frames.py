@@ -215,7 +215,7 @@ async def _gateway(reads: list[bytes], seed: int, sound: bool) -> str:
     connection.close()
     connection.connection_lost(None)
     readers = readers or [asyncio.create_task(_read(response)) for response in responses]
-    bodies = await asyncio.wait_for(asyncio.gather(*readers), 5)
+    bodies = await asyncio.wait_for(asyncio.gather(*readers), 120)
     if sound:
         expected: dict[int, bytes] = {}
         ended = set()

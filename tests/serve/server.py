@@ -23,12 +23,13 @@ import httpx
 import openai
 import psutil  # type: ignore[import-untyped]
 
+from helpers import waiting
+from helpers.waiting import HANGS_S
+
 BIN = Path(sys.executable).parent
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 START_S = 400.0
 """Three engines that start at once on two busy cores."""
-HANGS_S = 120.0
-"""After so long what takes a moment on an idle machine is taken for hanging."""
 KEY = "sesame-0123456789"
 EAGER = {"enforce_eager": True, "max_num_seqs": 16}
 """Engine arguments of all tests: compiling takes a minute the first time and changes nothing here."""
@@ -186,15 +187,7 @@ def metric(server: Server, app: str, name: str) -> float:
 
 def until(check: Callable[[], bool], seconds: float = HANGS_S) -> None:
     """Wait until `check` holds; connection errors count as not yet."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if check():
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.2)
-    raise AssertionError(f"not within {seconds} s")
+    waiting.until(check, seconds, not_yet=httpx.HTTPError)
 
 
 def model(model_id: str, folder: Path | str, **engine_config: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from helpers.waiting import until
 from quantserve.serve.asgi import Guard, Refused
 from quantserve.serve.gateway.middleware import access_log
 from quantserve.serve.gateway.middleware.access_log import AccessLog
@@ -81,10 +82,7 @@ def test_stderr_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_are_written_without_a_flush(tmp_path: Path) -> None:
     log = AccessLog(str(tmp_path / "log"))
     log(finished())
-    deadline = time.monotonic() + 10
-    while not (tmp_path / "log").exists() or not lines(tmp_path / "log"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: (tmp_path / "log").exists() and lines(tmp_path / "log"))
 
 
 def test_rotation(tmp_path: Path) -> None:

@@ -425,8 +425,8 @@ def test_connections_beyond_the_limit_get_503_and_leave_the_others_alone(tmp_pat
     with gateway(tmp_path, max_connections=2) as running:
         with Client(running.port) as first, Client(running.port) as second:
             for client in (first, second):
-                client.send(MODELS[:-2])
-            time.sleep(0.1)
+                client.send(MODELS + MODELS[:-2])
+                client.until(b"}]}")  # so the gateway has the second request's beginning: the connection is not idle
             response = talk(running.port, MODELS)
             assert error(response) == (
                 503,

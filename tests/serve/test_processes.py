@@ -42,7 +42,7 @@ ours = subprocess.Popen(["sh", "-c", "exit 3"])
 processes.Processes()
 orphan = int(subprocess.run([sys.executable, "-c", {ORPHAN!r}, "0"], capture_output=True).stdout)
 print(ours.wait())
-deadline = time.monotonic() + 10
+deadline = time.monotonic() + 120
 while psutil.pid_exists(orphan) and time.monotonic() < deadline:
     time.sleep(0.1)
 print(psutil.pid_exists(orphan))

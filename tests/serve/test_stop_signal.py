@@ -19,7 +19,7 @@ print("started", flush=True)
 try:
     if "hang" in sys.argv:
         with shielded():  # as while Ray starts
-            time.sleep(2)
+            time.sleep(60 if "long" in sys.argv else 0.5)
         stop.check()
     elif "run" in sys.argv:
         stop.run(lambda: time.sleep(100))
@@ -30,10 +30,14 @@ except Stopped:
 if "drain" in sys.argv:
     time.sleep(100)
 """
+APART_S = 0.7
+"""Signals within 0.5 s are one."""
 
 
-def run(arguments: Sequence[str], signals: Sequence[tuple[float, int]], ignored: str = "") -> tuple[int, list[str]]:
-    """Send signals after pauses; returns exit code and output."""
+def run(
+    arguments: Sequence[str], signals: Sequence[tuple[float | str, int]], ignored: str = ""
+) -> tuple[int, list[str]]:
+    """Send signals, each after a pause or a line of output with a pause of `APART_S`; returns exit code and output."""
     trap = ["sh", "-c", f'trap "" {ignored}; exec "$@"', "sh"] if ignored else []
     process = subprocess.Popen(
         [*trap, sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -41,13 +45,18 @@ def run(arguments: Sequence[str], signals: Sequence[tuple[float, int]], ignored:
     assert process.stdout
     try:
         assert process.stdout.readline() == "started\n"
-        for pause, number in signals:
-            time.sleep(pause)
+        lines = []
+        for after, number in signals:
+            if isinstance(after, str):
+                while not lines or lines[-1] != after:
+                    lines.append(process.stdout.readline().rstrip())
+                after = APART_S
+            time.sleep(after)
             process.send_signal(number)
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    return process.returncode, output.splitlines()
+    return process.returncode, lines + output.splitlines()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -57,13 +66,13 @@ def test_a_signal_stops(number: int, waiting: str) -> None:
 
 
 def test_a_second_signal_stops_at_once_even_while_the_main_thread_hangs() -> None:
-    assert run(["hang"], [(0, signal.SIGTERM), (0.7, signal.SIGINT)]) == (130, ["at once"])
-    assert run(["drain"], [(0, signal.SIGHUP), (0.7, signal.SIGTERM)]) == (130, ["stopped", "at once"])
+    assert run(["hang", "long"], [(0, signal.SIGTERM), (3 * APART_S, signal.SIGINT)]) == (130, ["at once"])
+    assert run(["drain"], [(0, signal.SIGHUP), ("stopped", signal.SIGTERM)]) == (130, ["stopped", "at once"])
 
 
 def test_signals_of_one_event_count_once() -> None:
     """`timeout` sends SIGTERM twice; a terminal and its shell send SIGHUP each, systemd SIGHUP after SIGTERM."""
-    signals = [(0.0, signal.SIGTERM), (0.0, signal.SIGTERM), (0.7, signal.SIGHUP), (0.0, signal.SIGHUP)]
+    signals = [(0.0, signal.SIGTERM), (0.0, signal.SIGTERM), ("stopped", signal.SIGHUP), (0.0, signal.SIGHUP)]
     assert run(["drain"], [*signals, (0.5, signal.SIGKILL)]) == (-signal.SIGKILL, ["stopped"])
 
 

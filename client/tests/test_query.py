@@ -229,6 +229,7 @@ BROKEN: list[tuple[list[Step], int, str]] = [
     ([b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"], 4, "fix: "),
     ([whole(400, error("too long: 9 > 8", "context_length_exceeded"))], 2, "too long: 9 > 8"),
     ([whole(429, error("queue full", "queue_full"), "Retry-After: 5")], 4, "is busy (status 429): queue full"),
+    ([b"HTTP/1.1 501 X\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"], 4, "fix: correct --url, if"),
     ([whole(500, {"detail": "broken"})], 4, "failed (status 500)"),
     ([whole(307, {}, "Location: https://elsewhere/v1")], 2, "it redirects to https://elsewhere/v1"),
     ([head(), chunk(delta(content="a")), 30.0], 4, "no data for 0.3 s, the limit of --stall\n  fix: raise --stall"),

@@ -56,6 +56,7 @@ def test_wilson() -> None:
     assert [round(x, 4) for x in wilson(81, 263)[1:] if x is not None] == [0.2553, 0.3662]
     assert [round(x, 4) for x in wilson(15, 148)[1:] if x is not None] == [0.0624, 0.1605]
     assert [round(x, 4) for x in wilson(0, 20)[1:] if x is not None] == [0.0, 0.1611]
+    assert (wilson(0, 10).low, wilson(10, 10).high) == (0.0, 1.0)
     assert wilson(0, 0) == (None, None, None)
 
 

@@ -29,7 +29,9 @@ def wilson(successes: int, count: int) -> Share:
     share, square = successes / count, Z * Z
     middle = (share + square / (2 * count)) / (1 + square / count)
     half = Z / (1 + square / count) * sqrt(share * (1 - share) / count + square / (4 * count * count))
-    return Share(share, max(0.0, middle - half), min(1.0, middle + half))
+    low = middle - half if successes else 0.0  # exact, where floats miss it by a bit
+    high = middle + half if successes < count else 1.0
+    return Share(share, low, high)
 
 
 def paired(only_first: int, only_second: int, count: int) -> Share:

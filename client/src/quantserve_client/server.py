@@ -33,6 +33,7 @@ ASK_S: Final = 30.0
 RETRY_CODES: Final = (429, 503)
 TRIES: Final = 8
 LONGEST_WAIT_S: Final = 60.0
+WEB_PAGE: Final = "a web page, no answer of OpenAI's API"
 CANCELLED: Final = Failure("cancelled", "interrupted")
 
 Show = Callable[[Event], None]
@@ -249,7 +250,9 @@ class Server:
         if code in RETRY_CODES:
             return EngineError(f"{url} is busy (status {code}): {message}\n  fix: try again later")
         if isinstance(code, int):
-            return EngineError(f"{url} failed (status {code}): {message}\n  fix: the log of the server has the cause")
+            fix = "the log of the server has the cause"
+            fix = f"correct --url, if it is another server; else {fix}" if message == WEB_PAGE else fix
+            return EngineError(f"{url} failed (status {code}): {message}\n  fix: {fix}")
         if code in FIXES:
             return EngineError(f"{url}: {message}\n  fix: {FIXES[code]}")
         return EngineError(with_fix(f"{url}: {message}", code))
@@ -265,7 +268,7 @@ class Server:
                 result.retry_after_s = _seconds(response.headers.get("retry-after"))
                 words = error_message(body) or response.reason_phrase
                 if "html" in response.headers.get("content-type", ""):
-                    words = "a web page, no answer of OpenAI's API"
+                    words = WEB_PAGE
                 if place := response.headers.get("location"):
                     words = f"it redirects to {place}"
                 result.failure = Failure(response.status_code, words)

@@ -79,12 +79,12 @@ class _Table(Table):
         header, *rows = self._cells
         for first, *others in rows:
             yield Text.from_markup(first, style="bold", overflow="fold")
-            lines = Table.grid(padding=(0, 2, 0, 0))
+            lines = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
             lines.add_column(style="dim", overflow="fold")
             lines.add_column(overflow="fold")
             for name, cell in zip(header[1:], others, strict=True):
                 lines.add_row(name, cell)
-            yield Padding(lines, (0, 0, 0, 2))
+            yield Padding(lines, (0, 0, 0, 2), expand=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], wrap: Sequence[str] = ()) -> Table:

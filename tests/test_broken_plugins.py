@@ -510,7 +510,7 @@ def test_a_slow_import_is_named(
     site.install("slow", "import time, ray\ntime.sleep(1.1)\n" + METHOD.format(name="slow", aliases=()), name="slow")
     plugin = load(site).plugins["slow"]
     assert plugin.import_s > 1
-    assert capsys.readouterr().err == "loading plugin slow (slow 1.0) ...\n"
+    assert "loading plugin slow (slow 1.0) ...\n" in capsys.readouterr().err
     (note,) = plugin.notes
     assert note.startswith(f"importing plugin 'slow' of slow took {plugin.import_s:.1f} s and brought in ray, ")
     assert "in every command" in note
@@ -577,3 +577,60 @@ def test_a_strangers_engine_side_of_the_same_name_is_not_loaded(site: Site) -> N
 def test_an_engine_side_that_is_not_installed_there(site: Site) -> None:
     with pytest.raises(PluginError, match="not installed on this machine"):
         load_plugins({ENGINE_PLUGINS_VARIABLE: "quantserve-gone:gone"}, site.entry_points())
+
+
+TOOLS = """
+from quantserve_quantize import Quantizer, option
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Options:
+    pass
+
+class Wrong(Quantizer):
+    Options = Options
+
+    def begin(self, checkpoint, linears):
+        raise KeyError("scale")
+
+def wrong(source, destination, **options):
+    raise KeyError("scale")
+
+def lost(source, destination, **options):
+    raise FileNotFoundError(f"{source} holds no table")
+
+def few(source):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("Wrong", 3, "KeyError: 'scale' at tools.py:"),
+        ("wrong", 3, "KeyError: 'scale' at tools.py:"),
+        ("few", 3, "few() got an unexpected keyword argument"),
+        ("lost", 2, "holds no table"),
+    ],
+)
+def test_a_tool_that_fails_is_named(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int, message: str
+) -> None:
+    pytest.importorskip("torch")
+    hooks = hook(f"quantizer(): return 'quantserve_broken_plugin.tools:{name}'")
+    hooks += hook(f"converter(): return 'quantserve_broken_plugin.tools:{name}'")
+    code_of = METHOD.format(name="broken", aliases=()) + hooks
+    module = site.install("quantserve-broken", code_of, name="broken", version="0.9")
+    package = site.path / module
+    package.mkdir()
+    package.with_suffix(".py").rename(package / "__init__.py")
+    (package / "tools.py").write_text(TOOLS)
+    model = make_llama(tmp_path / "m")
+    commands = [["quantize", str(model), "--method", "broken", "--out", str(tmp_path / "out")]]
+    commands += [["convert", str(model), str(tmp_path / "out"), "--method", "broken"]] if name != "Wrong" else []
+    for command in commands:
+        assert run(command) == code
+        said = capsys.readouterr().err
+        assert message in said
+        assert "quantserve-broken 0.9" in said
+        assert "bug in quantserve" not in said

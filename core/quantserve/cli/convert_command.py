@@ -49,11 +49,8 @@ def command(source: str, destination: Path, method: str | None, base: str | None
         def progress(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        try:
+        with plugin.tool("converter"):
             convert(source_path, destination, base=base_path, allow_pickle=allow_pickle, progress=progress)
-        except OSError as error:
-            where = error.filename or destination
-            raise UsageError(f"cannot convert to {destination}: {where}: {error.strerror or error}") from error
     out.print(f"wrote {destination}; next: quantserve check {destination}")
 
 

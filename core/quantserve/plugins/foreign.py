@@ -158,6 +158,11 @@ def _place(error: BaseException, package: str) -> str:
     return ""
 
 
+def passes(error: BaseException, package: str) -> bool:
+    """Whether an exception was raised in code of this package, or in what that code called."""
+    return bool(_place(error, package))
+
+
 def _signals_work() -> bool:
     return threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
 

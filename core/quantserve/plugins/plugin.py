@@ -6,7 +6,8 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import EntryPoint
@@ -18,7 +19,7 @@ import pluggy
 import quantserve.api  # so that the first plugin's import time is its own
 from quantserve import __version__, hookspecs
 from quantserve.checkpoint.containers import Reader
-from quantserve.errors import PluginError, UsageError
+from quantserve.errors import PluginError, QuantserveError, UsageError, one_line
 from quantserve.method import Method
 from quantserve.plugins import foreign
 from quantserve.plugins.contract import method_of, module_breach
@@ -86,6 +87,30 @@ class Plugin:
             if isinstance(raised.error, foreign.Late):
                 self.overdue[stage] = error
             raise error from raised.error
+
+    @contextmanager
+    def tool(self, stage: str, *, alone: bool = True) -> Iterator[None]:
+        """Run this plugin's quantizer or converter in the block.
+
+        Args:
+            stage: ``quantizer`` or ``converter``.
+            alone: whether all of the block is the plugin's; else it answers for exceptions that pass its code.
+
+        Raises:
+            UsageError: a file cannot be read or written.
+            PluginError: the plugin's code raised what is no mistake of the user.
+        """
+        try:
+            yield
+        except QuantserveError:
+            raise
+        except OSError as error:
+            said = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
+            raise UsageError(f"{stage} of plugin {self.label}: {said}") from error
+        except Exception as error:
+            if not alone and not foreign.passes(error, self.package):
+                raise
+            raise self.defect(stage, foreign.reason(error, self.package)) from error
 
     def load_callable(self, reference: object) -> Callable[..., Any]:
         """Import the heavy ``"module:callable"`` that one of this plugin's hooks named.

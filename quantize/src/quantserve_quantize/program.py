@@ -103,11 +103,11 @@ def run(
         )
     err = console(stderr=True)
     if not isinstance(named, type):  # as the hook was in API 1.0
-        return _run_function(named, folder, out, err)
+        return _run_function(plugin, named, folder, out, err)
     _, found = quantizer_class(method)
-    quantizer = found(found.Options(**options))
     name = plugin.method.name if plugin.method else method
-    with bars(err) as progress:
+    with plugin.tool("quantizer", alone=False), bars(err) as progress:
+        quantizer = found(found.Options(**options))
         report = quantize(folder, out, quantizer, name, asked, resume, progress)
     if as_json:
         click.echo(json.dumps({**report, "folder": str(out)}))
@@ -121,10 +121,10 @@ def run(
     return 0
 
 
-def _run_function(function: Callable[..., Any], folder: Path, out: Path, err: Console) -> int:
+def _run_function(plugin: Plugin, function: Callable[..., Any], folder: Path, out: Path, err: Console) -> int:
     if os.path.lexists(out):
         raise UsageError(f"{out} exists already\n  fix: name a new folder, or remove it first")
-    with bars(err) as progress:
+    with plugin.tool("quantizer"), bars(err) as progress:
         function(folder, out, progress=progress)
     err.print(f"wrote {escape(str(out))}; next: quantserve check {escape(str(out))}")
     return 0

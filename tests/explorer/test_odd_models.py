@@ -80,3 +80,14 @@ def test_an_address_that_names_nothing(
 ) -> None:
     page = visit(serve({NAMES[0]: FakeModel()}).base, address)
     expect(page.locator("main").get_by_text(told).first).to_be_visible()
+
+
+def test_a_model_is_left_out_of_the_charts(serve: Callable[..., Served], visit: Callable[..., Any]) -> None:
+    page = visit(serve({name: FakeModel() for name in NAMES}).base, "/#load")
+    expect(page.locator(".chart canvas")).to_have_count(6)
+    entry = page.get_by_role("list", name="Models").get_by_role("button", name=NAMES[1])
+    for pressed in ("false", "true"):
+        entry.click()
+        expect(entry).to_have_attribute("aria-pressed", pressed)
+        expect(page.locator(".chart canvas")).to_have_count(6)
+    expect(page.get_by_role("region", name="Present values").get_by_role("row", name=NAMES[1])).to_be_visible()

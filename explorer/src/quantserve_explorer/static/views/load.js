@@ -36,6 +36,7 @@ const COLUMNS = [
 
 export function loadView(state) {
   const series = new LoadSeries(SHOWN_S);
+  const left = new Set(); // models that the charts leave out
   let library = null;
   let timer = 0;
   let paused = false;
@@ -102,12 +103,22 @@ export function loadView(state) {
   function draw() {
     const models = [...series.models.keys()];
     if (legend.children.length !== models.length) {
-      legend.replaceChildren(...models.map((model, i) => h("li", {}, h("span", { class: `swatch c${i % COLOURS}`, "aria-hidden": "true" }), model)));
+      legend.replaceChildren(...models.map((model, i) => h("li", {}, entry(model, i))));
     }
     body.replaceChildren(
       ...models.map((model) => h("tr", {}, h("th", { scope: "row" }, model), COLUMNS.map(([, field, unit]) => h("td", { class: "number" }, unit(series.models.get(model)[field].at(-1)))))),
     );
     if (library) for (const chart of charts) plot(chart, models);
+  }
+
+  /** A model of the legend; a click leaves its lines out, or draws them again. */
+  function entry(model, i) {
+    const toggle = ({ currentTarget }) => {
+      if (!left.delete(model)) left.add(model);
+      currentTarget.setAttribute("aria-pressed", String(!left.has(model)));
+      redraw();
+    };
+    return h("button", { type: "button", class: "quiet", "aria-pressed": String(!left.has(model)), title: "Show or hide its lines", onclick: toggle }, h("span", { class: `swatch c${i % COLOURS}`, "aria-hidden": "true" }), model);
   }
 
   function plot(chart, models) {
@@ -139,7 +150,7 @@ export function loadView(state) {
         series: [
           {},
           ...models.flatMap((model, i) =>
-            chart.fields.map((field, j) => ({ label: model, stroke: paint(`--c${i % COLOURS}`), width: 1.75, dash: j ? DASH : undefined, points: { show: true, filter: alone } })),
+            chart.fields.map((field, j) => ({ label: model, show: !left.has(model), stroke: paint(`--c${i % COLOURS}`), width: 1.75, dash: j ? DASH : undefined, points: { show: true, filter: alone } })),
           ),
         ],
       },

@@ -278,6 +278,26 @@ def test_two_quantization_configs_beside(check: Check) -> None:
     assert finding.offenders == ("quant_config.json", "quantize_config.json")
 
 
+@pytest.mark.parametrize(
+    ("beside", "says"),
+    [
+        ({"w_bit": 4, "q_group_size": 128, "zero_point": True, "quant_method": "AWQ"}, ""),
+        (
+            {"w_bit": 4, "q_group_size": 64, "zero_point": False},
+            "group_size is 128 and 64; zero_point is True and False",
+        ),
+        ({"bits": 8, "quant_method": "gptq"}, "quant_method is 'awq' and 'gptq'; bits is 4 and 8"),
+        ({"bits": [4], "group_size": None, "damp_percent": 0.1}, ""),
+    ],
+)
+def test_a_file_beside_config_json_says_something_else(check: Check, beside: dict[str, Any], says: str) -> None:
+    found = check(layout="awq", method=AWQ, quant_files={"quant_config.json": beside})
+    if says:
+        assert says in the(found, "quant-config-disagree").message
+    else:
+        assert serious(found) == []
+
+
 def test_hf_overrides_repair_the_declaration(check: Check) -> None:
     overrides = {"hf_overrides": {"quantization_config": {"quant_method": "awq", "bits": 4}}}
     assert serious(check(layout="awq", method=AWQ, config={"quantization_config": {}}, engine_kwargs=overrides)) == []

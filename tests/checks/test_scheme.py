@@ -229,8 +229,9 @@ def test_a_linear_may_have_a_scheme_of_its_own() -> None:
     assert wrong == {"x-missing-tensors", "x-wrong-shape", "x-unexpected-tensors"}
     q = "model.layers.0.self_attn.q_proj"
     quantized = {n: s for n, s in tensors.items() if not n.startswith(q)} | tensors_of(AWQ, q, 256, 256)
-    codes = {finding.code for finding in check(of(quantized), schemes)}
-    assert codes == {"x-missing-tensors", "x-unexpected-tensors"}
+    finding = only(check(of(quantized), schemes))
+    assert (finding.code, finding.offenders) == ("x-unexpected-tensors", (f"{q} (qweight, qzeros, scales)",))
+    assert "1 linear is quantized in the files, and the quantization config leaves it out" in finding.message
 
 
 def test_nothing_is_derived_without_a_scheme() -> None:

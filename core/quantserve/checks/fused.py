@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantserve.checks.skipped import SkipList
@@ -72,7 +72,7 @@ def check_fused_groups(dense: Iterable[str], all_linears: Iterable[Linear], *, c
 
 
 def check_partly_quantized(
-    dense: set[str], layers: Mapping[str, Sequence[str]], code: str, certain: Callable[[str], bool]
+    dense: Collection[str], layers: Mapping[str, Sequence[str]], code: str, certain: Callable[[str], bool]
 ) -> list[Finding]:
     """As `check_fused_groups`, for vLLM's layers and their parts; a warning where no layer is certain to be fused."""
     split: dict[str, str] = {}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from quantserve.target import Target
 
 _CONFIG_FILES = ("quantize_config.json", "quant_config.json")
+_SPELLINGS = {"w_bit": "bits", "wbits": "bits", "q_group_size": "group_size"}
+_COMPARED = ("quant_method", "bits", "group_size", "sym", "desc_act", "zero_point", "version", "checkpoint_format")
 _PACKED_DTYPES = ("I32", "U32", "I16", "U16", "I8", "U8", "I64")
 
 
@@ -44,6 +46,7 @@ def check_declared_method(
     if config is None:
         yield from _check_config_files(checkpoint, method)
         return
+    yield from _check_files_agree(checkpoint, config)
     declared = config.get("quant_method")
     if not isinstance(declared, str) or not declared.strip():
         keys = ", ".join(short(key) for key in list(config)[:8]) or "none"
@@ -99,6 +102,29 @@ def _check_config_files(checkpoint: Checkpoint, method: Method) -> Iterator[Find
             ["config.json"],
             f'add "quantization_config": {{"quant_method": "{method.vllm_name}", ...}} to config.json',
         )
+
+
+def _check_files_agree(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """A file beside config.json with other settings: tools read either, and vLLM reads config.json."""
+    own = _compared(config)
+    for name, values in checkpoint.quant_files.items():
+        other = _compared(values) if name.endswith(_CONFIG_FILES) else {}
+        odd = [key for key in own if other.get(key, own[key]) != own[key]]
+        if odd:
+            said = "; ".join(f"{key} is {short(own[key])} and {short(other[key])}" for key in odd)
+            yield Finding.warning(
+                "quant-config-disagree",
+                f"config.json and {name} disagree, and vLLM reads config.json: {said}",
+                [f"{name}: {key}" for key in odd],
+                f"correct the wrong one, or remove {name}",
+            )
+
+
+def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide how codes are read, under one spelling."""
+    found = {_SPELLINGS.get(key, key): value for key, value in values.items()}
+    texts = {key: value.lower() if isinstance(value, str) else value for key, value in found.items()}
+    return {key: texts[key] for key in _COMPARED if isinstance(texts.get(key), (str, int))}
 
 
 def check_device(target: Target, method: Method) -> Iterator[Finding]:

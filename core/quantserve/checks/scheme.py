@@ -66,21 +66,50 @@ def check_schemes(
     present = modules(checkpoint)
     paths = {linear.name for linear in linears(checkpoint)} if is_known(checkpoint) else set()
     compared = _Comparison()
-    plain = [(linear, _PLAIN_STACK if linear.stacked else _PLAIN) for linear in stored.plain]
+    held = {name: _quantizers(present.get(name, {})) for linear in stored.plain for name in linear.names}
+    left_out = {name: suffixes for name, suffixes in held.items() if suffixes}
+    plain = [
+        (linear.only(names), _PLAIN_STACK if linear.stacked else _PLAIN)
+        for linear in stored.plain
+        if (names := [name for name in linear.names if name not in left_out])
+    ]
     for linear, scheme in (*stored.quantized, *plain, *stored.unsized):
         compared.add(linear, scheme, present, known=linear.name in paths)
     if not checkpoint.tensors_complete:
         compared.missing = _Problems()  # a file could not be read, which is the one thing to say
-    names = {name for linear in stored.plain for name in linear.names}
-    findings = list(compared.findings(code, fix))
-    findings += check_partly_quantized(names, engine_layers(checkpoint), code, lambda layer: fuses(checkpoint, layer))
-    if skip is not None and (names or stored.quantized):
+    findings = [*compared.findings(code, fix), *_left_out(left_out, code)]
+    layers = engine_layers(checkpoint)
+    if left_out:
+        layers = {layer: parts for layer, parts in layers.items() if left_out.keys().isdisjoint(parts)}
+    findings += check_partly_quantized(held.keys(), layers, code, lambda layer: fuses(checkpoint, layer))
+    if skip is not None and (held or stored.quantized):
         findings += check_skip_list(checkpoint, skip, stored.plain, code)
     findings += _check_tied(checkpoint, code)
     if ranks > 1:
         split = [one for one in compared.cuts if not (whole_experts and one.linear.fused == "experts")]
         findings += _check_ranks(split, ranks, code)
     return findings
+
+
+def _quantizers(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The suffixes of a quantizer among the tensors of a module that has no plain weight."""
+    weight = tensors.get("weight")
+    if weight is not None and weight.dtype in FLOATS:
+        return []
+    return [suffix for suffix in tensors if suffix.startswith(_QUANTIZERS_SUFFIXES) and suffix not in BESIDE]
+
+
+def _left_out(modules: Mapping[str, Sequence[str]], code: str) -> Iterator[Finding]:
+    """Modules that are quantized in the files and not by the config."""
+    if modules:
+        bad = [f"{name} ({', '.join(suffixes)})" for name, suffixes in modules.items()]
+        yield Finding.error(
+            f"{code}-unexpected-tensors",
+            f"{are(len(bad), 'linear')} quantized in the files, and the quantization config leaves "
+            f"{'it' if len(bad) == 1 else 'them'} out, by a rule or because no target matches. First: {bad[0]}",
+            named(bad),
+            "correct the targets, rules and lists of the quantization config, or use the config.json of these files",
+        )
 
 
 def _check_tied(checkpoint: Checkpoint, code: str) -> Iterator[Finding]:

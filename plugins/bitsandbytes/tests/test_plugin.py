@@ -37,6 +37,8 @@ def test_files_of_transformers_have_no_errors(tmp_path: Path, name: str, target:
         ({"bnb_4bit_quant_storage": "int64"}, "bnb_4bit_quant_storage is 'int64'"),
         ({"load_in_8bit": True}, "load_in_4bit is True and load_in_8bit True"),
         ({"load_in_4bit": False, "_load_in_4bit": False}, "load_in_4bit is False and load_in_8bit False"),
+        ({"bnb_4bit_quant_type": "fp4"}, "it says fp4, and the files hold nf4"),
+        ({"load_in_4bit": False, "_load_in_4bit": False, "load_in_8bit": True}, "says int8, and the files hold nf4"),
     ],
 )
 def test_settings_that_are_not_served(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -48,7 +50,6 @@ def test_settings_that_are_not_served(tmp_path: Path, changes: dict[str, Any], w
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, "bitsandbytes-missing-tensors"),
         ({"bnb_4bit_use_double_quant": False}, "bitsandbytes-wrong-dtype"),
         ({"bnb_4bit_quant_storage": "bfloat16"}, "bitsandbytes-wrong-shape"),
     ],

@@ -121,6 +121,14 @@ def test_declared_over_bfloat16(tmp_path: Path) -> None:
     assert "fp8-not-quantized" in errors(composed(folder))
 
 
+def test_the_other_kind_of_fp8(tmp_path: Path) -> None:
+    every = read_header(DATA / "model.safetensors")
+    other = {name: ("F8_E5M2", shape) for name, (dtype, shape) in every.items() if dtype == "F8_E4M3"}
+    found = errors(composed(variant(tmp_path / "m", DATA, other)))
+    assert found.keys() == {"fp8-wrong-dtype"}
+    assert "F8_E5M2, expected F8_E4M3" in found["fp8-wrong-dtype"].message
+
+
 def test_one_linear_that_is_bfloat16_with_a_scale(tmp_path: Path) -> None:
     down = {"model.layers.1.mlp.down_proj.weight": ("BF16", (512, 1024))}
     assert "fp8-wrong-dtype" in errors(composed(fp8(tmp_path / "m", "tensor", override=down)))

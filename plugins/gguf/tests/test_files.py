@@ -149,6 +149,7 @@ def test_a_tensor_that_is_broken_is_named(tmp_path: Path, kind: int, offset: int
     findings = {finding.code: finding.message for finding in composition.errors}
     assert code in findings
     assert says in findings[code]
+    assert len(findings) == 1  # nothing is called missing
 
 
 def test_a_quantized_norm_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers.checkpoints import llama_tensors, make_llama
+from helpers.checkpoints import llama_tensors, make_llama, read_header, variant
 from helpers.composed import composed, errors, findings
 from helpers.predicted import model
 from quantserve.api import Checkpoint, Linear, Target, linears
@@ -139,6 +139,15 @@ def test_act_order_cannot_be_divided_between_ranks() -> None:
     assert "gptq-act-order" not in codes(made)
     assert "gptq-act-order" in codes(made, ranks=2)
     assert "gptq-act-order" not in codes(checkpoint(config={"desc_act": True, "static_groups": True}), ranks=2)
+
+
+def test_act_order_needs_the_group_of_each_input(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "data" / "autoround-w4g32-sym"
+    without = {name: None for name in read_header(source / "model.safetensors") if name.endswith(".g_idx")}
+    assert not errors(composed(variant(tmp_path / "in-order", source, without), "cpu"))
+    found = errors(composed(variant(tmp_path / "act-order", source, without, desc_act=True), "cpu"))
+    assert found.keys() == {"gptq-missing-tensors"}
+    assert "14 tensors are missing" in found["gptq-missing-tensors"].message
 
 
 def test_words_of_another_width() -> None:

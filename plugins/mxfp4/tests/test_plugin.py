@@ -75,6 +75,13 @@ def test_a_tensor_is_missing(tmp_path: Path, suffix: str) -> None:
     assert {name, written} & set(finding.offenders)
 
 
+@pytest.mark.parametrize("suffix", ["self_attn.sinks", "self_attn.q_proj.bias", "mlp.router.bias", "model.norm.weight"])
+def test_a_tensor_beside_the_experts_is_missing_in_every_layer(tmp_path: Path, suffix: str) -> None:
+    without = {name: None for name in read_header(DATA / "model.safetensors") if name.endswith(suffix)}
+    finding = errors(composed(changed(tmp_path / "m", without)))["mxfp4-missing-tensors"]
+    assert without.keys() == set(finding.offenders)
+
+
 @pytest.mark.parametrize(
     ("suffix", "shape"),
     [("blocks", (4, 96, 3, 16)), ("blocks", (4, 96, 32)), ("scales", (4, 96, 3)), ("bias", (4, 64))],

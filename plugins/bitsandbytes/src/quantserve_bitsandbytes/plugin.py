@@ -24,12 +24,12 @@ from quantserve.api import (
     linears,
 )
 from quantserve_bitsandbytes import THEIRS
-from quantserve_bitsandbytes.format import BLOCK, settings, stored
+from quantserve_bitsandbytes.format import BLOCK, Settings, settings, stored
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
 
-_MARKS = (".SCB", ".quant_map")
+_MARKS, _STATE = (".SCB", ".quant_map"), ".quant_state.bitsandbytes__"
 
 
 @hookimpl
@@ -51,7 +51,7 @@ def quantserve_detect(checkpoint: Checkpoint) -> bool:
 def quantserve_scheme(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
     """One for all; the core takes for plain what the files hold so, as in Unsloth's dynamic ones."""
     try:
-        return stored(settings(_config(checkpoint))) if _quantized(checkpoint) else None
+        return stored(_settings(checkpoint)) if _quantized(checkpoint) else None
     except ValueError:
         return None  # `quantserve_validate` gives the reason
 
@@ -65,9 +65,9 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     if not _config(checkpoint):
         return  # the core says that it is missing
     try:
-        made = settings(_config(checkpoint))
+        made = _settings(checkpoint)
     except ValueError as error:
-        fix = "save the quantized model again with transformers"
+        fix = "correct it, or save the quantized model again with transformers"
         yield Finding.error("bitsandbytes-settings", f"quantization_config: {error}", ["quantization_config"], fix)
         return
     if not _quantized(checkpoint):
@@ -130,6 +130,15 @@ def quantserve_kernel(target: Target, bits: int, engine: str) -> KernelProfile |
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return checkpoint.quantization_config or {}
+
+
+def _settings(checkpoint: Checkpoint) -> Settings:
+    """The settings; ValueError where they are wrong, or not those of the files."""
+    made = settings(_config(checkpoint))
+    held = {"int8" if name.endswith(".SCB") else name.partition(_STATE)[2] for name in checkpoint.tensors} - {""}
+    if held and made.kind not in held:
+        raise ValueError(f"it says {made.kind}, and the files hold {' and '.join(sorted(held))}")
+    return made
 
 
 def _quantized(checkpoint: Checkpoint) -> bool:

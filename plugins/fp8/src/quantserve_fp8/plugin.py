@@ -30,7 +30,7 @@ from quantserve.api import (
     quantized_linears,
     shard_k,
 )
-from quantserve_fp8.format import WEIGHT, block_of, scheme, skip_key, skipped
+from quantserve_fp8.format import block_of, scheme, skip_key, skipped
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -149,9 +149,9 @@ def settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 @once
 def stored(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, Tensor]]:
-    """The tensors of the modules with FP8 weights, those of all experts of a layer in one included."""
+    """The tensors of the modules with FP8 weights of any kind, those of all experts of a layer in one included."""
     found = modules(checkpoint).items()
-    return {name: every for name, every in found if "weight" in every and every["weight"].dtype == WEIGHT}
+    return {name: every for name, every in found if "weight" in every and every["weight"].dtype.startswith("F8_")}
 
 
 @once

@@ -33,7 +33,7 @@ def read(source: Source, names: tuple[str, ...]) -> Contents:
     except Unserved as error:
         problems.append(Finding.error("gguf-unserved", f"{names[0]} is not served: {error}", names[:1], ELSEWHERE))
         return Contents(tokenizer=_tokenizer(metadata), problems=tuple(problems))
-    tensors = list(_tensors(str(metadata["general.architecture"]), infos, problems))
+    tensors = _tensors(str(metadata["general.architecture"]), infos, problems)
     config["quantization_config"] = {"quant_method": "gguf", "types": types_of(tensors)}
     config["torch_dtype"] = _dtype(tensors)
     title = metadata.get("general.name")
@@ -66,12 +66,15 @@ def _factors(file: BinaryIO, header: Header) -> tuple[float, ...]:
     return ()
 
 
-def _tensors(architecture: str, infos: list[tuple[str, Info]], problems: list[Finding]) -> Iterator[Tensor]:
-    """The tensors under the names of transformers; what cannot be served is added to the problems."""
+def _tensors(architecture: str, infos: list[tuple[str, Info]], problems: list[Finding]) -> list[Tensor]:
+    """The tensors under the names of transformers. What cannot be served is added to the problems; of a file with such
+    types none are returned, so that nothing is called missing.
+    """
     family = FAMILIES[architecture]
     foreign: list[str] = []
     unserved: dict[str, list[str]] = {}
     broken: list[str] = []
+    found: list[Tensor] = []
     for file, info in infos:
         if info.name in NOT_WEIGHTS:
             continue
@@ -83,7 +86,7 @@ def _tensors(architecture: str, infos: list[tuple[str, Info]], problems: list[Fi
         elif info.nbytes is None:
             broken.append(f"{info.name} {list(info.shape)} {info.blocks.name}")
         else:
-            yield Tensor(name, info.blocks.name, info.shape, file, info.nbytes)
+            found.append(Tensor(name, info.blocks.name, info.shape, file, info.nbytes))
     if foreign:
         message = f"{len(foreign):,} tensors are none of {architecture}, such as {foreign[0]}"
         problems.append(Finding.error("gguf-unknown-tensors", message, foreign[:20], ELSEWHERE))
@@ -94,6 +97,7 @@ def _tensors(architecture: str, infos: list[tuple[str, Info]], problems: list[Fi
     if broken:
         message = f"the rows of {len(broken):,} tensors are no whole number of blocks, such as {broken[0]}"
         problems.append(Finding.error("gguf-blocks", message, broken[:20], AGAIN))
+    return [] if unserved or broken else found
 
 
 def _positions(source: Source, headers: Mapping[str, Header]) -> Iterator[Finding]:

@@ -11,7 +11,6 @@ from torch.nn import Module
 from quantserve.api import Scheme
 from quantserve_gptq._packing import pack_linear
 from quantserve_gptq.config import FILE_NAME, NAMES, Settings, Written, config_findings
-from quantserve_gptq.format import gptq_scheme
 from quantserve_kernels.vllm import CSR, Format, Packed, Tensors
 from quantserve_kernels.vllm.linear import FormatLinearMethod
 
@@ -46,7 +45,7 @@ class Gptq(Format):
     def scheme(self, module: str) -> Scheme | None:
         """The rules of the config decide."""
         settings = self.written.of(module)
-        return gptq_scheme(settings.bits, settings.group_size) if settings else None
+        return settings.scheme if settings else None
 
     def get_quant_method(self, layer: Module, prefix: str) -> Any:
         """The method of a layer knows the layer's settings.

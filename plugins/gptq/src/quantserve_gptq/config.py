@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantserve.api import Finding, WrittenConfig
+from quantserve.api import Finding, Scheme, WrittenConfig
+from quantserve_gptq.format import gptq_scheme
 
 NAMES = ("gptq", "auto_gptq", "gptq_marlin")
 """What files call the method."""
@@ -35,6 +36,11 @@ class Settings:
     group_size: int
     sym: bool
     desc_act: bool
+
+    @property
+    def scheme(self) -> Scheme:
+        """The tensors of the linear."""
+        return gptq_scheme(self.bits, self.group_size, ordered=self.desc_act)
 
 
 class Written(WrittenConfig):

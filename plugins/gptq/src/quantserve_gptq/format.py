@@ -12,7 +12,7 @@ FLOATS = ("F16", "BF16", "F32")
 
 
 @lru_cache
-def gptq_scheme(bits: int, group: int) -> Scheme:
+def gptq_scheme(bits: int, group: int, *, ordered: bool = False) -> Scheme:
     """A linear as AutoGPTQ stores it (GPTQ: arXiv 2210.17323).
 
     int32 ``qweight`` [k * bits / 32, n] and ``qzeros`` [k / group, n * bits / 32], bit streams along K and N; float
@@ -21,6 +21,8 @@ def gptq_scheme(bits: int, group: int) -> Scheme:
     Args:
         bits: 2, 3, 4 or 8.
         group: inputs that share a scale; -1 for all of K.
+        ordered: whether inputs were quantized in the order of their activations, so that only ``g_idx`` tells an
+            input's group.
     """
     rows, per_word = 1 if group == -1 else K(group), Fraction(32, bits)
     return Scheme(
@@ -28,7 +30,7 @@ def gptq_scheme(bits: int, group: int) -> Scheme:
             "qweight": Part((K(per_word), N()), WORDS),
             "qzeros": Part((rows, N(per_word)), WORDS),
             "scales": Part((rows, N()), FLOATS),
-            "g_idx": Part((K(),), WORDS, optional=True),
+            "g_idx": Part((K(),), WORDS, optional=not ordered),
         },
         bits=bits,
         group_size=group,

@@ -21,7 +21,6 @@ from quantserve.api import (
     shard_n,
 )
 from quantserve_gptq.config import Settings, Written, config_findings
-from quantserve_gptq.format import gptq_scheme
 from quantserve_gptq.speed import KERNELS
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def scheme_of(checkpoint: Checkpoint, linear: Linear) -> Scheme | None:
     """The scheme of a linear by the rules of the config; None where it is unquantized or the settings are wrong."""
     written = usable_config(checkpoint)
     settings = written.of(linear.name) if written else None
-    return gptq_scheme(settings.bits, settings.group_size) if settings else None
+    return settings.scheme if settings else None
 
 
 @once

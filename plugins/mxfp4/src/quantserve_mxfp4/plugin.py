@@ -33,6 +33,10 @@ SHOWN = 8
 FAMILY = "gpt_oss"
 SWIGLU = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
 """The numbers of the activation that vLLM computes, whatever config.json says."""
+SIZES = (
+    "num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_local_experts", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+)  # fmt: skip
 _BLOCKS, _ORIGINAL = "_blocks", ".mlp.mlp1_weight.blocks"
 
 
@@ -167,13 +171,12 @@ def stacks(checkpoint: Checkpoint) -> list[str]:
 
 
 def size_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Blocks and biases of experts that are not what config.json implies; of scales the core says so."""
+    """Tensors that are not what config.json implies; vLLM misses none of a quantized model. Scales are the core's."""
     tensors, wanted = checkpoint.tensors, sizes(checkpoint)
     if missing := [name for name in wanted if name not in tensors]:
         yield Finding.error(
             "mxfp4-missing-tensors",
-            f"{len(missing)} tensors of experts are missing, so vLLM stops or serves uninitialised weights. "
-            f"First: {missing[0]}",
+            f"{len(missing)} tensors are missing, so vLLM stops or serves uninitialised weights. First: {missing[0]}",
             missing[:SHOWN],
             "download the checkpoint again",
         )
@@ -182,20 +185,35 @@ def size_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     if odd:
         yield Finding.error(
             "mxfp4-wrong-shape",
-            f"{len(odd)} tensors of experts have another shape than config.json implies. First: {odd[0]}",
+            f"{len(odd)} tensors have another shape than config.json implies. First: {odd[0]}",
             odd[:SHOWN],
             "use the config.json that belongs to these files",
         )
 
 
 def sizes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The shapes of blocks and biases by name; empty where config.json lacks a size."""
-    config = checkpoint.text_config
-    keys = ("num_hidden_layers", "num_local_experts", "hidden_size", "intermediate_size")
-    layers, experts, hidden, width = (size if type(size := config.get(key)) is int else 0 for key in keys)
-    found: dict[str, tuple[int, ...]] = {}
-    for layer in range(min(layers, len(checkpoint.tensors)) if min(experts, hidden, width) > 0 else 0):
+    """The shapes of all tensors but the experts' scales, by name; empty where config.json lacks a size."""
+    given = [checkpoint.text_config.get(key) for key in SIZES]
+    if not all(type(size) is int and size > 0 for size in given):
+        return {}
+    layers, vocabulary, hidden, width, experts, heads, kv_heads, head = (size for size in given if type(size) is int)
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(min(layers, len(checkpoint.tensors))):
+        block = f"model.layers.{layer}."
+        found |= {f"{block}{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        found[f"{block}self_attn.sinks"] = (heads,)
+        for linear, n, k in (
+            ("self_attn.q_proj", heads * head, hidden),
+            ("self_attn.k_proj", kv_heads * head, hidden),
+            ("self_attn.v_proj", kv_heads * head, hidden),
+            ("self_attn.o_proj", hidden, heads * head),
+            ("mlp.router", experts, hidden),
+        ):
+            found |= {f"{block}{linear}.weight": (n, k), f"{block}{linear}.bias": (n,)}
         for stack, n, k in zip(STACKS, (2 * width, hidden), (hidden, width), strict=True):
-            name = f"model.layers.{layer}.mlp.experts.{stack}"
+            name = f"{block}mlp.experts.{stack}"
             found |= {f"{name}{_BLOCKS}": (experts, n, k // GROUP, GROUP // 2), f"{name}_bias": (experts, n)}
     return found

@@ -34,12 +34,14 @@ class Stream:
 
     def _run(self) -> None:
         body = {"model": "demo", "prompt": "def", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{self._base}/v1/completions", json=body, timeout=60, trust_env=False) as answer:
+        with httpx.stream(
+            "POST", f"{self._base}/v1/completions", json=body, timeout=HANGS_S, trust_env=False
+        ) as answer:
             self.lines.extend(line for line in answer.iter_lines() if line)
 
     def end(self) -> str:
         """The last event."""
-        self._thread.join(60)
+        self._thread.join(HANGS_S)
         assert not self._thread.is_alive()
         return self.lines[-1]
 

@@ -49,7 +49,8 @@ def cell(case: Case, quantized: Path, plain: Path, dtype: str, ranks: int, eager
     kwargs = {key: setting.value for key, setting in composition.engine_kwargs.items()}
     kwargs |= {"dtype": dtype, "enforce_eager": eager, "tensor_parallel_size": ranks}
     try:
-        ended = run(quantized, composition.engine_environment, prompts=prompts, **kwargs)
+        environment = {**composition.environment, **composition.engine_environment}
+        ended = run(quantized, environment, prompts=prompts, **kwargs)
     except RuntimeError as error:
         (ROOT / "build" / "matrix-failed.log").write_text(str(error))
         return "failed: " + next((line for line in str(error).splitlines()[::-1] if "Error" in line), "?")[-160:]

@@ -367,6 +367,15 @@ def test_what_it_cannot_compute_has_a_reason(changes: dict[str, Any], words: str
         raise AssertionError(reason)
 
 
+def test_act_order_of_vllm_0_29_is_refused() -> None:
+    """Later versions have no such field, and refuse it before they ask for a kernel."""
+    layer = replace(LAYER)
+    layer.has_g_idx = True
+    assert CodebookLinearKernel.can_implement(layer) == (False, "the checkpoint has act-order (desc_act)")
+    layer.has_g_idx = False
+    assert CodebookLinearKernel(layer, "qweight", "scales", "qzeros", w_gidx_param_name="g_idx").config is layer
+
+
 def test_a_model_is_refused_where_the_kernel_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_kernels, "status", lambda: Status(False, "torch", "no compiler"))
     with pytest.raises(ValueError, match=r"CodebookLinearKernel .* is not compiled here \(no compiler\)"):

@@ -3,7 +3,7 @@
 vLLM reads the checkpoint with its own method and asks a list of kernels, in order, which of them implements a layer.
 `register` adds `CodebookLinearKernel`, which vLLM asks after its own kernels for CPUs: it computes the layers that they
 do not, and all layers where ``VLLM_DISABLED_KERNELS=CPUWNA16LinearKernel,ZentorchWNA16LinearKernel`` leaves them out.
-Written against vLLM 0.32.
+Written against vLLM 0.32; the arguments of act-order, which 0.29 has besides, are accepted.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class CodebookLinearKernel(MPLinearKernel):
         w_q_param_name: str,
         w_s_param_name: str,
         w_zp_param_name: str | None = None,
+        w_gidx_param_name: str | None = None,  # vLLM 0.29; `can_implement` refuses act-order
     ) -> None:
         super().__init__(c, w_q_param_name, w_s_param_name, w_zp_param_name)
         _new.add(self)
@@ -89,7 +90,8 @@ class CodebookLinearKernel(MPLinearKernel):
         return out
 
     def _pack(self, layer: Module) -> PackedWeight:
-        words, scales, zeros = self._get_weight_params(layer)
+        words, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
+        zeros = getattr(layer, self.w_zp_name or "", None)
         kind = self.config.weight_type
         k, n = self.config.partition_weight_shape
         if words.packed_dim != words.input_dim:
@@ -145,7 +147,7 @@ def keep_scales() -> None:
 
 
 def _refused(c: MPLinearLayerConfig) -> str:
-    """Why a layer cannot be computed; "" where it can. Act-order does not get here: vLLM 0.32 refuses it itself."""
+    """Why a layer cannot be computed; "" where it can."""
     if not current_platform.is_cpu():
         return "it runs on CPUs only"
     if not (found := status()).native:
@@ -156,6 +158,8 @@ def _refused(c: MPLinearLayerConfig) -> str:
         return f"activations are {c.act_type}; it takes {', '.join(map(str, ACTIVATIONS))}"
     if c.out_type not in (None, c.act_type):
         return f"activations are {c.act_type} and results {c.out_type}; it gives results in the dtype of activations"
+    if getattr(c, "has_g_idx", False):  # vLLM 0.29; later versions refuse it themselves
+        return "the checkpoint has act-order (desc_act)"
     k = c.partition_weight_shape[0]
     if k * c.weight_type.size_bits % 32:
         return f"K {k} is no whole number of int32 words of {c.weight_type.size_bits}-bit codes"

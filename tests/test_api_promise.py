@@ -39,6 +39,13 @@ def test_the_version_was_raised_with_the_api(script: ModuleType) -> None:
     )
 
 
+def test_the_documentation_has_this_version() -> None:
+    version = f"{api.VERSION}.{api.MINOR}"
+    assert f"this is API {version}" in str(api.__doc__)
+    assert f"now {version}." in (ROOT / "docs" / "plugins.md").read_text()
+    assert f"## {version}\n" in (ROOT / "docs" / "api-changes.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "version", "says"),
     [

@@ -22,7 +22,7 @@ right. ``help(quantserve.hookspecs)`` says when each is called and what it retur
     quantserve_converter()                                  "module:callable" that converts foreign files
 
 `VERSION` is the version of all this; a plugin may say which it was written for with ``Method(api=1)``. `MINOR` counts
-what was added since: this is API 1.2. Names that have aged warn where they are imported, at the author's line.
+what was added since: this is API 1.3. Names that have aged warn where they are imported, at the author's line.
 """
 
 import warnings

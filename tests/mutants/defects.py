@@ -200,6 +200,16 @@ DEFECTS = [
         ("{3: 7.75, 4: 7.21}[bits]", "{3: 7.75}[bits]"),
     ),
     # tools
+    *_in(
+        "fp8",
+        "quantizer.py",
+        ('"quant_method": "fp8"', '"quant_method": "f8"'),
+        ('"weight_scale": scales', '"scale": scales'),
+        ('(BLOCK, BLOCK), "tensor"', '(BLOCK, BLOCK), "Tensor"'),
+        ("def begin(self, checkpoint: Checkpoint, linears", "def begin(self, linears"),
+        ("class Fp8(Quantizer):", "class Fp8:"),
+    ),
+    *_in("squeezellm", "quantizer.py", ('"lookup_table": table', '"lookup_table": table[:, 1:]')),
     *_in("squeezellm", "plugin.py", (_CONVERT, f"{_CONVERT}_all")),
     *_in(
         "rtn8",
@@ -210,4 +220,4 @@ DEFECTS = [
         ("shutil.ignore_patterns(", 'shutil.ignore_patterns("config.json", '),
     ),
 ]
-"""Some ninety."""
+"""Some hundred."""

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from helpers.dists import Site
-from mutants.__main__ import caught, prepare
+from mutants.__main__ import caught, check, install, prepare
 from mutants.defects import DEFECTS
 from quantserve.cli.main import run
 from quantserve.errors import UsageError
@@ -186,6 +186,34 @@ def test_the_command(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (health["mine"], health["bad"]) == ("ok", "failed")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--junit", "/nonexistent/a.xml"], "/nonexistent is no folder"),
+        (["--junit", "/"], "it is a folder"),
+        (["--record", "/nonexistent/conformance.json"], "/nonexistent is no folder"),
+        (["--only", "Q02"], "none of the checks Q02 applies to 'mine'"),
+        (["--only", "E01"], "run with --engine"),
+        (["--only", "Z"], "unknown check"),
+        (["--model", "/nonexistent"], "does not exist: /nonexistent"),
+    ],
+)
+def test_mistakes_of_the_command(
+    site: Site, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    site.install("quantserve-mine", PLUGIN, name="mine")
+    assert run(["plugin", "check", "mine", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+
+
+def test_the_name_of_a_distribution_is_explained(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.install("quantserve-mine", PLUGIN, name="mine")
+    assert run(["plugin", "check", "quantserve-mine"]) == 2
+    assert "it is a distribution; name its plugin mine" in capsys.readouterr().err
+
+
 def test_a_record_is_for_all_checks_that_pass(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     site.install("quantserve-mine", PLUGIN.replace('("I8",)', '("I8", "U8")'), name="mine")
     case, file = tmp_path / "case.py", tmp_path / "conformance.json"
@@ -301,6 +329,20 @@ def test_engines_are_compared_with_the_reference_and_not_with_what_the_case_leav
     assert {name.rpartition(".")[2] for name in stored} == {"weight"}
     needed = [tensor.name.rpartition(".")[2] for _, tensor in engine._needed(subject)]
     assert sorted(needed) == ["qweight", "scale"]
+
+
+@pytest.mark.slow
+def test_a_quantizer_that_is_a_class_runs_as_users_run_it(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    case = prepare("fp8", tmp_path / "prepared")
+    wrong = [one for one in DEFECTS if one.file == "quantizer.py" and '"scale": scales' in one.new]
+    for defect, code in ((None, 0), *((one, 3) for one in wrong)):
+        folder = tmp_path / f"exit-{code}"
+        install("fp8", folder, defect)
+        found, said = check("fp8", folder, case, ("Q01",))
+        assert found == code, said
+    assert said.startswith("Q01-quantizer: quantserve_fp8.quantizer:Fp8: ")
+    assert "at stage 'quantizer': KeyError: 'weight_scale' at quantizer.py:" in said
 
 
 def test_some_of_the_mutants(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -17,6 +18,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from quantserve.errors import UsageError
 from quantserve.finding import Finding, Severity
 from quantserve.target import Target, gib
 from quantserve.text import escaped, to_json
@@ -51,6 +53,33 @@ def _width(stream: TextIO) -> int:
         with suppress(OSError, ValueError):
             width = os.get_terminal_size(stream.fileno()).columns
     return min(width, WIDEST) or WIDTH_WITHOUT_TERMINAL
+
+
+def must_be_writable(path: Path) -> None:
+    """Before long work: refuse a file that cannot be made.
+
+    Raises:
+        UsageError: it is a folder, or its folder does not exist or cannot be written into.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder\n  fix: name a file in it")
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: {folder} is no folder\n  fix: make it first, or name another file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: permission denied\n  fix: name another file")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}\n  fix: name another file") from None
 
 
 def print_json(value: object) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from quantserve import __version__
-from quantserve.cli.output import console, print_json, table
+from quantserve.cli.output import console, must_be_writable, print_json, table, write_file
 from quantserve.errors import UsageError, one_line
 from quantserve.hookspecs import API_MINOR, API_VERSION
 from quantserve.plugins import record
@@ -142,7 +142,7 @@ def about(plugin: Plugin, registry: Registry) -> dict[str, object]:
         "dtypes": list(method.dtypes) if method else [],
         "capabilities": capabilities(plugin),
         "hooks": hooks(plugin),
-        "api": f"{method.api if method else API_VERSION}, and this quantserve {__version__} has {API_VERSION}",
+        "api": f"{method.api if method else API_VERSION}, and quantserve {__version__} has {API_VERSION}.{API_MINOR}",
         "requires": [line for line in dist.requires or () if "extra ==" not in line],
         "proven": [f"API {run.api}, quantserve {run.quantserve}, {_proven(run, plugin)}" for run in proven],
         "badge": badge(plugin.name, method.homepage if method else "", proven[-1] if proven else None),
@@ -200,12 +200,20 @@ def check(
     cases = _cases(Path(case_file), name) if case_file else [Case(name, checkpoint=Path(model) if model else None)]
     if record_file and (only or first):
         raise UsageError("--record is for all checks\n  fix: leave out --only and --first")
+    for file in filter(None, (junit, record_file)):
+        must_be_writable(Path(file))
     reports = [run_checks(case, engine=engine, only=only, first=first) for case in cases]
+    if not any(report.results for report in reports):
+        engine_only = "" if engine else "; those of group E run with --engine"
+        raise UsageError(
+            f"none of the checks {', '.join(only)} applies to {name!r}{engine_only}\n"
+            "  fix: leave out --only; docs/conformance.md says what each check applies to"
+        )
     failed = any(report.failed for report in reports)
     if record_file and not failed:
         record.write(Path(record_file), name, _run(name, reports))
     if junit:
-        Path(junit).write_text(reports[0].to_junit() if len(reports) == 1 else _suites(reports))
+        write_file(Path(junit), reports[0].to_junit() if len(reports) == 1 else _suites(reports))
     if as_json:
         print_json({"reports": [report.to_json() for report in reports]})
     else:

@@ -20,7 +20,7 @@ from quantserve.cli.estimates import (
     weights,
     within,
 )
-from quantserve.cli.output import console, print_json, table, target_label
+from quantserve.cli.output import console, print_json, table, target_label, write_file
 from quantserve.cli.profile_command import print_notes, print_refusals
 from quantserve.cli.sources import choose_target
 from quantserve.cli.svg import Line, chart
@@ -110,7 +110,7 @@ def command(
         )
     changes = leaders(advice, workload, most)
     if plot is not None:
-        write(plot, plotted(advice, workload, most, changes))
+        write_file(plot, plotted(advice, workload, most, changes))
     written = write_config(config, order_of, workload, advice) if config is not None else ""
     if as_json:
         print_json(_as_json(advice, workload, order, order_of, changes))
@@ -222,18 +222,6 @@ def plotted(advice: Advice, workload: Workload, most: int, changes: Sequence[Str
     return chart(title, "clients", "output tokens per second and device, predicted", lines, marks)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
-
-
 def write_config(path: Path, order_of: Sequence[Ranked], workload: Workload, advice: Advice) -> str:
     """Write the config of the best method these files can be served with; gives what to say about it.
 
@@ -276,7 +264,7 @@ def write_config(path: Path, order_of: Sequence[Ranked], workload: Workload, adv
         f"# Predicted ({p.source}, {within(p)}): TTFT {number(p.ttft_ms)} ms, TPOT {number(p.tpot_ms)} ms, "
         f"{number(p.tokens_per_s)} tok/s of the server\n"
     )
-    write(path, header + yaml.safe_dump(config, sort_keys=False))
+    write_file(path, header + yaml.safe_dump(config, sort_keys=False))
     said = [f"wrote {escape(str(path))}; next: quantserve check {escape(str(path))}"]
     if not has_files:
         said.append(f"  {escape(advice.model.source)} has no weights yet: first copy those of {candidate.label} there")

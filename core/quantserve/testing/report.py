@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from quantserve import __version__
 from quantserve.errors import PluginError
-from quantserve.hookspecs import API_VERSION
+from quantserve.hookspecs import API_MINOR, API_VERSION
 from quantserve.testing.case import Case
 from quantserve.testing.check import Result, results
 
@@ -41,7 +41,7 @@ class Report:
         return {
             "plugin": self.name,
             "quantserve": __version__,
-            "api": API_VERSION,
+            "api": f"{API_VERSION}.{API_MINOR}",
             "counts": self.counts,
             "checks": [one.to_json() for one in self.results],
         }

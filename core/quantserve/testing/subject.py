@@ -55,9 +55,12 @@ class Subject:
         self.points, _ = installed(GROUPS)
         mine = [point for point in self.points.select(group=GROUP) if point.name == case.name]
         if not mine:
-            known = {point.name for point in self.points.select(group=GROUP)}
+            every = self.points.select(group=GROUP)
+            theirs = sorted(point.name for point in every if origin(point)[0] == case.name)
+            fix = f"it is a distribution; name its plugin {' or '.join(theirs)}" if theirs else ""
             raise UsageError(
-                f"{unknown_name('plugin', case.name, known)}\n  fix: correct the name, or install the plugin first"
+                f"{unknown_name('plugin', case.name, {point.name for point in every})}\n"
+                f"  fix: {fix or 'correct the name, or install the plugin first'}"
             )
         if odd := set(case.capabilities or ()) - set(CAPABILITIES):
             raise UsageError(unknown_name("capability", min(odd), CAPABILITIES))
@@ -152,7 +155,10 @@ class Subject:
             return None
         if isinstance(given, Path):
             if not given.exists():
-                raise UsageError(f"the case of {self.case.name!r} names a checkpoint that does not exist: {given}")
+                raise UsageError(
+                    f"the good checkpoint of {self.case.name!r} does not exist: {given}\n"
+                    "  fix: correct the path in Case.checkpoint, or that of --model"
+                )
             return given
         folder = self.scratch / "case" / "checkpoint"  # functions write beside it
         folder.mkdir(parents=True)

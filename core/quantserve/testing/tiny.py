@@ -71,6 +71,20 @@ def write_llama(folder: Path, *, hidden: int = 128, intermediate: int = 256, see
     return folder
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of 256 tokens, one for each byte, which transformers loads, into the folder of a checkpoint."""
+    names = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    names |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in names)}
+    bytes_of_text = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": bytes_of_text, "decoder": bytes_of_text,
+        "model": {"type": "BPE", "vocab": {names[byte]: byte for byte in range(256)}, "merges": []},
+    }  # fmt: skip
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
+
+
 def _drawn(numbers: random.Random, shape: tuple[int, ...]) -> array[float]:
     """Normal numbers: each row [k] begins at a random place of a few thousand, because drawing all takes seconds."""
     made, k = array("f"), shape[-1]

@@ -139,7 +139,7 @@ export function loadView(state) {
       {
         width,
         height: HEIGHT,
-        padding: [8, 8, 0, 0],
+        padding: [8, 24, 0, 0], // half of the last time fits
         legend: { show: false },
         cursor: { drag: { x: false, y: false }, points: { size: 6 } },
         scales: { x: { range: (_, __, max) => [Math.min(series.times[0], max - SHORTEST_S), max] }, y: { range: (_, __, max) => [0, max > 0 ? max * 1.15 : 1] } },

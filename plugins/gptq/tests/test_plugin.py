@@ -150,6 +150,21 @@ def test_act_order_needs_the_group_of_each_input(tmp_path: Path) -> None:
     assert "14 tensors are missing" in found["gptq-missing-tensors"].message
 
 
+@pytest.mark.parametrize(
+    ("bits", "dynamic", "says"),
+    [
+        ({"q_proj": 8}, {r"+:.*\.q_proj": {"bits": 8}}, "q_proj 8 bits, groups of 128, k_proj 4 bits, groups of 128"),
+        ({}, {r"+:.*\.up_proj": {"sym": False}}, "up_proj 4 bits, groups of 128, asymmetric"),
+        ({"down_proj": 8, "o_proj": 8}, {r"+:.*\.(down|o)_proj": {"bits": 8}}, ""),
+    ],
+)
+def test_parts_of_a_fused_layer_have_one_width(bits: dict[str, int], dynamic: dict[str, Any], says: str) -> None:
+    made = checkpoint(bits, {"dynamic": dynamic})
+    every = {one.code: one for one in plugin.quantserve_validate(made, model(), EPYC)}
+    assert ("gptq-mixed-layer" in every) == bool(says)
+    assert not says or says in every["gptq-mixed-layer"].message
+
+
 def test_words_of_another_width() -> None:
     made = checkpoint(tensors={f"{DOWN}.qweight": ("I64", (32, 256))})
     assert "gptq-pack-dtype" in codes(made)

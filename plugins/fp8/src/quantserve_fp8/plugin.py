@@ -21,10 +21,10 @@ from quantserve.api import (
     Tensor,
     check_fused_blocks,
     codebook_kernel,
+    dtype_argument,
     hookimpl,
     kernel_findings,
     linears,
-    method_dtype,
     modules,
     once,
     quantized_linears,
@@ -116,8 +116,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """The dtype where a CPU prefers another than the files'."""
-    dtype = method_dtype(checkpoint, model, target, ("float16", "bfloat16"))
-    return {"dtype": dtype} if dtype else {}
+    return dtype_argument(checkpoint, model, target, ("float16", "bfloat16"))
 
 
 @hookimpl

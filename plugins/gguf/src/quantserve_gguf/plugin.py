@@ -15,9 +15,9 @@ from quantserve.api import (
     Scheme,
     Target,
     codebook_kernel,
+    dtype_argument,
     hookimpl,
     kernel_findings,
-    method_dtype,
     once,
 )
 from quantserve_gguf.blocks import BROUGHT, MIXED, SCHEMES, served_types
@@ -91,8 +91,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
 @hookimpl
 def quantserve_engine_kwargs(checkpoint: Checkpoint, model: ModelConfig, target: Target) -> Mapping[str, object]:
     """The loader of these files, and the dtype where a CPU prefers another."""
-    dtype = method_dtype(checkpoint, model, target, DTYPES)
-    return {"load_format": "gguf", **({"dtype": dtype} if dtype else {})}
+    return {"load_format": "gguf", **dtype_argument(checkpoint, model, target, DTYPES)}
 
 
 @hookimpl

@@ -37,6 +37,11 @@ class Settings:
     sym: bool
     desc_act: bool
 
+    def __str__(self) -> str:
+        """For messages."""
+        groups = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"{self.bits} bits, {groups}{'' if self.sym else ', asymmetric'}{', act-order' if self.desc_act else ''}"
+
     @property
     def scheme(self) -> Scheme:
         """The tensors of the linear."""

@@ -154,6 +154,26 @@ def limit_findings(checkpoint: Checkpoint, model: ModelConfig, *, own: bool) -> 
         )
 
 
+def mixed_layer_findings(checkpoint: Checkpoint) -> Iterable[Finding]:
+    """Rules that give the parts of a fused layer different settings; an engine stops at them."""
+    layers: dict[str, dict[str, Settings]] = {}
+    for linear in stored(checkpoint):
+        if linear.fused and linear.parallel == "column":
+            layers.setdefault(linear.group, {})[linear.name.rpartition(".")[2]] = each(checkpoint)[linear.name]
+    if mixed := [
+        f"{layer}: " + ", ".join(f"{part} {one}" for part, one in parts.items())
+        for layer, parts in layers.items()
+        if len(set(parts.values())) > 1
+    ]:
+        yield Finding.error(
+            "gptq-mixed-layer",
+            f"the parts of {len(mixed)} fused layers have different settings; vLLM builds each as one layer. "
+            f"First: {mixed[0]}",
+            mixed[:OFFENDERS],
+            "quantize q, k and v alike, and gate and up",
+        )
+
+
 def tensor_findings(checkpoint: Checkpoint, written: Written) -> Iterable[Finding]:
     """What the scheme does not tell: words of another width, and zeros that tools disagree on."""
     words = [

@@ -24,7 +24,7 @@ from quantserve.api import (
 )
 from quantserve_gptq import speed
 from quantserve_gptq.config import BITS, FILE_NAME, NAMES, Written, config_findings
-from quantserve_gptq.limits import choose, is_stored, limit_findings, scheme_of, tensor_findings
+from quantserve_gptq.limits import choose, is_stored, limit_findings, mixed_layer_findings, scheme_of, tensor_findings
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -102,6 +102,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     return [
         *choice.findings,
         *limit_findings(checkpoint, model, own=choice.own),
+        *mixed_layer_findings(checkpoint),
         *tensor_findings(checkpoint, written),
     ]
 

@@ -108,8 +108,12 @@ def test_a_plugin_that_hangs_is_ended_once(site: Site, monkeypatch: pytest.Monke
 
 
 def test_a_plugin_that_does_not_load_fails_one_check(site: Site) -> None:
-    found = outcomes(site, "raise RuntimeError('at import')", only=("S01", "D", "V"))
+    found = outcomes(site, "raise RuntimeError('at import')", only=("S01", "S02", "D", "V"))
     assert found["S01-loads"] == "failed"
+    assert found["S02-light-import"] == "skipped"
+    (problem,) = run_checks(Case("mine"), only=("S01",)).results[0].problems
+    assert problem.startswith("load: RuntimeError: at import at ")
+    assert "\\n" not in problem
     assert set(found.values()) == {"failed", "skipped"}
     site.install("quantserve-side", "raise OSError('at import')", name="side", engine={"side": "nowhere:register"})
     report = run_checks(Case("side"), only=("S1", "I"))

@@ -108,12 +108,16 @@ def changed(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def shown(output: Path, *, end: bool = False) -> str:
-    """The beginning of a file, or its end, in one harmless line."""
+    """The beginning of a file, or its end, in one harmless line; of a traceback the innermost place and the error."""
     with output.open("rb") as file:
         if end:
             file.seek(max(0, output.stat().st_size - SHOWN))
         text = file.read(SHOWN).decode(errors="replace")
-    return harmless(" | ".join(line for line in text.splitlines() if line.strip()), 2 * SHOWN)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if end and (places := [at for at, line in enumerate(lines) if line.startswith('File "')]):
+        begin = max((at for at, line in enumerate(lines) if line.startswith("Traceback (")), default=0)
+        lines = [*lines[:begin], lines[places[-1]], lines[-1]]
+    return harmless(" | ".join(lines), 2 * SHOWN)
 
 
 class Worker:

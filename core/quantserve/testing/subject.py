@@ -73,7 +73,7 @@ class Subject:
             plain = [point for point in self.points.select(group=GROUP) if point.name == "fp16"]
             self.registry = Registry.load({}, EntryPoints([*mine, *sides, *plain]))
         failures = [failure for failure in self.registry.failures if failure.name == case.name]
-        self.why = str(failures[0].error()) if failures else ""
+        self.why = f"{failures[0].stage}: {failures[0].reason}" if failures else ""
         self.quick = quick(self.registry)
         self._folder = tempfile.TemporaryDirectory(prefix="quantserve-")
         self._judged: dict[tuple[int, str, int], tuple[Checkpoint, Composition]] = {}
@@ -201,7 +201,8 @@ class Subject:
         if self.method and not any(schemes):
             raise UsageError(
                 f"the kit cannot write a checkpoint of {self.case.name!r}: quantserve_scheme gives no scheme for the "
-                f"quantization_config {config.get('quantization_config')!r:.200}\n  fix: give the case a checkpoint"
+                f"quantization_config {config.get('quantization_config')!r:.200}\n"
+                "  fix: give the case a checkpoint, or name one with --model"
             )
         for linear, scheme in zip(blocks, schemes, strict=True):
             if scheme is not None:
@@ -211,7 +212,7 @@ class Subject:
                 except ValueError as error:
                     raise UsageError(
                         f"the kit cannot write a checkpoint of {self.case.name!r}: {error}\n"
-                        "  fix: give the case a checkpoint"
+                        "  fix: give the case a checkpoint, or name one with --model"
                     ) from error
         return Checkpoint.from_tensors(config, tensors, tokenizer=TOKENIZER)
 

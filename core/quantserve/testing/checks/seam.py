@@ -32,7 +32,7 @@ _BESIDE: Final = """
 from quantserve.plugins.registry import Registry
 registry = Registry.load()
 name = sys.argv[1]
-failures = [str(f.error()) for f in registry.failures if f.name == name]
+failures = [f'{f.stage}: {f.reason}' for f in registry.failures if f.name == name]
 plugin = registry.plugins.get(name)
 notes = [note for note in plugin.notes if "is dropped" in note or "does not read" in note] if plugin else []
 answer(failures or notes or ([] if plugin else [f"{name} is not among the plugins: {sorted(registry.plugins)}"]))
@@ -61,6 +61,8 @@ def light_import(subject: Subject) -> Iterator[str]:
     """
     answer = ask(_IMPORT, subject.point.value, ",".join(HEAVY))
     if answer.problem:
+        if subject.plugin is None:
+            raise Skip("the plugin does not load")
         yield f"importing {subject.point.value} in a process of its own: {answer.problem}"
         return
     heavy, took = answer.value

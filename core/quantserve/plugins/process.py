@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
+from operator import is_
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final
 
@@ -29,6 +31,34 @@ _STREAMS: Final = ("stdin", "stderr", "__stdout__", "__stderr__")
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class _Names:
+    """Names of modules that were ever imported, sorted out once: a process with an engine has thousands."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._kept: list[str] = []
+        self._guarded: list[str] = []
+
+    def kept(self) -> list[str]:
+        """Those that may not be removed."""
+        self._look()
+        return self._kept
+
+    def guarded(self) -> list[str]:
+        """Those whose functions and classes may not be replaced."""
+        self._look()
+        return self._guarded
+
+    def _look(self) -> None:
+        fresh = set(sys.modules) - self._seen
+        self._seen |= fresh
+        self._kept += sorted(name for name in fresh if _top(name) in _KEPT_MODULES)
+        self._guarded += sorted(name for name in fresh if _top(name) in _GUARDED_MODULES)
+
+
+_names: Final = _Names()
+
+
 class Process:
     """The state of this process before code of a plugin runs."""
 
@@ -36,8 +66,8 @@ class Process:
         self._environ = dict(os.environ)
         self._path = list(sys.path)
         self._finders = list(sys.meta_path)
-        self._modules = {name: module for name, module in sys.modules.items() if _top(name) in _KEPT_MODULES}
-        self._code = {name: (owner, dict(vars(owner))) for name, owner in _owners()}
+        self._modules = {name: sys.modules[name] for name in _names.kept() if name in sys.modules}
+        self._code = {name: (owner, vars(owner).copy()) for name, owner in _owners()}
         self._streams = {name: getattr(sys, name) for name in _STREAMS}
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         self._recursion = sys.getrecursionlimit()
@@ -92,6 +122,8 @@ class Process:
     def _restore_code(self) -> Iterator[str]:
         for where, (owner, before) in self._code.items():
             now = vars(owner)
+            if list(before) == list(now) and all(map(is_, before.values(), now.values())):
+                continue  # nearly always, and there are thousands of functions
             for name, value in before.items():
                 if now.get(name) is not value and isinstance(value, _CODE):
                     setattr(owner, name, value)
@@ -131,12 +163,21 @@ def _flush() -> None:
 
 def _owners() -> Iterator[tuple[str, Any]]:
     """The guarded modules and their classes, by name."""
-    for name, module in list(sys.modules.items()):
-        if _top(name) in _GUARDED_MODULES and module is not None:
+    for name in _names.guarded():
+        module = sys.modules.get(name)
+        if module is not None:
             yield name, module
-            for key, value in list(vars(module).items()):
-                if isinstance(value, type) and value.__module__ == name and value.__flags__ & _HEAP_TYPE:
-                    yield f"{name}.{key}", value
+            yield from _classes(name, module, len(vars(module)))
+
+
+@lru_cache(maxsize=4096)
+def _classes(name: str, module: Any, size: int) -> list[tuple[str, Any]]:
+    """The classes of a module by name; `size` is its number of attributes, which grows while it is imported."""
+    return [
+        (f"{name}.{key}", value)
+        for key, value in list(vars(module).items())
+        if isinstance(value, type) and value.__module__ == name and value.__flags__ & _HEAP_TYPE
+    ]
 
 
 _HEAP_TYPE: Final = 1 << 9

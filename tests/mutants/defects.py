@@ -205,7 +205,7 @@ DEFECTS = [
         "quantizer.py",
         ('"quant_method": "fp8"', '"quant_method": "f8"'),
         ('"weight_scale": scales', '"scale": scales'),
-        ('(BLOCK, BLOCK), "tensor"', '(BLOCK, BLOCK), "Tensor"'),
+        ('{"weight": values, "weight_scale"', '{"qweight": values, "weight_scale"'),
         ("def begin(self, checkpoint: Checkpoint, linears", "def begin(self, linears"),
         ("class Fp8(Quantizer):", "class Fp8:"),
     ),

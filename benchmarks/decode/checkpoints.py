@@ -76,7 +76,7 @@ def weights(shape: Shape) -> Iterator[tuple[str, Tensor]]:
 
 def make_awq(shape: Shape, path: Path) -> None:
     """Rounded to nearest by the plugin's own quantizer."""
-    plain = Awq(AwqOptions(group_size=GROUP_SIZE, scales="none", clip=False))
+    plain = Awq(AwqOptions(group_size=GROUP_SIZE, scales="none", clip=False, refine=False))
     quantize(shape.checkpoint("bf16"), path, plain, "awq", Asked())
 
 

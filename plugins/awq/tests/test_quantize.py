@@ -122,7 +122,7 @@ def independent(folder: Path, module: str) -> np.ndarray[Any, Any]:
     return weight
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": -1}, {"clip": False}, {"scales": "none"}])
+@pytest.mark.parametrize("options", [{}, {"group_size": -1}, {"clip": False}, {"scales": "none"}, {"refine": False}])
 def test_the_files_stand_for_the_weights_of_the_quantizer(
     small: Path, text: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -170,7 +170,7 @@ def test_folds_keep_the_output(text: Path, tmp_path: Path, config: PreTrainedCon
     assert (found - expected).abs().max() < (1e-2 if biased else 1e-4) * expected.std()
 
 
-def test_scales_and_clipping_lower_the_error(small: Path, text: Path, tmp_path: Path) -> None:
+def test_scales_clipping_and_refinement_lower_the_error(small: Path, text: Path, tmp_path: Path) -> None:
     ids = torch.randint(97, (8, 32), generator=torch.Generator().manual_seed(2))
 
     def error(**options: Any) -> float:
@@ -179,10 +179,13 @@ def test_scales_and_clipping_lower_the_error(small: Path, text: Path, tmp_path: 
         with torch.no_grad():
             return float((dequantized(out)(ids).logits - dequantized(small)(ids).logits).square().mean())
 
-    plain = error(scales="none", clip=False)
-    assert error(scales="none") < 0.95 * plain
-    assert error(clip=False) < 0.8 * plain
-    assert error() < error(clip=False)
+    plain = error(scales="none", clip=False, refine=False)
+    assert error(scales="none", refine=False) < 0.95 * plain
+    scaled = error(clip=False, refine=False)
+    assert scaled < 0.8 * plain
+    paper = error(refine=False)
+    assert paper < scaled
+    assert error() < paper
 
 
 def dequantized(folder: Path) -> LlamaForCausalLM:

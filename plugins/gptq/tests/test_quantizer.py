@@ -19,11 +19,11 @@ from helpers.tiny_squeezellm import projections, write_llama
 from helpers.tokenizer import write_words
 from quantserve.api import Linear
 from quantserve.errors import UsageError
-from quantserve_gptq._columns import inverse_factor
 from quantserve_gptq._packing import pack_linear
 from quantserve_gptq.quantizer import GPTQ, GPTQOptions
 from quantserve_quantize import Quantized, Statistics
 from quantserve_quantize.dequantized import Dequantized
+from quantserve_quantize.hessian import inverse_factor
 from quantserve_quantize.run import Asked, quantize
 
 N, K = 96, 256

@@ -110,6 +110,30 @@ def test_the_largest_magnitudes_stay_exact_and_do_not_pull_the_codebook() -> Non
     assert (back - weight).square().mean() < (_packing.dequantize(quantize_matrix(weight, 3)) - weight).square().mean()
 
 
+@pytest.mark.parametrize(("bits", "sparsity"), [(4, 0.0), (3, 0.5)])
+def test_refinement_lowers_the_error_of_the_outputs(bits: int, sparsity: float) -> None:
+    """By the Hessian of each row, in float64: its costs, and the correlations of the inputs."""
+    made = torch.Generator().manual_seed(4)
+    x = torch.randn(2000, 40, generator=made) @ torch.randn(40, 256, generator=made)
+    x += torch.randn(2000, 256, generator=made)
+    hessian = x.t() @ x / len(x)
+    weight, gradients = torch.randn(48, 256, generator=made), torch.randn(48, 256, generator=made) ** 2
+    gradients[7], gradients[:, 30] = 0.0, 0.0
+    size = hessian.diagonal().rsqrt()
+    correlation = (hessian * size * size[:, None]).double()
+    losses = {}
+    for refine in (0, 2):
+        options = SqueezeLLMOptions(bits=bits, sparsity=sparsity, refine=refine)
+        statistics = Statistics(hessian=hessian, squares=hessian.diagonal(), gradients=gradients)
+        linear = Linear("model.layers.0.mlp.up_proj", 48, 256, "column")
+        found = SqueezeLLM(options).quantize(linear, weight, statistics)
+        assert torch.equal(found.weight, _packing.dequantize(dict(found.tensors)))
+        assert float((found.weight - weight)[7].norm()) < {3: 0.4, 4: 0.2}[bits] * float(weight[7].norm())
+        error = (found.weight - weight).double() * gradients.double().sqrt()
+        losses[refine] = float((error @ correlation * error).sum())
+    assert losses[2] < 0.6 * losses[0]
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     source = write_llama(tmp_path / "float", dtype=torch.bfloat16)
     for name in ("a", "b"):

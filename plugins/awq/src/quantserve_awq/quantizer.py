@@ -12,7 +12,9 @@ from torch import Tensor
 from quantserve.api import Checkpoint, Linear, refuses_float16
 from quantserve_awq._folds import Fold, Trial, folds
 from quantserve_awq._format import BITS, PER_WORD, Rounded, dequantize_linear, grouped, rounded
+from quantserve_awq._refine import refined
 from quantserve_quantize import Block, Need, Quantized, Quantizer, Statistics, option, unquantized
+from quantserve_quantize.hessian import steadied
 
 GROUPS = (128, 64, 32)
 """Group sizes that vLLM's fast kernels take, beside -1."""
@@ -36,6 +38,7 @@ class AwqOptions:
         choices=("search", "none"),
     )
     clip: bool = option(True, "Clip each group where that lowers the error of the output.")
+    refine: bool = option(True, "Let codes make up for each other's errors, as GPTQ does; the paper rounds to nearest.")
 
 
 class Awq(Quantizer):
@@ -48,7 +51,7 @@ class Awq(Quantizer):
 
     def __init__(self, options: AwqOptions) -> None:
         super().__init__(options)
-        self.needs = frozenset({Need.HESSIAN} if options.scales == "search" or options.clip else ())
+        self.needs = frozenset({Need.HESSIAN} if options.scales == "search" or options.clip or options.refine else ())
         self.dtype = "float16"
         self.fix = ""
         self.kept: list[str] = []
@@ -81,8 +84,11 @@ class Awq(Quantizer):
                 _rescale(block, fold, fold.apply(scales, self._torch_dtype))
 
     def quantize(self, linear: Linear, weight: Tensor, statistics: Statistics) -> Quantized:
-        """Clip, and round to nearest."""
+        """Clip, round, and refine."""
         made = self._rounded(weight, statistics.hessian if self.options.clip else None)
+        if statistics.hessian is not None and self.options.refine:
+            hessian = steadied(statistics.hessian, statistics.tokens)
+            made = refined(weight, made, hessian)
         tensors = made.packed(self._torch_dtype)._asdict()
         return Quantized(tensors, self.dequantize(tensors, {}))
 

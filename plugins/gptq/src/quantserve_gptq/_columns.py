@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 128
-"""Inputs that are rounded before their errors reach the inputs behind the block; whole groups of 32, 64 or 128."""
+from quantserve_quantize.hessian import BLOCK, inverse_factor, spread
+
 SMALLEST, LARGEST = 2.0**-24, 65280.0
 """Of the positive numbers that float16 and bfloat16 both have."""
 SHRINKS = torch.linspace(0.7, 1.12, 15)
@@ -56,48 +56,21 @@ def rounded(
     for index in range(k // group if ahead else 0):
         members = group_of == index
         grid.scales[index], grid.zeros[index] = fit(weight[:, order[members]], cost[members])
-    left = weight.t()[order].contiguous()  # [k, n]: what one input needs lies together
     codes = torch.empty(k, n, dtype=torch.uint8)
-    for start in range(0, k, BLOCK):
-        end = min(start + BLOCK, k)
-        part, own = left[start:end], factor[start:end, start:end]
-        errors = torch.empty(end - start, n)
-        for i in range(end - start):
-            at = start + i
-            index = int(group_of[at])
-            if not ahead and at % group == 0:
-                found = fit(part[i : i + group].t(), cost[at : at + group])
-                grid.scales[index], grid.zeros[index] = found
-            scale, zero = grid.scales[index], grid.zeros[index]
-            code = (part[i] / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
-            errors[i] = (part[i] - (code - zero) * scale) / own[i, i]
-            part[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
-            codes[order[at]] = code.to(torch.uint8)
-        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+
+    def nearest(at: int, rest: Tensor) -> Tensor:
+        index = int(group_of[at])
+        if not ahead and at % group == 0:
+            grid.scales[index], grid.zeros[index] = fit(rest[:group].t(), cost[at : at + group])
+        scale, zero = grid.scales[index], grid.zeros[index]
+        code = (rest[0] / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
+        codes[order[at]] = code.to(torch.uint8)
+        return (code - zero) * scale
+
+    spread(weight, factor, order, nearest)
     groups = torch.empty(k, dtype=torch.int64)
     groups[order] = group_of
     return codes.t(), Grid(grid.scales.t(), grid.zeros.t()), groups
-
-
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """The upper triangular U, float32 [k, k], with H^-1 = U^T U, of the damped Hessian.
-
-    1 / U[i, i]^2 is what a squared error of input i costs when all inputs behind it make up for it.
-    """
-    damped = hessian.double()
-    diagonal = damped.diagonal().clone()
-    mean = float(diagonal.mean()) or 1.0
-    diagonal[diagonal == 0] = mean  # an input that is always zero
-    while True:
-        damped.diagonal().copy_(diagonal + damp * mean)
-        # The Cholesky factor of H in reverse order is one of H from the other side, and its inverse is U.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            break
-        damp *= 10  # the float32 sums of the calibration are not quite positive
-    return torch.linalg.solve_triangular(
-        lower.flip(0, 1), torch.eye(len(hessian), dtype=torch.float64), upper=True
-    ).float()
 
 
 def storable(scales: Tensor) -> Tensor:

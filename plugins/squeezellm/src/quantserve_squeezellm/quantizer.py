@@ -12,8 +12,10 @@ from torch import Tensor
 from quantserve.api import Linear
 from quantserve_kernels import pack_stream
 from quantserve_quantize import Need, Quantized, Quantizer, Statistics, option
+from quantserve_quantize.hessian import steadied
 from quantserve_squeezellm._kmeans import CANDIDATES, codebooks, encode
 from quantserve_squeezellm._packing import dequantize, quantization_config, to_csr
+from quantserve_squeezellm._refine import refined
 
 CHUNK = 4_000_000
 """Weights, or pairs of candidates for borders, clustered at once: some hundred MB of working copies."""
@@ -39,6 +41,13 @@ class SqueezeLLMOptions:
         "inputs (one block in memory), or none (no calibration).",
         choices=("gradients", "inputs", "none"),
     )
+    refine: int = option(
+        2,
+        "Rounds that lower the error of the outputs after k-means, by the correlations of the inputs; 0 for k-means "
+        "alone, as in the paper.",
+        low=0,
+        high=20,
+    )
     experts: bool = option(False, "Quantize the experts of mixtures too, which are then served on CPUs only.")
 
 
@@ -50,7 +59,8 @@ class SqueezeLLM(Quantizer):
 
     def __init__(self, options: SqueezeLLMOptions) -> None:
         super().__init__(options)
-        needs = {"gradients": {Need.GRADIENTS, Need.SQUARES}, "inputs": {Need.SQUARES}, "none": set[Need]()}
+        inputs = Need.HESSIAN if options.refine else Need.SQUARES
+        needs = {"gradients": {Need.GRADIENTS, inputs}, "inputs": {inputs}, "none": set[Need]()}
         self.needs = frozenset(needs[options.sensitivity])
         self.experts = options.experts
 
@@ -61,7 +71,7 @@ class SqueezeLLM(Quantizer):
         return ""
 
     def quantize(self, linear: Linear, weight: Tensor, statistics: Statistics) -> Quantized:
-        """Cluster every channel, weighted by what an error of a weight costs."""
+        """Cluster every channel, weighted by what an error of a weight costs, and refine by the Hessian."""
         cost = _cost(weight, statistics)
         outliers = self._outliers(weight, statistics.gradients)
         dense = weight.masked_fill(outliers, 0.0)
@@ -75,6 +85,9 @@ class SqueezeLLM(Quantizer):
             tables.append(table)
             codes.append(encode(dense[rows], table))
         table, code = torch.cat(tables), torch.cat(codes)
+        if statistics.hessian is not None and cost is not None and self.options.refine:
+            hessian = steadied(statistics.hessian, statistics.tokens)
+            table, code = refined(dense, cost, hessian, table, self.options.refine)
         tensors = {"qweight": pack_stream(code, self.options.bits), "lookup_table": table}
         if bool(outliers.any()):
             # The sparse part holds what the codebook leaves over, so both together give the weight.

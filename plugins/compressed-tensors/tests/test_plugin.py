@@ -135,7 +135,12 @@ def test_unquantized_layers_must_be_ignored(tmp_path: Path) -> None:
         ("mixed", {"tensors": {f"{Q}.weight_g_idx": ("I32", (128,))}}, "unexpected-tensors", "weight_g_idx"),
         ("mixed", {"group": {"weights": {"actorder": "group"}}}, "missing-tensors", "weight_g_idx"),
         ("odd", {"tensors": {f"{Q}.weight_packed": ("I32", (128, 14))}}, "wrong-shape", "[128, 12] or [128, 13]"),
-        ("mixture", {"group": {"targets": [r"re:.*self_attn\.[kvo]_proj$"]}}, "mixed-layer", "none, group_0"),
+        (
+            "mixture",
+            {"group": {"targets": [r"re:.*self_attn\.[kvo]_proj$"]}},
+            "mixed-layer",
+            "k_proj group_0; v_proj",
+        ),
         ("mixed", {"group": {"weights": {"group_size": None}}}, "bad-keys", "group_size"),
         ("mixed", {"group": {"targets": ["Linear"]}}, "targets", "the last one (group_2)"),
         ("mixed", {"group": {"format": "dense"}}, "scheme", "format dense"),

@@ -153,7 +153,7 @@ def test_act_order_needs_the_group_of_each_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bits", "dynamic", "says"),
     [
-        ({"q_proj": 8}, {r"+:.*\.q_proj": {"bits": 8}}, "q_proj 8 bits, groups of 128, k_proj 4 bits, groups of 128"),
+        ({"q_proj": 8}, {r"+:.*\.q_proj": {"bits": 8}}, "q_proj 8 bits, groups of 128; k_proj 4 bits, groups of 128"),
         ({}, {r"+:.*\.up_proj": {"sym": False}}, "up_proj 4 bits, groups of 128, asymmetric"),
         ({"down_proj": 8, "o_proj": 8}, {r"+:.*\.(down|o)_proj": {"bits": 8}}, ""),
     ],

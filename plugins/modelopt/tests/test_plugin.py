@@ -145,6 +145,19 @@ def test_modules_of_a_mixture_in_the_old_file_only(tmp_path: Path) -> None:
     assert list(wrong(folder, "cpu")) == ["modelopt-settings"]
 
 
+@pytest.mark.parametrize("target", ["cpu", "b200"])
+def test_parts_of_one_layer_in_different_algorithms(tmp_path: Path, target: str) -> None:
+    """An engine stops at them; o_proj and down_proj are layers of their own."""
+    layers = json.loads((DATA / "mixed/config.json").read_text())["quantization_config"]["quantized_layers"]
+    alike = layers | {DOWN: {"quant_algo": "FP8"}}
+    assert "modelopt-mixed-layer" not in wrong(
+        changed(tmp_path / "a", "mixed", quantization={"quantized_layers": alike}), target
+    )
+    split = layers | {Q: {"quant_algo": "NVFP4", "group_size": 16}}
+    found = wrong(changed(tmp_path / "m", "mixed", quantization={"quantized_layers": split}), target)
+    assert "qkv_proj: q_proj NVFP4; k_proj FP8; v_proj FP8" in found["modelopt-mixed-layer"].message
+
+
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])
 def test_declared_over_bfloat16(tmp_path: Path, name: str) -> None:
     held = open_checkpoint(str(DATA / name)).tensors

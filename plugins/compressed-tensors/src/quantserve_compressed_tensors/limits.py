@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quantserve.api import (
@@ -15,11 +16,11 @@ from quantserve.api import (
     Linear,
     Target,
     check_fused_blocks,
+    check_mixed_layers,
     check_shards,
     disabled_kernels,
     engine_environment,
     kernel_findings,
-    linears,
     missing_kernels,
     once,
     quantized_linears,
@@ -200,10 +201,10 @@ def config_findings(config: Config, checkpoint: Checkpoint, target: Target) -> I
         message = f"the files are not compared with the config: target {config.slow[0][:80]!r} may take long"
         fix = "write the targets as names of modules, or as simpler patterns"
         yield Finding.warning("compressed-tensors-targets", message, config.slow[:SHOWN], fix)
-    if mixed := _mixed_layers(checkpoint):
-        message = f"the linears of {len(mixed)} fused layers belong to different groups; vLLM needs one. First: "
-        fix = "quantize q, k and v alike, gate and up alike, and all linears of the experts of a layer"
-        yield _error("compressed-tensors-mixed-layer", message + mixed[0], mixed, fix)
+    if usable_config(checkpoint):
+        yield from check_mixed_layers(
+            checkpoint, partial(_group_name, checkpoint), code="compressed-tensors-mixed-layer"
+        )
     sparsity, transforms = (config.values.get(key) or {} for key in ("sparsity_config", "transform_config"))
     if sparsity.get("targets") or config.values.get("format") in ("marlin-24", "sparse-24-bitmask"):
         message, fix = "the weights are stored sparse (2:4); vLLM 0.32 no longer reads that", "use a dense export"
@@ -214,13 +215,9 @@ def config_findings(config: Config, checkpoint: Checkpoint, target: Target) -> I
         yield _error("compressed-tensors-transform", message, [f"{_WHERE}transform_config"], fix)
 
 
-def _mixed_layers(checkpoint: Checkpoint) -> list[str]:
-    layers: dict[str, dict[str, None]] = {}
-    for linear in linears(checkpoint) if usable_config(checkpoint) else ():
-        if linear.fused:
-            group = group_of(checkpoint, linear)
-            layers.setdefault(linear.group, {})[group.name if group else "none"] = None
-    return [f"{layer}: {', '.join(names)}" for layer, names in layers.items() if len(names) > 1]
+def _group_name(checkpoint: Checkpoint, linear: Linear) -> str:
+    group = group_of(checkpoint, linear)
+    return group.name if group else "none"
 
 
 # --- what is served wrong ---------------------------------------------------------------------------------

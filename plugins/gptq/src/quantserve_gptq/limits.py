@@ -61,6 +61,11 @@ def each(checkpoint: Checkpoint) -> Mapping[str, Settings]:
     return {name: settings for name, settings in found.items() if settings}
 
 
+def setting(checkpoint: Checkpoint, linear: Linear) -> Settings | None:
+    """That of a quantized linear which can be a part of one layer; experts have a layer for gate and up."""
+    return each(checkpoint).get(linear.name) if linear.parallel == "column" else None
+
+
 @once
 def vllm_problem(checkpoint: Checkpoint) -> str:
     """Why vLLM's own GPTQ cannot serve the files on any device, or would misread them; "" where it can."""
@@ -151,26 +156,6 @@ def limit_findings(checkpoint: Checkpoint, model: ModelConfig, *, own: bool) -> 
             f"{written.where} says that lm_head is quantized, and it is not: vLLM finds no tensors for it",
             [f"{written.where}: lm_head"],
             'set "lm_head" to false',
-        )
-
-
-def mixed_layer_findings(checkpoint: Checkpoint) -> Iterable[Finding]:
-    """Rules that give the parts of a fused layer different settings; an engine stops at them."""
-    layers: dict[str, dict[str, Settings]] = {}
-    for linear in stored(checkpoint):
-        if linear.fused and linear.parallel == "column":
-            layers.setdefault(linear.group, {})[linear.name.rpartition(".")[2]] = each(checkpoint)[linear.name]
-    if mixed := [
-        f"{layer}: " + ", ".join(f"{part} {one}" for part, one in parts.items())
-        for layer, parts in layers.items()
-        if len(set(parts.values())) > 1
-    ]:
-        yield Finding.error(
-            "gptq-mixed-layer",
-            f"the parts of {len(mixed)} fused layers have different settings; vLLM builds each as one layer. "
-            f"First: {mixed[0]}",
-            mixed[:OFFENDERS],
-            "quantize q, k and v alike, and gate and up",
         )
 
 

@@ -7,6 +7,7 @@ plugin's engine side serves the others, and those of CPUs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quantserve.api import (
@@ -19,12 +20,13 @@ from quantserve.api import (
     Scheme,
     SkipList,
     Target,
+    check_mixed_layers,
     dtype_argument,
     hookimpl,
 )
 from quantserve_gptq import speed
 from quantserve_gptq.config import BITS, FILE_NAME, NAMES, Written, config_findings
-from quantserve_gptq.limits import choose, is_stored, limit_findings, mixed_layer_findings, scheme_of, tensor_findings
+from quantserve_gptq.limits import choose, is_stored, limit_findings, scheme_of, setting, tensor_findings
 
 if TYPE_CHECKING:
     from quantserve.api import ModelConfig
@@ -102,7 +104,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
     return [
         *choice.findings,
         *limit_findings(checkpoint, model, own=choice.own),
-        *mixed_layer_findings(checkpoint),
+        *check_mixed_layers(checkpoint, partial(setting, checkpoint), code="gptq-mixed-layer"),
         *tensor_findings(checkpoint, written),
     ]
 

@@ -14,12 +14,12 @@ from quantserve.api import (
     Method,
     Scheme,
     Target,
+    check_mixed_layers,
     codebook_kernel,
     codebook_method,
     dtype_argument,
     hookimpl,
     kernel_findings,
-    linears,
 )
 from quantserve_hqq.format import BITS, entries, entry, settings, stored
 
@@ -89,23 +89,12 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         message = f"settings of HQQ that are not served. First: {bad[0]}"
         yield Finding.error("hqq-settings", message, bad, "quantize with axis 1, nbits 2, 3, 4 or 8, and plain scales")
         return
-    yield from _mixed(checkpoint, config)
 
+    def setting(linear: Linear) -> object:
+        value = entry(config, linear.name)
+        return None if value is None else settings(value)
 
-def _mixed(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """vLLM builds q, k and v as one layer, and gate and up: both have one width and group size here."""
-    layers: dict[str, dict[str, object]] = {}
-    for linear in linears(checkpoint):
-        if linear.fused and (value := entry(config, linear.name)) is not None:
-            layers.setdefault(linear.group, {})[linear.name] = settings(value)
-    mixed = [
-        f"{layer}: " + ", ".join(f"{name.rpartition('.')[2]} {one}" for name, one in parts.items())
-        for layer, parts in layers.items()
-        if len(set(parts.values())) > 1
-    ]
-    if mixed:
-        message = f"{len(mixed)} fused layers have parts of different settings. First: {mixed[0]}"
-        yield Finding.error("hqq-mixed-layer", message, mixed, "quantize q, k and v alike, and gate and up")
+    yield from check_mixed_layers(checkpoint, setting, code="hqq-mixed-layer")
 
 
 @hookimpl

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from quantserve.api import (
     Checkpoint,
     Finding,
+    Linear,
     Target,
     check_fused_blocks,
     first_bytes,
@@ -82,6 +83,11 @@ def list_findings(checkpoint: Checkpoint, config: Settings, *, cpu: bool) -> Ite
             ["lm_head"],
             f'add "lm_head" to {config.key}',
         )
+
+
+def setting(config: Settings, linear: Linear) -> str | None:
+    """The algorithm of a linear which can be a part of one layer; experts have a layer for gate and up."""
+    return config.of(linear.name) if linear.parallel == "column" else None
 
 
 def cpu_findings(checkpoint: Checkpoint) -> Iterator[Finding]:

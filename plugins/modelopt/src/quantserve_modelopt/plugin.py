@@ -17,6 +17,7 @@ from quantserve.api import (
     Scheme,
     SkipList,
     Target,
+    check_mixed_layers,
     codebook_kernel,
     hookimpl,
     kernel_findings,
@@ -31,6 +32,7 @@ from quantserve_modelopt.findings import (
     gpu_findings,
     list_findings,
     quantized,
+    setting,
 )  # fmt: skip
 from quantserve_modelopt.format import (
     ARGUMENTS,
@@ -118,6 +120,7 @@ def quantserve_validate(checkpoint: Checkpoint, model: ModelConfig, target: Targ
         yield Finding.error("modelopt-not-quantized", message, where, fix)
     elif checkpoint.tensors_complete:
         yield from list_findings(checkpoint, config, cpu=cpu)
+        yield from check_mixed_layers(checkpoint, lambda one: setting(config, one), code="modelopt-mixed-layer")
         ranks = model.tensor_parallel_size
         yield from cpu_findings(checkpoint) if cpu else gpu_findings(checkpoint, config, target, ranks)
         default = CACHES.get(config.cache, "auto") if not cpu else "auto"

@@ -6,6 +6,7 @@ Files that the tools of the formats wrote, and their references, are those of th
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from helpers.plain import write_dequantized
+from helpers.plain import write_dequantized, write_plain
 from helpers.quantized import awq, squeezellm
 from helpers.tiny_squeezellm import write_llama
 from quantserve_awq.quantizer import Awq
@@ -95,6 +97,21 @@ def unquantized(folder: Path) -> tuple[Path, Path]:
     return folder / "model", folder / "model"
 
 
+def four_bits(folder: Path) -> tuple[Path, Path]:
+    """FP4 of bitsandbytes: every weight is its entry of the table times the absmax of its block of 64."""
+    data = PLUGINS / "bitsandbytes" / "tests" / "data" / "fp4"
+    stored, weights = load_file(data / "model.safetensors"), {}
+    for name, tensor in stored.items():
+        if f"{name}.quant_map" in stored:
+            octets = tensor.view(torch.uint8).flatten().long()
+            values = stored[f"{name}.quant_map"][torch.stack((octets >> 4, octets & 15), dim=1).flatten()]
+            state = json.loads(bytes(stored[f"{name}.quant_state.bitsandbytes__fp4"].tolist()))
+            weights[name] = (values.view(-1, 64) * stored[f"{name}.absmax"][:, None]).view(state["shape"])
+        elif ".weight." not in name:
+            weights[name] = tensor
+    return data, write_plain(data, folder / "plain", weights)
+
+
 LAYERS = "test_layers.py"
 EVERY = (
     Case("fp16 dense", "fp16", "Llama", unquantized),
@@ -111,7 +128,7 @@ EVERY = (
     of_tool("compressed-tensors", "mxfp4", "MXFP4"),
     of_tool("compressed-tensors", "mixture", "FP8, MXFP4, integers and NVFP4, Qwen3-MoE"),
     of_tool("bitsandbytes", "nf4", "NF4, double quantization", LAYERS),
-    of_tool("bitsandbytes", "fp4", "FP4", LAYERS),
+    Case("bitsandbytes fp4", "bitsandbytes", "FP4", four_bits),
     of_tool("modelopt", "fp8", "FP8"),
     of_tool("modelopt", "nvfp4", "NVFP4"),
     of_tool("modelopt", "qwen3-moe", "NVFP4, Qwen3-MoE"),

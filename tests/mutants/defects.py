@@ -148,7 +148,7 @@ DEFECTS = [
         "fp8",
         "plugin.py",
         ('if activations not in ("static", "dynamic"):', "if False:"),
-        ("if not weights(checkpoint) and checkpoint.tensors_complete:", "if False:"),
+        ("if not stored(checkpoint) and checkpoint.tensors_complete:", "if False:"),
         ('"fp8-block-size"', '"fp8_block_size"'),
         ('"fp8-activation-scheme",\n            f"activation', '"awq-activation-scheme",\n            f"activation'),
         (_SAID, 'f"\\x1b[31mactivation_scheme is {activations}; vLLM'),

@@ -349,6 +349,12 @@ def test_a_quantizer_that_is_a_class_runs_as_users_run_it(tmp_path: Path) -> Non
     assert "at stage 'quantizer': KeyError: 'weight_scale' at quantizer.py:" in said
 
 
+def test_the_mutants_follow_the_plugins(tmp_path: Path) -> None:
+    """The text that each replaces is still there."""
+    for number, defect in enumerate(DEFECTS):
+        install(defect.plugin, tmp_path / str(number), defect)
+
+
 def test_some_of_the_mutants(tmp_path: Path) -> None:
     """`make mutants` tries all of them."""
     case = prepare("fp8", tmp_path)

@@ -12,7 +12,9 @@ from quantserve_squeezellm.quantizer import SqueezeLLM, SqueezeLLMOptions
 
 def awq(source: Path, out: Path, **options: Any) -> None:
     """AWQ by rounding to nearest, unless options say otherwise."""
-    quantize(source, out, Awq(AwqOptions(**{"scales": "none", "clip": False, "refine": False, **options})), "awq", Asked())
+    quantize(
+        source, out, Awq(AwqOptions(**{"scales": "none", "clip": False, "refine": False, **options})), "awq", Asked()
+    )
 
 
 def squeezellm(source: Path, out: Path, **options: Any) -> None:

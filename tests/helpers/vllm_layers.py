@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
@@ -38,6 +40,24 @@ def surroundings(folder: Path, **variables: str) -> Iterator[None]:
             cleanup_dist_env_and_memory()
 
 
+def engine(register: Callable[[], object] = lambda: None, **variables: str) -> Any:
+    """A fixture that every test of a module uses: `surroundings`, with a plugin registered twice."""
+
+    @pytest.fixture(scope="module", autouse=True)
+    def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+        with surroundings(tmp_path_factory.mktemp("group"), **variables):
+            register()
+            register()
+            yield
+
+    return registered
+
+
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """As a fixture, `become` for a test."""
+    return partial(become, monkeypatch)
+
+
 def become(monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int) -> None:
     """Let layers made from now on believe they are one rank of several."""
     for module in (linear, vocab_parallel_embedding, parameter):
@@ -60,3 +80,9 @@ def load(layer: Any, parts: Mapping[Any, Mapping[str, Tensor]], *, without: str 
                 into.weight_loader(into, tensor, *(() if shard is None else (shard,)))
     layer.quant_method.process_weights_after_loading(layer)
     return layer
+
+
+def weight_of(layer: Any) -> Tensor:
+    """W [n, k] as the kernel multiplies with it: x is the identity."""
+    out: Tensor = layer.quant_method.apply(layer, torch.eye(layer.kernel.k))
+    return out.t()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 import quantserve_awq
-from helpers.vllm_layers import load, surroundings
+from helpers.vllm_layers import engine, load
 from quantserve.api import DISABLED_KERNELS, OUR_KERNEL, VLLM_KERNEL
 from quantserve.predict.cpu_kernels import WITHOUT_THEIRS
 from quantserve_awq._format import dequantize_linear, quantize_linear
@@ -29,10 +28,7 @@ K = 256
 PREFIX = "model.layers.3.mlp.down_proj"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with surroundings(tmp_path_factory.mktemp("group")):
-        yield
+_engine = engine()
 
 
 def config_of(group: int = 128, **changes: Any) -> Any:

@@ -250,10 +250,10 @@ def served(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[int, Pa
 @pytest.mark.parametrize(
     ("kernel", "options", "sure"),
     [
-        (OUR_KERNEL, {"dtype": "float16", "enforce_eager": True}, 0.05),
+        (OUR_KERNEL, {"dtype": "float16", "enforce_eager": True}, 0.15),
         (OUR_KERNEL, {}, 0.3),  # as planned: compiled, and in bfloat16 where the CPU multiplies that itself
-        (OUR_KERNEL, {"dtype": "float16", "enforce_eager": True, "tensor_parallel_size": 2}, 0.05),
-        (VLLM_KERNEL, {"dtype": "float16", "enforce_eager": True}, 0.05),
+        (OUR_KERNEL, {"dtype": "float16", "enforce_eager": True, "tensor_parallel_size": 2}, 0.15),
+        (VLLM_KERNEL, {"dtype": "float16", "enforce_eager": True}, 0.15),
     ],
     ids=["ours", "ours-compiled", "ours-two-ranks", "vllms"],
 )
@@ -287,4 +287,4 @@ def test_vllm_answers_like_transformers_in_float32(
             if gap > sure * logits.std():
                 clear += 1
                 assert token == expected
-    assert clear >= (100 if sure < 0.1 else 32)  # of 128
+    assert clear >= (64 if sure < 0.2 else 32)  # of 128

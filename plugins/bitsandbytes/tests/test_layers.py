@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from vllm.model_executor.layers import linear
 import quantserve_bitsandbytes
 from helpers.engines import compare, generate
 from helpers.plain import write_plain
-from helpers.vllm_layers import FUSED, become, load, surroundings
+from helpers.vllm_layers import FUSED, engine, load, ranks, weight_of
 from quantserve_bitsandbytes._vllm import Bitsandbytes
 
 pytestmark = pytest.mark.vllm
@@ -29,17 +28,8 @@ DATA = Path(__file__).parent / "data"
 MODELS = ("nf4", "fp4", "int8")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    quantserve_bitsandbytes.register()
-    quantserve_bitsandbytes.register()
-    with surroundings(tmp_path_factory.mktemp("group")):
-        yield
-
-
-@pytest.fixture
-def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    return partial(become, monkeypatch)
+_engine = engine(quantserve_bitsandbytes.register)
+as_rank = pytest.fixture(ranks)
 
 
 def _files(name: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Bitsandbytes]:
@@ -55,19 +45,13 @@ def _parts(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Ten
     return {suffix: one for suffix, one in suffixes.items() if suffix != "weight_format"}
 
 
-def _weight(layer: Any) -> torch.Tensor:
-    """W [n, k] as the kernel multiplies with it: x is the identity."""
-    out: torch.Tensor = layer.quant_method.apply(layer, torch.eye(layer.kernel.k))
-    return out.t()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_those_that_bitsandbytes_dequantizes(name: str) -> None:
     tensors, expected, config = _files(name)
     for module, weight in expected.items():
         n, k = weight.shape
         layer = linear.ReplicatedLinear(k, n, bias=False, quant_config=config, prefix=module)
-        ours = _weight(load(layer, {None: _parts(tensors, module)}))
+        ours = weight_of(load(layer, {None: _parts(tensors, module)}))
         assert torch.allclose(ours, weight, rtol=1e-6, atol=1e-7)  # float32 in another order
         assert torch.equal(ours.half(), weight.half()) or (ours.half() != weight.half()).sum() < n * k / 1000
 
@@ -80,10 +64,10 @@ def test_ranks_add_up_to_the_layer(name: str, as_rank: Callable[[int, int], None
     for rank in range(2):
         as_rank(rank, 2)
         layer = linear.QKVParallelLinear(64, 32, 4, 2, bias=False, quant_config=config, prefix=f"{attention}.qkv_proj")
-        ours = _weight(load(layer, {one: _parts(tensors, f"{attention}.{one}_proj") for one in "qkv"}))
+        ours = weight_of(load(layer, {one: _parts(tensors, f"{attention}.{one}_proj") for one in "qkv"}))
         assert torch.allclose(ours, torch.cat([one.chunk(2)[rank] for one in qkv]), rtol=1e-6, atol=1e-7)
         row = linear.RowParallelLinear(128, 64, bias=False, quant_config=config, prefix=f"{mlp}.down_proj")
-        ours = _weight(load(row, {None: _parts(tensors, f"{mlp}.down_proj")}))
+        ours = weight_of(load(row, {None: _parts(tensors, f"{mlp}.down_proj")}))
         assert torch.allclose(ours, expected[f"{mlp}.down_proj"].chunk(2, dim=1)[rank], rtol=1e-6, atol=1e-7)
 
 
@@ -106,7 +90,7 @@ def test_more_than_one_block_of_the_second_quantization() -> None:
     layer = linear.ReplicatedLinear(k, n, bias=False, quant_config=config, prefix="model.layers.0.fc")
     scales = nested[absmax.long()] * torch.tensor([2.0, 3.0]).repeat_interleave(256) + 0.25
     weight = table[torch.cat((codes >> 4, codes & 15), dim=1).long()].view(n, k) * scales[:, None]
-    assert torch.allclose(_weight(load(layer, {None: parts})), weight, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(weight_of(load(layer, {None: parts})), weight, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("change", "words"), [({"blocksize": 128}, "blocks of 128"), ({"shape": [64, 64]}, "shape")])

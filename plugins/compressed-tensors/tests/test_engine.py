@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 import quantserve_compressed_tensors
 from helpers.engines import compare, generate
 from helpers.plain import write_plain
-from helpers.vllm_layers import FUSED, become, load, surroundings
+from helpers.vllm_layers import FUSED, become, engine, load
 from quantserve_compressed_tensors.config import ENGINE, read_config
 
 pytestmark = pytest.mark.vllm
@@ -38,12 +37,7 @@ K = 128
 Tensors = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with surroundings(tmp_path_factory.mktemp("group"), VLLM_PLUGINS="compressed-tensors"):
-        quantserve_compressed_tensors.register()
-        quantserve_compressed_tensors.register()
-        yield
+_engine = engine(quantserve_compressed_tensors.register, VLLM_PLUGINS="compressed-tensors")
 
 
 def config_of(values: dict[str, Any]) -> Any:

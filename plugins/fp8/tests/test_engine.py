@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 import quantserve_fp8
 from helpers.engines import compare, generate
 from helpers.plain import write_plain
-from helpers.vllm_layers import FUSED, become, load, surroundings
+from helpers.vllm_layers import FUSED, become, engine, load
 
 pytestmark = [
     pytest.mark.vllm,
@@ -31,12 +30,7 @@ DATA = Path(__file__).parent / "data" / "qwen3-moe-fp8"
 PREFIX = "model.layers.3.mlp.down_proj"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with surroundings(tmp_path_factory.mktemp("group"), VLLM_PLUGINS="fp8"):
-        quantserve_fp8.register()
-        quantserve_fp8.register()
-        yield
+_engine = engine(quantserve_fp8.register, VLLM_PLUGINS="fp8")
 
 
 def config_of(block: bool = False, **changes: Any) -> Any:

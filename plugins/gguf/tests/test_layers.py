@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.model_loader import get_model_loader
 
 import quantserve_gguf
-from helpers.vllm_layers import FUSED, become, load, surroundings
+from helpers.vllm_layers import FUSED, engine, load, ranks
 from quantserve_gguf._decode import mixed
 from quantserve_gguf._vllm import Gguf, GgufLoader
 from quantserve_gguf.blocks import BY_NAME
@@ -29,17 +28,8 @@ pytestmark = pytest.mark.vllm
 BLOCKS = load_file(Path(__file__).parent / "data/blocks.safetensors")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    quantserve_gguf.register()
-    quantserve_gguf.register()
-    with surroundings(tmp_path_factory.mktemp("group")):
-        yield
-
-
-@pytest.fixture
-def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    return partial(become, monkeypatch)
+_engine = engine(quantserve_gguf.register)
+as_rank = pytest.fixture(ranks)
 
 
 def weight_of(name: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +18,7 @@ from vllm.model_executor.layers import linear
 import quantserve_hqq
 from helpers.engines import compare, generate
 from helpers.plain import write_plain
-from helpers.vllm_layers import FUSED, become, load, surroundings
+from helpers.vllm_layers import FUSED, engine, load, ranks, weight_of
 from quantserve_hqq._vllm import Hqq
 
 pytestmark = pytest.mark.vllm
@@ -30,17 +28,8 @@ MODELS = ("uniform4", "mixed")
 CODES = ("W_q", "scale", "zero")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    quantserve_hqq.register()
-    quantserve_hqq.register()
-    with surroundings(tmp_path_factory.mktemp("group")):
-        yield
-
-
-@pytest.fixture
-def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    return partial(become, monkeypatch)
+_engine = engine(quantserve_hqq.register)
+as_rank = pytest.fixture(ranks)
 
 
 def _files(name: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Hqq]:
@@ -54,12 +43,6 @@ def _parts(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Ten
     return {suffix: tensors[f"{module}.{suffix}"] for suffix in CODES}
 
 
-def _weight(layer: Any) -> torch.Tensor:
-    """W [n, k] as the kernel multiplies with it: x is the identity."""
-    out: torch.Tensor = layer.quant_method.apply(layer, torch.eye(layer.kernel.k))
-    return out.t()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_those_that_hqq_dequantizes(name: str) -> None:
     tensors, expected, config = _files(name)
@@ -67,7 +50,7 @@ def test_weights_are_those_that_hqq_dequantizes(name: str) -> None:
         layer = linear.ReplicatedLinear(
             weight.shape[1], weight.shape[0], bias=False, quant_config=config, prefix=module
         )
-        ours = _weight(load(layer, {None: _parts(tensors, module)}))
+        ours = weight_of(load(layer, {None: _parts(tensors, module)}))
         # hqq multiplies in float16: a rounding of the difference and one of the product.
         assert torch.allclose(ours, weight.float(), rtol=2**-10, atol=2**-12)
         assert not torch.equal(ours, torch.zeros_like(ours))
@@ -82,10 +65,10 @@ def test_ranks_add_up_to_the_layer(name: str, as_rank: Callable[[int, int], None
     for rank in range(2):
         as_rank(rank, 2)
         layer = linear.QKVParallelLinear(k, 32, 4, 2, bias=False, quant_config=config, prefix=f"{attention}.qkv_proj")
-        ours = _weight(load(layer, {one: _parts(tensors, f"{attention}.{one}_proj") for one in "qkv"}))
+        ours = weight_of(load(layer, {one: _parts(tensors, f"{attention}.{one}_proj") for one in "qkv"}))
         assert torch.allclose(ours, torch.cat([one.chunk(2)[rank] for one in qkv]), rtol=2**-10, atol=2**-12)
         row = linear.RowParallelLinear(128, k, bias=False, quant_config=config, prefix=f"{attention}.o_proj")
-        ours = _weight(load(row, {None: _parts(tensors, f"{attention}.o_proj")}))
+        ours = weight_of(load(row, {None: _parts(tensors, f"{attention}.o_proj")}))
         assert torch.allclose(ours, out.chunk(2, dim=1)[rank], rtol=2**-10, atol=2**-12)
 
 

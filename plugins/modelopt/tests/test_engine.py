@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from vllm.model_executor.layers.quantization.modelopt import (
 import quantserve_modelopt
 from helpers.engines import compare, generate
 from helpers.plain import write_plain
-from helpers.vllm_layers import FUSED, become, load, surroundings
+from helpers.vllm_layers import FUSED, become, engine, load
 from quantserve.api import SkipList
 from quantserve_modelopt.format import ARGUMENTS, MIXED, read
 
@@ -47,12 +46,7 @@ QKV, DOWN = f"{LAYER}.self_attn.qkv_proj", f"{LAYER}.mlp.down_proj"
 Tensors = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with surroundings(tmp_path_factory.mktemp("group"), VLLM_PLUGINS="modelopt"):
-        quantserve_modelopt.register()
-        quantserve_modelopt.register()
-        yield
+_engine = engine(quantserve_modelopt.register, VLLM_PLUGINS="modelopt")
 
 
 # --- a second implementation of the format, in float64 -----------------------------------------------------------

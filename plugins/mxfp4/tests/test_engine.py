@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 import quantserve_mxfp4
 from helpers.engines import compare, generate
 from helpers.plain import write_plain
-from helpers.vllm_layers import become, surroundings
+from helpers.vllm_layers import become, engine
 from quantserve_kernels.vllm import experts
 
 pytestmark = [
@@ -39,12 +39,7 @@ EXPERTS, HIDDEN, WIDTH, CHOICES = 4, 96, 64, 2
 STACKS = {"gate_up_proj": (2 * WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with surroundings(tmp_path_factory.mktemp("group"), VLLM_PLUGINS="mxfp4"):
-        quantserve_mxfp4.register()
-        quantserve_mxfp4.register()
-        yield
+_engine = engine(quantserve_mxfp4.register, VLLM_PLUGINS="mxfp4")
 
 
 @pytest.fixture

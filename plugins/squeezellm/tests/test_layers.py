@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from vllm.model_executor.layers import linear
 
 import quantserve_squeezellm
 from helpers.tiny_squeezellm import pack_by_the_book
-from helpers.vllm_layers import FUSED, become, load, surroundings
+from helpers.vllm_layers import FUSED, engine, load, ranks
 from quantserve_squeezellm._packing import dequantize, to_csr
 from quantserve_squeezellm._vllm import SqueezeLLM
 
@@ -29,16 +28,8 @@ ATTENTION = "model.layers.0.self_attn"
 Layer = Callable[..., Any]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    quantserve_squeezellm.register()
-    with surroundings(tmp_path_factory.mktemp("group")):
-        yield
-
-
-@pytest.fixture
-def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    return partial(become, monkeypatch)
+_engine = engine(quantserve_squeezellm.register)
+as_rank = pytest.fixture(ranks)
 
 
 def _tensors(bits: int, n: int, k: int, seed: int, sparse: bool = True) -> dict[str, torch.Tensor]:
